@@ -1,0 +1,1 @@
+"""The PEFT format on disk, the immutable store, and the slot pool."""

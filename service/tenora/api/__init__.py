@@ -1,0 +1,1 @@
+"""HTTP: routes, schemas, server-sent events, and the one table from errors to status codes."""

@@ -1,0 +1,1 @@
+"""The command line: serve, pull, chat, files, train, jobs, adapters, tenants, keys."""

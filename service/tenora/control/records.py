@@ -1,0 +1,261 @@
+"""What the control plane hands out: frozen records and the requests it takes. Times are Unix seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.messages import SamplingParams
+from tenora.errors import PermissionDeniedError
+
+T = TypeVar("T")
+Scope = Literal["infer", "train", "adapters", "admin"]
+SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling: a tenant, through one key. `admin` implies every scope."""
+
+    tenant_id: str
+    tenant: str
+    key_id: str
+    scopes: frozenset[str]
+
+    def require(self, scope: Scope) -> None:
+        """Raise PermissionDeniedError unless the key carries `scope`."""
+        if scope not in self.scopes and "admin" not in self.scopes:
+            raise PermissionDeniedError(
+                f"This key lacks the scope {scope!r}. Use a key that has it, or create one with "
+                f"`tenora keys create --tenant {self.tenant} --scope {scope}`."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a listing."""
+
+    items: Sequence[T]
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant. `name` follows the adapter-name pattern and is part of canonical adapter names."""
+
+    id: str
+    name: str
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key without its secret; `prefix` is the part that may be shown."""
+
+    id: str
+    tenant_id: str
+    name: str | None
+    prefix: str
+    scopes: frozenset[str]
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """An uploaded file. `status`: uploaded (not a training file), processed (usable) or error (`status_details` says why)."""
+
+    id: str
+    tenant_id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+    expires_at: int | None
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A fine-tuning job as asked for; values None or "auto" are resolved when the files are read.
+
+    Attributes:
+        model: the base's id, or nothing else for now (other adapters as starting points are refused by name).
+        hyperparameters: n_epochs, batch_size, learning_rate_multiplier (each a number or "auto").
+        lora: rank, alpha, dropout, target_modules (list or "all-linear"), use_rslora.
+        training: learning_rate, scheduler, warmup_ratio, weight_decay, max_grad_norm, max_seq_length, eval_interval,
+            truncate.
+        name: alias under which the result is callable; made from `suffix` or the job's id if absent.
+        method: the method object as sent (`{"type": "supervised", ...}`), echoed in the job.
+    """
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] | None = None
+    suffix: str | None = None
+    name: str | None = None
+    seed: int | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A fine-tuning job. `hyperparameters` holds resolved numbers once they are known, "auto" before."""
+
+    id: str
+    tenant_id: str
+    tenant: str
+    model: str
+    status: JobStatus
+    training_file: str
+    validation_file: str | None
+    hyperparameters: Mapping[str, Any]
+    lora: Mapping[str, Any]
+    training: Mapping[str, Any]
+    method: Mapping[str, Any] | None
+    suffix: str | None
+    name: str
+    seed: int
+    metadata: Mapping[str, str] | None
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    fine_tuned_model: str | None
+    trained_tokens: int | None
+    error: Mapping[str, Any] | None  # {code, message, param}
+    result_files: Sequence[str]
+    evaluation: Mapping[str, Any] | None  # {valid_loss, valid_accuracy, base_loss, best_step, steps, ...}
+
+
+@dataclass(frozen=True, slots=True)
+class JobEventRecord:
+    """One line of a job's log; `data` carries numbers when `type` is "metrics"."""
+
+    id: str
+    job_id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """A checkpoint of a job, callable as `fine_tuned_model_checkpoint`."""
+
+    id: str
+    job_id: str
+    created_at: int
+    step_number: int
+    fine_tuned_model_checkpoint: str
+    metrics: Mapping[str, float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An alias of a tenant together with the immutable version that it points at."""
+
+    id: str
+    tenant_id: str
+    tenant: str
+    name: str
+    version: int  # 1, 2, … per alias
+    digest: str
+    base_model: str
+    method: str  # "lora"
+    rank: int
+    target_modules: Sequence[str]
+    bytes: int
+    created_at: int
+    source: Literal["job", "upload"]
+    job_id: str | None
+    parent: str
+    resident: Literal["device", "host", "disk"]
+    pinned: bool
+    evaluation: Mapping[str, Any] | None
+    active: bool  # the alias points at this version
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """An entry of /v1/models. `parent` is None for the base."""
+
+    id: str
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a model name resolves to. `name` is what was asked for and is echoed; `adapter` None is the base."""
+
+    name: str
+    adapter: AdapterRef | None
+    tenant_id: str
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobEntry:
+    """A token in text form: `logprob` natural log, `top` best first."""
+
+    token_id: int
+    token: str
+    bytes: Sequence[int]
+    logprob: float
+    top: Sequence[tuple[int, str, Sequence[int], float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one choice. The last one of a choice has a finish_reason.
+
+    Attributes:
+        prompt_tokens, cached_tokens: on every delta, for usage.
+        completion_tokens: generated so far by this choice, what `usage` bills.
+        prompt_logprobs: on the first delta if asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[LogprobEntry] | None
+    prompt_logprobs: Sequence[LogprobEntry | None] | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, already tokenized, to be completed `n` times.
+
+    Attributes:
+        sampling: `max_tokens` None means as many as the context holds.
+        stop: stop strings; the text ends before the first match (after it with `include_stop`).
+    """
+
+    target: Target
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    n: int = 1
+    stop: Sequence[str] = ()
+    include_stop: bool = False
+    priority: int = 0

@@ -1,0 +1,202 @@
+"""What crosses the socket between the API and the engine process: msgspec structs, never pickles. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tenora.adapters.ref import AdapterRef
+from tenora.training.spec import TrainEvent, TrainSpec
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. The defaults are greedy-free plain sampling, as OpenAI's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        logprobs: None is off; k >= 0 gives the chosen token's and the k most likely ones'.
+        prompt_logprobs: the same for the prompt's tokens.
+        seed: with a seed, equal requests give equal tokens whatever else is in the batch.
+        stop_token_ids: end the sequence beside the model's own end tokens.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token with its log-probability (natural log) and the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+# ---- API → engine -------------------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """Start a sequence.
+
+    Attributes:
+        adapter: None is the base model.
+        group: opaque fairness group (the control plane uses the tenant).
+        cache_salt: prefix-cache namespace made by the server; hits never cross it.
+        priority: lower runs earlier; ties by arrival.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None
+    group: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a sequence; no further output follows. Unknown ids are ignored (it may have ended meanwhile)."""
+
+    request_id: str
+
+
+class StartTraining(msgspec.Struct, frozen=True, tag="train"):
+    """Start or, if `spec.workdir` holds state, resume a run."""
+
+    spec: TrainSpec
+
+
+class StopTraining(msgspec.Struct, frozen=True, tag="stop_training"):
+    """End a run: `pause` saves its state for a later StartTraining, otherwise it is cancelled."""
+
+    run_id: str
+    pause: bool = False
+
+
+class PinAdapter(msgspec.Struct, frozen=True, tag="pin"):
+    """Load the adapter if need be and keep (or no longer keep) its slot."""
+
+    adapter: AdapterRef
+    pinned: bool = True
+
+
+class EvictAdapter(msgspec.Struct, frozen=True, tag="evict"):
+    """The version was deleted: free slot, host copy and cached prefixes once no sequence uses it."""
+
+    digest: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Save the state of running jobs and exit. Sequences still running are failed with `engine_shutdown`."""
+
+
+Command = Generate | Abort | StartTraining | StopTraining | PinAdapter | EvictAdapter | Shutdown
+
+# ---- engine → API -------------------------------------------------------------------------------------------------
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
+    """New tokens of one sequence. The last one has a finish_reason; a stop token itself is not in token_ids.
+
+    Attributes:
+        cached_tokens: prompt tokens that came from the prefix cache (on the first output only, else 0).
+        prompt_logprobs: on the first output if asked for; entry 0 is None (nothing precedes it).
+        stop_token_id: the stop token that ended it, if one did.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"):
+    """The sequence ended with an error. `code`: adapter_unavailable, out_of_memory, engine_error, engine_shutdown."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Training(msgspec.Struct, frozen=True, tag="training"):
+    """An event of a training run."""
+
+    event: TrainEvent
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since start and gauges of now; the API turns them into metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    adapter_slots: int = 0
+    adapters_resident: tuple[str, ...] = ()  # digests on the device
+    adapters_running: tuple[str, ...] = ()
+    adapters_waiting: tuple[str, ...] = ()
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    adapter_load_failures: int = 0
+    adapter_evictions: int = 0
+    training_runs: int = 0
+    trained_tokens: int = 0
+    steps: int = 0
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Sent by the step loop at least once a second, idle or busy; its absence means the loop hangs."""
+
+    stats: EngineStats
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The base is loaded. Sent once, before anything else."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    kv_blocks: int
+    block_size: int
+    target_modules: tuple[str, ...]
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    """The base could not be loaded; the process exits."""
+
+    code: str
+    message: str
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """Everything one step produced, in one frame."""
+
+    items: list[SequenceOutput | SequenceFailed]
+
+
+Event = Outputs | Training | Heartbeat | Ready | StartFailed

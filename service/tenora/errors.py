@@ -1,0 +1,168 @@
+"""Every error that Tenora raises on purpose, as one tree.
+
+    TenoraError
+    ├── InvalidRequestError         the request cannot be understood or is out of bounds
+    │   └── ContextLengthError      prompt + max_tokens do not fit the model's context
+    ├── AuthenticationError         no key, or a key that is unknown, revoked or expired
+    ├── PermissionDeniedError       the key is known but lacks the scope
+    ├── NotFoundError               no such thing for this tenant (another tenant's is the same)
+    │   └── ModelNotFoundError      no such model or adapter
+    ├── ConflictError               the thing is in a state that forbids the request
+    ├── PayloadTooLargeError        the body is over the stated limit
+    ├── ArtifactError               uploaded content is malformed
+    │   ├── AdapterFormatError      not a PEFT LoRA adapter of this base
+    │   └── DatasetError            training rows that cannot be used, with their line numbers
+    ├── RateLimitedError            contended: try again later
+    ├── UnavailableError            no capacity, or no engine, now
+    ├── StorageFullError            the disk is full
+    ├── UnsupportedModelError       a base model that Tenora cannot serve
+    ├── TrainingError               a training run that stopped and says why
+    └── ConfigurationError          settings that do not fit together
+
+An error says what is wrong **and what to do**. HTTP status codes live in one table, in `tenora.api.errors`.
+"""
+
+from __future__ import annotations
+
+
+class TenoraError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        message: one sentence for the person who has to act on it.
+        code: a stable machine-readable word, or None.
+        param: the request field at fault, or None.
+    """
+
+    code: str | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequestError(TenoraError):
+    """The request cannot be understood, or one of its values is out of bounds."""
+
+    code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt and the tokens asked for do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationError(TenoraError):
+    """No key was sent, or it is unknown, revoked or expired."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(TenoraError):
+    """The key is valid but lacks the scope that the call needs."""
+
+    code = "insufficient_scope"
+
+
+class NotFoundError(TenoraError):
+    """The tenant has no such thing. Another tenant's thing gives exactly the same error."""
+
+    code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model or adapter of that name for this tenant."""
+
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model {model!r} does not exist or you do not have access to it. GET /v1/models lists what you can use.",
+            param="model",
+        )
+
+
+class ConflictError(TenoraError):
+    """The thing exists but its state forbids the request; repeating it will not help."""
+
+    code = "conflict"
+
+
+class PayloadTooLargeError(TenoraError):
+    """The body is larger than the limit that the message names."""
+
+    code = "payload_too_large"
+
+
+class ArtifactError(TenoraError):
+    """Uploaded content is malformed."""
+
+    code = "invalid_artifact"
+
+
+class AdapterFormatError(ArtifactError):
+    """The files are not a PEFT LoRA adapter that this base model can serve."""
+
+    code = "invalid_adapter"
+
+
+class DatasetError(ArtifactError):
+    """The training file has rows that cannot be used; the message names lines."""
+
+    code = "invalid_training_file"
+
+
+class RateLimitedError(TenoraError):
+    """Too many requests for now (HTTP 429): the queue or a quota is contended.
+
+    Attributes:
+        retry_after: seconds after which a retry makes sense.
+    """
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class UnavailableError(TenoraError):
+    """No capacity, or no engine, right now (HTTP 503).
+
+    Attributes:
+        retry_after: seconds after which a retry makes sense.
+    """
+
+    code = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 2.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class StorageFullError(TenoraError):
+    """The disk is full; nothing was written."""
+
+    code = "storage_full"
+
+
+class UnsupportedModelError(TenoraError):
+    """The base model is missing, or is of a kind that Tenora cannot serve; the message lists what it can."""
+
+    code = "unsupported_model"
+
+
+class TrainingError(TenoraError):
+    """A training run stopped; the message says at which step and why."""
+
+    code = "training_failed"
+
+
+class ConfigurationError(TenoraError):
+    """Settings that do not fit together, or a value that is out of range."""
+
+    code = "invalid_configuration"

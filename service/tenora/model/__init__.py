@@ -1,0 +1,1 @@
+"""The frozen decoder: attention, projections with adapters, weight loading, tokenizer."""
