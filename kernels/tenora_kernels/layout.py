@@ -1,0 +1,269 @@
+"""Where adapters lie in memory, and which rows of a batch use which: the arguments of every low-rank op.
+
+Storage is rank-major with true ranks. A module of rank r is two contiguous matrices in one flat arena, `A[r, in]`
+and `Bᵀ[r, out]`, found through an offset table; nothing is padded to the largest rank. With this layout the backward
+pass is shrink and expand again: dS = dY·B is a shrink with Bᵀ, dX = dS·A an expand with A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BASE = -1
+"""The slot of a row that uses no adapter."""
+
+
+_TABLE_DTYPES = {"ranks": torch.int32, "scaling": torch.float32, "a_offset": torch.int64, "b_offset": torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSite:
+    """One projection group of one layer: modules that share their input x and write column slices of one output y.
+
+    Attributes:
+        row: row of the first slice in the tables; slice j is row `row + j`.
+        in_features: columns of x.
+        slices: `[start, stop)` columns of y per module: q, k, v | gate, up | o | down.
+    """
+
+    row: int
+    in_features: int
+    slices: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class LoraTables:
+    """Where the weights of every slot lie. One row per target module of the model, one column per slot.
+
+    Attributes:
+        arena: 1-D storage of any float dtype, on the device of the model.
+        ranks: int32 [rows, slots] on the CPU; 0 means that the slot does not adapt the module.
+        scaling: float32 [rows, slots] on the CPU; the c in y += c · x·Aᵀ·Bᵀ.
+        a_offset: int64 [rows, slots] on the CPU; first element of A[r, in] in the arena.
+        b_offset: int64 [rows, slots] on the CPU; first element of Bᵀ[r, out] in the arena.
+        in_features: per row, columns of A.
+        out_features: per row, columns of Bᵀ.
+        grad: like the arena, but float32 (float64 for a float64 arena): `add_lora` adds dA and dBᵀ here. None when
+            serving.
+
+    The tables may change between steps, never between a forward pass and its backward pass.
+    """
+
+    arena: Tensor
+    ranks: Tensor
+    scaling: Tensor
+    a_offset: Tensor
+    b_offset: Tensor
+    in_features: tuple[int, ...]
+    out_features: tuple[int, ...]
+    grad: Tensor | None = None
+    # The same memory as the four tables: reading one element of a numpy array is many times faster than of a tensor,
+    # and a step reads a few of them per layer and segment.
+    _ranks: npt.NDArray[np.int32] = field(init=False, repr=False)
+    _scaling: npt.NDArray[np.float32] = field(init=False, repr=False)
+    _a_offset: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _b_offset: npt.NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, dtype in _TABLE_DTYPES.items():
+            table: Tensor = getattr(self, name)
+            shape = (len(self.in_features), self.ranks.shape[-1])
+            if table.dtype != dtype or tuple(table.shape) != shape or table.device.type != "cpu":
+                raise ValueError(f"{name} must be {dtype} {shape} on the CPU, not {table.dtype} {tuple(table.shape)}.")
+        if len(self.out_features) != len(self.in_features):
+            raise ValueError("in_features and out_features must both have one entry per row.")
+        if self.arena.dim() != 1 or not self.arena.is_floating_point():
+            raise ValueError("the arena must be a 1-D floating point tensor.")
+        wanted = accumulation_dtype(self.arena.dtype)
+        if self.grad is not None and (self.grad.shape != self.arena.shape or self.grad.dtype != wanted):
+            raise ValueError(f"grad must have the arena's shape {tuple(self.arena.shape)}, in {wanted}.")
+        self._ranks = self.ranks.numpy()
+        self._scaling = self.scaling.numpy()
+        self._a_offset = self.a_offset.numpy()
+        self._b_offset = self.b_offset.numpy()
+
+    @classmethod
+    def empty(
+        cls,
+        arena: Tensor,
+        *,
+        in_features: Sequence[int],
+        out_features: Sequence[int],
+        slots: int,
+        grad: Tensor | None = None,
+    ) -> LoraTables:
+        """Tables of `slots` slots that adapt nothing yet."""
+        shape = (len(in_features), slots)
+        return cls(
+            arena=arena,
+            ranks=torch.zeros(shape, dtype=torch.int32),
+            scaling=torch.zeros(shape, dtype=torch.float32),
+            a_offset=torch.zeros(shape, dtype=torch.int64),
+            b_offset=torch.zeros(shape, dtype=torch.int64),
+            in_features=tuple(in_features),
+            out_features=tuple(out_features),
+            grad=grad,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of target modules."""
+        return len(self.in_features)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return self.ranks.shape[1]
+
+    def rank(self, row: int, slot: int) -> int:
+        """Rank of a module in a slot; 0 if the slot does not adapt it."""
+        return int(self._ranks[row, slot])
+
+    def scale(self, row: int, slot: int) -> float:
+        """Scaling of a module in a slot."""
+        return float(self._scaling[row, slot])
+
+    def a(self, row: int, slot: int) -> Tensor:
+        """View of A, [r, in], in the arena's dtype."""
+        return self._matrix(self.arena, self._a_offset, self.in_features, row, slot)
+
+    def bt(self, row: int, slot: int) -> Tensor:
+        """View of Bᵀ, [r, out], in the arena's dtype."""
+        return self._matrix(self.arena, self._b_offset, self.out_features, row, slot)
+
+    def grad_a(self, row: int, slot: int) -> Tensor:
+        """View of dA, [r, in]. ValueError if these tables serve."""
+        return self._matrix(self._gradient(), self._a_offset, self.in_features, row, slot)
+
+    def grad_bt(self, row: int, slot: int) -> Tensor:
+        """View of dBᵀ, [r, out]. ValueError if these tables serve."""
+        return self._matrix(self._gradient(), self._b_offset, self.out_features, row, slot)
+
+    def numel(self, ranks: Sequence[int]) -> int:
+        """Elements that an adapter with these ranks (one per row, 0 for a module that it skips) takes in the arena."""
+        return sum(r * (i + o) for r, i, o in zip(ranks, self.in_features, self.out_features, strict=True))
+
+    def place(self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float]) -> int:
+        """Point `slot` at an adapter whose modules lie back to back from `offset`: A then Bᵀ, row by row.
+
+        Args:
+            slot: column to write.
+            offset: first element in the arena.
+            ranks: one per row; 0 for a module that the adapter skips.
+            scaling: one per row; ignored where the rank is 0.
+
+        Returns:
+            The number of elements taken, `numel(ranks)`.
+
+        Raises:
+            ValueError: if a rank is negative or the adapter does not lie inside the arena. The slot is then unchanged.
+        """
+        rank = np.asarray(ranks, dtype=np.int64)
+        size, capacity = self.numel(ranks), self.arena.numel()
+        if rank.min(initial=0) < 0 or offset < 0 or offset + size > capacity:
+            raise ValueError(f"{size} elements at {offset} do not fit an arena of {capacity} elements.")
+        a_size, b_size = rank * np.asarray(self.in_features), rank * np.asarray(self.out_features)
+        start = offset + np.cumsum(a_size + b_size) - (a_size + b_size)
+        self._ranks[:, slot] = rank
+        self._scaling[:, slot] = np.where(rank > 0, np.asarray(scaling, dtype=np.float32), np.float32(0))
+        self._a_offset[:, slot] = np.where(rank > 0, start, 0)
+        self._b_offset[:, slot] = np.where(rank > 0, start + a_size, 0)
+        return size
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` adapt nothing. Its elements in the arena are left as they are."""
+        self._ranks[:, slot] = 0
+        self._scaling[:, slot] = 0
+        self._a_offset[:, slot] = 0
+        self._b_offset[:, slot] = 0
+
+    def _gradient(self) -> Tensor:
+        if self.grad is None:
+            raise ValueError("these tables serve and hold no gradients; build them with grad= to train.")
+        return self.grad
+
+    def _matrix(
+        self, storage: Tensor, offsets: npt.NDArray[np.int64], columns: tuple[int, ...], row: int, slot: int
+    ) -> Tensor:
+        width = columns[row]
+        start = storage.storage_offset() + int(offsets[row, slot])
+        return storage.as_strided((int(self._ranks[row, slot]), width), (width, 1), start)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegments:
+    """Rows of a batch grouped by slot; built once per step and used by every layer.
+
+    Attributes:
+        perm: int64 [n], the rows that have an adapter, grouped by slot, ascending within a group. Base rows are absent.
+        seg_ptr: [segments + 1]; segment i is `perm[seg_ptr[i]:seg_ptr[i + 1]]`.
+        seg_slot: [segments]; the slot of each segment, ascending, each slot once.
+        rows: T, the rows of the whole batch.
+        first: the start of `perm` if it is a run first, first + 1, …, so that rows need no gathering; else None.
+    """
+
+    perm: Tensor
+    seg_ptr: tuple[int, ...]
+    seg_slot: tuple[int, ...]
+    rows: int
+    first: int | None
+
+    @property
+    def adapted(self) -> int:
+        """n, the rows that have an adapter."""
+        return self.seg_ptr[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """What `add_lora` needs to know about one step: the tables and the rows that use them."""
+
+    tables: LoraTables
+    segments: LoraSegments
+
+    def __post_init__(self) -> None:
+        if self.segments.seg_slot and self.segments.seg_slot[-1] >= self.tables.slots:
+            raise ValueError(f"slot {self.segments.seg_slot[-1]} is not one of the tables' {self.tables.slots} slots.")
+
+
+def build_segments(slot_of_row: Sequence[int] | Tensor, *, device: torch.device | None = None) -> LoraSegments:
+    """Group the rows of a batch by slot.
+
+    Args:
+        slot_of_row: [T], the slot of each row, -1 for a row of the base. A tensor on a GPU costs one copy to the host.
+        device: where `perm` shall lie; default is the device of `slot_of_row`, or the CPU for a sequence.
+
+    Raises:
+        ValueError: if a slot is below -1 or `slot_of_row` is not one-dimensional.
+    """
+    if isinstance(slot_of_row, Tensor):
+        device = device or slot_of_row.device
+        slots = slot_of_row.detach().cpu().numpy().astype(np.int64, copy=False)
+    else:
+        slots = np.asarray(slot_of_row, dtype=np.int64)
+    if slots.ndim != 1 or slots.min(initial=BASE) < BASE:
+        raise ValueError("slot_of_row must be one-dimensional, with -1 for rows of the base and slots from 0 on.")
+    adapted = np.flatnonzero(slots >= 0)
+    order = adapted[np.argsort(slots[adapted], kind="stable")]
+    sorted_slots = slots[order]
+    starts = np.flatnonzero(np.diff(sorted_slots, prepend=BASE))
+    n = len(order)
+    is_run = n > 0 and bool((np.diff(order) == 1).all())
+    return LoraSegments(
+        perm=torch.from_numpy(order).to(device or torch.device("cpu")),
+        seg_ptr=(*starts.tolist(), n),
+        seg_slot=tuple(sorted_slots[starts].tolist()),
+        rows=len(slots),
+        first=int(order[0]) if is_run else None,
+    )
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The type in which low-rank products are summed: float64 if any operand is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,307 @@
+"""PEFT LoRA adapters on disk: read with every check first, written so that `PeftModel.from_pretrained` loads them.
+
+Free of torch. An adapter is a directory of `adapter_config.json` and `adapter_model.safetensors`; nothing else in it is
+looked at, and nothing that the files refer to (a base path, code, a remote) is followed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from tenora.adapters.atomic import new_directory
+from tenora.adapters.peft_config import MAX_CONFIG_BYTES, parse_config
+from tenora.adapters.safetensors_file import Array, TensorEntry, read_array, read_header, write_file
+from tenora.adapters.targets import TargetModule
+from tenora.errors import AdapterFormatError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """The adapter of one linear module: delta weight = scaling · B · A.
+
+    Attributes:
+        path: `model.layers.0.self_attn.q_proj`.
+        scaling: alpha / rank, or alpha / √rank for rsLoRA.
+        a: [rank, in_features].
+        b: [out_features, rank], as in the file.
+        dtype: float32, float16 or bfloat16; bfloat16 arrays are the bits as uint16.
+    """
+
+    path: str
+    rank: int
+    scaling: float
+    a: Array
+    b: Array
+    dtype: str
+
+    @property
+    def bt(self) -> Array:
+        """Bᵀ, [rank, out_features], a view."""
+        return self.b.T
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What an adapter is, without its weights.
+
+    Attributes:
+        rank: the highest of its modules.
+        target_modules: last parts of the paths that it adapts (`q_proj`), in the order of the base.
+        parameters: number of weights.
+        nbytes: size of the weights in the file.
+        config: adapter_config.json.
+    """
+
+    rank: int
+    target_modules: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """A whole adapter in memory. `modules` is by path, in the order of the base; the rest is as in AdapterSummary."""
+
+    modules: Mapping[str, LoraModule]
+    rank: int
+    target_modules: tuple[str, ...]
+    config: Mapping[str, Any]
+    nbytes: int
+
+
+class LoraShape(Protocol):
+    """The shape of an adapter to write; `tenora.training.spec.LoraSpec` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of every module that has no other."""
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scaling."""
+
+    @property
+    def dropout(self) -> float:
+        """Dropout it was trained with."""
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Last parts of module paths."""
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling is alpha / √rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One module whose shapes were checked; its values were not read yet."""
+
+    target: TargetModule
+    rank: int
+    scaling: float
+    a: TensorEntry
+    b: TensorEntry
+
+
+def read_adapter(directory: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterWeights:
+    """Read and check an adapter.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        targets: the modules of the base that can be adapted.
+        max_rank: highest rank that is accepted.
+
+    Raises:
+        AdapterFormatError: if anything about it is not as it must be; the message names the tensor or field.
+        FileNotFoundError: if the directory does not exist.
+    """
+    config = read_config(directory)
+    with _open_weights(directory / WEIGHTS_NAME) as file:
+        plan, summary = _plan(config, file, targets, max_rank)
+        modules = {
+            planned.target.path: LoraModule(
+                path=planned.target.path,
+                rank=planned.rank,
+                scaling=planned.scaling,
+                a=read_array(file, planned.a),
+                b=read_array(file, planned.b),
+                dtype=_DTYPES[planned.a.dtype],
+            )
+            for planned in plan
+        }
+    return AdapterWeights(modules, summary.rank, summary.target_modules, summary.config, summary.nbytes)
+
+
+def validate_files(config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterSummary:
+    """Check an upload exactly as `read_adapter` does, holding one tensor in memory at a time.
+
+    Args:
+        config: content of adapter_config.json.
+        weights: the safetensors file, under any name.
+        targets: the modules of the base that can be adapted.
+        max_rank: highest rank that is accepted.
+
+    Raises:
+        AdapterFormatError: as `read_adapter`.
+    """
+    with _open_weights(weights) as file:
+        plan, summary = _plan(config, file, targets, max_rank)
+        for planned in plan:
+            read_array(file, planned.a)
+            read_array(file, planned.b)
+    return summary
+
+
+def read_config(directory: Path) -> bytes:
+    """The bytes of a directory's adapter_config.json, at most MAX_CONFIG_BYTES + 1 of them."""
+    path = directory / CONFIG_NAME
+    if directory.is_dir() and not path.is_file():
+        raise AdapterFormatError(f"{CONFIG_NAME} is missing; give the directory that save_pretrained wrote.")
+    with path.open("rb") as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
+
+
+def _open_weights(path: Path) -> BinaryIO:
+    if path.is_file():
+        return path.open("rb")
+    if path.with_name("adapter_model.bin").exists():
+        raise AdapterFormatError(
+            "adapter_model.bin is a pickle, which is never opened; save the adapter with safe_serialization=True."
+        )
+    raise AdapterFormatError(f"{WEIGHTS_NAME} is missing; give the directory that save_pretrained wrote.")
+
+
+def _plan(
+    config: bytes, file: BinaryIO, targets: Sequence[TargetModule], max_rank: int
+) -> tuple[list[_Planned], AdapterSummary]:
+    """Everything that can be checked without reading a weight, in the order of the base."""
+    parsed = parse_config(config)
+    covered = parsed.resolve(targets)
+    entries = read_header(file, max_tensors=2 * len(targets))
+    plan = [_planned(target, *covered[target.path], entries, max_rank) for target in targets if target.path in covered]
+    expected = {entry.name for planned in plan for entry in (planned.a, planned.b)}
+    for name in entries:
+        if name not in expected:
+            raise AdapterFormatError(_why_unexpected(name, targets))
+    summary = AdapterSummary(
+        rank=max(planned.rank for planned in plan),
+        target_modules=tuple(dict.fromkeys(planned.target.name for planned in plan)),
+        parameters=sum(p.rank * (p.target.in_features + p.target.out_features) for p in plan),
+        nbytes=sum(planned.a.nbytes + planned.b.nbytes for planned in plan),
+        config=parsed.raw,
+    )
+    return plan, summary
+
+
+def _planned(
+    target: TargetModule, rank: int, scaling: float, entries: Mapping[str, TensorEntry], max_rank: int
+) -> _Planned:
+    if rank > max_rank:
+        raise AdapterFormatError(f"{target.path} has rank {rank}; this server accepts ranks up to {max_rank}.")
+    a = _tensor(entries, target, "lora_A", (rank, target.in_features))
+    b = _tensor(entries, target, "lora_B", (target.out_features, rank))
+    if a.dtype != b.dtype:
+        raise AdapterFormatError(f"{a.name} is {a.dtype} but its lora_B is {b.dtype}; save both in one type.")
+    return _Planned(target, rank, scaling, a, b)
+
+
+def _tensor(entries: Mapping[str, TensorEntry], target: TargetModule, part: str, shape: tuple[int, int]) -> TensorEntry:
+    name = f"{_PREFIX}{target.path}.{part}.weight"
+    entry = entries.get(name)
+    if entry is None:
+        raise AdapterFormatError(
+            f"{name} is missing, but the configuration's target_modules and layers need it; upload the whole adapter."
+        )
+    if 0 in entry.shape:
+        raise AdapterFormatError(f"{name} has shape {list(entry.shape)}: a rank of 0 adapts nothing; train it again.")
+    if entry.shape != shape:
+        raise AdapterFormatError(
+            f"{name} has shape {list(entry.shape)}, but this base and the configuration's rank need {list(shape)}."
+        )
+    return entry
+
+
+# What the name of an unexpected tensor tells about the kind of adapter; the first that fits.
+_FOREIGN_PARTS = (
+    ("lora_magnitude_vector", "belongs to DoRA, which also rescales the base weights; train plain LoRA"),
+    ("lora_embedding", "adapts the embeddings, which is not served; train linear modules only"),
+    (".embed_tokens.", "adapts the embeddings, which is not served; train linear modules only"),
+    (".bias", "is a bias, which is not served; train with bias='none' and lora_bias=False"),
+)
+
+
+def _why_unexpected(name: str, targets: Sequence[TargetModule]) -> str:
+    """The sentence for a tensor that belongs to no module of the plan."""
+    for part, reason in _FOREIGN_PARTS:
+        if part in name:
+            return f"{name} {reason}."
+    if ".lora_" not in name:
+        return f"{name} is not a low-rank weight; train without modules_to_save and without trained tokens."
+    path, _, rest = name.removeprefix(_PREFIX).partition(".lora_")
+    if not name.startswith(_PREFIX) or rest not in ("A.weight", "B.weight"):
+        return f"{name} is not named as PEFT saves it ({_PREFIX}<module>.lora_A.weight); save it with save_pretrained."
+    if any(target.path == path for target in targets):
+        return f"{name} is in the file, but target_modules and layers leave it out; they must agree."
+    return f"{name} adapts {path}, which this base does not have or which cannot be adapted."
+
+
+def write_adapter(
+    directory: Path, *, base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Array, Array]]
+) -> None:
+    """Write an adapter that `PeftModel.from_pretrained` loads, complete or not at all.
+
+    Args:
+        directory: does not exist yet; its parent does.
+        base_model: id of the base, for `base_model_name_or_path`.
+        lora: rank, alpha, dropout, target modules, rsLoRA. A module of another rank gets an entry in `rank_pattern`.
+        modules: by path (`model.layers.0.self_attn.q_proj`), A [rank, in] and B [out, rank], both float32, float16
+            or (as uint16 bits) bfloat16. Every layer of the base must be there for each of `lora.target_modules`.
+
+    Raises:
+        ValueError: if shapes or names do not fit together.
+        FileExistsError: if the directory exists; adapters are never replaced.
+        StorageFullError: if the disk is full.
+    """
+    tensors: dict[str, Array] = {}
+    rank_pattern: dict[str, int] = {}
+    for path, (a, b) in modules.items():
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0 or a.dtype != b.dtype:
+            raise ValueError(f"{path} has A {a.dtype} {a.shape} and B {b.dtype} {b.shape}, not [r, in] and [out, r].")
+        if a.shape[0] != lora.rank:
+            rank_pattern[path] = a.shape[0]
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
+    names = {path.rpartition(".")[2] for path in modules}
+    if names != set(lora.target_modules):
+        raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(lora.target_modules)}.")
+    config = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "rank_pattern": rank_pattern,
+        "target_modules": list(lora.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": lora.use_rslora,
+    }
+    with new_directory(directory) as temporary:
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_file(temporary / WEIGHTS_NAME, tensors)

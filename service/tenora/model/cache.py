@@ -1,0 +1,69 @@
+"""The paged key-value cache: fixed blocks that sequences borrow, reached through block tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenora.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer.
+
+    Position p of a sequence lies in block `block_tables[sequence, p // block_size]` at offset `p % block_size`; its
+    *slot* is block · block_size + offset. Who owns which block is the engine's business. Content of a block that
+    nobody wrote is undefined.
+
+    Attributes:
+        k, v: per layer [num_blocks, block_size, kv_heads, head_dim].
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: ModelSpec,
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Reserve `num_blocks · bytes_per_block` bytes; on CPU pages are touched only when they are written."""
+        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)) for _ in range(2))
+        return cls(k, v)
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all the layers, keys and values."""
+        return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of each layer."""
+        return self.k[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block."""
+        return self.k[0].shape[1]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v [T, kv_heads, head_dim] of one layer at `slots` int64 [T]."""
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of k and v at `slots` int64 [n]: two tensors [n, kv_heads, head_dim]."""
+        # index_select copies whole rows; advanced indexing took 3 to 4 times as long on CPU.
+        return (
+            self.k[layer].flatten(0, 1).index_select(0, slots),
+            self.v[layer].flatten(0, 1).index_select(0, slots),
+        )

@@ -1,0 +1,287 @@
+"""What a base model looks like: the numbers of its `config.json`, checked and completed.
+
+Free of torch and transformers.
+
+The defaults of each family are those of the transformers configuration class of the same `model_type`, so that a
+`config.json` that leaves a field out means the same here as there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tenora.adapters.targets import TargetModule
+from tenora.errors import UnsupportedModelError
+
+FAMILIES: dict[str, str] = {
+    "llama": "Llama 2 and 3, SmolLM2 and other models of type 'llama'",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2 and Qwen2.5",
+    "qwen3": "Qwen3 (dense)",
+}
+SUPPORTED = (
+    "Tenora serves dense, unquantised decoders of these families: "
+    + ", ".join(f"{text} ({name})" for name, text in FAMILIES.items())
+    + "."
+)
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, "eos_token_id": 2},
+    "mistral": {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+_COMMON: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_window_layers": 28,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Shape of a frozen decoder.
+
+    Attributes:
+        family: `model_type` of the configuration, a key of `FAMILIES`.
+        attention_bias: the q, k and v projections have a bias.
+        o_bias: the output projection has one; mlp_bias: the three MLP projections have one.
+        qk_norm: q and k go through an RMSNorm over the head dimension before RoPE (Qwen3).
+        sliding_window: per layer, how many positions a token sees, itself included; None is all of them.
+        rope_parameters: transformers' `rope_parameters` in standard form (`rope_type`, `rope_theta`, …).
+        eos_token_ids: tokens that end a sequence.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    hidden_act: str
+    sliding_window: tuple[int | None, ...]
+    rope_parameters: Mapping[str, Any] = field(hash=False)
+    eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def q_size(self) -> int:
+        """Columns of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of the key (or value) projection."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def rope_type(self) -> str:
+        """One of `ROPE_TYPES`."""
+        return str(self.rope_parameters["rope_type"])
+
+    @classmethod
+    def from_config(cls, config: Any, generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
+        """Read a transformers configuration, or the dict of a `config.json`.
+
+        Raises:
+            UnsupportedModelError: another family, a quantised checkpoint, or values that do not fit together.
+        """
+        given: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        family = _family(given)
+        # A null is a value of its own only for the window: elsewhere it means "the default".
+        known = {key: value for key, value in given.items() if value is not None or key == "sliding_window"}
+        values = {**_COMMON, **_DEFAULTS[family], **known}
+        heads = _positive(values, "num_attention_heads")
+        hidden = _positive(values, "hidden_size")
+        layers = _positive(values, "num_hidden_layers")
+        kv_heads = _positive({"num_key_value_heads": heads, **values}, "num_key_value_heads")
+        if heads % kv_heads:
+            raise _unsupported(f"{heads} attention heads are not a multiple of {kv_heads} key-value heads")
+        attention_bias = bool(values.get("attention_bias", False))
+        if values["hidden_act"] not in ACTIVATIONS:
+            raise _unsupported(f"the activation {values['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
+        head_dim = _positive({"head_dim": hidden // heads, **values}, "head_dim")
+        if head_dim % 2:
+            raise _unsupported(f"the head dimension {head_dim} is odd, which RoPE cannot rotate")
+        return cls(
+            family=family,
+            vocab_size=_positive(values, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_positive(values, "intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=_positive(values, "max_position_embeddings"),
+            rms_norm_eps=float(values["rms_norm_eps"]),
+            tie_word_embeddings=bool(values["tie_word_embeddings"]),
+            attention_bias=family == "qwen2" or (family != "mistral" and attention_bias),
+            o_bias=family in {"llama", "qwen3"} and attention_bias,
+            mlp_bias=family == "llama" and bool(values.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            hidden_act=values["hidden_act"],
+            sliding_window=_windows(family, values, layers),
+            rope_parameters=_rope_parameters(values),
+            eos_token_ids=_eos_token_ids(values, generation_config or {}),
+        )
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ModelSpec:
+        """Read `config.json` and, if there is one, `generation_config.json` of a Hugging Face directory.
+
+        Raises:
+            UnsupportedModelError: as `from_config`, or a file is missing or not JSON.
+        """
+        config = read_json(directory / "config.json", required=True)
+        return cls.from_config(config, read_json(directory / "generation_config.json"))
+
+
+def target_modules(spec: ModelSpec) -> tuple[TargetModule, ...]:
+    """Every projection that an adapter may change: seven a layer, in table order (row = layer · 7 + position)."""
+    hidden, mlp = spec.hidden_size, spec.intermediate_size
+    shapes = {
+        "self_attn.q_proj": (hidden, spec.q_size),
+        "self_attn.k_proj": (hidden, spec.kv_size),
+        "self_attn.v_proj": (hidden, spec.kv_size),
+        "self_attn.o_proj": (spec.q_size, hidden),
+        "mlp.gate_proj": (hidden, mlp),
+        "mlp.up_proj": (hidden, mlp),
+        "mlp.down_proj": (mlp, hidden),
+    }
+    return tuple(
+        TargetModule(
+            path=f"model.layers.{layer}.{name}",
+            row=layer * len(shapes) + position,
+            in_features=in_features,
+            out_features=out_features,
+        )
+        for layer in range(spec.num_layers)
+        for position, (name, (in_features, out_features)) in enumerate(shapes.items())
+    )
+
+
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The object in a JSON file of a model directory; an absent file is an empty object unless it is `required`.
+
+    Raises:
+        UnsupportedModelError: the file is missing though required, or does not hold a JSON object.
+    """
+    if not path.exists() and not required:
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _unsupported(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise _unsupported(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _unsupported(f"{path} does not hold a JSON object")
+    return value
+
+
+def _unsupported(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"The base model cannot be used: {reason}. {SUPPORTED}")
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise _unsupported(f"its model_type is {family!r}")
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        raise _unsupported(f"its weights are quantised ({method}); use the unquantised checkpoint")
+    architectures = config.get("architectures") or []
+    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise _unsupported(f"its architecture {architectures[0]!r} is not a causal language model")
+    return str(family)
+
+
+def _positive(values: Mapping[str, Any], name: str) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _unsupported(f"{name} is {value!r} in its config.json, which is not a positive integer")
+    return value
+
+
+def _windows(family: str, values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    if family == "llama":
+        return (None,) * layers
+    window = None if values["sliding_window"] is None else _positive(values, "sliding_window")
+    if family == "mistral":
+        return (window,) * layers
+    if not values.get("use_sliding_window", False):
+        window = None
+    # As transformers' Qwen2Config: without layer_types the *last* layers slide, from max_window_layers on.
+    kinds = values.get("layer_types") or [
+        "sliding_attention" if window is not None and layer >= values["max_window_layers"] else "full_attention"
+        for layer in range(layers)
+    ]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise _unsupported(f"its layer_types {sorted(set(kinds))} are not {layers} of full or sliding attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' standard form of old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) configurations."""
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    rope_type = rope.setdefault("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES or any(isinstance(value, Mapping) for value in rope.values()):
+        raise _unsupported(f"its RoPE {rope_type!r} is not one of {', '.join(ROPE_TYPES)} for all layers")
+    if rope.setdefault("rope_theta", values.get("rope_theta", 10000.0)) is None:
+        rope["rope_theta"] = 10000.0
+    factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if factor not in {None, 1}:
+        raise _unsupported(f"it rotates only part of each head (partial_rotary_factor {factor})")
+    if rope_type in {"llama3", "yarn", "longrope"}:
+        if "original_max_position_embeddings" in values:
+            rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    needed = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor",),
+        "longrope": ("long_factor", "short_factor"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    for name in needed.get(rope_type, ()):
+        if name not in rope:
+            raise _unsupported(f"its {rope_type} RoPE lacks {name}")
+    return rope
+
+
+def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
+    if value is None:
+        return frozenset()
+    return frozenset(value if isinstance(value, list | tuple) else [value])

@@ -1,0 +1,233 @@
+"""Text to token ids and back, equal to transformers' AutoTokenizer for the same directory.
+
+Free of torch and transformers: the API process tokenizes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tenora.errors import InvalidRequestError, UnsupportedModelError
+from tenora.model.spec import read_json
+from tenora.model.template import ChatTemplate
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """The tokenizer of a base model with its chat template.
+
+    Attributes:
+        eos_token_ids: tokens that end a sequence: the generation configuration's and the tokenizer's own.
+        special_tokens: the named ones, such as `{"bos_token": "<s>"}`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Iterable[int],
+        templates: Mapping[str, str],
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        own = backend.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
+        self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
+        self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read `tokenizer.json`, `tokenizer_config.json` and the chat template of a Hugging Face directory.
+
+        Raises:
+            UnsupportedModelError: `tokenizer.json` is missing or cannot be read, or the template is not valid.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UnsupportedModelError(
+                f"{path} is missing; Tenora needs the tokenizer in the tokenizers library's format."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise UnsupportedModelError(f"{path} is not a tokenizer that can be read: {error}.") from error
+        config = read_json(directory / "tokenizer_config.json")
+        named = {**read_json(directory / "special_tokens_map.json"), **config}
+        special = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name) is not None}
+        eos = read_json(directory / "generation_config.json").get("eos_token_id")
+        if eos is None:
+            eos = read_json(directory / "config.json").get("eos_token_id")
+        return cls(
+            backend,
+            special_tokens=special,
+            eos_token_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
+            templates=_templates(directory, config),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer, added ones included; the model's table may be longer (padded)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self._templates)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. With `add_special_tokens` the tokenizer adds what it adds to a plain prompt (a bos)."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """A conversation as the text that the model was trained on.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or the template refuses the messages.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise InvalidRequestError("The base model has no chat template; use /v1/completions.", param="messages")
+        return self._templates[name].render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, special_tokens=self.special_tokens
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. The template writes its special tokens itself, so none is added.
+
+        Raises:
+            InvalidRequestError: as `render_chat`.
+        """
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools))
+
+    def token_text(self, token_id: int) -> str:
+        """A single token for display, special ones included; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text; empty for an id that the tokenizer does not know."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if "ByteLevel" in self._decoders:
+            table = _byte_of_character()
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+            return token.encode()
+        if "ByteFallback" in self._decoders and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(match[1])
+        return token.replace("▁", " ").encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out by default."""
+        return token_id in self._special_ids
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _decoders(self) -> frozenset[str]:
+        """Kinds of the decoder's steps, such as ByteLevel."""
+        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        return frozenset(step["type"] for step in decoder.get("decoders", [decoder]) if "type" in step)
+
+
+class Detokenizer:
+    """Turns a stream of token ids into a stream of text.
+
+    No piece ends inside a character: a token that ends with part of one is held back until the rest arrives. The pieces
+    together equal `Tokenizer.decode` of all the ids. (With byte-fallback tokenizers one case differs: when *invalid*
+    bytes directly follow valid single-byte tokens, decode garbles both and the stream only the invalid ones.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # Tokens of the last piece, and those held back. The former are decoded again as context, because decoders treat
+        # the first token of a text differently (SentencePiece strips its space).
+        self._context: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add tokens and return the text that is now complete, which may be empty."""
+        self._held += [index for index in ids if not (self._skip and self._tokenizer.is_special(index))]
+        text = self._new_text()
+        # U+FFFD at the end is an unfinished character, or a real one that the next token will release.
+        return "" if text.endswith("\ufffd") else self._release(text)
+
+    def flush(self) -> str:
+        """Return what is held back, unfinished characters as U+FFFD. The stream may go on."""
+        return self._release(self._new_text())
+
+    def _new_text(self) -> str:
+        if not self._held:
+            return ""
+        before = self._tokenizer.decode(self._context, self._skip)
+        return self._tokenizer.decode(self._context + self._held, self._skip)[len(before) :]
+
+    def _release(self, text: str) -> str:
+        if self._held:
+            self._context, self._held = self._held, []
+        return text
+
+
+def _content(token: Any) -> str:
+    """A special token is a string or an object with its `content`."""
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name, from the newest of the three places where checkpoints keep them."""
+    single = directory / "chat_template.jinja"
+    more = directory / "additional_chat_templates"
+    if single.is_file() or more.is_dir():
+        templates = {path.stem: path.read_text("utf-8") for path in sorted(more.glob("*.jinja"))}
+        if single.is_file():
+            templates["default"] = single.read_text("utf-8")
+        return templates
+    declared = config.get("chat_template")
+    if declared is None:
+        return {}
+    if isinstance(declared, str):
+        return {"default": declared}
+    return {entry["name"]: entry["template"] for entry in declared}
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019: GPT-2's encoder)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}

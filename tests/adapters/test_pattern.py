@@ -1,0 +1,142 @@
+"""The bounded regular expressions against Python's own, and against patterns made to run away."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenora.adapters.matching import PatternMatcher, layer_number
+from tenora.adapters.pattern import MAX_LENGTH, Pattern, PatternError
+from tenora.errors import AdapterFormatError
+
+PATHS = [
+    f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+]
+
+atoms = st.sampled_from(["a", "b", ".", r"\.", "1", r"\d", r"\w", "[ab]", "[^a]", "[a-c1]", r"[\d_]", r"\b", "^", "$"])
+repeats = st.sampled_from(["", "", "", "*", "+", "?", "*?", "{2}", "{1,}", "{0,2}", "{,1}"])
+
+
+def _join(parts: list[tuple[str, str]]) -> str:
+    return "".join(atom + ("" if atom in (r"\b", "^", "$") else repeat) for atom, repeat in parts)
+
+
+sequences = st.lists(st.tuples(atoms, repeats), max_size=4).map(_join)
+patterns = st.recursive(
+    sequences,
+    lambda inner: st.builds(
+        lambda options, opening, repeat, after: f"{opening}{'|'.join(options)}){repeat}{after}",
+        st.lists(inner, min_size=1, max_size=3),
+        st.sampled_from(["(", "(?:"]),
+        repeats,
+        sequences,
+    ),
+    max_leaves=4,
+)
+
+
+@given(patterns, st.lists(st.text("ab1._", max_size=6), max_size=5))
+def test_equals_python(pattern: str, texts: list[str]) -> None:
+    ours = Pattern(pattern)
+    for text in texts:
+        assert ours.fullmatch(text) == (re.fullmatch(pattern, text) is not None), (pattern, text)
+
+
+# What adapters in the wild hold.
+REAL = [
+    r".*\.(q_proj|o_proj)",
+    r"model\.layers\.(0|10)\..*",
+    r".*(q_proj|down_proj)$",
+    r"^model\.layers\.[01]\.mlp\.down_proj",
+    r"model.layers.\d{2}.self_attn.[qo]_proj",
+    (
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|o_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|down_proj)))"
+    ),
+    r"(?P<layer>.*)\.mlp\.\w+",
+    "q_proj",
+    "",
+]
+
+
+@pytest.mark.parametrize("pattern", REAL)
+def test_equals_python_on_module_paths(pattern: str) -> None:
+    ours = Pattern(pattern)
+    for path in PATHS:
+        assert ours.fullmatch(path) == (re.fullmatch(pattern, path) is not None)
+
+
+REFUSED = [
+    *(r"(?=a)", r"(?!a)", r"(?<=a)b", r"(?i)a", r"(?#x)", r"(a)\1", r"(?P=x)", r"\p", r"\x41"),
+    *("(", ")", "a)", "[a", "[]", "a**", "*", "a{2}{3}", "{2}", "a{", "a{x}", "a{}", "a{3,2}", "a{10000}"),
+    *("[b-a]", "\\", "(?P<>a)", "(?P<1>a)", "(?P<a", "^*", "a\\"),
+    *("((a{99}){99}){99}", "(" * 60 + ")" * 60, "a" * (MAX_LENGTH + 1)),
+]
+
+
+@pytest.mark.parametrize("pattern", REFUSED, ids=lambda pattern: pattern[:20])
+def test_what_is_not_understood_is_refused(pattern: str) -> None:
+    with pytest.raises(PatternError):
+        Pattern(pattern)
+
+
+EVIL = [
+    *(r"(a+)+$", r"(.*)*x", r"(.|.)*x", r"(.*.*.*.*)*x", r"((.?){30}){30}x", r"((.?){60}){60}x", r"(.*,){11}P"),
+    *("(.?)*" * 60 + "x", "(|.)*" * 60 + "x"),
+]
+
+
+@pytest.mark.parametrize("pattern", EVIL, ids=lambda pattern: pattern[:20])
+def test_nothing_runs_away(pattern: str) -> None:
+    """Each ends soon, with the right answer or with a refusal."""
+    started = time.process_time()
+    matcher = PatternMatcher()
+    paths = [f"model.layers.{i}.self_attn.{'a' * 40}!" for i in range(200)]
+    try:
+        matched = any(matcher.full("target_modules", pattern, path) for path in paths)
+    except AdapterFormatError:
+        matched = False
+    assert not matched
+    assert time.process_time() - started < 20
+
+
+def test_a_plain_key_is_as_its_expression() -> None:
+    matcher = PatternMatcher()
+    for key in (
+        "q_proj",
+        "self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "q.proj",
+        "proj",
+        "1.self_attn.q_proj",
+        ".",
+    ):
+        for path in PATHS:
+            assert matcher.suffix("rank_pattern", key, path) == bool(re.match(rf"(.*\.)?({key})$", path)), (key, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "after", "number"),
+    [
+        ("model.layers.3.mlp.up_proj", None, 3),
+        ("model.layers.3.mlp.up_proj", "layers", 3),
+        ("model.layers.3.mlp.up_proj", "model.layers", 3),
+        ("model.layers.3.mlp.up_proj", "blocks", None),
+        ("model.layers.3.experts.7.up_proj", None, 3),
+        ("model.layers.3.experts.7.up_proj", "experts", 7),
+        ("layers.3.up_proj", "layers", 3),
+        ("layers.3.up_proj", None, None),
+        ("model.layers.3", None, None),
+        ("lm_head", None, None),
+    ],
+)
+def test_layer_numbers_are_those_of_peft(path: str, after: str | None, number: int | None) -> None:
+    assert layer_number(path, after) == number
+    # PEFT's own expressions, tuners_utils.check_target_module_exists
+    expression = r".*?\.[^.]*\.(?P<idx>\d+)\." if after is None else rf"(?:^|.*?\.){after}\.(?P<idx>\d+)\."
+    match = re.match(expression, path)
+    assert (None if match is None else int(match["idx"])) == number
