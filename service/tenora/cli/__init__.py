@@ -1,1 +1,5 @@
-"""The command line: serve, pull, chat, files, train, jobs, adapters, tenants, keys."""
+"""The command line: `tenora serve`, and the commands that speak to a server over HTTP."""
+
+from tenora.cli.app import main
+
+__all__ = ["main"]

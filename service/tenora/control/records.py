@@ -68,7 +68,10 @@ class KeyRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """An uploaded file. `status`: uploaded (not a training file), processed (usable) or error (`status_details` says why)."""
+    """An uploaded file.
+
+    `status`: uploaded (not a training file), processed (usable) or error (`status_details` says why).
+    """
 
     id: str
     tenant_id: str
@@ -186,6 +189,7 @@ class AdapterRecord:
     pinned: bool
     evaluation: Mapping[str, Any] | None
     active: bool  # the alias points at this version
+    fine_tuned_model: str | None = None  # ft:… of the job that made it
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     Attributes:
         adapter: None is the base model.
         group: opaque fairness group (the control plane uses the tenant).
+        weight: the group's share beside other groups'; the latest request's value holds.
         cache_salt: prefix-cache namespace made by the server; hits never cross it.
-        priority: lower runs earlier; ties by arrival.
+        priority: lower runs earlier within its group; ties by arrival.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     group: str = ""
+    weight: float = 1.0
     cache_salt: str = ""
     priority: int = 0
 
@@ -131,7 +133,10 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"):
-    """The sequence ended with an error. `code`: adapter_unavailable, out_of_memory, engine_error, engine_shutdown."""
+    """The sequence ended with an error.
+
+    `code`: invalid_request, context_length_exceeded, adapter_unavailable, out_of_memory, engine_error, engine_shutdown.
+    """
 
     request_id: str
     code: str

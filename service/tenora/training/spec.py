@@ -55,7 +55,17 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
-    """After each optimizer step. Losses are nats per trained token."""
+    """After each optimizer step. Losses are nats per trained token.
+
+    After a crash the steps since the last saved state are told again, with the same numbers.
+
+    Attributes:
+        step: counted from 1.
+        learning_rate: the one this step was made with.
+        grad_norm: before clipping.
+        trained_tokens: learned tokens so far, over all epochs.
+        tokens_per_second: all tokens that the model read in this step, per second of wall time.
+    """
 
     run_id: str
     step: int
@@ -70,7 +80,10 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
-    """After an evaluation of the whole held-out set. `base_loss` is the base's on the same rows."""
+    """After an evaluation of the whole held-out set. `base_loss` is the base's on the same rows.
+
+    The first one, at step 0, measures the base itself; a later one is `best` if no earlier adapter had a lower loss.
+    """
 
     run_id: str
     step: int
@@ -81,7 +94,11 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
 
 
 class CheckpointEvent(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
-    """A PEFT directory was written, complete, at `path`. It is the state after optimizer step `step`."""
+    """A PEFT directory was written, complete, at `path`. It is the state after optimizer step `step`.
+
+    It follows every EvalEvent but the first. `path` stays until three later ones were written, the best one for good.
+    Train loss and accuracy are means over the steps since the one before.
+    """
 
     run_id: str
     step: int
@@ -93,7 +110,10 @@ class CheckpointEvent(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint
 
 
 class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
-    """The run is over; `path` is the PEFT directory of the best checkpoint."""
+    """The run is over; `path` is the PEFT directory of the best checkpoint, made at `step` of `steps`.
+
+    Its held-out loss may still be above `base_loss`: then training did not help, and that is for the caller to say.
+    """
 
     run_id: str
     path: str
@@ -115,7 +135,11 @@ class StoppedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
 
 
 class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The run ended with an error that concerns it alone."""
+    """The run ended with an error that concerns it alone.
+
+    Codes: invalid_training_file, no_trainable_tokens, non_finite, zero_loss, no_steps, training_failed, out_of_memory,
+    storage_full, storage_error, resume_mismatch, resume_unreadable, internal_error.
+    """
 
     run_id: str
     code: str

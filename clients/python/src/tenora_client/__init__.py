@@ -1,1 +1,98 @@
-"""Python client of the Tenora adapter service."""
+"""Python client of the Tenora adapter service: chat, files, fine-tuning jobs, adapters.
+
+from tenora_client import Client
+
+with Client() as client:
+    file = client.files.upload("train.jsonl", progress=True)
+    job = client.jobs.create(file, name="my-adapter").wait(progress=True)
+    print(client.chat.create([{"role": "user", "content": "Hello"}], model="my-adapter").text)
+"""
+
+from tenora_client.async_client import AsyncClient
+from tenora_client.async_jobs import AsyncJob
+from tenora_client.client import Client
+from tenora_client.errors import (
+    AuthenticationError,
+    BadRequestError,
+    ConfigurationError,
+    ConflictError,
+    JobError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitedError,
+    RequestTimeoutError,
+    ResponseError,
+    ServerError,
+    StatusError,
+    StorageFullError,
+    StreamError,
+    TenoraError,
+    TransportError,
+    UnavailableError,
+    UnprocessableError,
+)
+from tenora_client.jobs import Job
+from tenora_client.models import (
+    Adapter,
+    ChatChunk,
+    ChatCompletion,
+    Checkpoint,
+    Completion,
+    Deleted,
+    File,
+    JobEvent,
+    JobState,
+    Model,
+    Usage,
+)
+from tenora_client.paging import AsyncPages, Pages
+from tenora_client.progress import Bar, JobBar
+from tenora_client.retry import RetryPolicy
+from tenora_client.streams import AsyncStream, Stream
+from tenora_client.version import __version__
+
+__all__ = [
+    "Adapter",
+    "AsyncClient",
+    "AsyncJob",
+    "AsyncPages",
+    "AsyncStream",
+    "AuthenticationError",
+    "BadRequestError",
+    "Bar",
+    "ChatChunk",
+    "ChatCompletion",
+    "Checkpoint",
+    "Client",
+    "Completion",
+    "ConfigurationError",
+    "ConflictError",
+    "Deleted",
+    "File",
+    "Job",
+    "JobBar",
+    "JobError",
+    "JobEvent",
+    "JobState",
+    "Model",
+    "NotFoundError",
+    "Pages",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "RateLimitedError",
+    "RequestTimeoutError",
+    "ResponseError",
+    "RetryPolicy",
+    "ServerError",
+    "StatusError",
+    "StorageFullError",
+    "Stream",
+    "StreamError",
+    "TenoraError",
+    "TransportError",
+    "UnavailableError",
+    "UnprocessableError",
+    "Usage",
+    "__version__",
+]

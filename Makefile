@@ -1,0 +1,94 @@
+# `make help` lists what there is. PYTHON= names the interpreter that .venv is made from.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV := .venv
+BIN := $(VENV)/bin
+TOOLS := .tools
+CHART := deploy/helm/tenora
+PIP := -m pip --disable-pip-version-check install --quiet
+
+# Written last, so it exists only where an installation ran to its end; it says for which checkout.
+READY := $(VENV)/.ready
+# Exists while pip works on .venv: found at the start, it means that an earlier run was cut off.
+UNFINISHED := $(VENV)/.unfinished
+# Not to be repaired: cut off half-way (pip believes what it finds there), without its interpreter, or moved with its checkout.
+USABLE = [ ! -e $(UNFINISHED) ] && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+  && { [ ! -e $(READY) ] || [ "$$(cat $(READY))" = '$(CURDIR)' ]; }
+
+ARGS ?=
+
+.PHONY: help setup tools demo test lint fmt serve bench clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with everything that developing needs (does nothing when nothing changed)
+	@:
+
+# An interpreter that is gone leaves no trace in the dates of files.
+ifneq ($(shell $(BIN)/python -c 'print(0)' 2>/dev/null; cat $(READY) 2>/dev/null),0 $(CURDIR))
+.PHONY: $(READY)
+endif
+
+$(READY): pyproject.toml clients/python/pyproject.toml constraints.txt
+	@if ! { $(USABLE); }; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'Tenora needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 1; }; \
+	  echo 'making $(VENV) with $(PYTHON)'; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $(UNFINISHED)
+	@echo 'installing Tenora into $(VENV); the first time takes minutes, PyTorch is large'
+	@$(BIN)/python $(PIP) --constraint constraints.txt --upgrade pip
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable clients/python --editable '.[dev]'
+	@rm $(UNFINISHED)
+	@echo '$(CURDIR)' > $@
+
+tools: $(TOOLS)/venv/.ready $(TOOLS)/bin/helm ## fetch helm, hadolint and kubernetes-validate into .tools
+
+$(TOOLS)/venv/.ready: deploy/tools/requirements.txt | $(READY)
+	@echo 'installing the checkers of the deployment files into $(TOOLS)/venv'
+	@$(BIN)/python -m venv --clear $(TOOLS)/venv
+	@$(TOOLS)/venv/bin/python $(PIP) --requirement deploy/tools/requirements.txt
+	@touch $@
+
+$(TOOLS)/bin/helm: deploy/tools/fetch_helm.py | $(READY)
+	@echo 'fetching helm into $(TOOLS)/bin'
+	@$(BIN)/python deploy/tools/fetch_helm.py $@
+
+demo: setup ## the whole product in one run: serve, fine-tune on a sample file, compare base and adapter
+	@$(BIN)/python clients/demo/demo.py $(ARGS)
+
+test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup tools ## ruff, mypy, import-linter, hadolint, helm
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(TOOLS)/venv/bin/hadolint Dockerfile
+	for values in '' values-cpu.yaml values-gpu.yaml; do \
+	  flags="$${values:+--values $(CHART)/$$values}"; \
+	  $(TOOLS)/bin/helm lint --strict --quiet $(CHART) $$flags; \
+	  $(TOOLS)/bin/helm template tenora $(CHART) $$flags >/dev/null; \
+	done
+
+fmt: setup ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: setup ## start the service on this machine (ARGS="--port 8001")
+	@$(BIN)/tenora serve $(ARGS)
+
+bench: setup ## run the benchmarks, where there are any
+	@if [ -d tests/bench ]; then $(BIN)/python -m pytest tests/bench $(ARGS); \
+	else echo 'There are no benchmarks yet: tests/bench does not exist.'; fi
+
+clean: ## remove .venv, the tools, caches and build outputs (the state in TENORA_HOME stays)
+	rm -rf $(VENV) $(TOOLS) .demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

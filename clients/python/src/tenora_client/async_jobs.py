@@ -1,0 +1,195 @@
+"""Fine-tuning jobs of the asynchronous client; the same calls as `tenora_client.jobs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self, Unpack
+
+from pydantic import PrivateAttr, TypeAdapter
+
+from tenora_client import calls
+from tenora_client.errors import TenoraError
+from tenora_client.jobs import file_id
+from tenora_client.models import Checkpoint, File, JobEvent, JobState, ListPage
+from tenora_client.paging import AsyncPages
+from tenora_client.params import JobParams
+from tenora_client.progress import JobBar
+from tenora_client.watching import JobView, Watch
+
+if TYPE_CHECKING:
+    from tenora_client.async_client import AsyncClient
+
+
+class AsyncJob(JobState):
+    """A job as it was when it was fetched, with what can be done about it."""
+
+    _jobs: AsyncJobs = PrivateAttr()
+
+    def bind(self, jobs: AsyncJobs) -> Self:
+        """Remember where the job came from."""
+        self._jobs = jobs
+        return self
+
+    async def refresh(self) -> AsyncJob:
+        """The job as it is now."""
+        return await self._jobs.get(self.id)
+
+    async def cancel(self) -> AsyncJob:
+        """End the job without a result."""
+        return await self._jobs.cancel(self.id)
+
+    async def pause(self) -> AsyncJob:
+        """Keep the job's state and give its place to others, until `resume`."""
+        return await self._jobs.pause(self.id)
+
+    async def resume(self) -> AsyncJob:
+        """Go on after a pause."""
+        return await self._jobs.resume(self.id)
+
+    def events(self, limit: int | None = None) -> AsyncPages[JobEvent]:
+        """The job's log, newest first."""
+        return self._jobs.events(self.id, limit)
+
+    def checkpoints(self, limit: int | None = None) -> AsyncPages[Checkpoint]:
+        """The job's checkpoints, newest first."""
+        return self._jobs.checkpoints(self.id, limit)
+
+    async def wait(
+        self,
+        *,
+        progress: bool | JobView = False,
+        poll: float = 1.0,
+        timeout: float | None = None,  # noqa: ASYNC109 - the same signature as Job.wait
+    ) -> AsyncJob:
+        """Wait until the job has succeeded; a server that restarts meanwhile is waited for.
+
+        Args:
+            progress: True draws a bar on stderr (lines if that is no terminal); or your own view.
+            poll: seconds between looks.
+            timeout: seconds after which to stop waiting; the job goes on.
+
+        Raises:
+            JobError: if the job failed, was cancelled, or `timeout` passed.
+        """
+        return await self._jobs.wait(self.id, progress=progress, poll=poll, timeout=timeout)
+
+
+_JOB = TypeAdapter(AsyncJob)
+_JOBS = TypeAdapter(ListPage[AsyncJob])
+
+
+class AsyncJobs:
+    """Fine-tuning jobs: a training file becomes an adapter."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(
+        self,
+        training_file: str | File,
+        *,
+        validation_file: str | File | None = None,
+        model: str | None = None,
+        idempotency_key: str | None = None,
+        **params: Unpack[JobParams],
+    ) -> AsyncJob:
+        """Queue a job.
+
+        Args:
+            training_file, validation_file: uploaded files or their ids; without a validation file the server holds
+                rows out.
+            model: the base's id; None asks the server for it.
+            idempotency_key: sent by itself, a fresh one each call; give one to make a repeated call the same job.
+        """
+        call = calls.create_job(
+            _JOB,
+            training_file=file_id(training_file),
+            validation_file=None if validation_file is None else file_id(validation_file),
+            model=model or (await self._client.models.base()).id,
+            params=params,
+            idempotency_key=idempotency_key,
+        )
+        return (await self._client.send(call)).bind(self)
+
+    async def get(self, job_id: str) -> AsyncJob:
+        """One job."""
+        return (await self._client.send(calls.get_job(_JOB, job_id))).bind(self)
+
+    async def cancel(self, job_id: str) -> AsyncJob:
+        """End a job without a result."""
+        return await self._act(job_id, "cancel")
+
+    async def pause(self, job_id: str) -> AsyncJob:
+        """Keep a job's state and give its place to others, until `resume`."""
+        return await self._act(job_id, "pause")
+
+    async def resume(self, job_id: str) -> AsyncJob:
+        """Let a paused job go on."""
+        return await self._act(job_id, "resume")
+
+    def events(self, job_id: str, limit: int | None = None) -> AsyncPages[JobEvent]:
+        """A job's log, newest first; `limit` is the size of a page."""
+        return AsyncPages(lambda after: self._client.send(calls.job_events(job_id, after, limit)))
+
+    def checkpoints(self, job_id: str, limit: int | None = None) -> AsyncPages[Checkpoint]:
+        """A job's checkpoints, newest first; `limit` is the size of a page."""
+        return AsyncPages(lambda after: self._client.send(calls.job_checkpoints(job_id, after, limit)))
+
+    async def wait(
+        self,
+        job_id: str,
+        *,
+        progress: bool | JobView = False,
+        poll: float = 1.0,
+        timeout: float | None = None,  # noqa: ASYNC109 - the same signature as Jobs.wait
+    ) -> AsyncJob:
+        """`AsyncJob.wait`, by id."""
+        watch = Watch(timeout)
+        view = (JobBar() if progress else None) if isinstance(progress, bool) else progress
+        try:
+            while True:
+                job = await self._look(job_id, watch, view)
+                if job is not None and watch.check(job):
+                    return job
+                await self._client.sleep(poll)
+        finally:
+            if view is not None:
+                view.close()
+
+    def list(self, *, metadata: Mapping[str, str] | None = None, limit: int | None = None) -> AsyncPages[AsyncJob]:
+        """All jobs, newest first; `metadata` keeps those that carry these pairs, `limit` is the size of a page."""
+
+        async def fetch(after: str | None) -> ListPage[AsyncJob]:
+            page = await self._client.send(calls.list_jobs(_JOBS, after, limit, metadata))
+            for job in page.data:
+                job.bind(self)
+            return page
+
+        return AsyncPages(fetch)
+
+    async def _act(self, job_id: str, action: str) -> AsyncJob:
+        return (await self._client.send(calls.job_action(_JOB, job_id, action))).bind(self)
+
+    async def _look(self, job_id: str, watch: Watch, view: JobView | None) -> AsyncJob | None:
+        """Fetch the state, then show it with the events since; None if the server did not answer."""
+        try:
+            job = await self.get(job_id)  # before the events: a finished job's events are all there
+            fresh: Sequence[JobEvent] = await self._unseen(job_id, watch) if view is not None else ()
+        except TenoraError as error:
+            watch.endure(error)
+            return None
+        watch.heard()
+        if view is not None:
+            view.show(job, fresh)
+        return job
+
+    async def _unseen(self, job_id: str, watch: Watch) -> Sequence[JobEvent]:
+        """The events that came since the last look, oldest first."""
+        newest_first = []
+        async for event in self.events(job_id, limit=100):
+            if watch.is_seen(event):
+                break
+            newest_first.append(event)
+        if newest_first:
+            watch.saw(newest_first[0])
+        return newest_first[::-1]

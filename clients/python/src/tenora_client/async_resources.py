@@ -1,0 +1,218 @@
+"""What the asynchronous client offers, by resource; the same calls as `tenora_client.resources`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+from tenora_client import calls
+from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model
+from tenora_client.paging import AsyncPages
+from tenora_client.params import ChatParams, CompletionParams
+from tenora_client.progress import transfer
+from tenora_client.resources import find_base
+from tenora_client.streams import AsyncStream
+
+if TYPE_CHECKING:
+    from tenora_client.async_client import AsyncClient
+
+
+class AsyncChat:
+    """Conversations."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @overload
+    async def create(
+        self,
+        messages: Sequence[Message],
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **params: Unpack[ChatParams],
+    ) -> ChatCompletion: ...
+
+    @overload
+    async def create(
+        self,
+        messages: Sequence[Message],
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        **params: Unpack[ChatParams],
+    ) -> AsyncStream[ChatChunk]: ...
+
+    async def create(
+        self,
+        messages: Sequence[Message],
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        **params: Unpack[ChatParams],
+    ) -> ChatCompletion | AsyncStream[ChatChunk]:
+        """Answer `messages` with the adapter (or the base) called `model`; with `stream` chunk by chunk."""
+        if stream:
+            return await self._client.stream(calls.chat_stream(messages, model, params))
+        return await self._client.send(calls.chat(messages, model, params))
+
+
+class AsyncCompletions:
+    """Plain text, continued."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @overload
+    async def create(
+        self,
+        prompt: str | Sequence[Any],
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **params: Unpack[CompletionParams],
+    ) -> Completion: ...
+
+    @overload
+    async def create(
+        self,
+        prompt: str | Sequence[Any],
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        **params: Unpack[CompletionParams],
+    ) -> AsyncStream[Completion]: ...
+
+    async def create(
+        self,
+        prompt: str | Sequence[Any],
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        **params: Unpack[CompletionParams],
+    ) -> Completion | AsyncStream[Completion]:
+        """Continue `prompt`: a string, strings, token ids or lists of them."""
+        call = calls.completion(prompt, model, params, stream=stream)
+        if stream:
+            return await self._client.stream(call)
+        return await self._client.send(call)
+
+
+class AsyncModels:
+    """What can be asked: the base and the tenant's adapters."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def get(self, name: str) -> Model:
+        """One model."""
+        return await self._client.send(calls.get_model(name))
+
+    async def delete(self, name: str) -> Deleted:
+        """Delete an adapter by any of its names."""
+        return await self._client.send(calls.delete_model(name))
+
+    async def base(self) -> Model:
+        """The base model that the server serves."""
+        return find_base([model async for model in self.list()])
+
+    def list(self) -> AsyncPages[Model]:
+        """All models."""
+        return AsyncPages(lambda _: self._client.send(calls.list_models()))
+
+
+class AsyncFiles:
+    """Training files."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        purpose: str = "fine-tune",
+        expires_after: int | None = None,
+        progress: bool | calls.OnBytes = False,
+        idempotency_key: str | None = None,
+    ) -> File:
+        """Upload a file; it streams from disk.
+
+        Args:
+            expires_after: seconds after which the server deletes it.
+            progress: True draws a bar on stderr; a callable gets (bytes sent, bytes in all).
+            idempotency_key: sent by itself, a fresh one each call; give one to make a repeated call the same upload.
+        """
+        source = Path(path)
+        with transfer(progress, f"uploading {source.name}") as on_bytes:
+            return await self._client.send(calls.upload_file(source, purpose, expires_after, on_bytes, idempotency_key))
+
+    async def get(self, file_id: str) -> File:
+        """One file's record."""
+        return await self._client.send(calls.get_file(file_id))
+
+    async def delete(self, file_id: str) -> Deleted:
+        """Delete a file."""
+        return await self._client.send(calls.delete_file(file_id))
+
+    async def content(self, file_id: str) -> bytes:
+        """A file's bytes."""
+        return await self._client.content(calls.file_content(file_id))
+
+    def list(
+        self, *, purpose: str | None = None, order: Literal["asc", "desc"] | None = None, limit: int | None = None
+    ) -> AsyncPages[File]:
+        """All files, newest first unless `order` says otherwise; `limit` is the size of a page."""
+        return AsyncPages(lambda after: self._client.send(calls.list_files(after, limit, order, purpose)))
+
+
+class AsyncAdapters:
+    """Adapters by name, and their immutable versions."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def get(self, name: str) -> Adapter:
+        """One adapter."""
+        return await self._client.send(calls.get_adapter(name))
+
+    async def import_(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        progress: bool | calls.OnBytes = False,
+        idempotency_key: str | None = None,
+    ) -> Adapter:
+        """Import a PEFT directory (adapter_config.json, adapter_model.safetensors); a name in use gets a version."""
+        with transfer(progress, f"importing {name}") as on_bytes:
+            return await self._client.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
+
+    async def download(
+        self, name: str, path: str | os.PathLike[str], *, progress: bool | calls.OnBytes = False
+    ) -> Path:
+        """Write the adapter's PEFT directory as a zip to `path`, which appears only when complete; returns it."""
+        with transfer(progress, f"downloading {name}") as on_bytes:
+            return await self._client.download(calls.adapter_download(name), Path(path), on_bytes)
+
+    async def delete(self, name: str) -> Deleted:
+        """Delete a name and all its versions; requests that run finish."""
+        return await self._client.send(calls.delete_adapter(name))
+
+    async def rollback(self, name: str, version: int | str) -> Adapter:
+        """Point the name at an earlier version."""
+        return await self._client.send(calls.rollback_adapter(name, version))
+
+    async def pin(self, name: str, *, pinned: bool = True) -> Adapter:
+        """Keep (or no longer keep) the adapter in a slot."""
+        return await self._client.send(calls.pin_adapter(name, pinned=pinned))
+
+    def versions(self, name: str) -> AsyncPages[Adapter]:
+        """All versions of a name."""
+        return AsyncPages(lambda after: self._client.send(calls.adapter_versions(name, after)))
+
+    def list(self) -> AsyncPages[Adapter]:
+        """All adapters."""
+        return AsyncPages(lambda after: self._client.send(calls.list_adapters(after)))

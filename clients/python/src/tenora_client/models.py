@@ -1,0 +1,229 @@
+"""The objects of the API, as the server sends them. Fields that this version does not know are kept (`model_extra`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+Message: TypeAlias = Mapping[str, Any]
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class ApiObject(BaseModel):
+    """Base of all: immutable, and tolerant of what a newer server adds."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+
+class ListPage(ApiObject, Generic[T]):
+    """One page of a listing."""
+
+    data: Sequence[T]
+    has_more: bool = False
+
+
+class Deleted(ApiObject):
+    """What a DELETE answers."""
+
+    id: str
+    deleted: bool
+
+
+class Model(ApiObject):
+    """A model that can be asked; `parent` is None for the base and the base's id for an adapter."""
+
+    id: str
+    created: int
+    owned_by: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class Usage(ApiObject):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+
+
+class ChatMessage(ApiObject):
+    """The answer of one choice."""
+
+    role: str
+    content: str | None = None
+
+
+class ChatChoice(ApiObject):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None = None
+    logprobs: Mapping[str, Any] | None = None
+
+
+class ChatCompletion(ApiObject):
+    """An answer to a conversation; `model` is the name that was asked for."""
+
+    id: str
+    created: int
+    model: str
+    choices: Sequence[ChatChoice]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].message.content or ""
+
+
+class ChatDelta(ApiObject):
+    """What a chunk adds to a choice."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(ApiObject):
+    """A choice's part of a chunk; the last one has a finish_reason."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: Mapping[str, Any] | None = None
+
+
+class ChatChunk(ApiObject):
+    """One event of a streamed answer. With `include_usage` the last one has no choices, but the usage."""
+
+    id: str
+    created: int
+    model: str
+    choices: Sequence[ChatChunkChoice]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """New text of the first choice; empty if the chunk brings none."""
+        return next((choice.delta.content or "" for choice in self.choices if choice.index == 0), "")
+
+
+class CompletionChoice(ApiObject):
+    """One completion of one prompt, or a part of it when streamed."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: Mapping[str, Any] | None = None
+
+
+class Completion(ApiObject):
+    """A text completion, or one event of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    choices: Sequence[CompletionChoice]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice; empty if a chunk brings none."""
+        return self.choices[0].text if self.choices else ""
+
+
+class File(ApiObject):
+    """An uploaded file. `status` "error" means unusable for training; `status_details` says why, with line numbers."""
+
+    id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None = None
+    expires_at: int | None = None
+
+
+class JobFailure(ApiObject):
+    """Why a job failed."""
+
+    code: str | None = None
+    message: str
+    param: str | None = None
+
+
+class JobState(ApiObject):
+    """A fine-tuning job at one moment. Hyperparameters are "auto" until the files have been read."""
+
+    id: str
+    created_at: int
+    model: str
+    status: JobStatus
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Mapping[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    name: str | None = None
+    error: JobFailure | None = None
+    fine_tuned_model: str | None = None
+    finished_at: int | None = None
+    estimated_finish: int | None = None
+    trained_tokens: int | None = None
+    metadata: Mapping[str, str] | None = None
+    evaluation: Mapping[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is over, well or not."""
+        return self.status in TERMINAL
+
+
+class JobEvent(ApiObject):
+    """A line of a job's log; `data` carries numbers when `type` is "metrics"."""
+
+    id: str
+    created_at: int
+    level: str
+    message: str
+    type: str | None = None
+    data: Mapping[str, Any] | None = None
+
+
+class Checkpoint(ApiObject):
+    """A checkpoint of a job; `fine_tuned_model_checkpoint` can be asked as a model."""
+
+    id: str
+    created_at: int
+    step_number: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class Adapter(ApiObject):
+    """A name together with the immutable version that it points at, or one of its versions."""
+
+    id: str
+    name: str
+    tenant: str
+    version: int | str
+    digest: str
+    base_model: str
+    rank: int
+    target_modules: Sequence[str]
+    bytes: int
+    created_at: int
+    source: str
+    method: str | None = None
+    job_id: str | None = None
+    parent: str | None = None
+    resident: str | None = None
+    pinned: bool = False
+    evaluation: Mapping[str, Any] | None = None

@@ -1,0 +1,65 @@
+"""The FastAPI application: middlewares, routes and the objects that they share."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from tenora import __version__
+from tenora.api import errors
+from tenora.api.lifecycle import Lifecycle
+from tenora.api.middleware import Authentication, BodyLimit, DrainGate, RequestContext
+from tenora.api.routes import adapters, chat, completions, files, fine_tuning, lora_compat, models, operations
+from tenora.config import Settings
+from tenora.control.control import Control
+from tenora.telemetry.metrics import Metrics
+
+DESCRIPTION = "Trains and serves many tenants' LoRA adapters on one frozen base model. OpenAI-compatible."
+
+
+def create_app(control: Control, settings: Settings) -> FastAPI:
+    """The application over an open control plane. Its owner opens and closes `control`.
+
+    `app.state.lifecycle` drains it: see `tenora.api.lifecycle.Lifecycle`.
+    """
+    lifecycle = Lifecycle()
+    metrics = build_metrics(control)
+    app = FastAPI(
+        title="Tenora",
+        version=__version__,
+        description=DESCRIPTION,
+        redirect_slashes=False,  # a redirect would tell a route's existence, and clients drop the key on the way
+        middleware=[
+            Middleware(RequestContext, metrics=metrics),
+            Middleware(DrainGate, lifecycle=lifecycle),
+            Middleware(Authentication, authenticate=control.keys.authenticate),
+            Middleware(BodyLimit, settings=settings),
+        ],
+    )
+    app.state.control = control
+    app.state.settings = settings
+    app.state.lifecycle = lifecycle
+    app.state.metrics = metrics
+    errors.install(app)
+    app.include_router(operations.router)
+    if settings.role != "train":  # a training replica takes no public inference
+        app.include_router(chat.router)
+        app.include_router(completions.router)
+    for module in (models, files, fine_tuning, adapters, lora_compat):
+        app.include_router(module.router)
+    return app
+
+
+def build_metrics(control: Control) -> Metrics:
+    """Metrics that read the engine behind `control`."""
+    engine = control.engine
+
+    def last_step() -> float:
+        # The engine's clock is monotonic; scrapers compare Unix times.
+        return time.time() - (time.monotonic() - engine.last_heartbeat)
+
+    return Metrics(
+        control.inference.base_id, stats=lambda: engine.stats, last_step=last_step, block_size=engine.ready.block_size
+    )

@@ -1,0 +1,97 @@
+"""What routes ask for: who is calling, with which scope, and the parts of the server that they use.
+
+Authentication itself is a middleware (deny by default); here a route names the scope that its caller's key must carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pydantic_core
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from tenora.api.lifecycle import Lifecycle
+from tenora.config import Settings
+from tenora.control.control import Control
+from tenora.control.records import Principal, Scope
+from tenora.errors import AuthenticationError, InvalidRequestError
+from tenora.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Dependency: the authenticated principal, whose key must carry `scope` (None: any valid key will do)."""
+
+    scope: Scope | None
+
+    async def __call__(self, request: Request) -> Principal:
+        """The principal, or PermissionDeniedError."""
+        principal = getattr(request.state, "principal", None)
+        if not isinstance(principal, Principal):
+            # The middleware leaves nothing else to happen, and a route must not depend on its being there.
+            raise AuthenticationError("No API key. Send it as `Authorization: Bearer <key>`.")
+        if self.scope is not None:
+            principal.require(self.scope)
+        return principal
+
+
+async def _control(request: Request) -> Control:
+    control: Control = request.app.state.control
+    return control
+
+
+async def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+async def _metrics(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
+
+
+async def _lifecycle(request: Request) -> Lifecycle:
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle
+
+
+AnyKey = Annotated[Principal, Depends(Caller(None))]
+Infer = Annotated[Principal, Depends(Caller("infer"))]
+Train = Annotated[Principal, Depends(Caller("train"))]
+ManageAdapters = Annotated[Principal, Depends(Caller("adapters"))]
+Admin = Annotated[Principal, Depends(Caller("admin"))]
+ControlDep = Annotated[Control, Depends(_control)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
+MetricsDep = Annotated[Metrics, Depends(_metrics)]
+LifecycleDep = Annotated[Lifecycle, Depends(_lifecycle)]
+
+
+class JsonRequest(Request):
+    """A request whose JSON is parsed with a bound on its depth (200) and without NaN or infinities."""
+
+    async def json(self) -> Any:
+        """The parsed body; HTTPException, with the error that is told to the client as its cause, if it is not JSON."""
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            # FastAPI lets only this class through; the error table looks at the cause.
+            raise HTTPException(400) from InvalidRequestError(
+                f"The body is not valid JSON: {error}.", code="invalid_json"
+            )
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as JsonRequest does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler that FastAPI builds, given a JsonRequest."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle

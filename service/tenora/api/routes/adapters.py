@@ -1,0 +1,117 @@
+"""/v1/adapters: import, list, versions, rollback, pin, download, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from tenora.api.dependencies import ControlDep, JsonRoute, ManageAdapters, SettingsDep
+from tenora.api.idempotency import once
+from tenora.api.multipart import read_form
+from tenora.api.schemas.adapters import AdapterObject, RollbackRequest
+from tenora.api.schemas.base import Deleted, ListResponse
+
+router = APIRouter(tags=["adapters"], route_class=JsonRoute)
+ADAPTERS = "/v1/adapters"
+ONE = ADAPTERS + "/{name:path}"  # a canonical name, `tenant/name`, has a slash; so the longer paths are declared first
+MAX_CONFIG_BYTES = 2**20
+FORM_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "adapter_config", "adapter_model"],
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
+                        "adapter_config": {"type": "string", "format": "binary"},
+                        "adapter_model": {"type": "string", "format": "binary"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post(ADAPTERS, response_model=AdapterObject, status_code=201, openapi_extra=FORM_SCHEMA)
+async def import_adapter(
+    request: Request, caller: ManageAdapters, control: ControlDep, settings: SettingsDep
+) -> Response:
+    """Import a PEFT adapter; under a name in use it becomes the next version."""
+    files = {"adapter_config": MAX_CONFIG_BYTES, "adapter_model": settings.max_adapter_bytes}
+    async with read_form(request, settings.root / "staging", fields=("name",), files=files) as form:
+        name = form.text("name")
+        config = await asyncio.to_thread(form.file("adapter_config").path.read_bytes)
+        weights = form.file("adapter_model").path
+
+        async def store() -> AdapterObject:
+            return AdapterObject.of(await control.adapters.import_(caller, name=name, config=config, weights=weights))
+
+        return await once(request, control, caller, form.fingerprint(), store, status=201)
+
+
+@router.get(ADAPTERS)
+async def list_adapters(caller: ManageAdapters, control: ControlDep) -> ListResponse[AdapterObject]:
+    """The tenant's adapters, each with the version that its name points at."""
+    return ListResponse.page([AdapterObject.of(record) for record in await control.adapters.list(caller)])
+
+
+@router.get(ONE + "/versions")
+async def list_versions(name: str, caller: ManageAdapters, control: ControlDep) -> ListResponse[AdapterObject]:
+    """Every version that the adapter ever had."""
+    return ListResponse.page([AdapterObject.of(record) for record in await control.adapters.versions(caller, name)])
+
+
+@router.post(ONE + "/rollback")
+async def roll_back(name: str, body: RollbackRequest, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+    """Point the name at another of its versions. Requests in flight finish on the one they started with."""
+    return AdapterObject.of(await control.adapters.rollback(caller, name, body.version))
+
+
+@router.post(ONE + "/pin")
+async def pin_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+    """Keep the adapter on the device."""
+    return AdapterObject.of(await control.adapters.pin(caller, name, True))
+
+
+@router.post(ONE + "/unpin")
+async def unpin_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+    """Let the adapter's place on the device go to others again."""
+    return AdapterObject.of(await control.adapters.pin(caller, name, False))
+
+
+@router.get(ONE + "/download", response_class=FileResponse)
+async def download_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> FileResponse:
+    """A zip of the PEFT directory, which `PeftModel.from_pretrained` and vLLM load once unpacked."""
+    path = await control.adapters.archive(caller, name)
+    return PassingFileResponse(path, media_type="application/zip", filename=f"{name.rsplit('/', 1)[-1]}.zip")
+
+
+@router.get(ONE)
+async def get_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+    """One adapter, by its name, its canonical name or `name@digest`."""
+    return AdapterObject.of(await control.adapters.get(caller, name))
+
+
+@router.delete(ONE)
+async def delete_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> Deleted:
+    """Delete an adapter and all its versions. Running requests finish."""
+    await control.adapters.delete(caller, name)
+    return Deleted(id=name, object="adapter")
+
+
+class PassingFileResponse(FileResponse):
+    """Sends a file that was made for this answer, and removes it however the sending ends."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the file over one ASGI connection."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await asyncio.to_thread(Path(self.path).unlink, missing_ok=True)

@@ -1,0 +1,142 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request
+
+from tenora.api.attendance import EventStream, attended, closing
+from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
+from tenora.api.generation import Collected, Tally, check_token_ids, collect, generate, prompt_logprobs
+from tenora.api.schemas import chat as schema
+from tenora.control.inference import Inference
+from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
+
+router = APIRouter(tags=["inference"], route_class=JsonRoute)
+
+
+@router.post("/v1/chat/completions", response_model=schema.ChatCompletion)
+async def create_chat_completion(
+    body: schema.ChatCompletionRequest,
+    request: Request,
+    caller: Infer,
+    control: ControlDep,
+    metrics: MetricsDep,
+    lifecycle: LifecycleDep,
+) -> schema.ChatCompletion | EventStream:
+    """Answer a conversation, with the base or an adapter. With `stream` the answer comes as server-sent events."""
+    timer = metrics.timer()
+    target = await control.inference.resolve(caller, body.model, body.adapter_id)
+    generation = await prepare(control.inference, body, target)
+    tally = Tally()
+    deltas = generate(control.inference, [generation], tally, timer)
+    answer = ChatAnswer(target.name, body.choices, tally)
+    if body.stream:
+        return EventStream(answer.chunks(deltas, logprobs=bool(body.logprobs), usage=body.include_usage), lifecycle)
+    collected = await attended(collect(deltas, tally, body.choices), request.receive, lifecycle)
+    return answer.complete(collected, logprobs=bool(body.logprobs), prompt_alternatives=body.prompt_logprobs)
+
+
+async def prepare(inference: Inference, body: schema.ChatCompletionRequest, target: Target) -> GenerationRequest:
+    """Render and tokenize the conversation, and check that it fits the context."""
+    check_token_ids(inference, body.logit_bias or (), "logit_bias")
+    check_token_ids(inference, body.stop_token_ids or (), "stop_token_ids")
+    # In a thread: a long conversation takes long enough to hold up every other stream.
+    prompt = await asyncio.to_thread(inference.chat_prompt, [message.for_template() for message in body.messages])
+    max_tokens = inference.fit_max_tokens(len(prompt), body.token_limit)
+    return GenerationRequest(
+        target=target,
+        prompt_token_ids=prompt,
+        sampling=body.sampling_params(max_tokens, logprobs=body.alternatives, prompt_logprobs=body.prompt_logprobs),
+        n=body.choices,
+        stop=body.stop or (),
+        include_stop=bool(body.include_stop_str_in_output),
+        priority=body.priority or 0,
+    )
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """Shapes deltas into the answer or its chunks, which share id, time and the model's name as it was asked for."""
+
+    model: str
+    n: int
+    tally: Tally
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def complete(
+        self, collected: Collected, *, logprobs: bool, prompt_alternatives: int | None
+    ) -> schema.ChatCompletion:
+        """The whole answer."""
+        choices = [
+            schema.ChatChoice(
+                index=index,
+                message=schema.ChatMessage(content=choice.text),
+                logprobs=token_logprobs(choice.logprobs) if logprobs else None,
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+            )
+            for (_, index), choice in sorted(collected.choices.items())
+        ]
+        return schema.ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=self.tally.usage(),
+            prompt_logprobs=prompt_logprobs(collected.prompt_logprobs.get(0), prompt_alternatives),
+        )
+
+    async def chunks(
+        self, deltas: AsyncIterator[tuple[int, Delta]], *, logprobs: bool, usage: bool
+    ) -> AsyncIterator[str]:
+        """The JSON of each event: the roles, the text as it comes, each choice's end, the usage if wanted."""
+        begun = False
+        async with closing(deltas) as items:
+            async for _, delta in items:
+                if not begun:
+                    begun = True
+                    for index in range(self.n):
+                        yield self._chunk(schema.ChunkChoice(index=index, delta={"role": "assistant", "content": ""}))
+                if delta.text or (logprobs and delta.logprobs):
+                    content = token_logprobs(delta.logprobs or ()) if logprobs else None
+                    yield self._chunk(
+                        schema.ChunkChoice(index=delta.index, delta={"content": delta.text}, logprobs=content)
+                    )
+                if delta.finish_reason is not None:
+                    end = schema.ChunkChoice(
+                        index=delta.index, delta={}, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
+                    )
+                    yield self._chunk(end)
+        if usage:
+            chunk = schema.ChatChunk(
+                id=self.id, created=self.created, model=self.model, choices=[], usage=self.tally.usage()
+            )
+            yield chunk.model_dump_json()
+
+    def _chunk(self, choice: schema.ChunkChoice) -> str:
+        return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=[choice]).model_dump_json()
+
+
+def token_logprobs(entries: Sequence[LogprobEntry]) -> schema.ChatLogprobs:
+    """Log-probabilities in OpenAI's chat shape."""
+    return schema.ChatLogprobs(
+        content=[
+            schema.TokenLogprob(
+                token=entry.token,
+                logprob=entry.logprob,
+                bytes=list(entry.bytes),
+                top_logprobs=[
+                    schema.TopLogprob(token=token, logprob=logprob, bytes=list(raw))
+                    for _, token, raw, logprob in entry.top
+                ],
+            )
+            for entry in entries
+        ]
+    )

@@ -1,0 +1,132 @@
+"""/v1/files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from tenora.api.dependencies import ControlDep, SettingsDep, Train
+from tenora.api.idempotency import once
+from tenora.api.multipart import Form, read_form
+from tenora.api.schemas.base import Deleted, ListResponse
+from tenora.api.schemas.files import EXPIRES_MAX_SECONDS, EXPIRES_MIN_SECONDS, FileObject
+from tenora.control.control import Control
+from tenora.control.records import Principal
+from tenora.errors import InvalidRequestError
+
+router = APIRouter(tags=["files"])
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_CHUNK = 2**20
+FORM_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string"},
+                        _ANCHOR: {"type": "string", "enum": ["created_at"]},
+                        _SECONDS: {"type": "integer", "minimum": EXPIRES_MIN_SECONDS, "maximum": EXPIRES_MAX_SECONDS},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/files", response_model=FileObject, openapi_extra=FORM_SCHEMA)
+async def upload_file(request: Request, caller: Train, control: ControlDep, settings: SettingsDep) -> Response:
+    """Upload a file; a training file (`purpose: fine-tune`) is checked line by line, and `status` says how it went."""
+    fields = ("purpose", _ANCHOR, _SECONDS)
+    async with read_form(
+        request, settings.root / "staging", fields=fields, files={"file": settings.max_file_bytes}
+    ) as form:
+        expires_after = _expiry(form)
+        form.text("purpose")
+        form.file("file")
+
+        async def store() -> FileObject:
+            return await _store(control, caller, form, expires_after)
+
+        return await once(request, control, caller, form.fingerprint(), store)
+
+
+async def _store(control: Control, caller: Principal, form: Form, expires_after: int | None) -> FileObject:
+    upload = form.file("file")
+    record = await control.files.create(
+        caller,
+        filename=upload.filename,
+        purpose=form.text("purpose"),
+        chunks=_chunks(upload.path),
+        expires_after=expires_after,
+    )
+    return FileObject.of(record)
+
+
+def _expiry(form: Form) -> int | None:
+    if _ANCHOR not in form.fields and _SECONDS not in form.fields:
+        return None
+    if form.text(_ANCHOR) != "created_at":
+        raise InvalidRequestError(f'{_ANCHOR} must be "created_at".', param=_ANCHOR)
+    seconds = form.text(_SECONDS)
+    if not (
+        seconds.isascii() and seconds.isdecimal() and EXPIRES_MIN_SECONDS <= int(seconds[:10]) <= EXPIRES_MAX_SECONDS
+    ):
+        raise InvalidRequestError(
+            f"{_SECONDS} must be a number of seconds from {EXPIRES_MIN_SECONDS} to {EXPIRES_MAX_SECONDS}.",
+            param=_SECONDS,
+        )
+    return int(seconds)
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    file = await asyncio.to_thread(path.open, "rb")
+    try:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK):
+            yield chunk
+    finally:
+        file.close()
+
+
+@router.get("/v1/files")
+async def list_files(
+    caller: Train,
+    control: ControlDep,
+    after: Annotated[str | None, Query(max_length=128)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+) -> ListResponse[FileObject]:
+    """The tenant's files, newest first unless `order` is asc."""
+    page = await control.files.list(caller, after=after, limit=limit, order=order, purpose=purpose)
+    return ListResponse.page([FileObject.of(record) for record in page.items], has_more=page.has_more)
+
+
+@router.get("/v1/files/{file_id}")
+async def get_file(file_id: str, caller: Train, control: ControlDep) -> FileObject:
+    """One file."""
+    return FileObject.of(await control.files.get(caller, file_id))
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, caller: Train, control: ControlDep) -> Deleted:
+    """Delete a file and its content."""
+    await control.files.delete(caller, file_id)
+    return Deleted(id=file_id, object="file")
+
+
+@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+async def get_file_content(file_id: str, caller: Train, control: ControlDep) -> FileResponse:
+    """The bytes of a file."""
+    record = await control.files.get(caller, file_id)
+    path = await control.files.content(caller, file_id)
+    return FileResponse(path, media_type="application/octet-stream", filename=record.filename)

@@ -1,0 +1,48 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from tenora.api.dependencies import AnyKey, ControlDep, LifecycleDep, MetricsDep
+from tenora.api.lifecycle import Lifecycle
+from tenora.control.control import Control
+from tenora.telemetry.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez")
+async def livez(control: ControlDep) -> JSONResponse:
+    """200 unless the engine's loop hangs. An idle loop beats, and a dead engine is restarted: both are alive."""
+    engine = control.engine
+    hangs = engine.alive and not engine.healthy
+    return JSONResponse({"status": "engine hangs" if hangs else "ok"}, 503 if hangs else 200)
+
+
+@router.get("/readyz")
+async def readyz(control: ControlDep, lifecycle: LifecycleDep) -> JSONResponse:
+    """200 if a request would be served now."""
+    return readiness(control, lifecycle)
+
+
+@router.get("/health")
+async def health(_: AnyKey, control: ControlDep, lifecycle: LifecycleDep) -> JSONResponse:
+    """The same, under the name that vLLM's users know."""
+    return readiness(control, lifecycle)
+
+
+def readiness(control: Control, lifecycle: Lifecycle) -> JSONResponse:
+    """Whether the server takes requests, and if not why."""
+    if lifecycle.draining:
+        return JSONResponse({"status": "draining"}, 503)
+    if not control.ready():
+        return JSONResponse({"status": "engine is starting"}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(_: AnyKey, metrics: MetricsDep) -> Response:
+    """Prometheus metrics."""
+    return Response(metrics.render(), media_type=CONTENT_TYPE)

@@ -1,0 +1,65 @@
+"""What the schemas share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+
+
+class RequestModel(BaseModel):
+    """A body or a part of one: unknown fields are refused, and NaN is not a number."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False, frozen=True)
+
+
+class ResponseModel(BaseModel):
+    """An answer or a part of one."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ListResponse(ResponseModel, Generic[T]):
+    """A page of a listing; the next one starts `after` its last id."""
+
+    object: Literal["list"] = "list"
+    data: Sequence[T]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
+
+    @classmethod
+    def page(cls, data: Sequence[T], *, has_more: bool = False) -> ListResponse[T]:
+        """The page with these items, each of which has an `id`."""
+        ids = [str(getattr(item, "id", "")) for item in data]
+        return cls(data=data, has_more=has_more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
+
+
+class Deleted(ResponseModel):
+    """The answer of a DELETE."""
+
+    id: str
+    object: str
+    deleted: bool = True
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """A finding of a validator. `message` may not quote what was sent: braces would be filled in from nothing."""
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+def auto_or_number(kind: type[int] | type[float], low: float, high: float) -> Callable[[Any], Any]:
+    """A validator for `"auto"` or a number of `kind` between `low` and `high`."""
+    word = "a whole number" if kind is int else "a number"
+
+    def check(value: Any) -> Any:
+        fits = type(value) is int or (kind is float and type(value) is float)
+        if value is None or value == "auto" or (fits and low <= value <= high):
+            return value
+        raise invalid(f'must be "auto" or {word} from {low:g} to {high:g}')
+
+    return check

@@ -1,0 +1,23 @@
+"""Errors become one line on stderr and exit status 1; a traceback is for bugs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tenora.errors import TenoraError
+from tenora_client import TenoraError as ClientError
+
+
+class Commands(TyperGroup):
+    """The root of the command tree."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except (TenoraError, ClientError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error

@@ -1,0 +1,204 @@
+"""What `tenora serve` does: model → engine → control plane → HTTP, and the same backwards on SIGTERM.
+
+This process holds no tensors; the engine, its child, does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import typer
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from tenora.api.app import create_app
+from tenora.api.lifecycle import Lifecycle
+from tenora.cli.connection import SERVER_FILE
+from tenora.cli.progress import PullProgress
+from tenora.config import Settings
+from tenora.control.control import Control
+from tenora.engine.client import AsyncEngine
+from tenora.errors import ConfigurationError
+from tenora.model.catalog import ResolvedModel, resolve_model
+from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.tokenizer import Tokenizer
+from tenora.telemetry import logs
+from tenora.telemetry.metrics import Metrics
+
+FLUSH_SECONDS = 5  # after the grace, for the last events of streams that were cut off
+BACKLOG = 2048
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        TenoraError: the server could not start; the message says what to do.
+    """
+    logs.configure(settings.log_level)
+    settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Before the signal handlers: fetching a model is atomic, so a signal may simply end it.
+    with PullProgress(settings.model) as progress:
+        model = resolve_model(settings.model, settings.root, progress)
+    uvloop.run(_run(settings, model))
+
+
+async def _run(settings: Settings, model: ResolvedModel) -> None:
+    """Serve; the first signal ends it gracefully, the second at once."""
+    stop, started = asyncio.Event(), asyncio.Event()
+    service = asyncio.create_task(serve(settings, model, stop, started))
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # the engine's process ends when this one is gone
+        stop.set()
+        if not started.is_set():
+            service.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await service
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+        log.info("stopped before it was ready")
+
+
+async def serve(settings: Settings, model: ResolvedModel, stop: asyncio.Event, started: asyncio.Event) -> None:
+    """Start everything and set `started`; when `stop` is set, drain and end everything."""
+    with listening(settings) as listener:
+        async with control_plane(settings, model) as control:
+            app = create_app(control, settings)
+            server = Server(http_config(app))
+            serving = asyncio.create_task(server.serve([listener]))
+            await server.ready.wait()
+            with announced(settings, control, listener):
+                started.set()
+                stopping = asyncio.create_task(stop.wait())
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                await drain(app.state.lifecycle, app.state.metrics, control, settings.drain_seconds)
+            server.should_exit = True
+            await serving
+
+
+async def drain(lifecycle: Lifecycle, metrics: Metrics, control: Control, seconds: float) -> None:
+    """Refuse new requests and wait for the open ones; those that outlast the grace end with an error."""
+    log.info("draining", extra={"open_requests": lifecycle.open, "seconds": seconds})
+    lifecycle.begin_drain()
+    control.begin_drain()
+    metrics.draining.set(1)
+    if await lifecycle.drained(seconds):
+        return
+    log.warning("the grace is over; open requests are cut off", extra={"open_requests": lifecycle.open})
+    try:
+        await asyncio.wait_for(lifecycle.idle(), FLUSH_SECONDS)
+    except TimeoutError:
+        log.warning("some clients do not take their last event", extra={"open_requests": lifecycle.open})
+
+
+@asynccontextmanager
+async def control_plane(settings: Settings, model: ResolvedModel) -> AsyncIterator[Control]:
+    """The engine and the control plane over it, running."""
+    engine = AsyncEngine(settings, model.directory)
+    await engine.start()
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
+        spec = await asyncio.to_thread(ModelSpec.from_directory, model.directory)
+        control = await Control.open(settings, engine, tokenizer, model, target_modules(spec))
+        try:
+            await control.start()
+            yield control
+        finally:
+            await control.close()
+    finally:
+        await engine.close(0)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which leaves signals to us (a request that comes during the drain is answered 503, not cut off)."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept, then say so."""
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install nothing."""
+        yield
+
+
+def http_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        loop="none",  # it runs in ours, which is uvloop's
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """The bound socket, taken before minutes go into loading a model.
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}. "
+            "Stop what uses it, or choose another with --port (0 picks a free one)."
+        ) from error
+    with listener:
+        listener.setblocking(False)
+        yield listener
+
+
+@contextmanager
+def announced(settings: Settings, control: Control, listener: socket.socket) -> Iterator[None]:
+    """Say where the server is: on stdout, and in the state directory for the command line."""
+    url = url_of(listener)
+    path = settings.root / SERVER_FILE
+    path.write_text(json.dumps({"url": url, "pid": os.getpid(), "model": control.inference.base_id}) + "\n")
+    made = control.bootstrap
+    if made.secret is not None:
+        typer.echo(f"API key of the default tenant, shown once and kept in {made.credentials}: {made.secret}")
+    typer.echo(f"Tenora is ready at {url} with {control.inference.base_id}")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def url_of(listener: socket.socket) -> str:
+    """An address at which this machine reaches the socket."""
+    host, port = listener.getsockname()[:2]
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound to
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"

@@ -1,0 +1,171 @@
+"""The composition root of the control plane: what the API calls, built once and passed down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tenora.adapters.store import AdapterStore
+from tenora.adapters.targets import TargetModule
+from tenora.config import Settings
+from tenora.control.adapters import Adapters
+from tenora.control.blobs import Blobs
+from tenora.control.failpoints import Failpoints
+from tenora.control.files import Files
+from tenora.control.idempotency import Idempotency
+from tenora.control.inference import Inference
+from tenora.control.job_context import JobContext
+from tenora.control.job_requests import Limits
+from tenora.control.jobs import Jobs
+from tenora.control.models import Models
+from tenora.control.names import new_id
+from tenora.control.registry import Bootstrap, Registry
+from tenora.control.runner import JobRunner
+from tenora.errors import TenoraError, UnavailableError
+
+if TYPE_CHECKING:
+    from tenora.engine.client import AsyncEngine
+    from tenora.model.catalog import ResolvedModel
+    from tenora.model.tokenizer import Tokenizer
+
+__all__ = ["Bootstrap", "Control", "Registry"]
+
+_log = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 600.0
+
+
+class Control:
+    """Everything that the API calls.
+
+    `control = await Control.open(…)`, `await control.start()`, … `control.begin_drain()`, … `await control.close()`,
+    and only then `await engine.close(…)`: runs are paused through the engine.
+
+    Attributes:
+        bootstrap: what became of the default tenant's admin key; its `secret` is there to be printed once.
+        draining: no new generation and no new job is taken.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        model: ResolvedModel,
+        targets: Sequence[TargetModule],
+        bootstrap: Bootstrap,
+        lock: int,
+    ) -> None:
+        settings, database, storage = registry.settings, registry.database, registry.storage
+        self.settings = settings
+        self.engine = engine
+        self.bootstrap = bootstrap
+        self.draining = False
+        self.keys = registry.keys
+        self.tenants = registry.tenants
+        self.idempotency = Idempotency(database)
+        self._registry = registry
+        self._lock = lock
+        self._base_id = model.id
+        self._target_names = frozenset(target.name for target in targets)
+        self._housekeeper: asyncio.Task[None] | None = None
+        failpoints = Failpoints.parse(getattr(settings, "failpoints", ""))
+        if failpoints.armed:
+            _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
+        store = AdapterStore(storage.adapters)
+        self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
+        self.files = Files(settings, database, storage, failpoints)
+        self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
+        self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
+        self.inference = Inference(database, store, engine, tokenizer, model.id, self._admit)
+        context = JobContext(
+            settings, database, storage, self._blobs, self.adapters, engine, tokenizer, self._limits, failpoints
+        )
+        self._runner = JobRunner(context, owner=new_id("boot"))
+        self.jobs = Jobs(database, self._runner, self._limits, self._admit, failpoints)
+
+    @classmethod
+    async def open(
+        cls,
+        settings: Settings,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        model: ResolvedModel,
+        targets: Sequence[TargetModule],
+    ) -> Control:
+        """Open the state directory, migrate the registry, sweep what a dead process left, make the bootstrap key.
+
+        Raises:
+            ConfigurationError: the directory is in use, or the database cannot be.
+        """
+        started = time.time()
+        registry = await Registry.open(settings)
+        lock: int | None = None
+        try:
+            lock = await asyncio.to_thread(registry.storage.lock)
+            bootstrap = await registry.bootstrap()
+            control = await asyncio.to_thread(cls, registry, engine, tokenizer, model, targets, bootstrap, lock)
+            await control.sweep(started)
+        except BaseException:
+            await registry.close()
+            if lock is not None:
+                os.close(lock)
+            raise
+        return control
+
+    async def start(self) -> None:
+        """Begin to work on jobs, take over those of a dead process, and pin what is pinned. The engine has started."""
+        await self.adapters.pin_all()
+        await self._runner.start()
+        self._housekeeper = asyncio.create_task(self._keep_house(), name="control-housekeeping")
+
+    async def close(self) -> None:
+        """Pause what runs, so that the next start goes on, and let go of the state directory."""
+        self.begin_drain()
+        if self._housekeeper is not None:
+            self._housekeeper.cancel()
+            await asyncio.gather(self._housekeeper, return_exceptions=True)
+        await self._runner.stop()
+        await self._registry.close()
+        os.close(self._lock)
+
+    def ready(self) -> bool:
+        """Whether requests are taken and will be answered."""
+        return not self.draining and self.engine.healthy
+
+    def begin_drain(self) -> None:
+        """Take no new generation and no new job from now on; what runs goes on."""
+        self.draining = True
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise UnavailableError("The server is shutting down; send the request again.", code="draining")
+
+    def _limits(self) -> Limits:
+        return Limits(
+            base_id=self._base_id,
+            max_rank=self.settings.max_lora_rank,
+            max_model_len=self.engine.ready.max_model_len,
+            target_modules=self._target_names,
+        )
+
+    async def sweep(self, started: float) -> None:
+        """Remove half-written and unnamed blobs that are older than `started` (Unix time); `open` does it."""
+        staged = await asyncio.to_thread(self._registry.storage.sweep_staging, started)
+        files = await self.files.sweep(started)
+        adapters = await self._blobs.sweep(started)
+        await self.idempotency.forget_unfinished()
+        if staged or files or adapters:
+            _log.info("swept %d staged uploads, %d files and %d adapters without a row", staged, files, adapters)
+
+    async def _keep_house(self) -> None:
+        while True:
+            try:
+                await self.files.delete_expired()
+            except TenoraError:
+                _log.exception("expired files could not be removed; trying again later")
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)

@@ -1,0 +1,214 @@
+"""From a model name and a prompt to text: resolve, tokenize, submit to the engine, detokenize, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tenora.adapters.ref import AdapterRef
+from tenora.adapters.store import AdapterStore
+from tenora.control.closing import closing
+from tenora.control.database import Database
+from tenora.control.names import random_word
+from tenora.control.records import Delta, GenerationRequest, Principal, Target
+from tenora.control.resolution import find_digest
+from tenora.control.streams import ChoiceStream
+from tenora.engine.messages import Generate, SamplingParams
+from tenora.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NotFoundError
+
+if TYPE_CHECKING:
+    from tenora.engine.client import AsyncEngine
+    from tenora.model.tokenizer import Tokenizer
+
+_LONGEST_MODEL_NAME = 600
+_SEEDS = 2**63
+_BUFFERED_DELTAS = 64
+
+
+@dataclass(slots=True)
+class Inference:
+    """Everything between a request and the engine's sequences.
+
+    Attributes:
+        base_id: the base model's id, which always means the base.
+        admit: raises UnavailableError when no new work is taken (the server drains).
+    """
+
+    database: Database
+    store: AdapterStore
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    base_id: str
+    admit: Callable[[], None]
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and completion may have together."""
+        return self.engine.ready.max_model_len
+
+    async def resolve(self, principal: Principal, model: str | None, adapter_id: str | None = None) -> Target:
+        """What a request's `model` and `adapter_id` mean now; never a silent fall-back to the base.
+
+        Raises:
+            ModelNotFoundError: no such model for this tenant; the same for another tenant's.
+            InvalidRequestError: `adapter_id` beside a `model` that is not the base.
+        """
+        principal.require("infer")
+        if adapter_id is not None and model not in {None, self.base_id}:
+            raise InvalidRequestError(
+                f"With adapter_id, model must be the base {self.base_id!r} or absent; name the adapter in one of them.",
+                param="adapter_id",
+            )
+        # Absent means the base; an empty name does not.
+        wanted = next(name for name in (adapter_id, model, self.base_id) if name is not None)
+        shown = wanted if model is None else model
+        adapter = None if wanted == self.base_id else await self._find(principal, wanted)
+        return Target(
+            name=shown,
+            adapter=adapter,
+            tenant_id=principal.tenant_id,
+            # The server's choice and secret from nobody, but no client can send another: hits never cross tenants.
+            cache_salt=principal.tenant_id,
+        )
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """The conversation through the base's chat template, as token ids, ready for the assistant's answer.
+
+        Contents are strings or lists of text parts. This takes time in proportion to the text: call it in a thread for
+        long conversations (the tokenizer releases the interpreter lock).
+        """
+        rendered = self.tokenizer.render_chat(
+            [{**message, "content": _flat(message.get("content"))} for message in messages],
+            add_generation_prompt=True,
+            tools=tools,
+        )
+        return self._checked(self.tokenizer.encode(rendered))
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """A text prompt as token ids, with the special tokens that the tokenizer puts before a text."""
+        return self._checked(self.tokenizer.encode(prompt, add_special_tokens=True))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise InvalidRequestError unless every id is one of the vocabulary and there is at least one."""
+        self._checked(ids)
+        size = self.tokenizer.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < size:
+                raise InvalidRequestError(
+                    f"The token id {token_id} is not below the vocabulary's size {size}.", param="prompt"
+                )
+
+    def fit_max_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens that may be generated: as asked for, or as many as fit. ContextLengthError if they do not fit."""
+        room = self.max_model_len - prompt_tokens
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            asked = f" and {max_tokens} are asked for" if max_tokens is not None else ""
+            raise ContextLengthError(
+                f"The model's context holds {self.max_model_len} tokens; the prompt has {prompt_tokens}{asked}. "
+                "Shorten the prompt or lower max_tokens.",
+                param="messages" if room < 1 else "max_tokens",
+            )
+        return room if max_tokens is None else max_tokens
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas of the `n` choices, as they come; the last of each choice has a finish_reason.
+
+        Closing the iterator aborts what still runs. Errors of the engine (UnavailableError, RateLimitedError) are
+        raised from the iteration and end every choice.
+        """
+        self.admit()
+        name = f"gen-{random_word(16)}"
+        choices = [self._choice(request, index, f"{name}-{index}") for index in range(request.n)]
+        merged = choices[0] if len(choices) == 1 else _interleave(choices)
+        async with contextlib.aclosing(merged):
+            async for delta in merged:
+                yield delta
+
+    async def _choice(self, request: GenerationRequest, index: int, request_id: str) -> AsyncGenerator[Delta, None]:
+        stream = ChoiceStream(index, request, self.tokenizer)
+        command = Generate(
+            request_id=request_id,
+            token_ids=list(request.prompt_token_ids),
+            sampling=_of_choice(request.sampling, index),
+            adapter=request.target.adapter,
+            group=request.target.tenant_id,
+            cache_salt=request.target.cache_salt,
+            priority=request.priority,
+        )
+        async with closing(self.engine.generate(command)) as outputs:
+            async for output in outputs:
+                delta = stream.push(output)
+                if delta is not None:
+                    yield delta
+                if stream.finished:
+                    return
+
+    async def _find(self, principal: Principal, name: str) -> AdapterRef:
+        if len(name) > _LONGEST_MODEL_NAME:
+            raise InvalidRequestError(f"A model's name has at most {_LONGEST_MODEL_NAME} characters.", param="model")
+        async with self.database.read() as session:
+            digest = await find_digest(session, principal, name)
+        if digest is None:
+            raise ModelNotFoundError(name)
+        try:
+            return self.store.ref(digest)
+        except NotFoundError as error:
+            raise ModelNotFoundError(name) from error  # deleted since the row was read
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        if not ids:
+            raise InvalidRequestError("The prompt is empty; send at least one token of it.", param="prompt")
+        return list(ids)
+
+
+def _of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Choices of one seeded request differ, and each is the same every time."""
+    if sampling.seed is None or index == 0:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % _SEEDS)
+
+
+def _flat(content: Any) -> str:
+    """A message's content as one string; templates of text models take nothing else."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise InvalidRequestError("A message's content must be a string or a list of text parts.", param="messages")
+    return "".join(part for part in parts if part)
+
+
+async def _interleave(choices: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Items of all generators in the order of their arrival; the first error ends them all."""
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_BUFFERED_DELTAS)
+
+    async def pump(choice: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with contextlib.aclosing(choice):
+                async for delta in choice:
+                    await queue.put(delta)
+        except Exception as error:  # noqa: BLE001 (handed to the reader below, whatever it is)
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    pumps = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        running = len(pumps)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,184 @@
+"""`queued` → `running` → published: one job is followed through the engine, over engine deaths if need be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from tenora.control.closing import closing
+from tenora.control.job_context import JobContext
+from tenora.control.job_rows import Claim, LeaseLostError, drop_lease, log, owned
+from tenora.control.preparation import is_prepared, spec_of
+from tenora.control.publication import keep_checkpoint, publish_result
+from tenora.control.training_log import Metrics, Pace, eval_line, step_line
+from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
+from tenora.training.spec import (
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    StepEvent,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+)
+
+_log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5  # runs of one job that may end with the engine
+ENGINE_POLL_SECONDS = 0.5
+
+
+class JobTraining:
+    """Follows one claimed job until it is published, has failed, or is not this worker's any more."""
+
+    def __init__(self, context: JobContext, claim: Claim, closing_down: asyncio.Event) -> None:
+        """Take the job; nothing happens before `run`.
+
+        Args:
+            context: the collaborators.
+            claim: the lease, whose token fences every write.
+            closing_down: set when the service stops; the run is then paused and the job left for the next start.
+        """
+        self._context = context
+        self._claim = claim
+        self._closing = closing_down
+        self._left = False  # the job is in other hands: what the run still says is not recorded
+        self._pace = Pace()
+
+    async def run(self) -> None:
+        """Do it; errors of the job itself end the job, anything else is raised."""
+        try:
+            spec = await self._spec()
+            while spec is not None and await self._engine_is_up():
+                await self._begin()
+                if await self._attempt(spec):
+                    break
+        except LeaseLostError:
+            _log.info("job %s changed hands", self._claim.job_id)
+        except TenoraError as error:
+            await self._context.fail(self._claim, error)
+
+    async def leave(self, *, pause: bool) -> None:
+        """The job was cancelled or paused by its owner: record nothing more, end the run."""
+        self._left = True
+        await self._context.engine.stop_training(self._claim.job_id, pause=pause)
+
+    async def _spec(self) -> TrainSpec | None:
+        """The run; None if its rows have to be read again, which puts the job back into that state."""
+        context = self._context
+        async with context.database.read() as session:
+            row = await owned(session, self._claim)
+        workdir = context.storage.workdir(row.tenant_id, row.id)
+        if row.plan is not None and await asyncio.to_thread(is_prepared, workdir):
+            return spec_of(row.plan, workdir)
+        async with context.database.write() as session:
+            row = await owned(session, self._claim)
+            row.status = "validating_files"
+            row.plan = None
+            drop_lease(row)
+            log(session, row, "The prepared rows are missing; the files are read again", level="warn")
+        return None
+
+    async def _engine_is_up(self) -> bool:
+        """Wait for the engine; False if the service stops or the job changed hands first."""
+        while not (self._closing.is_set() or self._left):
+            if self._context.engine.alive:
+                return True
+            # The engine client has no event for "loaded again": it is looked at twice a second, by waiting jobs only.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENGINE_POLL_SECONDS):
+                    await self._closing.wait()
+        return False
+
+    async def _begin(self) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            resumed = row.status == "running" or row.trained_tokens is not None
+            row.status = "running"
+            log(
+                session,
+                row,
+                "Fine-tuning job resumed from its last saved state" if resumed else "Fine-tuning job started",
+            )
+        self._pace = Pace()
+
+    async def _attempt(self, spec: TrainSpec) -> bool:
+        """Follow the run; False if the engine died and it should be tried again."""
+        try:
+            async with closing(self._context.engine.train(spec)) as events:
+                async for event in events:
+                    await self._record(event)
+        except UnavailableError as error:
+            if self._closing.is_set() or self._left:
+                return True
+            await self._engine_died(error)
+            return False
+        return True
+
+    async def _record(self, event: TrainEvent) -> None:
+        """Put one event of the run into the registry, unless the job is in other hands."""
+        if self._left:
+            return
+        try:
+            match event:
+                case StepEvent():
+                    message, metrics = step_line(event)
+                    await self._line(message, metrics, event)
+                case EvalEvent():
+                    await self._line(*eval_line(event, self._pace.total_steps))
+                case CheckpointEvent():
+                    await self._keep(event)
+                case FinishedEvent():
+                    await publish_result(self._context, self._claim, event)
+                case FailedEvent():
+                    raise TrainingError(event.message, code=event.code)
+                case StoppedEvent():
+                    await self._stopped(event)
+        except LeaseLostError:
+            # Cancelled or paused elsewhere, or claimed by a worker that thought us dead. The run's end is awaited, so
+            # that its state is whole when another run of this job begins.
+            await self.leave(pause=True)
+
+    async def _line(self, message: str, metrics: Metrics, step: StepEvent | None = None) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            if step is not None:
+                row.trained_tokens = step.trained_tokens
+                row.estimated_finish = self._pace.estimate(step)
+            log(session, row, message, metrics=metrics)
+
+    async def _keep(self, event: CheckpointEvent) -> None:
+        try:
+            await keep_checkpoint(self._context, self._claim, event)
+        except StorageFullError:
+            # The run goes on: its own state is on disk already, a callable checkpoint is an extra.
+            _log.warning("job %s: no room for the checkpoint of step %d", self._claim.job_id, event.step)
+
+    async def _stopped(self, event: StoppedEvent) -> None:
+        if self._closing.is_set():
+            return  # the job stays `running`; the next start goes on
+        if event.paused:
+            raise UnavailableError("The engine is shutting down.")
+        raise TrainingError(f"The run was stopped at step {event.step}; start the job again.", code="run_stopped")
+
+    async def _engine_died(self, error: UnavailableError) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            row.attempts += 1
+            row.estimated_finish = None
+            attempts = row.attempts
+            log(
+                session,
+                row,
+                f"The engine stopped; the job goes on from its last saved state when it is back "
+                f"(attempt {attempts} of {MAX_ATTEMPTS})",
+                level="warn",
+            )
+        _log.warning("job %s: %s", self._claim.job_id, error.message)
+        if attempts >= MAX_ATTEMPTS:
+            raise TrainingError(
+                f"The engine stopped {attempts} times while this job ran; try a smaller batch_size or max_seq_length.",
+                code="engine_lost",
+            )

@@ -1,0 +1,138 @@
+"""One sequence's tokens become text: detokenized, cut at stop strings, with log-probabilities in text form."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tenora.control.records import Delta, GenerationRequest, LogprobEntry
+from tenora.control.stops import StopScanner
+from tenora.engine.messages import FinishReason, SequenceOutput, TokenLogprob
+from tenora.model.tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token whose text, [start, end) in characters of the whole text, was not passed on yet."""
+
+    token_id: int
+    logprob: LogprobEntry | None
+    start: int
+    end: int
+
+
+class ChoiceStream:
+    """Turns the engine's outputs for one choice into deltas.
+
+    Tokens travel with their text: while a stop string may have begun, its tokens wait, and if it is found those that
+    lie wholly behind the end of the text are not handed out.
+
+    Attributes:
+        finished: the last delta was made.
+    """
+
+    def __init__(self, index: int, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.finished = False
+        self._index = index
+        self._request = request
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self._scanner = StopScanner(request.stop, include=request.include_stop)
+        self._waiting: deque[_Token] = deque()
+        self._produced = 0  # characters that the detokenizer gave
+        self._passed = 0  # characters that were passed on
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._prompt_logprobs: Sequence[LogprobEntry | None] | None = None
+
+    def push(self, output: SequenceOutput) -> Delta | None:
+        """Take the next output; None if there is nothing to show yet."""
+        self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
+        text = self._read(output)
+        finish, reason = self._finish(output)
+        if finish is not None and self._scanner.matched is None:
+            text += self._scanner.feed(self._detokenizer.flush())
+            # The detokenizer's last characters may complete a stop string.
+            finish, reason = self._finish(output)
+            if self._scanner.matched is None:
+                text += self._scanner.flush()
+        self._passed += len(text)
+        self.finished = finish is not None
+        tokens = self._release()
+        if not (text or tokens or self.finished or self._prompt_logprobs is not None):
+            return None
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return Delta(
+            index=self._index,
+            text=text,
+            token_ids=[token.token_id for token in tokens],
+            logprobs=None
+            if output.logprobs is None and not any(token.logprob for token in tokens)
+            else _entries(tokens),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish,
+            stop_reason=reason,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+    def _read(self, output: SequenceOutput) -> str:
+        """The text of the output's tokens that can be shown."""
+        shown: list[str] = []
+        for position, token_id in enumerate(output.token_ids):
+            piece = self._detokenizer.push([token_id])
+            logprob = None if output.logprobs is None else self._entry(output.logprobs[position])
+            # A token without text is part of the next character (or special): it travels with what comes next.
+            self._waiting.append(_Token(token_id, logprob, self._produced, self._produced + max(len(piece), 1)))
+            self._produced += len(piece)
+            self._completion_tokens += 1
+            if self._completion_tokens <= self._request.sampling.min_tokens:
+                shown.append(self._scanner.skip(piece))
+                continue
+            shown.append(self._scanner.feed(piece))
+            if self._scanner.matched is not None:
+                break
+        else:
+            # The stop token is not among the tokens, but it was generated and is billed.
+            self._completion_tokens += output.stop_token_id is not None
+        return "".join(shown)
+
+    def _finish(self, output: SequenceOutput) -> tuple[FinishReason | None, int | str | None]:
+        if self._scanner.matched is not None:
+            return "stop", self._scanner.matched
+        asked_for = output.stop_token_id in self._request.sampling.stop_token_ids
+        return output.finish_reason, output.stop_token_id if asked_for else None
+
+    def _release(self) -> list[_Token]:
+        """The waiting tokens whose text was passed on; at the end all, except those behind a stop string."""
+        everything = self.finished and self._scanner.matched is None
+        released: list[_Token] = []
+        while self._waiting:
+            token = self._waiting[0]
+            begun = self.finished and token.start < self._passed
+            if not (everything or begun or token.end <= self._passed):
+                break
+            released.append(self._waiting.popleft())
+        return released
+
+    def _entry(self, token: TokenLogprob) -> LogprobEntry:
+        text, raw = self._tokenizer.token_text, self._tokenizer.token_bytes
+        return LogprobEntry(
+            token_id=token.token_id,
+            token=text(token.token_id),
+            bytes=tuple(raw(token.token_id)),
+            logprob=token.logprob,
+            top=tuple((other, text(other), tuple(raw(other)), logprob) for other, logprob in token.top),
+        )
+
+
+def _entries(tokens: Sequence[_Token]) -> list[LogprobEntry]:
+    return [token.logprob for token in tokens if token.logprob is not None]

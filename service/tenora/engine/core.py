@@ -1,0 +1,281 @@
+"""The engine: schedule, run, emit; then a slice of training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from tenora.adapters.peft_format import read_adapter
+from tenora.adapters.pool import SlotPool
+from tenora.config import Settings
+from tenora.engine.blocks import BlockManager
+from tenora.engine.loader import AdapterLoader
+from tenora.engine.messages import (
+    Abort,
+    Command,
+    EngineStats,
+    Event,
+    EvictAdapter,
+    Generate,
+    Outputs,
+    PinAdapter,
+    Ready,
+    StartTraining,
+    StopTraining,
+)
+from tenora.engine.outputs import Item, advance, failed, is_final
+from tenora.engine.requests import check_request
+from tenora.engine.runner import ModelRunner
+from tenora.engine.scheduler import Scheduled, Scheduler
+from tenora.engine.sequence import Sequence
+from tenora.engine.supervisor import available_cpus
+from tenora.engine.trainer import Run, Trainer
+from tenora.errors import ConfigurationError, TenoraError
+from tenora.model.cache import KVCache
+from tenora.model.decoder import Decoder
+from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
+from tenora.model.spec import target_modules
+from tenora.training.run import TrainingRun
+from tenora.training.spec import TrainSpec
+
+_log = logging.getLogger(__name__)
+
+IDLE_SLICE_SECONDS = 0.02  # of training between two looks at the commands while nothing is generated
+
+
+class Engine:
+    """One accelerator's data plane. Single-threaded: every method runs on the thread of the step loop."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: Settings,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        start_run: Callable[[Decoder, TrainSpec], Run] = TrainingRun,
+    ) -> None:
+        """Take its memory. Raises ConfigurationError if the KV memory does not hold one block.
+
+        Args:
+            decoder: the resident base.
+            settings: block size, KV and adapter memory, limits.
+            wake: called from a background thread when an adapter has been read, so that an idle loop takes a step.
+            start_run: makes a training run.
+        """
+        spec = decoder.spec
+        per_block = KVCache.bytes_per_block(spec, settings.block_size, decoder.dtype)
+        num_blocks = settings.kv_cache_bytes // per_block
+        if num_blocks == 0:
+            raise ConfigurationError(f"TENORA_KV_CACHE_BYTES is too small: one block takes {per_block} bytes.")
+        limit = min(spec.max_position_embeddings, num_blocks * settings.block_size)
+        self.max_model_len = min(limit, settings.max_model_len or limit)
+        self.decoder = decoder
+        self.targets = target_modules(spec)
+        self.pool = SlotPool(
+            self.targets,
+            max_slots=settings.max_adapters,
+            max_bytes=settings.adapter_pool_bytes,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
+        self.loader = AdapterLoader(
+            self.pool,
+            lambda ref: read_adapter(Path(ref.path), self.targets, max_rank=settings.max_lora_rank),
+            wake,
+        )
+        self.blocks = BlockManager(num_blocks, settings.block_size)
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.loader,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+        )
+        self.runner = ModelRunner(decoder, cache, self.pool.tables)
+        self.trainer = Trainer(lambda train: start_run(decoder, train))
+        self._doomed: set[str] = set()  # deleted versions that a sequence may still use
+        self._rejected: list[Item] = []
+        self._arrivals = 0
+        self._worked = False
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    @classmethod
+    def load(cls, settings: Settings, model_dir: Path, *, wake: Callable[[], None] = lambda: None) -> Engine:
+        """Load the base and take the memory that `settings` name.
+
+        Raises:
+            UnsupportedModelError, ConfigurationError: it cannot serve this model so.
+        """
+        torch.set_num_threads(settings.threads or available_cpus())
+        device = resolve_device(settings.device)
+        decoder = load_decoder(model_dir, device=device, dtype=resolve_dtype(settings.dtype, device))
+        return cls(decoder, settings, wake=wake)
+
+    @property
+    def ready(self) -> Ready:
+        """What the API has to know about this engine."""
+        return Ready(
+            device=str(self.decoder.device),
+            dtype=str(self.decoder.dtype).removeprefix("torch."),
+            max_model_len=self.max_model_len,
+            kv_blocks=self.blocks.num_blocks,
+            block_size=self.blocks.block_size,
+            target_modules=tuple(dict.fromkeys(target.name for target in self.targets)),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """False if the last step could do nothing and no command came since: then only a command or `wake` helps."""
+        return self._worked
+
+    def add(self, command: Command) -> None:
+        """Take a command. What is wrong with it comes out of the next step."""
+        self._worked = True
+        match command:
+            case Generate():
+                self._add_sequence(command)
+            case Abort(request_id=request_id):
+                if (sequence := self.scheduler.get(request_id)) is not None:
+                    self.scheduler.finish(sequence)
+            case StartTraining(spec=spec):
+                self.trainer.start(spec)
+            case StopTraining(run_id=run_id, pause=pause):
+                self.trainer.stop(run_id, pause=pause)
+            case PinAdapter(adapter=ref, pinned=pinned):
+                self.loader.pin(ref, pinned)
+            case EvictAdapter(digest=digest):
+                self._doomed.add(digest)
+
+    def step(self) -> list[Event]:
+        """Schedule, run, emit; then train for as long as that took, or for a moment if there was nothing to do."""
+        started = time.monotonic()
+        self.loader.settle_pins()
+        batch = self.scheduler.schedule()
+        items = self._take_rejected()
+        if batch:
+            self._steps += 1
+            items += self._run(batch)
+        self._collect_adapters()
+        events: list[Event] = [Outputs(items)] if items else []
+        events += self.trainer.slice(time.monotonic() - started if batch else IDLE_SLICE_SECONDS)
+        self._worked = bool(batch or events or self.trainer.active)
+        return events
+
+    def shutdown(self) -> list[Event]:
+        """Fail every sequence, save the state of every run. The engine is of no use afterwards."""
+        message = "The server is shutting down; retry on another one."
+        items: list[Item] = []
+        for sequence in self.scheduler.live():
+            self.scheduler.finish(sequence)
+            items.append(failed(sequence.id, "engine_shutdown", message))
+        events: list[Event] = [Outputs(items)] if items else []
+        events += self.trainer.shutdown()
+        self.loader.close()
+        return events
+
+    def stats(self) -> EngineStats:
+        """Counters since start and gauges of now."""
+        running = self.scheduler.running
+        return EngineStats(
+            running=len(running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_total=self.blocks.num_blocks,
+            kv_blocks_used=self.blocks.num_used,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            adapter_slots=self.pool.tables.slots,
+            adapters_resident=self.pool.resident(),
+            adapters_running=_digests(running),
+            adapters_waiting=_digests(self.scheduler.waiting),
+            adapter_loads=self.loader.loads,
+            adapter_load_seconds=self.loader.load_seconds,
+            adapter_load_failures=self.loader.failures,
+            adapter_evictions=self.pool.evictions,
+            training_runs=self.trainer.active,
+            trained_tokens=self.trainer.trained_tokens,
+            steps=self._steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise unless the owners of blocks and slots can account for each of them."""
+        self.scheduler.check_integrity()
+        self.pool.check_integrity()
+
+    def _add_sequence(self, request: Generate) -> None:
+        if self.scheduler.get(request.request_id) is not None:
+            _log.error("a request id is in use; the second request is ignored", extra={"request": request.request_id})
+            return
+        eos = self.decoder.spec.eos_token_ids
+        length_class = self.decoder.rotary.length_class(len(request.token_ids))
+        try:
+            check_request(request, vocab_size=self.decoder.spec.vocab_size, max_model_len=self.max_model_len)
+            self.scheduler.add(Sequence.start(request, self._arrivals, eos, length_class))
+        except TenoraError as error:
+            code = error.code if error.code == "context_length_exceeded" else "invalid_request"
+            self._rejected.append(failed(request.request_id, code or "invalid_request", error.message))
+            return
+        self._arrivals += 1
+        if request.adapter is not None:
+            self.loader.prefetch(request.adapter)
+
+    def _take_rejected(self) -> list[Item]:
+        """Sequences that ended without running: bad requests, and those whose adapter cannot be loaded."""
+        items, self._rejected = self._rejected, []
+        for sequence, error in self.scheduler.failed:
+            items.append(failed(sequence.id, error.code or "adapter_unavailable", error.message))
+        return items
+
+    def _run(self, batch: list[Scheduled]) -> list[Item]:
+        """Run the model; whatever goes wrong there ends the batch's sequences, and the engine goes on."""
+        try:
+            results = self.runner.run(batch)
+        except Exception as error:  # noqa: BLE001  # it is logged, and told to every sequence concerned
+            ids = [item.sequence.id for item in batch]
+            _log.exception("a step failed", extra={"requests": ids})
+            code, message = _step_failure(error)
+            for item in batch:
+                self.scheduler.finish(item.sequence)
+            return [failed(request_id, code, message) for request_id in ids]
+        outputs: list[Item] = []
+        for scheduled, result in zip(batch, results, strict=True):
+            sequence = scheduled.sequence
+            self.scheduler.computed(scheduled)
+            if sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += result.prompt_logprobs
+            if scheduled.samples:
+                self._prompt_tokens += 0 if sequence.reported else sequence.num_prompt
+                self._generation_tokens += result.token is not None
+                output = advance(sequence, result, self.max_model_len)
+                outputs.append(output)
+                if is_final(output):
+                    self.scheduler.finish(sequence)
+        return outputs
+
+    def _collect_adapters(self) -> None:
+        """Free what only ended sequences used."""
+        in_use = self.scheduler.adapter_use
+        self.loader.drop_unwanted(in_use)
+        for digest in [digest for digest in self._doomed if digest not in in_use]:
+            self._doomed.discard(digest)
+            self.loader.forget(digest)
+            self.blocks.forget(digest)
+
+
+def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({sequence.digest for sequence in sequences if sequence.digest}))
+
+
+def _step_failure(error: Exception) -> tuple[str, str]:
+    """Code and message for the sequences of a step that raised."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "out_of_memory", "The engine ran out of memory in this step; retry, or use smaller batches."
+    return "engine_error", f"The engine failed in this step ({type(error).__name__}); retry."

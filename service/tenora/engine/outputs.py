@@ -1,0 +1,56 @@
+"""What a sequence says after a step."""
+
+from __future__ import annotations
+
+from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
+from tenora.engine.runner import Result
+from tenora.engine.sequence import Sequence
+
+Item = SequenceOutput | SequenceFailed
+
+
+def failed(request_id: str, code: str, message: str) -> SequenceFailed:
+    """The end of a sequence by an error."""
+    return SequenceFailed(request_id=request_id, code=code, message=message)
+
+
+def is_final(item: Item) -> bool:
+    """Whether nothing follows this output."""
+    return isinstance(item, SequenceFailed) or item.finish_reason is not None
+
+
+def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
+    """Append the sampled token unless it is a stop token, and say what is new and whether that was all.
+
+    Args:
+        sequence: its end was computed in this step; changed in place.
+        result: what the step gave it.
+        max_model_len: tokens that a sequence may have, prompt included.
+    """
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id = None
+    if result.token is None:
+        finish_reason = "length"  # max_tokens is 0: only the prompt was to be scored
+    elif result.token < 0:
+        return failed(sequence.id, "engine_error", "The model gave no finite score for any token; check the adapter.")
+    elif result.token in sequence.stop_ids:
+        finish_reason, stop_token_id = "stop", result.token
+    else:
+        token_ids = [result.token]
+        sequence.token_ids.append(result.token)
+        if sequence.num_output >= sequence.sampling.max_tokens or len(sequence.token_ids) >= max_model_len:
+            finish_reason = "length"
+    first, sequence.reported = not sequence.reported, True
+    logprobs = None
+    if sequence.sampling.logprobs is not None:
+        logprobs = [result.logprob] if token_ids and result.logprob is not None else []
+    return SequenceOutput(
+        request_id=sequence.id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=sequence.prompt_logprobs if first else None,
+        cached_tokens=(sequence.cached_tokens or 0) if first else 0,
+        finish_reason=finish_reason,
+        stop_token_id=stop_token_id,
+    )

@@ -1,0 +1,235 @@
+"""Chooses what the next step computes: continuous batching with chunked prefill, fair admission and preemption."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.blocks import BlockManager
+from tenora.engine.fairness import FairQueue
+from tenora.engine.sequence import Sequence
+from tenora.errors import UnavailableError
+
+
+class Blocked(enum.Enum):
+    """Why an adapter has no slot yet."""
+
+    LOADING = "its weights are being read"
+    FULL = "every slot is in use"
+
+
+class Residency(Protocol):
+    """Gives adapters a slot on the device."""
+
+    def acquire(self, ref: AdapterRef) -> int | Blocked:
+        """The slot, with one more reference; or why there is none yet. UnavailableError if it cannot be loaded."""
+        ...
+
+    def release(self, digest: str) -> None:
+        """Give one reference back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens [start, start + count) of a sequence are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's end, so that its next token can be sampled."""
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences, and through them all block tables and slot references.
+
+    A sequence runs only with KV blocks **and** an adapter slot. Decodes come first in a step, then prefill chunks, then
+    newcomers, within `max_num_batched_tokens`. When blocks run out, the group that holds the most of them gives up its
+    least urgent, newest sequence: it waits again and is recomputed, often from its own cached prefix.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, residency: Residency, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.blocks = blocks
+        self.residency = residency
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every decode fits into every step
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []
+        self.failed: list[tuple[Sequence, UnavailableError]] = []  # ended by the last `schedule`
+        self.adapter_use: Counter[str] = Counter()  # digest → live sequences
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._by_id: dict[str, Sequence] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn. Raises ValueError for an id that is live already."""
+        if sequence.id in self._by_id:
+            raise ValueError(f"request id {sequence.id!r} is in use")
+        self._by_id[sequence.id] = sequence
+        self.adapter_use[sequence.digest] += 1
+        self.waiting.enter(sequence)
+
+    def get(self, request_id: str) -> Sequence | None:
+        """The live sequence of a request, or None."""
+        return self._by_id.get(request_id)
+
+    def live(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+        return list(self._by_id.values())
+
+    def schedule(self) -> list[Scheduled]:
+        """Plan one step. Sequences whose adapter cannot be loaded are ended and left in `failed`."""
+        self.failed = []
+        before = self.preemptions
+        batch, budget = self._continue_running()
+        if self.preemptions == before:
+            self._admit(batch, budget)
+        for item in batch.values():
+            self.waiting.charge(item.sequence, item.start + item.count)
+        return list(batch.values())
+
+    def computed(self, item: Scheduled) -> None:
+        """A step succeeded: the tokens of `item` lie in the cache, and blocks that are full now become findable."""
+        sequence = item.sequence
+        first = sequence.num_computed // self.blocks.block_size
+        sequence.num_computed = item.start + item.count
+        hashes = sequence.hashes(self.blocks.block_size, sequence.num_computed)
+        for index in range(first, len(hashes)):
+            self.blocks.register(sequence.block_table[index], hashes[index], sequence.digest)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, running or waiting, and give back everything it holds."""
+        if self._by_id.pop(sequence.id, None) is None:
+            return
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.take(sequence)
+        self.waiting.leave(sequence)
+        self.adapter_use[sequence.digest] -= 1
+        if not self.adapter_use[sequence.digest]:
+            del self.adapter_use[sequence.digest]
+
+    def check_integrity(self) -> None:
+        """Raise BlockIntegrityError unless every held block belongs to a running sequence."""
+        self.blocks.check_integrity(sequence.block_table for sequence in self.live())
+
+    def _continue_running(self) -> tuple[dict[Sequence, Scheduled], int]:
+        batch: dict[Sequence, Scheduled] = {}
+        budget = self.max_num_batched_tokens
+        for sequence in sorted(self.running, key=lambda running: running.remaining > 1):  # stable: admission order
+            if budget == 0:
+                break
+            if not sequence.block_table:
+                continue  # preempted for one of the sequences before it
+            count = min(sequence.remaining, budget)
+            while not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
+                victim = self._victim()
+                self._preempt(victim)
+                if victim in batch:
+                    budget += batch.pop(victim).count
+                if victim is sequence:
+                    break
+            else:
+                batch[sequence] = Scheduled(sequence, sequence.num_computed, count)
+                budget -= count
+        return batch, budget
+
+    def _admit(self, batch: dict[Sequence, Scheduled], budget: int) -> None:
+        if budget == 0 or len(self.running) >= self.max_num_seqs or not len(self.waiting):
+            return
+        blocked: set[str] = set()
+        slots_full = False
+        for sequence in self.waiting.candidates():
+            if budget == 0 or len(self.running) >= self.max_num_seqs:
+                return
+            if sequence.id not in self._by_id:
+                continue  # its adapter could not be loaded for another sequence
+            # While someone waits for a slot, no further adapter sequence may start, or slots might never drain.
+            if sequence.digest in blocked or (slots_full and sequence.digest):
+                continue
+            matched = self._match(sequence)
+            # The margin keeps a newcomer from being preempted at once by those that run.
+            if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
+                return  # and nobody overtakes it, or a long prompt would wait for ever
+            if isinstance(reason := self._acquire(sequence), Blocked):
+                blocked.add(sequence.digest)
+                slots_full |= reason is Blocked.FULL
+                continue
+            if sequence.id in self._by_id:
+                batch[sequence] = item = self._start(sequence, matched, budget)
+                budget -= item.count
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        if sequence.wants_prompt_logprobs:
+            return []
+        # At least the last token is computed: its logits are needed.
+        return self.blocks.match(sequence.hashes(self.blocks.block_size, len(sequence.token_ids) - 1))
+
+    def _acquire(self, sequence: Sequence) -> Blocked | None:
+        """Give the sequence its adapter's slot; a failed load ends it and all others that wait for the same."""
+        if sequence.request.adapter is None:
+            return None
+        try:
+            slot = self.residency.acquire(sequence.request.adapter)
+        except UnavailableError as error:
+            self._fail_waiting(sequence.digest, error)
+            return None
+        if slot is Blocked.FULL and not any(running.slot >= 0 for running in self.running):
+            # Nobody will release a slot: waiting would be for ever.
+            message = "Every adapter slot is pinned; unpin an adapter or raise TENORA_MAX_ADAPTERS."
+            self._fail_waiting(sequence.digest, UnavailableError(message, code="adapter_unavailable"))
+            return None
+        if isinstance(slot, Blocked):
+            return slot
+        sequence.slot = slot
+        return None
+
+    def _fail_waiting(self, digest: str, error: UnavailableError) -> None:
+        for waiting in [waiting for waiting in self.waiting if waiting.digest == digest]:
+            self.failed.append((waiting, error))
+            self.finish(waiting)
+
+    def _start(self, sequence: Sequence, matched: list[int], budget: int) -> Scheduled:
+        self.waiting.take(sequence)
+        self.running.append(sequence)
+        sequence.block_table = self.blocks.take(matched)
+        sequence.num_computed = len(matched) * self.blocks.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.charged = sequence.num_computed
+            self.prefix_queries += sequence.num_prompt
+            self.prefix_hits += sequence.num_computed
+        count = min(sequence.remaining, budget)
+        if not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
+            raise RuntimeError("blocks vanished between can_hold and grow")
+        return Scheduled(sequence, sequence.num_computed, count)
+
+    def _victim(self) -> Sequence:
+        held: Counter[str] = Counter()
+        for sequence in self.running:
+            held[sequence.request.group] += len(sequence.block_table)
+        return max(self.running, key=lambda running: (held[running.request.group], *running.order))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.requeue(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.block_table)
+        sequence.num_computed = 0
+        if sequence.slot >= 0:
+            sequence.slot = -1
+            self.residency.release(sequence.digest)

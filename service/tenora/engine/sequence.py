@@ -1,0 +1,112 @@
+"""A sequence: one request's tokens on their way through the engine."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from tenora.engine.blocks import BlockHash, chain_hash, root_hash
+from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable state of one request. Only the scheduler and the engine change it.
+
+    Attributes:
+        arrival: order of arrival, the tie-breaker of priorities.
+        stop_ids: tokens that end it (the model's end tokens unless ignored, and the request's own).
+        seed: the request's, or a random one: noise depends on it and on the position alone.
+        token_ids: prompt, then output.
+        length_class: `Rotary.length_class` of the prompt.
+        num_computed: leading tokens whose keys and values lie in the cache.
+        charged: leading tokens that its group has paid for; recomputation is not charged again.
+        slot: adapter slot while running with an adapter, else -1.
+        cached_tokens: prompt tokens found in the prefix cache at first admission; None before it.
+        reported: whether a first output was emitted.
+        prompt_logprobs: entries so far, if asked for.
+    """
+
+    request: Generate
+    arrival: int
+    stop_ids: frozenset[int]
+    seed: int
+    token_ids: list[int]
+    length_class: int = 0
+    num_computed: int = 0
+    charged: int = 0
+    slot: int = -1
+    cached_tokens: int | None = None
+    reported: bool = False
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @classmethod
+    def start(
+        cls, request: Generate, arrival: int, eos_token_ids: frozenset[int] = frozenset(), length_class: int = 0
+    ) -> Sequence:
+        """Make the sequence of a request."""
+        sampling = request.sampling
+        stops = frozenset(sampling.stop_token_ids)
+        return cls(
+            request=request,
+            arrival=arrival,
+            stop_ids=stops if sampling.ignore_eos else stops | eos_token_ids,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            token_ids=list(request.token_ids),
+            length_class=length_class,
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+        )
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its next token is chosen."""
+        return self.request.sampling
+
+    @property
+    def digest(self) -> str:
+        """The adapter's digest, or "" for the base."""
+        return self.request.adapter.digest if self.request.adapter else ""
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that must be computed before the next one can be sampled (1 while decoding)."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt positions still have to be scored; cached ones cannot be, so the prefix cache is not used."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorting key within a group: lower runs earlier."""
+        return (self.request.priority, self.arrival)
+
+    def hashes(self, block_size: int, num_tokens: int) -> list[BlockHash]:
+        """Hash chain of the full blocks among the first `num_tokens` tokens, extended as far as needed and kept."""
+        full = num_tokens // block_size
+        while len(self.block_hashes) < full:
+            start = len(self.block_hashes) * block_size
+            parent = self.block_hashes[-1] if self.block_hashes else self._root()
+            self.block_hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+        return self.block_hashes[:full]
+
+    def _root(self) -> BlockHash:
+        return root_hash(self.request.cache_salt, self.digest, self.length_class)

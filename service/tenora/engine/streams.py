@@ -1,0 +1,99 @@
+"""What waits in the API process for an engine's answers: one buffer per request, one per training run."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tenora.engine.messages import SequenceFailed, SequenceOutput
+from tenora.errors import ContextLengthError, InvalidRequestError, TenoraError, UnavailableError
+from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent
+
+
+class SequenceStream:
+    """Outputs of one sequence between the engine and a consumer that may be slow: bounded, then cut off.
+
+    Attributes:
+        started: whether anything has come from the engine.
+        ended: whether the last output or an error has come; nothing follows.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.started = False
+        self.ended = False
+        self._limit = limit
+        self._queue: asyncio.Queue[SequenceOutput | TenoraError] = asyncio.Queue()
+
+    def put(self, output: SequenceOutput) -> bool:
+        """Add an output. False: the consumer is too far behind, the stream has failed, abort the sequence."""
+        if self.ended:
+            return True
+        self.started = True
+        if self._queue.qsize() >= self._limit:
+            self.fail(
+                UnavailableError(
+                    f"The reader fell {self._limit} outputs behind and was cut off; read faster.", code="slow_reader"
+                )
+            )
+            return False
+        self.ended = output.finish_reason is not None
+        self._queue.put_nowait(output)
+        return True
+
+    def fail_as(self, failed: SequenceFailed) -> None:
+        """End it with the engine's error."""
+        kind: type[TenoraError] = {
+            "invalid_request": InvalidRequestError,
+            "context_length_exceeded": ContextLengthError,
+        }.get(failed.code, UnavailableError)
+        code = None if failed.code == "invalid_request" else failed.code
+        self.fail(kind(failed.message, code=code))
+
+    def fail(self, error: TenoraError) -> None:
+        """End it with an error, after what is in the buffer."""
+        if not self.ended:
+            self.started = self.ended = True
+            self._queue.put_nowait(error)
+
+    async def get(self) -> SequenceOutput:
+        """The next output; raises the error that ended the stream."""
+        item = await self._queue.get()
+        if isinstance(item, TenoraError):
+            raise item
+        return item
+
+
+class RunStream:
+    """Events of one training run. Few, so the buffer has no bound.
+
+    Attributes:
+        abandoned: the consumer has left.
+        over: the terminal event has come, or the engine is gone.
+    """
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self.over = asyncio.Event()
+        self._queue: asyncio.Queue[TrainEvent | TenoraError] = asyncio.Queue()
+
+    @staticmethod
+    def is_terminal(event: TrainEvent) -> bool:
+        """Whether no event can follow this one."""
+        return isinstance(event, FinishedEvent | StoppedEvent | FailedEvent)
+
+    def put(self, event: TrainEvent) -> None:
+        """Add an event."""
+        self._queue.put_nowait(event)
+        if self.is_terminal(event):
+            self.over.set()
+
+    def fail(self, error: TenoraError) -> None:
+        """End it: the engine is gone."""
+        self._queue.put_nowait(error)
+        self.over.set()
+
+    async def get(self) -> TrainEvent:
+        """The next event; raises the error that ended the stream."""
+        item = await self._queue.get()
+        if isinstance(item, TenoraError):
+            raise item
+        return item

@@ -1,0 +1,232 @@
+"""Training files: validated line by line, then tokenized into one flat array. Free of torch.
+
+`validate_file` looks at structure only and needs no model; it holds one line at a time. `tokenize_file` renders every
+row as the serving path would, so that the model is trained on the very tokens it will see, and marks the tokens that
+are learned. Nothing is dropped or cut in silence: an unusable row is an error, and truncation happens only when asked
+for and is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tenora.errors import DatasetError
+from tenora.model.tokenizer import Tokenizer
+from tenora.training.encoding import encode_row
+from tenora.training.reading import MIN_EXAMPLES, ValidationReport, usable_rows
+from tenora.training.rows import RowChecker, RowIssue
+
+__all__ = ["RowIssue", "TokenizedDataset", "UnusableRowsError", "ValidationReport", "tokenize_file", "validate_file"]
+
+
+class UnusableRowsError(DatasetError):
+    """Rows that cannot be used; `report` holds them and the message names the first lines."""
+
+    def __init__(self, report: ValidationReport) -> None:
+        super().__init__(f"The training file cannot be used. {report.summary()}", param="training_file")
+        self.report = report
+
+
+def validate_file(path: Path, *, max_rows: int | None = None, min_rows: int = MIN_EXAMPLES) -> ValidationReport:
+    """Check the structure of a JSON Lines training file, one line at a time.
+
+    Args:
+        path: the file; a BOM, CRLF line ends and blank lines are accepted.
+        max_rows: more rows than this are an issue (`too_many_examples`), and reading stops there.
+        min_rows: fewer rows than this are an issue (`too_few_examples`).
+
+    Returns:
+        What was found; the file may be used if `report.ok`.
+    """
+    report = ValidationReport()
+    for _ in usable_rows(path, report, max_rows=max_rows, min_rows=min_rows):
+        pass
+    return report
+
+
+def tokenize_file(
+    path: Path, tokenizer: Tokenizer, *, max_length: int, truncate: bool = False, min_rows: int = 1
+) -> TokenizedDataset:
+    """Render and tokenize every row.
+
+    Args:
+        tokenizer: the base model's (`tenora.model.tokenizer.Tokenizer`).
+        max_length: tokens that a row may have, at most the model's context.
+        truncate: cut longer rows at their right end, so that what remains starts as a served prompt does, and count
+            them in `truncated`; otherwise they are an error. A row whose learned tokens are all cut off is an error in
+            either case.
+
+    Raises:
+        UnusableRowsError: a DatasetError that names the lines and carries the report.
+    """
+    report = ValidationReport()
+    builder = _Builder()
+    for line, row in usable_rows(path, report, max_rows=None, min_rows=min_rows):
+        checker = RowChecker(line)
+        encoded = encode_row(row, tokenizer, checker)
+        if encoded is not None:
+            tokens, weights = encoded
+            if len(tokens) > max_length and truncate:
+                builder.truncated += 1
+                tokens, weights = tokens[:max_length], weights[:max_length]
+            if len(tokens) > max_length:
+                checker.report(
+                    "too_long",
+                    f"The row has {len(tokens)} tokens and may have {max_length}; shorten it or ask for truncation.",
+                )
+            elif not any(weights):
+                checker.report(
+                    "no_trainable_tokens", "No learned token is left in the row after truncation; shorten its prompt."
+                )
+            builder.add(line, tokens, weights)
+        for issue in checker.issues:
+            report.add(issue)
+    if not report.ok:
+        raise UnusableRowsError(report)
+    return builder.build()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDataset:
+    """Rows as one flat stream. Row i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        tokens: int32 [N].
+        weights: uint8 [N]; 1 means that this token is learned, predicted from those before it. The first token of a row
+            never is: nothing precedes it.
+        offsets: int64 [rows + 1].
+        lines: int64 [rows], the one-based line of each row in its file.
+        truncated: how many rows were cut to fit.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    lines: npt.NDArray[np.int64]
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return len(self.tokens)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are learned in one pass over all rows."""
+        return int(self.weights.sum(dtype=np.int64))
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+        """Views of row `index`: tokens and weights."""
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return self.tokens[span], self.weights[span]
+
+    def select(self, rows: npt.NDArray[np.int64]) -> TokenizedDataset:
+        """A copy of the given rows, in that order."""
+        picked = [self.row(int(index)) for index in rows]
+        lengths = np.array([len(tokens) for tokens, _ in picked], dtype=np.int64)
+        return TokenizedDataset(
+            tokens=np.concatenate([tokens for tokens, _ in picked] or [np.zeros(0, np.int32)]),
+            weights=np.concatenate([weights for _, weights in picked] or [np.zeros(0, np.uint8)]),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+            lines=self.lines[rows],
+            truncated=self.truncated,
+        )
+
+    def split(self, held_out_fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+        """Rows to train on and rows to measure on, drawn by `seed`; each part has at least one row, in file order.
+
+        Raises:
+            DatasetError: there are fewer than two rows.
+        """
+        if len(self) < 2:
+            raise DatasetError(
+                "A single row cannot be split; add rows or give a validation file.", param="training_file"
+            )
+        held_out = min(max(round(len(self) * held_out_fraction), 1), len(self) - 1)
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file at `path`, atomically: a reader sees the whole file or none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tokens-", suffix=".npz", delete=False) as file:
+            try:
+                np.savez(
+                    file,
+                    tokens=self.tokens,
+                    weights=self.weights,
+                    offsets=self.offsets,
+                    lines=self.lines,
+                    truncated=np.int64(self.truncated),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def load(cls, path: Path) -> TokenizedDataset:
+        """Read what `save` wrote.
+
+        Raises:
+            DatasetError: the file is missing or is not a whole dataset.
+        """
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                dataset = cls(
+                    tokens=stored["tokens"].astype(np.int32, copy=False),
+                    weights=stored["weights"].astype(np.uint8, copy=False),
+                    offsets=stored["offsets"].astype(np.int64, copy=False),
+                    lines=stored["lines"].astype(np.int64, copy=False),
+                    truncated=int(stored["truncated"]),
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DatasetError(
+                f"The tokenized dataset {path.name} cannot be read ({error}); prepare the job again."
+            ) from error
+        ends = (int(dataset.offsets[0]), int(dataset.offsets[-1])) if len(dataset.offsets) else (-1, -1)
+        whole = (
+            ends == (0, len(dataset.tokens))
+            and len(dataset.weights) == len(dataset.tokens)
+            and len(dataset.lines) == len(dataset)
+        )
+        if not whole or bool((np.diff(dataset.offsets) < 0).any()):
+            raise DatasetError(f"The tokenized dataset {path.name} contradicts itself; prepare the job again.")
+        return dataset
+
+
+class _Builder:
+    """Grows a dataset row by row in compact arrays: five bytes a token, not a Python object."""
+
+    def __init__(self) -> None:
+        self.truncated = 0
+        self._tokens, self._weights = array("i"), array("B")
+        self._offsets, self._lines = array("q", [0]), array("q")
+
+    def add(self, line: int, tokens: list[int], weights: list[int]) -> None:
+        self._tokens.extend(tokens)
+        self._weights.extend(weights)
+        self._offsets.append(len(self._tokens))
+        self._lines.append(line)
+
+    def build(self) -> TokenizedDataset:
+        return TokenizedDataset(
+            tokens=np.array(self._tokens, dtype=np.int32),
+            weights=np.array(self._weights, dtype=np.uint8),
+            offsets=np.array(self._offsets, dtype=np.int64),
+            lines=np.array(self._lines, dtype=np.int64),
+            truncated=self.truncated,
+        )

@@ -1,0 +1,147 @@
+"""A row as token ids with a mark on each one that is learned. Free of torch.
+
+Serving tokenizes the prompt alone and lets the model write the rest, so a row is tokenized in the same pieces: what
+stands before a learned span, the span, and so on. That gives the ids that the served model will see even where a
+tokenizer would merge the last character of the prompt with the first of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tenora.errors import InvalidRequestError, TenoraError
+from tenora.model.tokenizer import Tokenizer
+from tenora.training.rows import ChatRow, CompletionRow, Row, RowChecker
+
+_ANSWER_FIRST = "The conversation begins with an assistant message, which nothing asks for; begin with a user message."
+_MOVING_TEMPLATE = (
+    "The base model's chat template renders messages[{index}] differently once other messages follow it; split the "
+    "conversation into rows that each end with the message to learn, and set `weight` 0 on the others."
+)
+
+Encoded = tuple[list[int], list[int]]
+"""Token ids and, for each, 1 if it is learned, else 0."""
+
+
+def encode_row(row: Row, tokenizer: Tokenizer, checker: RowChecker) -> Encoded | None:
+    """Tokenize a row; None if it cannot be, with the reason reported to `checker`.
+
+    Chat: learned are the content of each assistant message and the token that ends its turn, not the template's text
+    around them. Prompt and completion: learned are the completion and the end-of-text token that is appended to it.
+    """
+    if isinstance(row, CompletionRow):
+        text = row.prompt + row.completion
+        tokens, weights = encode_spans(text, [(len(row.prompt), len(text))], tokenizer, add_special_tokens=True)
+        tokens.append(end_of_text(tokenizer))
+        weights.append(1)
+    else:
+        rendered = _render(row, tokenizer, checker)
+        if rendered is None:
+            return None
+        tokens, weights = encode_spans(*rendered, tokenizer, add_special_tokens=False)
+    weights[:1] = [0] * len(weights[:1])  # nothing precedes the first token, so nothing can predict it
+    if not any(weights):
+        checker.report(
+            "no_trainable_tokens", "No token of the row would be learned; give the assistant's answer some text."
+        )
+        return None
+    return tokens, weights
+
+
+def encode_spans(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer, *, add_special_tokens: bool
+) -> Encoded:
+    """Tokenize `text`, marking what lies in the character spans [start, stop).
+
+    A span ends after its last end-of-turn token if it has one: the line end that many templates put behind it is never
+    generated, so it is not learned.
+    """
+    cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    pieces = [
+        tokenizer.encode(text[start:stop], add_special_tokens=add_special_tokens and start == 0)
+        for start, stop in pairwise(cuts)
+    ]
+    tokens = [token for piece in pieces for token in piece]
+    whole = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    edges = {0: 0}
+    if tokens == whole or tokenizer.decode(tokens, skip_special_tokens=False) == tokenizer.decode(
+        whole, skip_special_tokens=False
+    ):
+        for cut, piece, previous in zip(cuts[1:], pieces, cuts, strict=False):
+            edges[cut] = edges[previous] + len(piece)
+    else:
+        # Some tokenizers put a space before whatever they are given (SentencePiece's dummy prefix), so pieces would not
+        # add up to the text: cut the whole text's ids where those of its beginning end.
+        tokens = whole
+        for cut in cuts[1:]:
+            edges[cut] = _common_prefix(tokens, tokenizer.encode(text[:cut], add_special_tokens=add_special_tokens))
+        edges[len(text)] = len(tokens)
+    weights = [0] * len(tokens)
+    for start, stop in spans:
+        first, last = edges[start], edges[stop]
+        ends = [index for index in range(first, last) if tokens[index] in tokenizer.eos_token_ids]
+        last = ends[-1] + 1 if ends else last
+        weights[first:last] = [1] * (last - first)
+    return tokens, weights
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token appended to a completion: the tokenizer's own eos, else the lowest id that ends generation.
+
+    Raises:
+        InvalidRequestError: the base model has no such token.
+    """
+    if not tokenizer.eos_token_ids:
+        raise InvalidRequestError("The base model names no end-of-text token, so it cannot learn where to stop.")
+    own = tokenizer.encode(tokenizer.special_tokens.get("eos_token", ""))
+    return own[0] if len(own) == 1 and own[0] in tokenizer.eos_token_ids else min(tokenizer.eos_token_ids)
+
+
+def _render(row: ChatRow, tokenizer: Tokenizer, checker: RowChecker) -> tuple[str, list[tuple[int, int]]] | None:
+    """The conversation as text and the character spans of its learned messages.
+
+    The spans are found by rendering the conversation up to each message, so they hold for any template; a template that
+    renders earlier turns differently once later ones follow is refused for such rows.
+    """
+    try:
+        text = tokenizer.render_chat(row.messages, add_generation_prompt=False, tools=row.tools)
+        if not _renders_tools(row, text, tokenizer, checker):
+            return None
+        spans = []
+        for index in (index for index, learn in enumerate(row.trained) if learn):
+            if index == 0:
+                checker.report("ambiguous_format", _ANSWER_FIRST)
+                return None
+            before = tokenizer.render_chat(row.messages[:index], add_generation_prompt=True, tools=row.tools)
+            through = tokenizer.render_chat(row.messages[: index + 1], add_generation_prompt=False, tools=row.tools)
+            if not (through.startswith(before) and text.startswith(through)):
+                checker.report("ambiguous_format", _MOVING_TEMPLATE.format(index=index))
+                return None
+            spans.append((len(before), len(through)))
+    except TenoraError as error:
+        checker.report("data_type", f"The base model's chat template refuses the conversation: {error.message}")
+        return None
+    return text, spans
+
+
+def _renders_tools(row: ChatRow, text: str, tokenizer: Tokenizer, checker: RowChecker) -> bool:
+    """Report, and return False, if the template leaves out tools or tool calls: they would be lost in silence."""
+    if row.tools and tokenizer.render_chat(row.messages, add_generation_prompt=False) == text:
+        checker.report(
+            "data_type",
+            "The base model's chat template does not render `tools`; put their description into the system message.",
+        )
+    if any("tool_calls" in message for message in row.messages):
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in row.messages]
+        if tokenizer.render_chat(without, add_generation_prompt=False, tools=row.tools) == text:
+            checker.report(
+                "data_type",
+                "The base model's chat template does not render `tool_calls`; write the call as the message's content.",
+            )
+    return not checker.issues
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    length = min(len(left), len(right))
+    return next((index for index in range(length) if left[index] != right[index]), length)

@@ -1,0 +1,36 @@
+"""Bounds on what arrives slowly, and on how much."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from tenora.api.middleware import BodyLimit
+from tests.api.asgi import Call
+from tests.api.conftest import Service
+
+
+async def test_a_body_that_never_comes_is_408(service: Service) -> None:
+    impatient = BodyLimit(service.app, service.settings, seconds=0.05)
+    service.app, inner = impatient, service.app  # type: ignore[assignment]  # any ASGI application will do
+    call = Call(service, "/v1/chat/completions", b'{"messages": ')
+    await call.finished()
+    service.app = inner
+    assert call.status == 408
+    assert dict(call.sent[0]["headers"])[b"connection"] == b"close"
+
+
+async def test_a_slow_answer_is_no_slow_body(service: Service) -> None:
+    """Once the body is there, only the disconnect is waited for, as long as it takes."""
+    impatient = BodyLimit(service.app, service.settings, seconds=0.05)
+    service.script.hold_after = 1
+    headers = {"authorization": f"Bearer {service.keys['default']['infer']}"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(impatient), base_url="http://tenora.test") as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        answer = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers=headers))
+        await service.script.until(lambda: len(service.script.requests) == 1)
+        await asyncio.sleep(0.2)
+        service.script.hold_after = None
+        await service.control.engine.evict("00")
+        assert (await answer).status_code == 200

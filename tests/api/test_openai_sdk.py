@@ -1,0 +1,85 @@
+"""The unmodified `openai` package against the application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from tests.api.conftest import TRAINING_ROWS, Service, import_adapter
+
+
+@pytest.fixture
+async def sdk(service: Service) -> AsyncIterator[openai.AsyncOpenAI]:
+    transport = httpx2.ASGITransport(service.app)
+    http = httpx2.AsyncClient(transport=transport, base_url="http://tenora.test")
+    client = openai.AsyncOpenAI(
+        api_key=service.keys["default"]["admin"], base_url="http://tenora.test/v1", http_client=http, max_retries=0
+    )
+    yield client
+    await client.close()
+
+
+async def test_chat(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    messages = [{"role": "user", "content": "Say it."}]
+    answer = await sdk.chat.completions.create(model=base_id, messages=messages, max_tokens=4, logprobs=True)
+    assert answer.choices[0].message.content
+    assert answer.choices[0].logprobs.content[0].token == "The"
+    # An answer goes back into the conversation as it came.
+    messages.append(answer.choices[0].message.model_dump())
+    stream = await sdk.chat.completions.create(
+        model=base_id, messages=messages, max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 4
+
+
+async def test_completions(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    answer = await sdk.completions.create(model=base_id, prompt=["a", "b"], max_tokens=2, logprobs=1)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert len(answer.choices[0].logprobs.token_logprobs) == 2
+
+
+async def test_files_and_jobs(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    file = await sdk.files.create(file=("train.jsonl", TRAINING_ROWS.encode()), purpose="fine-tune")
+    assert file.status == "processed"
+    assert [item.id async for item in sdk.files.list()] == [file.id]
+    assert (await sdk.files.content(file.id)).text == TRAINING_ROWS
+    job = await sdk.fine_tuning.jobs.create(
+        model=base_id,
+        training_file=file.id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
+        metadata={"who": "me"},
+        extra_body={"name": "fox", "lora": {"rank": 8}},
+    )
+    assert (job.object, job.hyperparameters.n_epochs) == ("fine_tuning.job", 1)
+    assert [item.id async for item in sdk.fine_tuning.jobs.list(limit=1)] == [job.id]
+    assert [item.id async for item in sdk.fine_tuning.jobs.list(metadata={"who": "you"})] == []
+    assert [event.object async for event in sdk.fine_tuning.jobs.list_events(job.id)]
+    assert (await sdk.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+    assert [item async for item in sdk.fine_tuning.jobs.checkpoints.list(job.id)] == []
+    with pytest.raises(openai.ConflictError):
+        await sdk.fine_tuning.jobs.resume(job.id)
+    assert (await sdk.files.delete(file.id)).deleted
+
+
+async def test_models_and_errors(sdk: openai.AsyncOpenAI, service: Service, make_adapter: Callable[..., Path]) -> None:
+    await import_adapter(service.client("adapters"), "fox", make_adapter(1))
+    assert "fox" in [model.id async for model in sdk.models.list()]
+    assert (await sdk.models.retrieve("default/fox")).id == "default/fox"
+    assert (await sdk.models.delete("fox")).deleted
+    with pytest.raises(openai.NotFoundError) as missing:
+        await sdk.chat.completions.create(model="fox", messages=[{"role": "user", "content": "x"}])
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as unknown:
+        await sdk.chat.completions.create(
+            model="fox", messages=[{"role": "user", "content": "x"}], extra_body={"typo": 1}
+        )
+    assert unknown.value.param == "typo"
+    with pytest.raises(openai.AuthenticationError):
+        await sdk.with_options(api_key="tk-wrong").models.list()

@@ -1,0 +1,61 @@
+"""The same application over the real engine on a tiny model: what the scripted one cannot show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenora.config import Settings
+from tenora.engine.client import AsyncEngine
+from tenora.engine.core import Engine
+from tests.api.conftest import Service, import_adapter, running
+from tests.api.engine import Script
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    small = {"kv_cache_bytes": 2**24, "adapter_pool_bytes": 2**24, "max_adapters": 4, "threads": 1}
+    return Settings(home=tmp_path / "home", device="cpu", dtype="float32", **small)
+
+
+@pytest.fixture
+async def service(settings: Settings, script: Script, tiny_base: Path) -> AsyncIterator[Service]:
+    engine = AsyncEngine.in_thread(settings, lambda wake: Engine.load(settings, tiny_base, wake=wake))
+    async with running(settings, script, tiny_base, engine) as service:
+        yield service
+
+
+async def test_base_adapter_stream_and_scores(service: Service, make_adapter: Callable[..., Path]) -> None:
+    await import_adapter(service.client("adapters"), "fox", make_adapter(1))
+    client = service.client("infer")
+
+    async def ask(path: str = "/v1/chat/completions", **fields: Any) -> dict[str, Any]:
+        response = await client.post(path, json={"max_tokens": 8, "temperature": 0, **fields})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    messages = [{"role": "user", "content": "Define: fox."}]
+    base = (await ask(messages=messages))["choices"][0]
+    adapter = (await ask(messages=messages, model="fox", logprobs=True, top_logprobs=2))["choices"][0]
+    assert base["message"]["content"] != adapter["message"]["content"]
+    first = adapter["logprobs"]["content"][0]
+    assert first["logprob"] == first["top_logprobs"][0]["logprob"] > first["top_logprobs"][1]["logprob"]
+
+    body = {"messages": messages, "model": "fox", "max_tokens": 8, "temperature": 0, "stream": True}
+    streamed = await client.post("/v1/chat/completions", json=body)
+    lines = [line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line.startswith("data: {")]
+    text = "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines)
+    assert text == adapter["message"]["content"]
+
+    scored = await ask("/v1/completions", prompt="Define: fox.", echo=True, logprobs=1, max_tokens=0)
+    logprobs = scored["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+
+    samples = (await client.get("/metrics")).text
+    assert 'vllm:cache_config_info{block_size="16"' in samples

@@ -1,0 +1,127 @@
+"""Who may import whom: the contracts in pyproject.toml, and what import-linter cannot see."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+TENSOR_LIBRARIES = ("torch", "transformers", "numba", "triton", "peft")
+
+
+def test_import_contracts(repo_root: Path) -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The top-level packages that a fresh interpreter holds after importing `modules`."""
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *modules], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "tenora.api.app",
+        "tenora.control.control",
+        "tenora.cli",
+        "tenora.engine.client",
+        "tenora.engine.messages",
+        "tenora.engine.supervisor",
+        "tenora.training.dataset",
+        "tenora.training.recipes",
+        "tenora.training.spec",
+        "tenora.model.catalog",
+        "tenora.model.tokenizer",
+        "tenora.adapters.peft_format",
+        "tenora.adapters.ref",
+        "tenora.adapters.store",
+    ],
+)
+def test_the_api_process_holds_no_tensors(module: str) -> None:
+    """import-linter follows imports in the source; this sees what they lead to, third parties included."""
+    assert loaded_by(module) & set(TENSOR_LIBRARIES) == set()
+
+
+def test_the_check_above_notices_torch() -> None:
+    assert "torch" in loaded_by("tenora_kernels.reference")
+
+
+def closure(*distributions: str) -> set[str]:
+    """The distributions, and all that installing them installs."""
+    found: set[str] = set()
+    waiting = list(distributions)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        needs = [Requirement(text) for text in metadata.requires(name) or []]
+        waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_client_needs_httpx_and_pydantic_only() -> None:
+    """All that importing the client loads comes with its two dependencies, or is loaded by them where it is there."""
+    owners = metadata.packages_distributions()
+
+    def distributions(modules: set[str]) -> set[str]:
+        return {canonicalize_name(owner) for name in modules for owner in owners.get(name, ())}
+
+    modules = loaded_by("tenora_client")
+    assert {"httpx", "pydantic"} <= distributions(modules)
+    # httpx loads rich, click and pygments for its own command line if they are installed.
+    allowed = closure("httpx", "pydantic") | distributions(loaded_by("httpx", "pydantic"))
+    assert distributions(modules) - {"tenora-client"} - allowed == set()
+    assert modules & {"tenora", "tenora_kernels"} == set()
+
+
+def imported_by(directory: Path) -> set[str]:
+    """The top-level names that the source files below `directory` import, wherever in the file."""
+    names: set[str] = set()
+    for path in directory.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("project", "sources"),
+    [(".", ("service/tenora", "kernels/tenora_kernels")), ("clients/python", ("clients/python/src/tenora_client",))],
+)
+def test_what_is_imported_is_a_declared_dependency(repo_root: Path, project: str, sources: tuple[str, ...]) -> None:
+    """Not only there because something else, or developing, happens to bring it."""
+    declared = tomllib.loads((repo_root / project / "pyproject.toml").read_text())["project"]["dependencies"]
+    known = {canonicalize_name(Requirement(text).name) for text in declared}
+    owners = metadata.packages_distributions()
+    ours = {"tenora", "tenora_kernels", "tenora_client"}
+    imported = set().union(*(imported_by(repo_root / source) for source in sources))
+    third_party = imported - ours - set(sys.stdlib_module_names)
+    assert {"httpx", "pydantic"} & third_party
+    undeclared = [n for n in third_party if not {canonicalize_name(owner) for owner in owners.get(n, ())} & known]
+    assert sorted(undeclared) == []
+
+
+def test_rooms_are_importable_without_their_contents() -> None:
+    rooms = ("adapters", "api", "control", "engine", "model", "training")
+    assert loaded_by(*(f"tenora.{room}" for room in rooms)) & {*TENSOR_LIBRARIES, "fastapi", "sqlalchemy"} == set()

@@ -1,0 +1,90 @@
+"""chat, files, train, jobs, adapters: through the real client, HTTP server and control plane."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.api.conftest import SPEECH, TRAINING_ROWS
+from tests.cli.conftest import Shell
+
+
+async def test_chat_once(shell: Shell) -> None:
+    answer = await shell.ok("chat", "-m", "Say it.", "--system", "Be brief.", "--max-tokens", "9")
+    assert SPEECH.startswith(answer.strip())
+    request = shell.service.script.requests[0]
+    assert (request.sampling.temperature, request.sampling.max_tokens) == (0.0, 9)
+    prompt = shell.service.control.inference.tokenizer.decode(request.token_ids)
+    assert "Be brief." in prompt
+
+
+async def test_a_conversation_remembers(shell: Shell) -> None:
+    answer = await shell.ok("chat", "--max-tokens", "5", stdin="First.\n\nSecond.\n")
+    assert len(answer.strip().splitlines()) == 2
+    prompt = shell.service.control.inference.tokenizer.decode(shell.service.script.requests[1].token_ids)
+    assert prompt.index("First.") < prompt.index(answer.splitlines()[0]) < prompt.index("Second.")
+
+
+async def test_an_unknown_model_is_one_line(shell: Shell) -> None:
+    result = await shell("chat", "nobody", "-m", "hi")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: The model 'nobody' does not exist")
+    assert "Traceback" not in result.output
+
+
+async def test_files(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(TRAINING_ROWS)
+    uploaded = json.loads(await shell.ok("files", "upload", str(path), "--json"))
+    listed = await shell.ok("files", "list")
+    assert listed.splitlines()[0].split() == ["ID", "CREATED_AT", "BYTES", "PURPOSE", "STATUS", "FILENAME"]
+    assert uploaded["id"] in listed
+    assert "is deleted" in await shell.ok("files", "delete", uploaded["id"])
+    path.write_text("{}\n")
+    bad = await shell("files", "upload", str(path))
+    assert bad.exit_code == 1
+    assert "missing" in bad.stdout
+
+
+async def test_train_and_jobs(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(TRAINING_ROWS)
+    arguments = ("--name", "fox", "--epochs", "2", "--rank", "8", "--learning-rate", "0.001", "--no-wait", "--json")
+    job = json.loads(await shell.ok("train", str(path), *arguments))
+    assert (job["name"], job["hyperparameters"]["n_epochs"], job["lora"]["rank"]) == ("fox", 2, 8)
+    assert job["training"]["learning_rate"] == 0.001
+    assert job["id"] in await shell.ok("jobs", "list")
+    assert "training_file" in await shell.ok("jobs", "show", job["id"])
+    assert "cancelled" in await shell.ok("jobs", "cancel", job["id"])
+    assert (await shell("jobs", "resume", job["id"])).exit_code == 1
+    assert "info" in await shell.ok("jobs", "events", job["id"])
+
+
+async def test_train_refuses_what_is_no_file(shell: Shell, tmp_path: Path) -> None:
+    missing = await shell("train", "nothing.jsonl")
+    assert (missing.exit_code, "nothing.jsonl" in missing.stderr) == (1, True)
+    path = tmp_path / "bad.jsonl"
+    path.write_text("not json\n")
+    bad = await shell("train", str(path))
+    assert (bad.exit_code, "cannot be used" in bad.stderr) == (1, True)
+    assert "fox" not in await shell.ok("jobs", "list")
+
+
+async def test_adapters(shell: Shell, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    for seed in (1, 2):
+        await shell.ok("adapters", "import", "fox", str(make_adapter(seed)))
+    listed = [json.loads(line) for line in (await shell.ok("adapters", "list", "--json")).splitlines()]
+    assert [(adapter["name"], adapter["version"]) for adapter in listed] == [("fox", 2)]
+    assert "version 1" in await shell.ok("adapters", "rollback", "fox", "1")
+    target = tmp_path / "out.zip"
+    await shell.ok("adapters", "download", "fox", "-o", str(target))
+    assert "adapter_config.json" in zipfile.ZipFile(target).namelist()
+    assert "is deleted" in await shell.ok("adapters", "delete", "fox")
+    assert (await shell("adapters", "delete", "fox")).exit_code == 1
+
+
+async def test_doctor_finds_the_server(shell: Shell) -> None:
+    result = await shell("doctor")
+    assert "ready at http://127.0.0.1:" in result.output

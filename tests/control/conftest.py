@@ -1,0 +1,180 @@
+"""A control plane on a real SQLite file and a real directory, over a scripted engine; and what tests put into it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from tenora.adapters.targets import TargetModule
+from tenora.config import Settings
+from tenora.control.control import Control
+from tenora.control.records import TERMINAL, AdapterRecord, FileRecord, JobRecord, JobRequest, Principal
+from tenora.engine.client import AsyncEngine
+from tenora.model.catalog import ResolvedModel
+from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.tokenizer import Tokenizer
+from tenora.training.spec import LoraSpec
+from tests.control.scripted import ScriptedEngine, random_modules
+
+BASE = "tiny"
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]}
+    for i in range(20)
+]
+
+
+@pytest.fixture(scope="session")
+def targets(tiny_base: Path) -> Sequence[TargetModule]:
+    return target_modules(ModelSpec.from_directory(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_base)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+async def engine(targets: Sequence[TargetModule]) -> ScriptedEngine:
+    return ScriptedEngine(targets)
+
+
+OpenControl = Callable[..., Awaitable[Control]]
+
+
+@pytest.fixture
+async def open_control(
+    home: Path, engine: ScriptedEngine, tokenizer: Tokenizer, tiny_base: Path, targets: Sequence[TargetModule]
+) -> AsyncIterator[OpenControl]:
+    """`await open_control(**settings)`: a started control plane on `home`; closed at the end unless the test did."""
+    opened: list[Control] = []
+
+    async def make(**values: Any) -> Control:
+        settings = Settings(home=home, **values)
+        model = ResolvedModel(tiny_base, BASE)
+        control = await Control.open(settings, cast("AsyncEngine", engine), tokenizer, model, targets)
+        await control.start()
+        opened.append(control)
+        close = control.close
+
+        async def close_once() -> None:
+            opened.remove(control)
+            await close()
+
+        control.close = close_once  # type: ignore[method-assign]  # so that the fixture knows
+        return control
+
+    yield make
+    for control in opened:
+        await control.close()
+
+
+@pytest.fixture
+async def control(open_control: OpenControl) -> Control:
+    return await open_control()
+
+
+async def tenant(control: Control, name: str, *scopes: str) -> Principal:
+    """A tenant with a key of these scopes (default: admin)."""
+    record = await control.tenants.ensure(name)
+    _, secret = await control.keys.create(record.id, scopes or ["admin"])
+    return await control.keys.authenticate(secret)
+
+
+@pytest.fixture
+async def acme(control: Control) -> Principal:
+    return await tenant(control, "acme")
+
+
+@pytest.fixture
+async def umbrella(control: Control) -> Principal:
+    return await tenant(control, "umbrella")
+
+
+async def pieces(content: bytes, size: int = 7) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+def jsonl(rows: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+async def upload(control: Control, who: Principal, rows: Sequence[Any] = ROWS) -> FileRecord:
+    return await control.files.create(who, filename="rows.jsonl", purpose="fine-tune", chunks=pieces(jsonl(rows)))
+
+
+async def create_job(control: Control, who: Principal, **fields: Any) -> JobRecord:
+    if "training_file" not in fields:
+        fields["training_file"] = (await upload(control, who)).id
+    return await control.jobs.create(who, JobRequest(model=BASE, **fields))
+
+
+async def until(
+    control: Control, who: Principal, job_id: str, *statuses: str, messages: Sequence[str] = ()
+) -> JobRecord:
+    """Wait until the job has one of `statuses` (default: any terminal one) and its log holds `messages`."""
+    wanted = statuses or tuple(TERMINAL)
+    async with asyncio.timeout(30):
+        while True:
+            job = await control.jobs.get(who, job_id)
+            said = [event.message for event in (await control.jobs.events(who, job_id, limit=1000)).items]
+            if job.status in wanted and all(any(message in line for line in said) for message in messages):
+                return job
+            if job.status in TERMINAL and job.status not in wanted:
+                raise AssertionError((job, said))
+            await asyncio.sleep(0.01)
+
+
+def adapter_files(
+    directory: Path, targets: Sequence[TargetModule], *, seed: int = 0, rank: int = 4
+) -> tuple[bytes, Path]:
+    """The two files of a random adapter: the configuration's bytes and the path of the weights."""
+    lora = LoraSpec(rank=rank, alpha=8.0, target_modules=("q_proj", "v_proj"))
+    path = directory / f"adapter-{seed}-{rank}"
+    if not path.exists():
+        modules = random_modules(targets, lora.target_modules, rank, seed)
+        write_adapter(path, base_model="whatever", lora=lora, modules=modules)
+    return (path / CONFIG_NAME).read_bytes(), path / WEIGHTS_NAME
+
+
+async def until_true(condition: Callable[[], bool]) -> None:
+    """Look until it holds, for at most ten seconds."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
+async def messages(control: Control, who: Principal, job_id: str) -> list[str]:
+    """A job's log, oldest first."""
+    return [event.message for event in reversed((await control.jobs.events(who, job_id, limit=1000)).items)]
+
+
+def workdir(home: Path, who: Principal, job_id: str) -> Path:
+    return home / "tenants" / who.tenant_id / "jobs" / job_id
+
+
+ImportAdapter = Callable[..., Awaitable[AdapterRecord]]
+
+
+@pytest.fixture
+def import_adapter(tmp_path: Path, targets: Sequence[TargetModule]) -> ImportAdapter:
+    """`await import_adapter(control, who, name, seed=…)`."""
+
+    async def do(control: Control, who: Principal, name: str, *, seed: int = 0, rank: int = 4) -> AdapterRecord:
+        config, weights = adapter_files(tmp_path, targets, seed=seed, rank=rank)
+        return await control.adapters.import_(who, name=name, config=config, weights=weights)
+
+    return do

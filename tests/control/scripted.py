@@ -1,0 +1,193 @@
+"""An engine without a model, in memory: it speaks the AsyncEngine protocol and does what the test tells it.
+
+Its training runs write real PEFT directories, so everything behind the events is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tenora.adapters.peft_format import write_adapter
+from tenora.adapters.ref import AdapterRef
+from tenora.adapters.targets import TargetModule
+from tenora.engine.messages import EngineStats, Generate, Ready, SequenceOutput, TokenLogprob
+from tenora.errors import UnavailableError
+from tenora.training.spec import (
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    StepEvent,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+)
+
+
+class ScriptedEngine:
+    """`steps` optimizer steps a run, the last one evaluated and kept. `hold` stops runs before that step."""
+
+    def __init__(self, targets: Sequence[TargetModule], *, max_model_len: int = 256) -> None:
+        self.targets = targets
+        self.ready = Ready(
+            device="cpu",
+            dtype="float32",
+            max_model_len=max_model_len,
+            kv_blocks=64,
+            block_size=16,
+            target_modules=tuple(sorted({target.name for target in targets})),
+        )
+        self.stats = EngineStats()
+        self.alive = True
+        self.healthy = True
+        self.last_heartbeat = time.monotonic()
+        self.steps = 4
+        self.reply: Callable[[Generate], list[SequenceOutput]] = lambda request: []
+        self.generated: list[Generate] = []
+        self.aborted: list[str] = []
+        self.pins: dict[str, bool] = {}
+        self.evicted: list[str] = []
+        self.specs: list[TrainSpec] = []
+        self.stops: list[tuple[str, bool]] = []
+        self.hold_at: int | None = None
+        self.held = asyncio.Event()  # a run waits before step `hold_at`
+        self.release = asyncio.Event()
+        self.die_at: int | None = None
+        self.fail_with: FailedEvent | None = None
+        self.broken = False  # the finished run's adapter is not one of this base
+        self._requested: dict[str, bool] = {}
+
+    async def generate(self, request: Generate) -> AsyncIterator[SequenceOutput]:
+        self.generated.append(request)
+        finished = False
+        try:
+            for output in self.reply(request):
+                await asyncio.sleep(0)
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    async def train(self, spec: TrainSpec) -> AsyncIterator[TrainEvent]:
+        self.specs.append(spec)
+        self._requested.pop(spec.run_id, None)
+        for event in self._events(spec):
+            if isinstance(event, StepEvent) and event.step == self.hold_at:
+                self.held.set()
+                await self.release.wait()
+            if isinstance(event, StepEvent) and event.step == self.die_at:
+                self.die_at = None
+                raise UnavailableError("The engine stopped.", code="engine_lost")
+            if spec.run_id in self._requested:
+                yield StoppedEvent(run_id=spec.run_id, step=0, paused=self._requested.pop(spec.run_id))
+                return
+            await asyncio.sleep(0)
+            yield event
+            if isinstance(event, FailedEvent):
+                return
+
+    def _events(self, spec: TrainSpec) -> list[TrainEvent]:
+        total, run = self.steps, spec.run_id
+        path = Path(spec.workdir) / "checkpoints" / f"step-{total:06d}"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(path, spec)
+        evaluation = {"valid_loss": 1.5, "valid_accuracy": 0.6, "base_loss": 3.0}
+        events: list[TrainEvent] = [EvalEvent(run_id=run, step=0, best=False, **{**evaluation, "valid_loss": 3.0})]
+        events += [
+            StepEvent(
+                run_id=run,
+                step=step,
+                total_steps=total,
+                epoch=step / total,
+                train_loss=3.0 - step / 4,
+                train_accuracy=0.5,
+                learning_rate=spec.learning_rate,
+                grad_norm=float("nan") if step == 1 else 1.0,
+                trained_tokens=step * 10,
+                tokens_per_second=100.0,
+            )
+            for step in range(1, total + 1)
+        ]
+        if self.fail_with is not None:
+            return [*events, self.fail_with]
+        return [
+            *events,
+            EvalEvent(run_id=run, step=total, best=True, **evaluation),
+            CheckpointEvent(
+                run_id=run,
+                step=total,
+                path=str(path),
+                train_loss=2.0,
+                train_accuracy=0.5,
+                valid_loss=1.5,
+                valid_accuracy=0.6,
+            ),
+            FinishedEvent(
+                run_id=run,
+                path=str(path),
+                step=total,
+                steps=total,
+                trained_tokens=total * 10,
+                seconds=1.0,
+                **evaluation,
+            ),
+        ]
+
+    def write(self, path: Path, spec: TrainSpec) -> None:
+        modules = random_modules(self.targets, spec.lora.target_modules, spec.lora.rank, spec.seed)
+        write_adapter(path, base_model=spec.base_model, lora=spec.lora, modules=modules)
+        if self.broken:
+            (path / "adapter_model.safetensors").chmod(0o600)
+            (path / "adapter_model.safetensors").write_bytes(b"not tensors")
+
+    async def stop_training(self, run_id: str, *, pause: bool = False) -> None:
+        self.stops.append((run_id, pause))
+        self._requested[run_id] = pause
+        self.release.set()
+
+    async def pin(self, ref: AdapterRef, pinned: bool = True) -> None:
+        self.pins[ref.digest] = pinned
+
+    async def evict(self, digest: str) -> None:
+        self.evicted.append(digest)
+
+
+def random_modules(
+    targets: Sequence[TargetModule], names: Sequence[str], rank: int, seed: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Float32 A [rank, in] and B [out, rank] of every such module."""
+    random = np.random.default_rng(seed)
+    return {
+        target.path: (
+            random.normal(size=(rank, target.in_features)).astype(np.float32),
+            random.normal(size=(target.out_features, rank)).astype(np.float32),
+        )
+        for target in targets
+        if target.name in names
+    }
+
+
+def outputs(
+    request: Generate, ids: Sequence[int], *, chunk: int = 1, finish: str = "length", stop_token: int | None = None
+) -> list[SequenceOutput]:
+    """The engine's outputs for these tokens, `chunk` at a time, the last with a finish_reason."""
+    pieces = [list(ids[start : start + chunk]) for start in range(0, len(ids), chunk)] or [[]]
+    wanted = request.sampling.logprobs is not None
+    return [
+        SequenceOutput(
+            request_id=request.request_id,
+            token_ids=piece,
+            logprobs=[TokenLogprob(token, -0.5, ((token, -0.5), (5, -2.0))) for token in piece] if wanted else None,
+            cached_tokens=16 if index == 0 else 0,
+            finish_reason=finish if index == len(pieces) - 1 else None,  # type: ignore[arg-type]  # a literal here
+            stop_token_id=stop_token if index == len(pieces) - 1 else None,
+        )
+        for index, piece in enumerate(pieces)
+    ]

@@ -1,0 +1,169 @@
+"""kill -9 at every failpoint: after a restart everything is old or new, nothing half, and jobs go on."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tenora.control import failpoints
+from tenora.control.control import Control
+from tenora.control.failpoints import Failpoints, InjectedError
+from tenora.control.records import Principal
+from tenora.errors import ConfigurationError, NotFoundError
+from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
+from tests.control.scripted import ScriptedEngine
+
+JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
+
+
+async def killed_at(home: Path, base: Path, point: str, deed: str, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "tests.control.crashing", str(home), str(base), point, deed]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=repo_root, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == -signal.SIGKILL, output.decode()
+
+
+def names(home: Path, pattern: str) -> set[str]:
+    return {path.name for path in home.glob(pattern)}
+
+
+async def check_whole(control: Control, who: Principal, home: Path) -> None:
+    """Every row has its blob, whole; every blob has its row; nothing is half-written."""
+    files = (await control.files.list(who)).items
+    assert names(home, "tenants/*/files/*") == {one.id for one in files}
+    for one in files:
+        assert (await control.files.content(who, one.id)).stat().st_size == one.bytes
+    digests = set()
+    for adapter in await control.adapters.list(who):
+        for version in await control.adapters.versions(who, adapter.name):
+            digests.add(version.digest)
+        assert (await control.inference.resolve(who, adapter.name, None)).adapter is not None
+    for job in (await control.jobs.list(who)).items:
+        for checkpoint in (await control.jobs.checkpoints(who, job.id)).items:
+            target = await control.inference.resolve(who, checkpoint.fine_tuned_model_checkpoint, None)
+            assert target.adapter is not None
+            digests.add(target.adapter.digest)
+    store = control._blobs.store
+    assert set(store.list()) == digests
+    assert all(store.verify(digest) for digest in digests)
+    assert names(home, "staging/*") == set()
+
+
+@pytest.mark.parametrize("point", JOB_POINTS)
+async def test_killed_in_a_job(
+    open_control: OpenControl,
+    import_adapter: ImportAdapter,
+    engine: ScriptedEngine,
+    home: Path,
+    tiny_base: Path,
+    repo_root: Path,
+    point: str,
+) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    old = await import_adapter(control, acme, "desk", seed=9)
+    await control.close()
+    await killed_at(home, tiny_base, point, "job", repo_root)
+
+    engine.alive = False  # the registry as the crash left it, before the job can go on
+    control = await open_control()
+    (job,) = (await control.jobs.list(acme)).items
+    await check_whole(control, acme, home)
+    versions = await control.adapters.versions(acme, "desk")
+    if point == "publish.after_commit":
+        assert (job.status, [one.version for one in versions]) == ("succeeded", [2, 1])
+    else:
+        assert job.status in {"validating_files", "queued", "running"}
+        assert [one.digest for one in versions] == [old.digest]
+        assert job.fine_tuned_model is None
+        assert job.result_files == ()
+    engine.alive = True
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded"
+    versions = await control.adapters.versions(acme, "desk")
+    assert [(one.version, one.active) for one in versions] == [(2, True), (1, False)]
+    assert versions[0].job_id == job.id
+    await control.close()
+    control = await open_control()
+    assert names(home, "tenants/*/jobs/*") == set()
+    await check_whole(control, acme, home)
+
+
+@pytest.mark.parametrize("point", ["files.before_rename", "files.after_rename"])
+async def test_killed_in_an_upload(
+    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path, point: str
+) -> None:
+    await killed_at(home, tiny_base, point, "upload", repo_root)
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    assert (await control.files.list(acme)).items == []
+    await check_whole(control, acme, home)
+
+
+async def test_killed_in_deleting_a_file(
+    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path
+) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    await upload(control, acme)
+    await control.close()
+    await killed_at(home, tiny_base, "files.after_delete", "delete-file", repo_root)
+    control = await open_control()
+    await check_whole(control, acme, home)
+    assert (await control.files.list(acme)).items == []
+
+
+async def test_killed_in_an_import_and_in_a_deletion(
+    open_control: OpenControl, import_adapter: ImportAdapter, home: Path, tiny_base: Path, repo_root: Path
+) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    old = await import_adapter(control, acme, "desk", seed=9)
+    await control.close()
+    await killed_at(home, tiny_base, "adapters.after_blob", "import", repo_root)
+    control = await open_control()
+    await check_whole(control, acme, home)
+    assert [one.digest for one in await control.adapters.versions(acme, "desk")] == [old.digest]
+    await control.close()
+    await killed_at(home, tiny_base, "adapters.after_delete", "delete-adapter", repo_root)
+    control = await open_control()
+    await check_whole(control, acme, home)
+    with pytest.raises(NotFoundError):
+        await control.adapters.get(acme, "desk")
+
+
+@pytest.mark.parametrize("point", ["publish.after_blob", "publish.after_result_file", "publish.before_commit"])
+async def test_an_error_in_the_middle_publishes_nothing(
+    control: Control, acme: Principal, home: Path, point: str
+) -> None:
+    """The process lives on: it must clean up itself, and the job says that it failed."""
+    control._runner._context.failpoints.armed = {point: "error"}
+    job = await until(control, acme, (await create_job(control, acme, name="desk")).id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == InjectedError.code
+    assert await control.adapters.list(acme) == []
+    await check_whole(control, acme, home)
+
+
+def test_failpoints_are_named() -> None:
+    assert Failpoints.parse("").armed == {}
+    assert Failpoints.parse("publish.after_blob=kill, files.after_rename=error").armed == {
+        "publish.after_blob": "kill",
+        "files.after_rename": "error",
+    }
+    for wrong in ("publish.someday=kill", "publish.after_blob=explode", "publish.after_blob"):
+        with pytest.raises(ConfigurationError):
+            Failpoints.parse(wrong)
+
+
+def test_every_failpoint_is_hit_somewhere() -> None:
+    root = Path(failpoints.__file__).parent
+    source = "".join(path.read_text() for path in root.glob("*.py") if path.name != "failpoints.py")
+    assert {point for point in failpoints.POINTS if f'hit("{point}")' not in source} == set()

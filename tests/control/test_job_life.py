@@ -1,0 +1,261 @@
+"""What may come between a job and its end: cancel, pause, engine deaths, restarts, lost leases, defects."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenora.control import job_rows, job_training, publication
+from tenora.control.control import Control
+from tenora.control.job_training import MAX_ATTEMPTS
+from tenora.control.records import Principal
+from tenora.errors import (
+    ConflictError,
+    StorageFullError,
+)
+from tests.control.conftest import (
+    OpenControl,
+    create_job,
+    messages,
+    tenant,
+    until,
+    until_true,
+    upload,
+    workdir,
+)
+from tests.control.scripted import ScriptedEngine
+
+
+async def test_cancel(control: Control, acme: Principal, engine: ScriptedEngine, home: Path) -> None:
+    engine.hold_at = 2
+    file = await upload(control, acme)
+    job = await create_job(control, acme, name="desk", training_file=file.id)
+    await engine.held.wait()
+    with pytest.raises(ConflictError, match=job.id):
+        await control.files.delete(acme, file.id)
+    cancelled = await control.jobs.cancel(acme, job.id)
+    assert (cancelled.status, cancelled.fine_tuned_model) == ("cancelled", None)
+    assert cancelled.finished_at is not None
+    assert engine.stops == [(job.id, False)]
+    await until_true(lambda: not workdir(home, acme, job.id).exists())
+    with pytest.raises(ConflictError, match="cancelled"):
+        await control.jobs.cancel(acme, job.id)
+    for call in (control.jobs.pause, control.jobs.resume):
+        with pytest.raises(ConflictError):
+            await call(acme, job.id)
+    assert (await control.jobs.get(acme, job.id)).status == "cancelled"
+    assert await control.adapters.list(acme) == []
+    said = await messages(control, acme, job.id)
+    assert said[-1] == "The job was cancelled"
+    await control.files.delete(acme, file.id)
+
+
+async def test_cancel_while_it_publishes_wins(
+    control: Control, acme: Principal, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """The blob is stored and the cancellation commits before the publishing transaction: nothing is published."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    write = publication._write_metrics
+
+    async def slow(*args: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await write(*args)
+
+    monkeypatch.setattr(publication, "_write_metrics", slow)
+    job = await create_job(control, acme, name="desk")
+    await reached.wait()
+    await control.jobs.cancel(acme, job.id)
+    go_on.set()
+    await until_true(lambda: not workdir(home, acme, job.id).exists())
+    assert (await control.jobs.get(acme, job.id)).status == "cancelled"
+    assert await control.adapters.list(acme) == []
+    assert [one.purpose for one in (await control.files.list(acme)).items] == ["fine-tune"]
+    digests = {path.name for path in (home / "adapters").glob("??/*")}
+    (checkpoint,) = (await control.jobs.checkpoints(acme, job.id)).items
+    assert len(digests) == 1  # the checkpoint's, which was kept before the cancellation
+    assert (await control.inference.resolve(acme, checkpoint.fine_tuned_model_checkpoint, None)).adapter is not None
+
+
+async def test_pause_and_resume(control: Control, acme: Principal, engine: ScriptedEngine, home: Path) -> None:
+    engine.hold_at = 3
+    job = await create_job(control, acme, name="desk")
+    await engine.held.wait()
+    assert (await control.jobs.pause(acme, job.id)).status == "paused"
+    assert engine.stops == [(job.id, True)]
+    with pytest.raises(ConflictError, match="paused"):
+        await control.jobs.pause(acme, job.id)
+    assert workdir(home, acme, job.id).exists()
+    engine.hold_at = None
+    assert (await control.jobs.resume(acme, job.id)).status == "queued"
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded"
+    said = await messages(control, acme, job.id)
+    assert [line for line in said if "paused" in line or "resumed" in line] == [
+        "The job was paused",
+        "The job was resumed",
+        "Fine-tuning job resumed from its last saved state",
+    ]
+    assert len(engine.specs) == 2
+    assert engine.specs[0] == engine.specs[1]
+    with pytest.raises(ConflictError):
+        await control.jobs.pause(acme, job.id)
+
+
+async def test_a_queued_job_can_be_paused_and_cancelled(
+    open_control: OpenControl, engine: ScriptedEngine, home: Path
+) -> None:
+    control = await open_control(max_running_jobs=1)
+    acme = await tenant(control, "acme")
+    engine.hold_at = 1
+    running = await create_job(control, acme)
+    await engine.held.wait()
+    waiting = [await create_job(control, acme) for _ in range(3)]
+    for job in waiting:
+        await until(control, acme, job.id, "queued")
+    assert len(engine.specs) == 1
+    await control.jobs.pause(acme, waiting[0].id)
+    await control.jobs.cancel(acme, waiting[1].id)
+    assert not workdir(home, acme, waiting[1].id).exists()
+    engine.hold_at = None
+    engine.release.set()
+    assert (await until(control, acme, running.id)).status == "succeeded"
+    assert (await until(control, acme, waiting[2].id)).status == "succeeded"
+    assert (await control.jobs.get(acme, waiting[0].id)).status == "paused"
+    await control.jobs.resume(acme, waiting[0].id)
+    assert (await until(control, acme, waiting[0].id)).status == "succeeded"
+
+
+async def test_the_engine_dies_and_the_job_goes_on(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    engine.die_at = 2
+    job = await create_job(control, acme)
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded"
+    said = await messages(control, acme, job.id)
+    assert any("goes on from its last saved state when it is back (attempt 1 of 5)" in line for line in said)
+    assert said.count("Fine-tuning job resumed from its last saved state") == 1
+    rows = (await control.files.content(acme, done.result_files[0])).read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4"]  # step 1 was done twice
+
+
+async def test_a_job_waits_for_the_engine(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    engine.alive = False
+    job = await create_job(control, acme)
+    await until(control, acme, job.id, "queued")
+    await asyncio.sleep(0.05)
+    assert engine.specs == []
+    engine.alive = True
+    assert (await until(control, acme, job.id)).status == "succeeded"
+
+
+async def test_the_engine_may_not_die_for_ever(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    events = engine._events
+
+    def always(spec: Any) -> Any:
+        engine.die_at = 1
+        return events(spec)
+
+    engine._events = always  # type: ignore[method-assign]  # every run dies
+    job = await until(control, acme, (await create_job(control, acme)).id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "engine_lost"
+    assert len(engine.specs) == MAX_ATTEMPTS
+
+
+async def test_a_restart_goes_on(open_control: OpenControl, engine: ScriptedEngine, home: Path) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    engine.hold_at = 3
+    job = await create_job(control, acme, name="desk")
+    await engine.held.wait()
+    await control.close()
+    assert engine.stops == [(job.id, True)]
+    engine.hold_at = None
+    leftover = workdir(home, acme, "ftjob-leftover")
+    leftover.mkdir()
+    control = await open_control()
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded"
+    assert "Fine-tuning job resumed from its last saved state" in await messages(control, acme, job.id)
+    assert engine.specs[0] == engine.specs[1]
+    assert not leftover.exists()
+    assert (await control.adapters.get(acme, "desk")).version == 1
+
+
+async def test_lost_rows_are_read_again(open_control: OpenControl, engine: ScriptedEngine, home: Path) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    engine.alive = False
+    job = await create_job(control, acme)
+    await until(control, acme, job.id, "queued")
+    await control.close()
+    shutil.rmtree(workdir(home, acme, job.id))
+    engine.alive = True
+    control = await open_control()
+    assert (await until(control, acme, job.id)).status == "succeeded"
+    assert "The prepared rows are missing; the files are read again" in await messages(control, acme, job.id)
+
+
+async def test_a_serving_role_trains_nothing(open_control: OpenControl, engine: ScriptedEngine) -> None:
+    control = await open_control(role="serve")
+    acme = await tenant(control, "acme")
+    job = await create_job(control, acme)
+    await asyncio.sleep(0.05)
+    assert (await control.jobs.get(acme, job.id)).status == "validating_files"
+    await control.close()
+    control = await open_control()
+    assert (await until(control, acme, job.id)).status == "succeeded"
+
+
+async def test_a_worker_that_lost_its_lease_writes_nothing(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    """A process that slept past its lease: another took the job, so this one's publish is refused."""
+    engine.hold_at = 2
+    job = await create_job(control, acme, name="desk")
+    await engine.held.wait()
+    async with control._registry.database.write() as session:
+        row = await job_rows.find_job(session, acme.tenant_id, job.id)
+        row.lease_owner, row.lease_token = "another-boot", row.lease_token + 1
+        row.lease_expires_at = (row.lease_expires_at or 0) + 1000
+    before = await messages(control, acme, job.id)
+    engine.hold_at = None
+    engine.release.set()
+    await until_true(lambda: not control._runner._works)
+    assert await messages(control, acme, job.id) == before
+    assert (await control.jobs.get(acme, job.id)).status == "running"
+    assert await control.adapters.list(acme) == []
+    assert engine.stops == [(job.id, True)]
+
+
+async def test_a_full_disk_for_a_checkpoint_does_not_end_the_run(
+    control: Control, acme: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: Any) -> None:
+        raise StorageFullError("The disk is full.")
+
+    monkeypatch.setattr(job_training, "keep_checkpoint", full)
+    assert (await until(control, acme, (await create_job(control, acme)).id)).status == "succeeded"
+
+
+async def test_a_defect_ends_the_job_and_nothing_else(
+    control: Control,
+    acme: Principal,
+    engine: ScriptedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def defect(spec: Any) -> Any:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(engine, "_events", defect)
+    job = await until(control, acme, (await create_job(control, acme)).id)
+    assert (job.status, job.error and job.error["code"]) == ("failed", "internal_error")
+    assert "secret detail" not in json.dumps(dict(job.error or {}))
+    monkeypatch.undo()
+    assert (await until(control, acme, (await create_job(control, acme)).id)).status == "succeeded"

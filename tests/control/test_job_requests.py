@@ -1,0 +1,171 @@
+"""What may be asked for, by whom, and what is listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tenora.control.control import Control
+from tenora.control.records import JobRequest, Principal
+from tenora.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from tests.control.conftest import (
+    BASE,
+    ROWS,
+    create_job,
+    jsonl,
+    pieces,
+    tenant,
+    until,
+    upload,
+)
+from tests.control.scripted import ScriptedEngine
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "gpt-4o"}, "model"),
+        ({"suffix": "a:b"}, "suffix"),
+        ({"suffix": "a" * 65}, "suffix"),
+        ({"suffix": BASE}, "suffix"),
+        ({"name": BASE}, "name"),
+        ({"name": "A"}, "name"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**31}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"metadata": {'quo"te': "x"}}, "metadata"),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "n_epochs"),
+        ({"hyperparameters": {"batch_size": 1.5}}, "batch_size"),
+        ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"rank": 257}}, "lora.rank"),
+        ({"lora": {"rank": "16"}}, "lora.rank"),
+        ({"lora": {"alpha": 0}}, "lora.alpha"),
+        ({"lora": {"alpha": float("nan")}}, "lora.alpha"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": {"target_modules": ["lm_head"]}}, "lora.target_modules"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules"),
+        ({"lora": {"use_rslora": "yes"}}, "lora.use_rslora"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora"),
+        ({"training": {"scheduler": "step"}}, "training.scheduler"),
+        ({"training": {"warmup_ratio": 2}}, "training.warmup_ratio"),
+        ({"training": {"max_seq_length": 4096}}, "training.max_seq_length"),
+        ({"training": {"optimizer": "sgd"}}, "training.optimizer"),
+        ({"training": {"learning_rate": 2}}, "learning_rate"),
+        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "supervised", "supervised": {"x": 1}}}, "method.supervised.x"),
+    ],
+)
+async def test_bad_requests_name_the_field(
+    control: Control, acme: Principal, fields: dict[str, Any], param: str
+) -> None:
+    file = await upload(control, acme)
+    with pytest.raises(InvalidRequestError) as caught:
+        await control.jobs.create(acme, JobRequest(**{"model": BASE, "training_file": file.id, **fields}))
+    assert caught.value.param == param
+    assert (await control.jobs.list(acme)).items == []
+
+
+async def test_hyperparameters_in_the_method_count(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 5}}}
+    job = await create_job(control, acme, method=method)
+    assert (await until(control, acme, job.id)).method == method
+    assert engine.specs[0].n_epochs == 5
+
+
+async def test_files_must_be_training_files_of_the_tenant(
+    control: Control, acme: Principal, umbrella: Principal
+) -> None:
+    good = await upload(control, acme)
+    theirs = await upload(control, umbrella)
+    other = await control.files.create(acme, filename="a", purpose="user_data", chunks=pieces(jsonl(ROWS)))
+    broken = await control.files.create(acme, filename="a", purpose="fine-tune", chunks=pieces(b"{\n{\n"))
+    for field in ("training_file", "validation_file"):
+        for file_id, error in (
+            (theirs.id, NotFoundError),
+            ("file-none", NotFoundError),
+            (other.id, InvalidRequestError),
+            (broken.id, InvalidRequestError),
+        ):
+            fields: dict[str, Any] = {"training_file": good.id, field: file_id}
+            with pytest.raises(error) as caught:
+                await control.jobs.create(acme, JobRequest(model=BASE, **fields))
+            assert caught.value.param == field
+    assert (await control.jobs.list(acme)).items == []
+
+
+async def test_listing(control: Control, acme: Principal, umbrella: Principal) -> None:
+    ids = [(await create_job(control, acme, metadata={"index": str(i), "all": "yes"})).id for i in range(3)]
+    theirs = await create_job(control, umbrella, metadata={"all": "yes"})
+    for job_id in ids:
+        await until(control, acme, job_id)
+    await until(control, umbrella, theirs.id)
+    assert [job.id for job in (await control.jobs.list(acme)).items] == ids[::-1]
+    page = await control.jobs.list(acme, limit=2)
+    assert ([job.id for job in page.items], page.has_more) == (ids[:0:-1], True)
+    assert [job.id for job in (await control.jobs.list(acme, after=ids[1])).items] == ids[:1]
+    found = await control.jobs.list(acme, metadata={"index": "1", "all": "yes"})
+    assert [job.id for job in found.items] == [ids[1]]
+    for nothing in ({"index": "7"}, {'a"] or 1=1': "x"}, {"none": "x"}):
+        assert (await control.jobs.list(acme, metadata=nothing)).items == []
+    events = await control.jobs.events(acme, ids[0], limit=3)
+    assert (len(events.items), events.has_more) == (3, True)
+    rest = await control.jobs.events(acme, ids[0], after=events.items[-1].id, limit=1000)
+    assert rest.items[-1].message == f"Created fine-tuning job: {ids[0]}"
+    assert not rest.has_more
+
+
+async def test_another_tenants_job_is_a_missing_one(control: Control, acme: Principal, umbrella: Principal) -> None:
+    theirs = await until(control, umbrella, (await create_job(control, umbrella)).id)
+    event = (await control.jobs.events(umbrella, theirs.id)).items[0]
+    mine = await until(control, acme, (await create_job(control, acme)).id)
+    for call in (
+        control.jobs.get,
+        control.jobs.cancel,
+        control.jobs.pause,
+        control.jobs.resume,
+        control.jobs.events,
+        control.jobs.checkpoints,
+    ):
+        seen = set()
+        for job_id in (theirs.id, "ftjob-" + "0" * 24):
+            with pytest.raises(NotFoundError) as caught:
+                await call(acme, job_id)
+            seen.add((caught.value.message.replace(job_id, "?"), caught.value.code, caught.value.param))
+        assert len(seen) == 1
+    for cursor in (event.id, theirs.id):
+        with pytest.raises(InvalidRequestError):
+            await control.jobs.events(acme, mine.id, after=cursor)
+        with pytest.raises(InvalidRequestError):
+            await control.jobs.list(acme, after=cursor)
+    assert theirs.fine_tuned_model is not None
+    for name in (theirs.fine_tuned_model, f"{theirs.fine_tuned_model}:ckpt-step-4", theirs.name):
+        with pytest.raises(ModelNotFoundError):
+            await control.inference.resolve(acme, name, None)
+    with pytest.raises(NotFoundError):
+        await control.files.get(acme, theirs.result_files[0])
+
+
+async def test_the_scope_is_needed(control: Control) -> None:
+    reader = await tenant(control, "acme", "infer", "adapters")
+    for call in (
+        lambda: control.jobs.create(reader, JobRequest(model=BASE, training_file="file-x")),
+        lambda: control.jobs.list(reader),
+        lambda: control.jobs.get(reader, "x"),
+        lambda: control.jobs.cancel(reader, "x"),
+        lambda: control.jobs.pause(reader, "x"),
+        lambda: control.jobs.resume(reader, "x"),
+        lambda: control.jobs.events(reader, "x"),
+        lambda: control.jobs.checkpoints(reader, "x"),
+    ):
+        with pytest.raises(PermissionDeniedError):
+            await call()

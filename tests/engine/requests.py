@@ -1,0 +1,50 @@
+"""Short forms for the engine's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from itertools import count
+from typing import Any
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.messages import Generate, SamplingParams
+from tenora.engine.sequence import Sequence
+
+_ids = count()
+
+
+def sampling(max_tokens: int = 8, temperature: float = 0.0, ignore_eos: bool = True, **given: Any) -> SamplingParams:
+    """Greedy and blind to end tokens unless told otherwise."""
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, **given)
+
+
+def generate(
+    token_ids: Rows[int],
+    params: SamplingParams | None = None,
+    *,
+    adapter: AdapterRef | None = None,
+    group: str = "",
+    **given: Any,
+) -> Generate:
+    request_id = given.pop("request_id", f"request-{next(_ids)}")
+    return Generate(
+        request_id=request_id,
+        token_ids=list(token_ids),
+        sampling=params or sampling(),
+        adapter=adapter,
+        group=group,
+        **given,
+    )
+
+
+def sequence(
+    token_ids: Rows[int], params: SamplingParams | None = None, output: Rows[int] = (), **given: Any
+) -> Sequence:
+    """A sequence as it stands after `output` was generated."""
+    made = Sequence.start(generate(token_ids, params, **given), next(_ids))
+    made.token_ids += output
+    return made
+
+
+def ref(digest: str) -> AdapterRef:
+    return AdapterRef(digest=digest, path=f"/nowhere/{digest}")

@@ -1,0 +1,557 @@
+"""The whole engine on tiny models, stepped by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tenora.adapters.ref import AdapterRef
+from tenora.config import Settings
+from tenora.engine.core import Engine
+from tenora.engine.messages import (
+    Abort,
+    EvictAdapter,
+    Outputs,
+    PinAdapter,
+    SequenceFailed,
+    StartTraining,
+    StopTraining,
+    Training,
+)
+from tenora.engine.sequence import Sequence
+from tenora.errors import ConfigurationError
+from tenora.model.decoder import Decoder
+from tenora.model.loading import load_decoder
+from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
+from tests.engine.driver import Driver, greedy, load_peft, make_adapter
+from tests.engine.fake import _step_event
+from tests.engine.requests import generate, sampling
+from tests.support.tiny import build_tiny
+
+MakeDriver = Callable[..., Driver]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("family", ["smollm2", "llama", "mistral", "qwen2", "qwen3", "dynamic_rope", "llama3_rope"])
+def test_greedy_tokens_equal_those_of_transformers(
+    family: str, make_tiny: Callable[[str], Path], driver: MakeDriver
+) -> None:
+    directory = make_tiny(family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tiny = driver(load_decoder(directory), max_num_batched_tokens=24)
+    limit = tiny.engine.max_model_len
+    prompts = [prompt(length, seed) for seed, length in enumerate((1, 2, 7, 33, min(70, limit - 14)))]
+    answers = tiny.run(*(generate(ids, sampling(max_tokens=12)) for ids in prompts))
+    for ids, answer in zip(prompts, answers, strict=True):
+        assert answer.finish_reason == "length"
+        assert answer.tokens == greedy(model, ids, 12)[0]
+
+
+def test_a_length_dependent_rope_equals_the_cached_generation_of_transformers(
+    tmp_path: Path, driver: MakeDriver
+) -> None:
+    """longrope: a prompt beyond 64 tokens is rotated by other factors from its first token on, also in chunks."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "factor": 8.0}
+    directory = build_tiny(tmp_path, "llama", rope_parameters={**rope, **factors})
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tiny = driver(load_decoder(directory), max_num_batched_tokens=24)
+    prompts = [prompt(length, length) for length in (40, 60, 80, 81)]
+    answers = tiny.run(*(generate(ids, sampling(max_tokens=12)) for ids in prompts))
+    for ids, answer in zip(prompts, answers, strict=True):
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=-1,
+        )
+        assert answer.tokens == out[0, len(ids) :].tolist()
+    # 80 tokens share nothing with the 60 of another class, though those are their prefix.
+    (short,) = tiny.run(generate(prompts[2][:60], sampling(max_tokens=2)))
+    assert short.cached == 0
+
+
+def test_sixteen_sequences_with_eight_adapters_equal_each_alone(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+    kinds = [None, *adapters]
+    requests = [
+        generate(prompt(5 + 3 * index, index), sampling(max_tokens=24, logprobs=0), adapter=kinds[index % 9])
+        for index in range(16)
+    ]
+    together = driver(max_num_batched_tokens=48).run(*requests)
+    alone = driver()
+    for request, answer in zip(requests, together, strict=True):
+        (one,) = alone.run(request)
+        assert answer.tokens == one.tokens
+        assert [entry.logprob for entry in answer.logprobs] == pytest.approx(
+            [entry.logprob for entry in one.logprobs], abs=1e-4
+        )
+    base = driver().tokens(requests[1].token_ids, sampling(max_tokens=24))
+    assert base != together[1].tokens, "the adapter changes nothing, so the test above shows nothing"
+
+
+def test_each_adapter_gives_what_peft_gives(driver: MakeDriver, adapters: list[AdapterRef], tiny_base: Path) -> None:
+    ids = prompt(9, 3)
+    requests = [generate(ids, sampling(max_tokens=10, logprobs=0), adapter=adapter) for adapter in adapters]
+    for adapter, answer in zip(adapters, driver().run(*requests), strict=True):
+        tokens, logprobs = greedy(load_peft(tiny_base, adapter), ids, 10)
+        assert answer.tokens == tokens
+        want = [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
+        assert [entry.logprob for entry in answer.logprobs] == pytest.approx(want, abs=1e-4)
+
+
+def test_seeded_tokens_do_not_depend_on_the_batch_or_on_preemption(
+    driver: MakeDriver, adapters: list[AdapterRef]
+) -> None:
+    params = sampling(max_tokens=30, temperature=1.2, top_p=0.95, seed=11, presence_penalty=0.3)
+    ids = prompt(12)
+    alone = driver().tokens(ids, params, adapters[1])
+    others = [generate(prompt(20, seed), sampling(max_tokens=40, temperature=1.0)) for seed in range(1, 6)]
+    crowded = driver(kv_blocks=24, max_num_batched_tokens=32)
+    answer, *_ = crowded.run(generate(ids, params, adapter=adapters[1], priority=5), *others)
+    assert crowded.engine.stats().preemptions > 0
+    assert answer.tokens == alone
+    assert driver().tokens(ids, sampling(max_tokens=30, temperature=1.2, seed=12), adapters[1]) != alone
+
+
+def test_tiny_kv_memory_preempts_and_gives_the_same_tokens(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+    requests = [
+        generate(prompt(20, seed), sampling(max_tokens=24), adapter=[None, *adapters][seed % 4], group=str(seed % 3))
+        for seed in range(8)
+    ]
+    small = driver(kv_blocks=20)
+    answers = small.run(*requests)
+    assert small.engine.stats().preemptions > 0
+    large = driver()
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.tokens == large.run(request)[0].tokens
+    assert large.engine.stats().preemptions == 0
+
+
+def test_prefix_cache_hits_give_the_same_tokens(driver: MakeDriver) -> None:
+    tiny = driver()
+    ids = prompt(30)
+    first, second = (tiny.run(generate(ids, sampling(max_tokens=9)))[0] for _ in range(2))
+    assert (first.cached, second.cached) == (0, 28)
+    assert second.tokens == first.tokens
+    longer = [*ids, *first.tokens, 5, 6]  # the next turn of a conversation: generated blocks are found as well
+    (third,) = tiny.run(generate(longer, sampling(max_tokens=9)))
+    assert third.cached == 36  # 30 + 9 tokens, of which the last was never computed
+    assert third.tokens == driver().tokens(longer, sampling(max_tokens=9))
+    assert tiny.engine.stats().prefix_hits == 28 + 36
+    # A prompt that is known to its very end is not skipped altogether.
+    (whole,) = tiny.run(generate(ids[:28], sampling(max_tokens=9)))
+    assert whole.cached == 24
+
+
+def test_prefixes_are_shared_within_a_salt_and_an_adapter_version_only(
+    driver: MakeDriver, adapters: list[AdapterRef]
+) -> None:
+    tiny = driver()
+    ids = prompt(30)
+
+    def cached(salt: str, adapter: AdapterRef | None) -> int:
+        (answer,) = tiny.run(generate(ids, sampling(max_tokens=2), cache_salt=salt, adapter=adapter))
+        return answer.cached
+
+    for salt, adapter in (("a", None), ("b", None), ("a", adapters[0]), ("a", adapters[1]), ("b", adapters[0])):
+        assert cached(salt, adapter) == 0
+        assert cached(salt, adapter) == 28
+
+
+def test_prefixes_of_another_length_class_are_not_shared() -> None:
+    """With a RoPE scaling that depends on the length, the same tokens have other keys in a longer prompt."""
+    short, long = (Sequence.start(generate(prompt(8)), 0, frozenset(), length_class) for length_class in (0, 1))
+    assert not set(short.hashes(4, 8)) & set(long.hashes(4, 8))
+
+
+def test_prompt_logprobs_equal_transformers_in_chunks_and_after_a_cached_run(
+    driver: MakeDriver, tiny_base: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    ids = prompt(50)
+    with torch.no_grad():
+        want = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+    tiny = driver(max_num_batched_tokens=16)
+    for _ in range(2):
+        (answer,) = tiny.run(generate(ids, sampling(max_tokens=2, prompt_logprobs=3)))
+        entries = answer.outputs[0].prompt_logprobs
+        assert entries is not None
+        assert entries[0] is None
+        assert len(entries) == 50
+        assert answer.outputs[1].prompt_logprobs is None
+        for position, entry in enumerate(entries[1:]):
+            assert entry is not None
+            assert entry.token_id == ids[position + 1]
+            assert entry.logprob == pytest.approx(float(want[position, ids[position + 1]]), abs=1e-4)
+            assert [token for token, _ in entry.top] == want[position].topk(3).indices.tolist()
+
+
+def test_a_prompt_can_be_scored_without_generating(driver: MakeDriver) -> None:
+    (answer,) = driver().run(generate(prompt(5), sampling(max_tokens=0, prompt_logprobs=0)))
+    assert answer.tokens == []
+    assert answer.finish_reason == "length"
+    assert len(answer.outputs[0].prompt_logprobs or ()) == 5
+
+
+def test_sequences_end_as_they_were_told(driver: MakeDriver) -> None:
+    tiny = driver()
+    ids = prompt(6, 4)
+    free = tiny.tokens(ids, sampling(max_tokens=12))
+    stop = free[5]
+    cut = free.index(stop)
+
+    def run(**given: Any) -> Any:
+        return tiny.run(generate(ids, sampling(max_tokens=12, **given)))[0]
+
+    answer = run(stop_token_ids=(stop,))
+    assert answer.tokens == free[:cut]
+    assert answer.finish_reason == "stop"
+    assert answer.outputs[-1].stop_token_id == stop
+    answer = run(stop_token_ids=(stop,), logprobs=0)
+    assert len(answer.logprobs) == cut  # the stop token itself is not reported
+    answer = run(stop_token_ids=(stop,), min_tokens=cut + 3)
+    assert len(answer.tokens) >= cut + 3
+    assert stop not in answer.tokens[: cut + 3]
+    # The model's own end token, forced by a bias, ends a sequence unless it is ignored.
+    (eos,) = tiny.engine.decoder.spec.eos_token_ids
+    answer = run(logit_bias={eos: 1000.0}, ignore_eos=False)
+    assert (answer.tokens, answer.finish_reason, answer.outputs[-1].stop_token_id) == ([], "stop", eos)
+    assert run(logit_bias={eos: 1000.0}).tokens == [eos] * 12
+
+
+def test_a_sequence_ends_at_the_models_limit(driver: MakeDriver) -> None:
+    tiny = driver(max_model_len=20)
+    assert tiny.engine.ready.max_model_len == 20
+    (answer,) = tiny.run(generate(prompt(15), sampling(max_tokens=100)))
+    assert len(answer.tokens) == 5
+    assert answer.finish_reason == "length"
+
+
+def test_the_kv_memory_limits_the_context(driver: MakeDriver, decoder: Decoder) -> None:
+    tiny = driver(kv_blocks=14)
+    assert tiny.engine.max_model_len == 56
+    (answer,) = tiny.run(generate(prompt(53), sampling(max_tokens=9)))
+    assert len(answer.tokens) == 3
+    with pytest.raises(ConfigurationError, match="TENORA_KV_CACHE_BYTES"):
+        Engine(decoder, Settings(kv_cache_bytes=2**20, block_size=2**16))
+
+
+@pytest.mark.parametrize(
+    ("ids", "given", "code"),
+    [
+        ([], {}, "invalid_request"),
+        ([384], {}, "invalid_request"),
+        ([-1], {}, "invalid_request"),
+        ([1], {"logit_bias": {384: 1.0}}, "invalid_request"),
+        ([1], {"stop_token_ids": (999,)}, "invalid_request"),
+        ([1], {"temperature": float("nan")}, "invalid_request"),
+        ([1], {"top_p": 0.0}, "invalid_request"),
+        ([1], {"repetition_penalty": 0.0}, "invalid_request"),
+        ([1] * 600, {}, "context_length_exceeded"),
+    ],
+)
+def test_a_bad_request_fails_alone(driver: MakeDriver, ids: list[int], given: dict[str, Any], code: str) -> None:
+    tiny = driver()
+    bad, good = tiny.run(generate(ids, sampling(**given)), generate([5, 6]))
+    assert bad.failure is not None
+    assert bad.failure.code == code
+    assert len(good.tokens) == 8
+
+
+def test_abort_gives_everything_back_at_any_time(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+    for steps in range(6):
+        tiny = driver(max_num_batched_tokens=16, max_num_seqs=2)
+        requests = [
+            generate(prompt(30, seed), sampling(max_tokens=50), adapter=adapters[seed % 3]) for seed in range(4)
+        ]
+        for request in requests:
+            tiny.add(request)
+        for _ in range(steps):
+            tiny.step()
+        for request in requests:
+            tiny.engine.add(Abort(request.request_id))
+            tiny.engine.add(Abort(request.request_id))
+        before = {request.request_id: len(tiny.answers[request.request_id].tokens) for request in requests}
+        tiny.step()
+        tiny.check_baseline()
+        assert before == {request.request_id: len(tiny.answers[request.request_id].tokens) for request in requests}
+
+
+def test_a_failed_forward_fails_its_batch_and_the_engine_goes_on(
+    driver: MakeDriver, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = driver(max_num_seqs=3)
+    expected = driver().tokens(prompt(8), sampling(max_tokens=5), adapters[0])
+    requests = [generate(prompt(8, seed), sampling(max_tokens=5), adapter=adapters[0]) for seed in range(5)]
+    answers = [tiny.add(request) for request in requests]
+    tiny.step()
+    tiny.step()
+    run = tiny.engine.runner.run
+
+    def broken(batch: Any) -> Any:
+        run(batch)
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(tiny.engine.runner, "run", broken)
+    while not all(answer.done for answer in answers[:3]):
+        tiny.step()
+    monkeypatch.undo()
+    assert [answer.failure and answer.failure.code for answer in answers[:3]] == ["engine_error"] * 3
+    tiny.run()
+    while not all(answer.done for answer in answers):
+        tiny.step()
+    tiny.check_baseline()
+    assert all(answer.failure is None for answer in answers[3:])
+    assert tiny.tokens(prompt(8), sampling(max_tokens=5), adapters[0]) == expected
+
+
+def test_out_of_memory_is_named(driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = driver()
+    for error in (
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(tiny.engine.runner, "run", _raiser(error))
+        (answer,) = tiny.run(generate([5]))
+        assert answer.failure is not None
+        assert answer.failure.code == "out_of_memory"
+
+
+def _raiser(error: Exception) -> Callable[[Any], Any]:
+    def run(batch: Any) -> Any:
+        raise error
+
+    return run
+
+
+def test_a_row_without_finite_logits_fails_alone(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+    tiny = driver()
+    poisoned, clean = generate(prompt(6), sampling(max_tokens=6), adapter=adapters[0]), generate(prompt(6, 1))
+    expected = tiny.tokens(clean.token_ids, sampling())
+    tiny.add(poisoned)
+    other = tiny.add(clean)
+    tiny.step()
+    while not tiny.answers[poisoned.request_id].outputs:
+        tiny.step()
+    (slot,) = {s.slot for s in tiny.engine.scheduler.running if s.slot >= 0}
+    tiny.engine.pool.tables.scaling[:, slot] = torch.inf
+    while not other.done or not tiny.answers[poisoned.request_id].done:
+        tiny.step()
+    failure = tiny.answers[poisoned.request_id].failure
+    assert failure is not None
+    assert failure.code == "engine_error"
+    assert other.tokens == expected
+    tiny.check_baseline()
+
+
+class TestAdapters:
+    def test_many_more_adapters_than_slots(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+        tiny = driver(max_adapters=2)
+        requests = [generate(prompt(6, seed), sampling(max_tokens=6), adapter=adapters[seed % 8]) for seed in range(24)]
+        answers = tiny.run(*requests)
+        alone = driver()
+        for request, answer in zip(requests, answers, strict=True):
+            assert answer.tokens == alone.run(request)[0].tokens
+        stats = tiny.engine.stats()
+        assert stats.adapter_evictions >= 6
+        assert len(stats.adapters_resident) == 2
+
+    def test_a_missing_adapter_fails_its_own_requests(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+        tiny = driver()
+        missing = AdapterRef(digest="gone", path="/nowhere/at/all")
+        requests = [generate([5], adapter=missing), generate([5], adapter=adapters[0]), generate([5])]
+        gone, *others = tiny.run(*requests)
+        assert gone.failure is not None
+        assert gone.failure.code == "adapter_unavailable"
+        assert all(len(answer.tokens) == 8 for answer in others)
+        assert tiny.engine.stats().adapter_load_failures == 1
+
+    def test_a_malformed_adapter_says_what_is_wrong(
+        self, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
+    ) -> None:
+        directory = tmp_path / "broken"
+        directory.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (directory / name).write_bytes((Path(adapters[0].path) / name).read_bytes()[:-8])
+        (answer,) = driver().run(generate([5], adapter=AdapterRef("broken", str(directory))))
+        assert answer.failure is not None
+        assert answer.failure.code == "adapter_unavailable"
+        assert len(answer.failure.message) > 40
+
+    def test_an_adapter_that_was_repaired_is_loaded(
+        self, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
+    ) -> None:
+        tiny = driver()
+        late = AdapterRef("late", str(tmp_path / "late"))
+        (answer,) = tiny.run(generate([5], adapter=late))
+        assert answer.failure is not None
+        (tmp_path / "late").symlink_to(adapters[0].path)
+        (answer,) = tiny.run(generate([5], adapter=late))
+        assert answer.tokens == tiny.tokens([5], sampling(), adapters[0])
+
+    def test_an_adapter_larger_than_the_pool_is_refused(
+        self, driver: MakeDriver, tiny_base: Path, adapters: list[AdapterRef], tmp_path: Path
+    ) -> None:
+        huge = make_adapter(tiny_base, tmp_path / "huge", rank=256, targets=("gate_proj", "up_proj", "down_proj"))
+        big, small = driver(max_lora_rank=256).run(generate([5], adapter=huge), generate([5], adapter=adapters[0]))
+        assert big.failure is not None
+        assert big.failure.code == "adapter_unavailable"
+        assert len(small.tokens) == 8
+
+    def test_pinned_adapters_stay(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+        tiny = driver(max_adapters=2)
+        tiny.engine.add(PinAdapter(adapters[0]))
+        tiny.step()
+        tiny.step()
+        assert tiny.engine.stats().adapters_resident == (adapters[0].digest,)
+        for adapter in adapters[1:4]:
+            tiny.tokens([5], sampling(max_tokens=1), adapter)
+        assert adapters[0].digest in tiny.engine.stats().adapters_resident
+        tiny.engine.add(PinAdapter(adapters[0], pinned=False))
+        for adapter in adapters[1:4]:
+            tiny.tokens([5], sampling(max_tokens=1), adapter)
+        assert adapters[0].digest not in tiny.engine.stats().adapters_resident
+
+    def test_pinning_a_missing_adapter_does_no_harm(self, driver: MakeDriver) -> None:
+        tiny = driver()
+        tiny.engine.add(PinAdapter(AdapterRef("gone", "/nowhere")))
+        for _ in range(3):
+            tiny.step()
+        assert not tiny.engine.has_work
+        assert tiny.tokens([5], sampling(max_tokens=1))
+
+    def test_when_everything_is_pinned_requests_are_told(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+        tiny = driver(max_adapters=1)
+        tiny.engine.add(PinAdapter(adapters[0]))
+        tiny.step()
+        tiny.step()
+        (answer,) = tiny.run(generate([5], adapter=adapters[1]))
+        assert answer.failure is not None
+        assert "pinned" in answer.failure.message
+
+    def test_a_deleted_version_goes_when_its_last_sequence_ends(
+        self, driver: MakeDriver, adapters: list[AdapterRef]
+    ) -> None:
+        tiny = driver()
+        request = generate(prompt(12), sampling(max_tokens=10), adapter=adapters[0])
+        answer = tiny.add(request)
+        while not answer.outputs:
+            tiny.step()
+        tiny.engine.add(EvictAdapter(adapters[0].digest))
+        while not answer.done:
+            assert adapters[0].digest in tiny.engine.stats().adapters_resident
+            tiny.step()
+        assert answer.failure is None
+        assert tiny.engine.stats().adapters_resident == ()
+        for expected in (0, 8):  # its cached prefixes went, too
+            (again,) = tiny.run(generate(request.token_ids, request.sampling, adapter=adapters[0]))
+            assert again.cached == expected
+            assert again.tokens == answer.tokens
+
+
+class FakeRun:
+    """A training run of `steps` optimizer steps, each of three items."""
+
+    def __init__(self, spec: TrainSpec, log: list[str], steps: int = 3) -> None:
+        self.spec, self.log, self.steps = spec, log, steps
+        self.stopped: bool | None = None
+
+    def stop(self, *, pause: bool) -> None:
+        self.stopped = pause
+
+    def __iter__(self) -> Iterator[TrainEvent | None]:
+        for step in range(1, self.steps + 1):
+            for _ in range(3):
+                self.log.append(self.spec.run_id)
+                yield None
+                if self.stopped is not None:
+                    yield StoppedEvent(run_id=self.spec.run_id, step=step, paused=self.stopped)
+                    return
+            if self.spec.run_id == "bad":
+                raise ValueError("diverged")
+            yield _step_event(self.spec.run_id, step)
+        yield StoppedEvent(run_id=self.spec.run_id, step=self.steps, paused=False)
+
+
+def spec(run_id: str) -> TrainSpec:
+    return TrainSpec(run_id=run_id, group="", train_path="", valid_path="", workdir="", base_model="")
+
+
+class TestTraining:
+    def test_runs_take_turns_and_a_failing_one_harms_nobody(self, driver: MakeDriver) -> None:
+        log: list[str] = []
+        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log))
+        for run_id in ("a", "bad", "b"):
+            tiny.engine.add(StartTraining(spec(run_id)))
+        while tiny.engine.has_work:
+            tiny.step()
+        assert sorted(log[:3]) == ["a", "b", "bad"]
+        ends = {event.run_id: event for event in tiny.training if not isinstance(event, StepEvent)}
+        assert isinstance(ends["bad"], FailedEvent)
+        assert "diverged" in ends["bad"].message
+        assert isinstance(ends["a"], StoppedEvent)
+        assert [event.step for event in tiny.training if isinstance(event, StepEvent) and event.run_id == "b"] == [
+            1,
+            2,
+            3,
+        ]
+        assert tiny.engine.stats().trained_tokens == 6
+
+    def test_a_run_that_cannot_start_says_why(self, driver: MakeDriver) -> None:
+        def start(_: Decoder, spec: TrainSpec) -> Any:
+            raise OSError("no such file")
+
+        tiny = driver(start_run=start)
+        tiny.engine.add(StartTraining(spec("a")))
+        tiny.step()
+        assert isinstance(tiny.training[0], FailedEvent)
+
+    def test_decode_steps_alternate_with_training(self, driver: MakeDriver) -> None:
+        log: list[str] = []
+        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**6))
+        tiny.engine.add(StartTraining(spec("a")))
+        answer = tiny.add(generate(prompt(5), sampling(max_tokens=10)))
+        progress = []
+        while not answer.done:
+            tiny.step()
+            progress.append((len(answer.tokens), len(log)))
+        assert [tokens for tokens, _ in progress] == list(range(1, 11))  # a token with every step
+        trained = [items for _, items in progress]
+        assert all(later > earlier for earlier, later in pairwise(trained))
+        assert answer.tokens == driver().tokens(prompt(5), sampling(max_tokens=10))
+
+    def test_stop_pause_and_shutdown(self, driver: MakeDriver) -> None:
+        log: list[str] = []
+        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**6))
+        for run_id in ("a", "b", "c"):
+            tiny.engine.add(StartTraining(spec(run_id)))
+        tiny.step()
+        tiny.engine.add(StopTraining("a"))
+        tiny.engine.add(StopTraining("b", pause=True))
+        tiny.engine.add(StopTraining("unknown"))
+        tiny.step()
+        stops = {event.run_id: event.paused for event in tiny.training if isinstance(event, StoppedEvent)}
+        assert stops == {"a": False, "b": True}
+        request = generate(prompt(5), sampling(max_tokens=100))
+        tiny.add(request)
+        tiny.step()
+        outputs, training = tiny.engine.shutdown()
+        assert isinstance(outputs, Outputs)
+        (failed,) = outputs.items
+        assert isinstance(failed, SequenceFailed)
+        assert failed.code == "engine_shutdown"
+        assert isinstance(training, Training)
+        assert isinstance(training.event, StoppedEvent)
+        assert (training.event.run_id, training.event.paused) == ("c", True)
+        tiny.check_baseline()

@@ -1,0 +1,86 @@
+"""Packing: every row once, nothing beyond capacity that could be split, nothing read that the loss does not need."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenora.training.dataset import TokenizedDataset
+from tenora.training.packing import epoch_batches, microbatches, pack, plan_microbatches, steps_per_epoch, stream_length
+
+from .conftest import random_rows
+
+
+@given(lengths=st.lists(st.integers(0, 60), max_size=40), capacity=st.integers(1, 64))
+def test_plan_holds_each_row_once_within_capacity_and_is_first_fit(lengths: list[int], capacity: int) -> None:
+    plan = plan_microbatches(lengths, capacity)
+    assert sorted(index for packed in plan for index in packed) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in packed) for packed in plan]
+    assert all(load <= capacity or len(packed) == 1 for load, packed in zip(loads, plan, strict=True))
+    # No two microbatches would fit into one: the number of them is below twice the optimum.
+    fitting = sorted(load for load in loads if load <= capacity)
+    assert len(fitting) < 2 or fitting[0] + fitting[1] > capacity
+    assert plan == plan_microbatches(lengths, capacity)
+
+
+@settings(max_examples=50)
+@given(rows=st.integers(1, 9), seed=st.integers(0, 1000), capacity=st.integers(1, 80))
+def test_microbatches_predict_exactly_the_learned_tokens(rows: int, seed: int, capacity: int) -> None:
+    dataset = random_rows(rows, seed)
+    found: list[tuple[int, int, int]] = []  # row, position of the learned token, token
+    for packed in microbatches(dataset, range(rows), capacity):
+        starts = packed.cu_seqlens[:-1]
+        assert packed.cu_seqlens[-1] == packed.tokens
+        for start, stop, row in zip(starts, packed.cu_seqlens[1:], packed.rows, strict=True):
+            np.testing.assert_array_equal(packed.positions[start:stop], np.arange(stop - start))
+            np.testing.assert_array_equal(packed.input_ids[start:stop], dataset.row(row)[0][: stop - start])
+        for at, target, index in zip(packed.predict_at, packed.targets, packed.target_row, strict=True):
+            assert starts[index] <= at < packed.cu_seqlens[index + 1]
+            found.append((packed.rows[index], int(at - starts[index]) + 1, int(target)))
+    expected = [
+        (row, position, int(dataset.row(row)[0][position]))
+        for row in range(rows)
+        for position in np.flatnonzero(dataset.row(row)[1])
+    ]
+    assert sorted(found) == expected
+
+
+def test_a_worked_example() -> None:
+    dataset = TokenizedDataset(
+        tokens=np.array([10, 11, 12, 13, 20, 21, 22], np.int32),
+        weights=np.array([0, 0, 1, 0, 0, 1, 1], np.uint8),
+        offsets=np.array([0, 4, 7]),
+        lines=np.array([1, 2]),
+    )
+    packed = pack(dataset, [1, 0])
+    assert packed.input_ids.tolist() == [20, 21, 10, 11]  # 22 is only predicted; 12 too, and 13 follows the last loss
+    assert packed.positions.tolist() == [0, 1, 0, 1]
+    assert packed.cu_seqlens.tolist() == [0, 2, 4]
+    assert packed.predict_at.tolist() == [0, 1, 3]
+    assert packed.targets.tolist() == [21, 22, 12]
+    assert packed.target_row.tolist() == [0, 0, 1]
+
+
+def test_a_row_without_a_learned_token_takes_no_room() -> None:
+    assert stream_length(np.zeros(5, np.uint8)) == 0
+    dataset = TokenizedDataset(np.arange(3, dtype=np.int32), np.zeros(3, np.uint8), np.array([0, 3]), np.array([1]))
+    assert pack(dataset, [0]).tokens == 0
+
+
+@given(rows=st.integers(1, 60), batch_size=st.integers(1, 20), epoch=st.integers(0, 5), seed=st.integers(0, 99))
+def test_an_epoch_sees_every_row_once_in_even_steps(rows: int, batch_size: int, epoch: int, seed: int) -> None:
+    batches = epoch_batches(rows, batch_size, seed=seed, epoch=epoch)
+    assert len(batches) == steps_per_epoch(rows, batch_size) == -(-rows // batch_size)
+    assert sorted(np.concatenate(batches)) == list(range(rows))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(epoch_batches(50, 8, seed=seed, epoch=epoch)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4

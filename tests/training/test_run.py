@@ -1,0 +1,427 @@
+"""A whole run: events, exact resume, stopping, and the ways in which it may fail without hurting anybody."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tenora.model.decoder import Decoder
+from tenora.training import loop
+from tenora.training.dataset import TokenizedDataset
+from tenora.training.evaluation import Evaluation
+from tenora.training.run import TrainingRun
+from tenora.training.spec import (
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    LoraSpec,
+    StepEvent,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+)
+
+from .conftest import random_rows
+
+MakeSpec = Callable[..., TrainSpec]
+
+
+def default_spec(directory: Path, workdir: str, **changes: Any) -> TrainSpec:
+    """14 rows, 4 steps an epoch, 2 epochs."""
+    settings = {
+        "run_id": "run-1",
+        "group": "g",
+        "train_path": str(directory / "train.npz"),
+        "valid_path": str(directory / "valid.npz"),
+        "workdir": str(directory / workdir),
+        "base_model": "tiny",
+        "lora": LoraSpec(rank=4, alpha=8.0, dropout=0.1),
+        "n_epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "tokens_per_microbatch": 40,
+        "seed": 11,
+    }
+    return TrainSpec(**{**settings, **changes})
+
+
+def write_rows(directory: Path) -> None:
+    random_rows(14, seed=1).save(directory / "train.npz")
+    random_rows(5, seed=2).save(directory / "valid.npz")
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path) -> MakeSpec:
+    """`default_spec` with changes; every call has a work directory of its own."""
+    write_rows(tmp_path)
+    numbers = itertools.count()
+    return lambda **changes: default_spec(tmp_path, f"work-{next(numbers)}", **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[TrainEvent | None]:
+    """All items of an uninterrupted run of `default_spec`."""
+    directory = tmp_path_factory.mktemp("whole")
+    write_rows(directory)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    items = list(TrainingRun(decoder, default_spec(directory, "work")))
+    torch.set_num_threads(threads)
+    return items
+
+
+Items = list[TrainEvent | None]
+
+
+def events_of(items: Iterable[TrainEvent | None]) -> list[TrainEvent]:
+    return [item for item in items if item is not None]
+
+
+def comparable(events: list[TrainEvent]) -> list[TrainEvent]:
+    """Without what clocks and directories decide."""
+    found: list[TrainEvent] = []
+    for event in events:
+        if isinstance(event, StepEvent):
+            found.append(msgspec.structs.replace(event, tokens_per_second=0.0))
+        elif isinstance(event, CheckpointEvent):
+            found.append(msgspec.structs.replace(event, path=Path(event.path).name))
+        elif isinstance(event, FinishedEvent):
+            found.append(msgspec.structs.replace(event, path=Path(event.path).name, seconds=0.0))
+        else:
+            found.append(event)
+    return found
+
+
+def weights_of(event: TrainEvent) -> dict[str, torch.Tensor]:
+    assert isinstance(event, FinishedEvent), event
+    return load_file(Path(event.path) / "adapter_model.safetensors")
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_events_of_a_run(decoder: Decoder, make_spec: MakeSpec) -> None:
+    spec = make_spec(eval_interval=3)
+    events = events_of(TrainingRun(decoder, spec))
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    evaluations = [event for event in events if isinstance(event, EvalEvent)]
+    checkpoints = [event for event in events if isinstance(event, CheckpointEvent)]
+    assert [event.step for event in steps] == list(range(1, 9))
+    assert {event.total_steps for event in steps} == {8}
+    assert [event.epoch for event in steps][3::4] == [1.0, 2.0]
+    assert [event.step for event in evaluations] == [0, 3, 6, 8]
+    assert [event.step for event in checkpoints] == [3, 6, 8]
+    first, *later = evaluations
+    assert (first.valid_loss, first.best) == (first.base_loss, False)
+    assert {event.base_loss for event in later} == {first.base_loss}
+    finished = events[-1]
+    assert isinstance(finished, FinishedEvent)
+    best = min(later, key=lambda event: event.valid_loss)
+    assert (finished.step, finished.valid_loss, finished.steps) == (best.step, best.valid_loss, 8)
+    assert [event.step for event in later if event.best][-1] == best.step
+    trained = TokenizedDataset.load(Path(spec.train_path)).num_trained
+    assert finished.trained_tokens == steps[-1].trained_tokens == 2 * trained
+    # The window of a checkpoint is the steps since the one before, weighted by their tokens.
+    counts = np.diff([0, *[event.trained_tokens for event in steps]])
+    losses = np.array([event.train_loss for event in steps])
+    assert checkpoints[1].train_loss == pytest.approx(np.average(losses[3:6], weights=counts[3:6]))
+
+
+def test_loss_goes_down_on_rows_that_can_be_learned(decoder: Decoder, make_spec: MakeSpec, tmp_path: Path) -> None:
+    TokenizedDataset.load(tmp_path / "train.npz").select(np.arange(5)).save(tmp_path / "valid.npz")
+    events = events_of(
+        TrainingRun(decoder, make_spec(n_epochs=8, learning_rate=2e-2, lora=LoraSpec(rank=4, alpha=8.0)))
+    )
+    finished = events[-1]
+    assert isinstance(finished, FinishedEvent)
+    assert finished.valid_loss < 0.7 * finished.base_loss
+
+
+def test_a_run_does_not_depend_on_where_it_lies_and_repeats_to_the_bit(
+    decoder: Decoder, make_spec: MakeSpec, whole: Items
+) -> None:
+    again, other = events_of(TrainingRun(decoder, make_spec())), events_of(TrainingRun(decoder, make_spec(seed=12)))
+    assert comparable(again) == comparable(events_of(whole))
+    assert_same_bits(weights_of(again[-1]), weights_of(events_of(whole)[-1]))
+    assert not torch.equal(*(next(iter(weights_of(events[-1]).values())) for events in (again, other)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3, 0.5, 0.55, 0.9, 0.98])
+def test_a_paused_run_goes_on_to_the_same_bits(
+    decoder: Decoder, make_spec: MakeSpec, whole: Items, share: float
+) -> None:
+    spec = make_spec()
+    run, items = TrainingRun(decoder, spec), []
+    for number, item in enumerate(run):
+        items.append(item)
+        if number == int(share * len(whole)):
+            run.stop(pause=True)
+    events = events_of(items)
+    done = len([event for event in events if isinstance(event, StepEvent)])
+    assert events.pop() == StoppedEvent(run_id="run-1", step=done, paused=True)
+    rest = events_of(TrainingRun(decoder, spec))
+    assert_same_bits(weights_of(rest[-1]), weights_of(events_of(whole)[-1]))
+    # An evaluation that was interrupted is told again; nothing else is.
+    told = [event for event in comparable(events) if event not in comparable(rest)]
+    assert told + comparable(rest) == comparable(events_of(whole))
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(
+    decoder: Decoder, tiny_base: Path, make_spec: MakeSpec, whole: Items, tmp_path: Path
+) -> None:
+    spec = make_spec()
+    (tmp_path / "spec.json").write_bytes(msgspec.json.encode(spec))
+    program = f"""
+import os, signal, msgspec, torch
+from pathlib import Path
+from tenora.model.loading import load_decoder
+from tenora.training import loop
+from tenora.training.evaluation import Evaluation
+from tenora.training.run import TrainingRun
+from tenora.training.spec import StepEvent, TrainSpec
+torch.set_num_threads(1)
+loop.STATE_INTERVAL_SECONDS = 0.0
+spec = msgspec.json.decode(Path({str(tmp_path / "spec.json")!r}).read_bytes(), type=TrainSpec)
+decoder = load_decoder(Path({str(tiny_base)!r}), device=torch.device("cpu"), dtype=torch.float32)
+countdown = -1
+for item in TrainingRun(decoder, spec):
+    if isinstance(item, StepEvent) and item.step == 6:
+        countdown = 9
+    countdown -= 1
+    if countdown == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", program], check=False, env=environment, timeout=120)
+    assert killed.returncode == -9
+    (Path(spec.workdir) / "checkpoints" / ".step-000008.torn").mkdir()
+    rest = events_of(TrainingRun(decoder, spec))
+    assert [event.step for event in rest if isinstance(event, StepEvent)] == [7, 8]
+    assert comparable(rest) == comparable(events_of(whole))[-len(rest) :]
+    assert_same_bits(weights_of(rest[-1]), weights_of(events_of(whole)[-1]))
+    assert {path.name for path in (Path(spec.workdir) / "checkpoints").iterdir()} == {"step-000004", "step-000008"}
+
+
+def test_a_finished_run_that_is_started_again_only_says_so(decoder: Decoder, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    finished = events_of(TrainingRun(decoder, spec))[-1]
+    assert comparable(events_of(TrainingRun(decoder, spec))) == comparable([finished])
+
+
+def test_cancelling_gives_up_the_step(decoder: Decoder, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    run, items = TrainingRun(decoder, spec), []
+    for item in run:
+        items.append(item)
+        if isinstance(item, StepEvent) and item.step == 2:
+            run.stop(pause=False)
+    assert items[-1] == StoppedEvent(run_id="run-1", step=2, paused=False)
+    assert isinstance(items[-2], StepEvent)
+
+
+def test_only_the_best_and_the_latest_checkpoints_stay(
+    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.5, 1.5, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5])
+
+    def told(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+        return Evaluation(next(losses), 0.5)
+
+    monkeypatch.setattr(loop, "evaluate", told)
+    spec = make_spec(eval_interval=1)
+    finished = events_of(TrainingRun(decoder, spec))[-1]
+    assert isinstance(finished, FinishedEvent)
+    assert (finished.step, finished.valid_loss, finished.base_loss) == (2, 1.5, 3.0)
+    assert Path(finished.path).name == "step-000002"
+    kept = sorted(path.name for path in (Path(spec.workdir) / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000006", "step-000007", "step-000008"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+def test_the_exported_adapter_gives_peft_the_loss_that_was_told(
+    decoder: Decoder, tiny_base: Path, make_spec: MakeSpec
+) -> None:
+    spec = make_spec()
+    finished = events_of(TrainingRun(decoder, spec))[-1]
+    assert isinstance(finished, FinishedEvent)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, finished.path)
+    valid, losses, hits = TokenizedDataset.load(Path(spec.valid_path)), [], []
+    for row in range(len(valid)):
+        tokens, weights = valid.row(row)
+        ids, learned = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(weights[1:].astype(bool))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1][learned]
+        losses.append(F.cross_entropy(logits, ids[1:][learned], reduction="none"))
+        hits.append(logits.argmax(-1) == ids[1:][learned])
+    assert float(torch.cat(losses).mean()) == pytest.approx(finished.valid_loss, rel=1e-4)
+    assert float(torch.cat(hits).float().mean()) == pytest.approx(finished.valid_accuracy, abs=0.03)
+    assert finished.valid_loss != pytest.approx(finished.base_loss, rel=1e-3)
+
+
+def test_the_callers_modes_and_random_numbers_are_left_alone(decoder: Decoder, make_spec: MakeSpec) -> None:
+    torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    with torch.inference_mode():
+        items = TrainingRun(decoder, make_spec())
+        assert [torch.is_inference_mode_enabled() for _ in items].count(False) == 0
+    for _ in TrainingRun(decoder, make_spec()):
+        assert torch.is_grad_enabled()
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_an_abandoned_run_lets_go_of_its_loop(decoder: Decoder, make_spec: MakeSpec) -> None:
+    run = TrainingRun(decoder, make_spec())
+    items = iter(run)
+    for _ in range(20):
+        next(items)
+    held = weakref.ref(run._loop)
+    assert held() is not None
+    items.close()
+    assert held() is None
+
+
+def failure(run: TrainingRun) -> FailedEvent:
+    failed = events_of(run)[-1]
+    assert isinstance(failed, FailedEvent), failed
+    return failed
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_lines(
+    decoder: Decoder, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(n_epochs=1)
+    poison, embed = 250, decoder.embed
+    rows, valid = random_rows(14, seed=1), random_rows(5, seed=2)
+    for dataset in (rows, valid):
+        dataset.tokens[dataset.tokens == poison] = 5
+    rows.row(6)[0][0] = poison
+    replace(rows, lines=rows.lines * 10).save(tmp_path / "train.npz")
+    valid.save(tmp_path / "valid.npz")
+    monkeypatch.setattr(decoder, "embed", lambda ids: embed(ids).masked_fill((ids == poison)[:, None], torch.nan))
+    failed = failure(TrainingRun(decoder, spec))
+    assert failed.code == "non_finite"
+    assert re.search(r"loss of step \d+ is not a finite number, in a batch with line 70 of", failed.message)
+
+
+def test_a_gradient_that_is_not_finite_names_the_lines_of_its_step(
+    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "clip_grad_norm", lambda grad, max_norm: float("inf"))
+    spec = make_spec()
+    failed = failure(TrainingRun(decoder, spec))
+    assert (failed.code, "gradient of step 1" in failed.message) == ("non_finite", True)
+    rows = loop.epoch_batches(14, 4, seed=11, epoch=0)[0]
+    assert ", ".join(str(row + 1) for row in sorted(rows.tolist())) in failed.message
+
+
+def test_a_loss_of_exactly_zero_stops_and_explains(
+    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certain = copy.deepcopy(decoder)
+    monkeypatch.setattr(
+        certain, "logits", lambda hidden: (hidden @ certain.lm_head.t()).mul(0.0).index_fill(1, torch.tensor([9]), 1e4)
+    )
+    spec = make_spec()
+    for path in (spec.train_path, spec.valid_path):
+        rows = TokenizedDataset.load(Path(path))
+        replace(rows, tokens=np.full_like(rows.tokens, 9)).save(Path(path))
+    assert failure(TrainingRun(certain, spec)).code == "zero_loss"
+
+
+def test_rows_without_a_learned_token_are_an_error_that_explains(decoder: Decoder, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    rows = TokenizedDataset.load(Path(spec.train_path))
+    replace(rows, weights=np.zeros_like(rows.weights)).save(Path(spec.train_path))
+    failed = failure(TrainingRun(decoder, spec))
+    assert (failed.code, "14 rows" in failed.message) == ("no_trainable_tokens", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+            "out_of_memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (OSError(28, "No space left on device"), "storage_full"),
+        (PermissionError(13, "Permission denied"), "storage_error"),
+        (ZeroDivisionError("surprise"), "internal_error"),
+    ],
+)
+def test_no_error_of_a_run_reaches_the_engine(
+    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, "save_state", fail)
+    assert failure(TrainingRun(decoder, make_spec())).code == code
+
+
+def test_a_full_disk_keeps_the_last_good_state(
+    decoder: Decoder, make_spec: MakeSpec, whole: Items, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+
+    def torn(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"torn")
+        raise OSError(28, "No space left on device")
+
+    run = TrainingRun(decoder, spec)
+    events = []
+    for item in run:
+        events.append(item)
+        if isinstance(item, StepEvent) and item.step == 4:
+            monkeypatch.setattr("tenora.training.checkpoint.save_file", torn)
+    assert (events[-1].run_id, events[-1].code) == ("run-1", "storage_full")
+    assert sorted(path.name for path in Path(spec.workdir).iterdir()) == ["checkpoints", "resume.safetensors"]
+    monkeypatch.undo()
+    assert_same_bits(weights_of(events_of(TrainingRun(decoder, spec))[-1]), weights_of(events_of(whole)[-1]))
+
+
+def test_a_state_of_another_run_or_a_torn_one_is_refused(decoder: Decoder, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    events_of(TrainingRun(decoder, spec))
+    assert failure(TrainingRun(decoder, msgspec.structs.replace(spec, learning_rate=1e-3))).code == "resume_mismatch"
+    state = Path(spec.workdir) / "resume.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    assert failure(TrainingRun(decoder, spec)).code == "resume_unreadable"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_path": "/nonexistent.npz"}, {"lora": LoraSpec(target_modules=("w1",))}, {"n_epochs": 0}]
+)
+def test_what_cannot_start_fails_as_an_event(decoder: Decoder, make_spec: MakeSpec, changes: dict[str, Any]) -> None:
+    assert failure(TrainingRun(decoder, make_spec(**changes))).message
+
+
+def test_max_steps_goes_beyond_the_epochs_and_short_of_them(decoder: Decoder, make_spec: MakeSpec) -> None:
+    for steps in (2, 10):
+        events = events_of(TrainingRun(decoder, make_spec(max_steps=steps)))
+        assert [event.step for event in events if isinstance(event, StepEvent)] == list(range(1, steps + 1))
+        assert isinstance(events[-1], FinishedEvent)
