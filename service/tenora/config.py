@@ -22,13 +22,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TENORA_", frozen=True, extra="ignore", protected_namespaces=())
 
     home: Path = Field(default=Path("~/.tenora"), description="State directory: models, database, files, adapters.")
-    model: str = Field(default="smollm2-135m", description="Base model: a name of the catalogue, a directory or a hub id.")
+    model: str = Field(default="smollm2-135m", description="Base model: a catalogue name, a directory or a hub id.")
     host: str = Field(default="127.0.0.1", description="Address that the HTTP server listens on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port of the HTTP server; 0 picks a free one.")
     device: Device = Field(default="auto", description="Where the base model runs.")
     dtype: DType = Field(default="auto", description="Compute type; auto is bfloat16 where the hardware multiplies it.")
     role: Role = Field(default="all", description="all, serve (never trains) or train (no public inference).")
-    api_key: str | None = Field(default=None, description="The default tenant's admin key; made at first start if unset.")
+    api_key: str | None = Field(
+        default=None, description="The default tenant's admin key; made at first start if unset."
+    )
     database_url: str | None = Field(default=None, description="Registry; default SQLite in the state directory.")
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 
@@ -36,10 +38,14 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0, description="CPU threads of the engine; 0 takes every core it may use.")
     max_num_seqs: int = Field(default=64, ge=1, description="Sequences that decode together.")
     max_num_batched_tokens: int = Field(default=512, ge=16, description="Tokens of one step, prefill chunks included.")
-    max_model_len: int = Field(default=0, ge=0, description="Longest sequence; 0 takes the model's own limit, capped by KV memory.")
+    max_model_len: int = Field(
+        default=0, ge=0, description="Longest sequence; 0 takes the model's own limit, capped by KV memory."
+    )
     block_size: int = Field(default=16, ge=1, description="Tokens in a KV block.")
     kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20, description="Memory of the KV cache.")
-    adapter_pool_bytes: int = Field(default=512 * 2**20, ge=2**20, description="Memory of the adapter slots on the device.")
+    adapter_pool_bytes: int = Field(
+        default=512 * 2**20, ge=2**20, description="Memory of the adapter slots on the device."
+    )
     max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")
 
@@ -48,17 +54,25 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Largest JSON body.")
     max_file_bytes: int = Field(default=512 * 2**20, ge=1024, description="Largest uploaded training file.")
     max_adapter_bytes: int = Field(default=1024 * 2**20, ge=1024, description="Largest uploaded adapter.")
-    adapter_dirs: tuple[Path, ...] = Field(default=(), description="Directories from which admins may load adapters by path.")
+    adapter_dirs: tuple[Path, ...] = Field(
+        default=(), description="Directories from which admins may load adapters by path."
+    )
 
     # training
     max_running_jobs: int = Field(default=2, ge=1, description="Jobs that train at the same time; others queue.")
     max_training_rows: int = Field(default=1_000_000, ge=1, description="Rows of one training file.")
     train_tokens_per_microbatch: int = Field(default=2048, ge=64, description="Packed tokens of a training microbatch.")
 
+    failpoints: str = Field(
+        default="", description="Tests only: places at which the process kills itself or fails; warned of at start."
+    )
+
     # lifecycle
     drain_seconds: float = Field(default=30.0, ge=0, description="How long open requests may finish after SIGTERM.")
     engine_start_seconds: float = Field(default=300.0, gt=0, description="How long the engine may take to load.")
-    engine_hang_seconds: float = Field(default=60.0, gt=0, description="Without a heartbeat for this long, livez fails.")
+    engine_hang_seconds: float = Field(
+        default=60.0, gt=0, description="Without a heartbeat for this long, livez fails."
+    )
     key_cache_seconds: float = Field(default=5.0, ge=0, description="A revoked key works at most this much longer.")
 
     @property

@@ -14,6 +14,7 @@
     │   └── DatasetError            training rows that cannot be used, with their line numbers
     ├── RateLimitedError            contended: try again later
     ├── UnavailableError            no capacity, or no engine, now
+    │   └── PoolFullError           every adapter slot is in use (in `tenora.adapters.pool`)
     ├── StorageFullError            the disk is full
     ├── UnsupportedModelError       a base model that Tenora cannot serve
     ├── TrainingError               a training run that stopped and says why
@@ -81,7 +82,8 @@ class ModelNotFoundError(NotFoundError):
 
     def __init__(self, model: str) -> None:
         super().__init__(
-            f"The model {model!r} does not exist or you do not have access to it. GET /v1/models lists what you can use.",
+            f"The model {model!r} does not exist or you do not have access to it. "
+            "GET /v1/models lists what you can use.",
             param="model",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from concurrent.futures import wait
 from contextlib import contextmanager
@@ -179,3 +179,6 @@ def make_adapter(
             parameter.data = parameter.data.bfloat16().float()  # the same values in every type of the pool
     adapted.save_pretrained(directory)
     return AdapterRef(digest=f"digest-{directory.name}", path=str(directory))
+
+
+MakeDriver = Callable[..., Driver]

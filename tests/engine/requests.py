@@ -6,6 +6,8 @@ from collections.abc import Sequence as Rows
 from itertools import count
 from typing import Any
 
+import torch
+
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.engine.sequence import Sequence
@@ -48,3 +50,7 @@ def sequence(
 
 def ref(digest: str) -> AdapterRef:
     return AdapterRef(digest=digest, path=f"/nowhere/{digest}")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

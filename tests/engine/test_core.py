@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,14 @@ from tenora.config import Settings
 from tenora.engine.core import Engine
 from tenora.engine.messages import (
     Abort,
-    EvictAdapter,
-    Outputs,
-    PinAdapter,
-    SequenceFailed,
-    StartTraining,
-    StopTraining,
-    Training,
 )
 from tenora.engine.sequence import Sequence
 from tenora.errors import ConfigurationError
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
-from tests.engine.driver import Driver, greedy, load_peft, make_adapter
-from tests.engine.fake import _step_event
-from tests.engine.requests import generate, sampling
+from tests.engine.driver import MakeDriver, greedy, load_peft
+from tests.engine.requests import generate, prompt, sampling
 from tests.support.tiny import build_tiny
-
-MakeDriver = Callable[..., Driver]
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("family", ["smollm2", "llama", "mistral", "qwen2", "qwen3", "dynamic_rope", "llama3_rope"])
@@ -353,205 +337,3 @@ def test_a_row_without_finite_logits_fails_alone(driver: MakeDriver, adapters: l
     assert failure.code == "engine_error"
     assert other.tokens == expected
     tiny.check_baseline()
-
-
-class TestAdapters:
-    def test_many_more_adapters_than_slots(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
-        tiny = driver(max_adapters=2)
-        requests = [generate(prompt(6, seed), sampling(max_tokens=6), adapter=adapters[seed % 8]) for seed in range(24)]
-        answers = tiny.run(*requests)
-        alone = driver()
-        for request, answer in zip(requests, answers, strict=True):
-            assert answer.tokens == alone.run(request)[0].tokens
-        stats = tiny.engine.stats()
-        assert stats.adapter_evictions >= 6
-        assert len(stats.adapters_resident) == 2
-
-    def test_a_missing_adapter_fails_its_own_requests(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
-        tiny = driver()
-        missing = AdapterRef(digest="gone", path="/nowhere/at/all")
-        requests = [generate([5], adapter=missing), generate([5], adapter=adapters[0]), generate([5])]
-        gone, *others = tiny.run(*requests)
-        assert gone.failure is not None
-        assert gone.failure.code == "adapter_unavailable"
-        assert all(len(answer.tokens) == 8 for answer in others)
-        assert tiny.engine.stats().adapter_load_failures == 1
-
-    def test_a_malformed_adapter_says_what_is_wrong(
-        self, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
-    ) -> None:
-        directory = tmp_path / "broken"
-        directory.mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (directory / name).write_bytes((Path(adapters[0].path) / name).read_bytes()[:-8])
-        (answer,) = driver().run(generate([5], adapter=AdapterRef("broken", str(directory))))
-        assert answer.failure is not None
-        assert answer.failure.code == "adapter_unavailable"
-        assert len(answer.failure.message) > 40
-
-    def test_an_adapter_that_was_repaired_is_loaded(
-        self, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
-    ) -> None:
-        tiny = driver()
-        late = AdapterRef("late", str(tmp_path / "late"))
-        (answer,) = tiny.run(generate([5], adapter=late))
-        assert answer.failure is not None
-        (tmp_path / "late").symlink_to(adapters[0].path)
-        (answer,) = tiny.run(generate([5], adapter=late))
-        assert answer.tokens == tiny.tokens([5], sampling(), adapters[0])
-
-    def test_an_adapter_larger_than_the_pool_is_refused(
-        self, driver: MakeDriver, tiny_base: Path, adapters: list[AdapterRef], tmp_path: Path
-    ) -> None:
-        huge = make_adapter(tiny_base, tmp_path / "huge", rank=256, targets=("gate_proj", "up_proj", "down_proj"))
-        big, small = driver(max_lora_rank=256).run(generate([5], adapter=huge), generate([5], adapter=adapters[0]))
-        assert big.failure is not None
-        assert big.failure.code == "adapter_unavailable"
-        assert len(small.tokens) == 8
-
-    def test_pinned_adapters_stay(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
-        tiny = driver(max_adapters=2)
-        tiny.engine.add(PinAdapter(adapters[0]))
-        tiny.step()
-        tiny.step()
-        assert tiny.engine.stats().adapters_resident == (adapters[0].digest,)
-        for adapter in adapters[1:4]:
-            tiny.tokens([5], sampling(max_tokens=1), adapter)
-        assert adapters[0].digest in tiny.engine.stats().adapters_resident
-        tiny.engine.add(PinAdapter(adapters[0], pinned=False))
-        for adapter in adapters[1:4]:
-            tiny.tokens([5], sampling(max_tokens=1), adapter)
-        assert adapters[0].digest not in tiny.engine.stats().adapters_resident
-
-    def test_pinning_a_missing_adapter_does_no_harm(self, driver: MakeDriver) -> None:
-        tiny = driver()
-        tiny.engine.add(PinAdapter(AdapterRef("gone", "/nowhere")))
-        for _ in range(3):
-            tiny.step()
-        assert not tiny.engine.has_work
-        assert tiny.tokens([5], sampling(max_tokens=1))
-
-    def test_when_everything_is_pinned_requests_are_told(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
-        tiny = driver(max_adapters=1)
-        tiny.engine.add(PinAdapter(adapters[0]))
-        tiny.step()
-        tiny.step()
-        (answer,) = tiny.run(generate([5], adapter=adapters[1]))
-        assert answer.failure is not None
-        assert "pinned" in answer.failure.message
-
-    def test_a_deleted_version_goes_when_its_last_sequence_ends(
-        self, driver: MakeDriver, adapters: list[AdapterRef]
-    ) -> None:
-        tiny = driver()
-        request = generate(prompt(12), sampling(max_tokens=10), adapter=adapters[0])
-        answer = tiny.add(request)
-        while not answer.outputs:
-            tiny.step()
-        tiny.engine.add(EvictAdapter(adapters[0].digest))
-        while not answer.done:
-            assert adapters[0].digest in tiny.engine.stats().adapters_resident
-            tiny.step()
-        assert answer.failure is None
-        assert tiny.engine.stats().adapters_resident == ()
-        for expected in (0, 8):  # its cached prefixes went, too
-            (again,) = tiny.run(generate(request.token_ids, request.sampling, adapter=adapters[0]))
-            assert again.cached == expected
-            assert again.tokens == answer.tokens
-
-
-class FakeRun:
-    """A training run of `steps` optimizer steps, each of three items."""
-
-    def __init__(self, spec: TrainSpec, log: list[str], steps: int = 3) -> None:
-        self.spec, self.log, self.steps = spec, log, steps
-        self.stopped: bool | None = None
-
-    def stop(self, *, pause: bool) -> None:
-        self.stopped = pause
-
-    def __iter__(self) -> Iterator[TrainEvent | None]:
-        for step in range(1, self.steps + 1):
-            for _ in range(3):
-                self.log.append(self.spec.run_id)
-                yield None
-                if self.stopped is not None:
-                    yield StoppedEvent(run_id=self.spec.run_id, step=step, paused=self.stopped)
-                    return
-            if self.spec.run_id == "bad":
-                raise ValueError("diverged")
-            yield _step_event(self.spec.run_id, step)
-        yield StoppedEvent(run_id=self.spec.run_id, step=self.steps, paused=False)
-
-
-def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", train_path="", valid_path="", workdir="", base_model="")
-
-
-class TestTraining:
-    def test_runs_take_turns_and_a_failing_one_harms_nobody(self, driver: MakeDriver) -> None:
-        log: list[str] = []
-        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log))
-        for run_id in ("a", "bad", "b"):
-            tiny.engine.add(StartTraining(spec(run_id)))
-        while tiny.engine.has_work:
-            tiny.step()
-        assert sorted(log[:3]) == ["a", "b", "bad"]
-        ends = {event.run_id: event for event in tiny.training if not isinstance(event, StepEvent)}
-        assert isinstance(ends["bad"], FailedEvent)
-        assert "diverged" in ends["bad"].message
-        assert isinstance(ends["a"], StoppedEvent)
-        assert [event.step for event in tiny.training if isinstance(event, StepEvent) and event.run_id == "b"] == [
-            1,
-            2,
-            3,
-        ]
-        assert tiny.engine.stats().trained_tokens == 6
-
-    def test_a_run_that_cannot_start_says_why(self, driver: MakeDriver) -> None:
-        def start(_: Decoder, spec: TrainSpec) -> Any:
-            raise OSError("no such file")
-
-        tiny = driver(start_run=start)
-        tiny.engine.add(StartTraining(spec("a")))
-        tiny.step()
-        assert isinstance(tiny.training[0], FailedEvent)
-
-    def test_decode_steps_alternate_with_training(self, driver: MakeDriver) -> None:
-        log: list[str] = []
-        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**6))
-        tiny.engine.add(StartTraining(spec("a")))
-        answer = tiny.add(generate(prompt(5), sampling(max_tokens=10)))
-        progress = []
-        while not answer.done:
-            tiny.step()
-            progress.append((len(answer.tokens), len(log)))
-        assert [tokens for tokens, _ in progress] == list(range(1, 11))  # a token with every step
-        trained = [items for _, items in progress]
-        assert all(later > earlier for earlier, later in pairwise(trained))
-        assert answer.tokens == driver().tokens(prompt(5), sampling(max_tokens=10))
-
-    def test_stop_pause_and_shutdown(self, driver: MakeDriver) -> None:
-        log: list[str] = []
-        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**6))
-        for run_id in ("a", "b", "c"):
-            tiny.engine.add(StartTraining(spec(run_id)))
-        tiny.step()
-        tiny.engine.add(StopTraining("a"))
-        tiny.engine.add(StopTraining("b", pause=True))
-        tiny.engine.add(StopTraining("unknown"))
-        tiny.step()
-        stops = {event.run_id: event.paused for event in tiny.training if isinstance(event, StoppedEvent)}
-        assert stops == {"a": False, "b": True}
-        request = generate(prompt(5), sampling(max_tokens=100))
-        tiny.add(request)
-        tiny.step()
-        outputs, training = tiny.engine.shutdown()
-        assert isinstance(outputs, Outputs)
-        (failed,) = outputs.items
-        assert isinstance(failed, SequenceFailed)
-        assert failed.code == "engine_shutdown"
-        assert isinstance(training, Training)
-        assert isinstance(training.event, StoppedEvent)
-        assert (training.event.run_id, training.event.paused) == ("c", True)
-        tiny.check_baseline()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.packing import epoch_batches, microbatches, pack, plan_microbatches, steps_per_epoch, stream_length
 
-from .conftest import random_rows
+from .rows import random_rows
 
 
 @given(lengths=st.lists(st.integers(0, 60), max_size=40), capacity=st.integers(1, 64))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import os
-import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tenora.model.decoder import Decoder
@@ -31,50 +26,23 @@ from tenora.training.run import TrainingRun
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
-    FailedEvent,
     FinishedEvent,
     LoraSpec,
     StepEvent,
     StoppedEvent,
     TrainEvent,
-    TrainSpec,
 )
 
-from .conftest import random_rows
-
-MakeSpec = Callable[..., TrainSpec]
-
-
-def default_spec(directory: Path, workdir: str, **changes: Any) -> TrainSpec:
-    """14 rows, 4 steps an epoch, 2 epochs."""
-    settings = {
-        "run_id": "run-1",
-        "group": "g",
-        "train_path": str(directory / "train.npz"),
-        "valid_path": str(directory / "valid.npz"),
-        "workdir": str(directory / workdir),
-        "base_model": "tiny",
-        "lora": LoraSpec(rank=4, alpha=8.0, dropout=0.1),
-        "n_epochs": 2,
-        "batch_size": 4,
-        "learning_rate": 5e-3,
-        "tokens_per_microbatch": 40,
-        "seed": 11,
-    }
-    return TrainSpec(**{**settings, **changes})
-
-
-def write_rows(directory: Path) -> None:
-    random_rows(14, seed=1).save(directory / "train.npz")
-    random_rows(5, seed=2).save(directory / "valid.npz")
-
-
-@pytest.fixture
-def make_spec(tmp_path: Path) -> MakeSpec:
-    """`default_spec` with changes; every call has a work directory of its own."""
-    write_rows(tmp_path)
-    numbers = itertools.count()
-    return lambda **changes: default_spec(tmp_path, f"work-{next(numbers)}", **changes)
+from .runs import (
+    Items,
+    MakeSpec,
+    assert_same_bits,
+    comparable,
+    default_spec,
+    events_of,
+    weights_of,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,38 +55,6 @@ def whole(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[Tr
     items = list(TrainingRun(decoder, default_spec(directory, "work")))
     torch.set_num_threads(threads)
     return items
-
-
-Items = list[TrainEvent | None]
-
-
-def events_of(items: Iterable[TrainEvent | None]) -> list[TrainEvent]:
-    return [item for item in items if item is not None]
-
-
-def comparable(events: list[TrainEvent]) -> list[TrainEvent]:
-    """Without what clocks and directories decide."""
-    found: list[TrainEvent] = []
-    for event in events:
-        if isinstance(event, StepEvent):
-            found.append(msgspec.structs.replace(event, tokens_per_second=0.0))
-        elif isinstance(event, CheckpointEvent):
-            found.append(msgspec.structs.replace(event, path=Path(event.path).name))
-        elif isinstance(event, FinishedEvent):
-            found.append(msgspec.structs.replace(event, path=Path(event.path).name, seconds=0.0))
-        else:
-            found.append(event)
-    return found
-
-
-def weights_of(event: TrainEvent) -> dict[str, torch.Tensor]:
-    assert isinstance(event, FinishedEvent), event
-    return load_file(Path(event.path) / "adapter_model.safetensors")
-
-
-def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_events_of_a_run(decoder: Decoder, make_spec: MakeSpec) -> None:
@@ -301,127 +237,3 @@ def test_an_abandoned_run_lets_go_of_its_loop(decoder: Decoder, make_spec: MakeS
     assert held() is not None
     items.close()
     assert held() is None
-
-
-def failure(run: TrainingRun) -> FailedEvent:
-    failed = events_of(run)[-1]
-    assert isinstance(failed, FailedEvent), failed
-    return failed
-
-
-def test_a_loss_that_is_not_finite_names_the_step_and_the_lines(
-    decoder: Decoder, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = make_spec(n_epochs=1)
-    poison, embed = 250, decoder.embed
-    rows, valid = random_rows(14, seed=1), random_rows(5, seed=2)
-    for dataset in (rows, valid):
-        dataset.tokens[dataset.tokens == poison] = 5
-    rows.row(6)[0][0] = poison
-    replace(rows, lines=rows.lines * 10).save(tmp_path / "train.npz")
-    valid.save(tmp_path / "valid.npz")
-    monkeypatch.setattr(decoder, "embed", lambda ids: embed(ids).masked_fill((ids == poison)[:, None], torch.nan))
-    failed = failure(TrainingRun(decoder, spec))
-    assert failed.code == "non_finite"
-    assert re.search(r"loss of step \d+ is not a finite number, in a batch with line 70 of", failed.message)
-
-
-def test_a_gradient_that_is_not_finite_names_the_lines_of_its_step(
-    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "clip_grad_norm", lambda grad, max_norm: float("inf"))
-    spec = make_spec()
-    failed = failure(TrainingRun(decoder, spec))
-    assert (failed.code, "gradient of step 1" in failed.message) == ("non_finite", True)
-    rows = loop.epoch_batches(14, 4, seed=11, epoch=0)[0]
-    assert ", ".join(str(row + 1) for row in sorted(rows.tolist())) in failed.message
-
-
-def test_a_loss_of_exactly_zero_stops_and_explains(
-    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    certain = copy.deepcopy(decoder)
-    monkeypatch.setattr(
-        certain, "logits", lambda hidden: (hidden @ certain.lm_head.t()).mul(0.0).index_fill(1, torch.tensor([9]), 1e4)
-    )
-    spec = make_spec()
-    for path in (spec.train_path, spec.valid_path):
-        rows = TokenizedDataset.load(Path(path))
-        replace(rows, tokens=np.full_like(rows.tokens, 9)).save(Path(path))
-    assert failure(TrainingRun(certain, spec)).code == "zero_loss"
-
-
-def test_rows_without_a_learned_token_are_an_error_that_explains(decoder: Decoder, make_spec: MakeSpec) -> None:
-    spec = make_spec()
-    rows = TokenizedDataset.load(Path(spec.train_path))
-    replace(rows, weights=np.zeros_like(rows.weights)).save(Path(spec.train_path))
-    failed = failure(TrainingRun(decoder, spec))
-    assert (failed.code, "14 rows" in failed.message) == ("no_trainable_tokens", True)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
-            "out_of_memory",
-        ),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
-        (MemoryError(), "out_of_memory"),
-        (OSError(28, "No space left on device"), "storage_full"),
-        (PermissionError(13, "Permission denied"), "storage_error"),
-        (ZeroDivisionError("surprise"), "internal_error"),
-    ],
-)
-def test_no_error_of_a_run_reaches_the_engine(
-    decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(loop, "save_state", fail)
-    assert failure(TrainingRun(decoder, make_spec())).code == code
-
-
-def test_a_full_disk_keeps_the_last_good_state(
-    decoder: Decoder, make_spec: MakeSpec, whole: Items, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = make_spec()
-
-    def torn(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"torn")
-        raise OSError(28, "No space left on device")
-
-    run = TrainingRun(decoder, spec)
-    events = []
-    for item in run:
-        events.append(item)
-        if isinstance(item, StepEvent) and item.step == 4:
-            monkeypatch.setattr("tenora.training.checkpoint.save_file", torn)
-    assert (events[-1].run_id, events[-1].code) == ("run-1", "storage_full")
-    assert sorted(path.name for path in Path(spec.workdir).iterdir()) == ["checkpoints", "resume.safetensors"]
-    monkeypatch.undo()
-    assert_same_bits(weights_of(events_of(TrainingRun(decoder, spec))[-1]), weights_of(events_of(whole)[-1]))
-
-
-def test_a_state_of_another_run_or_a_torn_one_is_refused(decoder: Decoder, make_spec: MakeSpec) -> None:
-    spec = make_spec()
-    events_of(TrainingRun(decoder, spec))
-    assert failure(TrainingRun(decoder, msgspec.structs.replace(spec, learning_rate=1e-3))).code == "resume_mismatch"
-    state = Path(spec.workdir) / "resume.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
-    assert failure(TrainingRun(decoder, spec)).code == "resume_unreadable"
-
-
-@pytest.mark.parametrize(
-    "changes", [{"train_path": "/nonexistent.npz"}, {"lora": LoraSpec(target_modules=("w1",))}, {"n_epochs": 0}]
-)
-def test_what_cannot_start_fails_as_an_event(decoder: Decoder, make_spec: MakeSpec, changes: dict[str, Any]) -> None:
-    assert failure(TrainingRun(decoder, make_spec(**changes))).message
-
-
-def test_max_steps_goes_beyond_the_epochs_and_short_of_them(decoder: Decoder, make_spec: MakeSpec) -> None:
-    for steps in (2, 10):
-        events = events_of(TrainingRun(decoder, make_spec(max_steps=steps)))
-        assert [event.step for event in events if isinstance(event, StepEvent)] == list(range(1, steps + 1))
-        assert isinstance(events[-1], FinishedEvent)

@@ -24,7 +24,7 @@ from tenora.training.slots import TrainingSlots
 from tenora.training.spec import LoraSpec
 from tenora.training.step import Dropout, LoraDropout, forward, forward_backward, load_microbatch
 
-from .conftest import random_rows
+from .rows import random_rows
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
 from tenora.training.encoding import encode_spans
 
-from .conftest import chat, random_rows, write_lines
+from .rows import chat, random_rows, write_lines
 
 TURNS = {
     "messages": [

@@ -12,7 +12,7 @@ import pytest
 from tenora.training import reading
 from tenora.training.dataset import validate_file
 
-from .conftest import chat, write_lines
+from .rows import chat, write_lines
 
 GOOD = chat()
 

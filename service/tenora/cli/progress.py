@@ -37,4 +37,4 @@ class PullProgress:
             self._stage = stage
             self._bar = Bar(f"{_WORDS.get(stage, stage)} {self._name}", self._stream)
         if self._bar is not None:
-            self._bar.draw(done, total, f"{done / total:.0%}" if total else "")
+            self._bar.draw(done, total, "")

