@@ -14,7 +14,7 @@
     │   └── DatasetError            training rows that cannot be used, with their line numbers
     ├── RateLimitedError            contended: try again later
     ├── UnavailableError            no capacity, or no engine, now
-    │   └── PoolFullError           every adapter slot is in use (in `tenora.adapters.pool`)
+    │   └── PoolFullError           every adapter slot is in use or pinned
     ├── StorageFullError            the disk is full
     ├── UnsupportedModelError       a base model that Tenora cannot serve
     ├── TrainingError               a training run that stopped and says why
@@ -144,6 +144,12 @@ class UnavailableError(TenoraError):
     def __init__(self, message: str, *, retry_after: float = 2.0, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after = retry_after
+
+
+class PoolFullError(UnavailableError):
+    """Every adapter on the device is in use or pinned; one that a sequence releases makes room."""
+
+    code = "adapter_unavailable"
 
 
 class StorageFullError(TenoraError):

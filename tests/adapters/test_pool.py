@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tenora.adapters.free_list import FreeList
 from tenora.adapters.peft_format import AdapterWeights, LoraModule
-from tenora.adapters.pool import PoolFullError, SlotPool
+from tenora.adapters.pool import SlotPool
 from tenora.adapters.targets import TargetModule
-from tenora.errors import AdapterFormatError, UnavailableError
+from tenora.errors import AdapterFormatError, PoolFullError, UnavailableError
 
 TARGETS = (
     TargetModule("model.layers.0.self_attn.q_proj", 0, 6, 4),

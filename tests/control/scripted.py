@@ -43,6 +43,7 @@ class ScriptedEngine:
             target_modules=tuple(sorted({target.name for target in targets})),
         )
         self.stats = EngineStats()
+        self._up = asyncio.Event()
         self.alive = True
         self.healthy = True
         self.last_heartbeat = time.monotonic()
@@ -61,6 +62,20 @@ class ScriptedEngine:
         self.fail_with: FailedEvent | None = None
         self.broken = False  # the finished run's adapter is not one of this base
         self._requested: dict[str, bool] = {}
+
+    @property
+    def alive(self) -> bool:
+        return self._up.is_set()
+
+    @alive.setter
+    def alive(self, alive: bool) -> None:
+        if alive:
+            self._up.set()
+        else:
+            self._up.clear()
+
+    async def wait_alive(self) -> None:
+        await self._up.wait()
 
     async def generate(self, request: Generate) -> AsyncIterator[SequenceOutput]:
         self.generated.append(request)

@@ -12,6 +12,8 @@ import torch
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
+from tenora.training.run import TrainingRun
+from tenora.training.spec import TrainEvent
 
 from .runs import MakeSpec, default_spec, write_rows
 
@@ -40,3 +42,15 @@ def make_spec(tmp_path: Path) -> MakeSpec:
     write_rows(tmp_path)
     numbers = itertools.count()
     return lambda **changes: default_spec(tmp_path, f"work-{next(numbers)}", **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[TrainEvent | None]:
+    """All items of an uninterrupted run of `default_spec`."""
+    directory = tmp_path_factory.mktemp("whole")
+    write_rows(directory)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    items = list(TrainingRun(decoder, default_spec(directory, "work")))
+    torch.set_num_threads(threads)
+    return items

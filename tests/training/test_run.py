@@ -30,7 +30,6 @@ from tenora.training.spec import (
     LoraSpec,
     StepEvent,
     StoppedEvent,
-    TrainEvent,
 )
 
 from .runs import (
@@ -38,23 +37,9 @@ from .runs import (
     MakeSpec,
     assert_same_bits,
     comparable,
-    default_spec,
     events_of,
     weights_of,
-    write_rows,
 )
-
-
-@pytest.fixture(scope="module")
-def whole(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[TrainEvent | None]:
-    """All items of an uninterrupted run of `default_spec`."""
-    directory = tmp_path_factory.mktemp("whole")
-    write_rows(directory)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    items = list(TrainingRun(decoder, default_spec(directory, "work")))
-    torch.set_num_threads(threads)
-    return items
 
 
 def test_events_of_a_run(decoder: Decoder, make_spec: MakeSpec) -> None:

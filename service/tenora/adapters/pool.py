@@ -13,16 +13,10 @@ from tenora.adapters.free_list import FreeList
 from tenora.adapters.peft_format import AdapterWeights
 from tenora.adapters.safetensors_file import Array
 from tenora.adapters.targets import TargetModule
-from tenora.errors import AdapterFormatError, UnavailableError
+from tenora.errors import AdapterFormatError, PoolFullError
 from tenora_kernels.layout import LoraTables
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load of any kernel
-
-
-class PoolFullError(UnavailableError):
-    """Every adapter on the device is in use or pinned; one that a sequence releases makes room."""
-
-    code = "adapter_unavailable"
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from tenora.control.closing import closing
@@ -27,7 +26,6 @@ from tenora.training.spec import (
 _log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 5  # runs of one job that may end with the engine
-ENGINE_POLL_SECONDS = 0.5
 
 
 class JobTraining:
@@ -44,7 +42,7 @@ class JobTraining:
         self._context = context
         self._claim = claim
         self._closing = closing_down
-        self._left = False  # the job is in other hands: what the run still says is not recorded
+        self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
         self._pace = Pace()
 
     async def run(self) -> None:
@@ -62,7 +60,7 @@ class JobTraining:
 
     async def leave(self, *, pause: bool) -> None:
         """The job was cancelled or paused by its owner: record nothing more, end the run."""
-        self._left = True
+        self._left.set()
         await self._context.engine.stop_training(self._claim.job_id, pause=pause)
 
     async def _spec(self) -> TrainSpec | None:
@@ -83,14 +81,16 @@ class JobTraining:
 
     async def _engine_is_up(self) -> bool:
         """Wait for the engine; False if the service stops or the job changed hands first."""
-        while not (self._closing.is_set() or self._left):
-            if self._context.engine.alive:
-                return True
-            # The engine client has no event for "loaded again": it is looked at twice a second, by waiting jobs only.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ENGINE_POLL_SECONDS):
-                    await self._closing.wait()
-        return False
+        waits = [
+            asyncio.ensure_future(wait)
+            for wait in (self._context.engine.wait_alive(), self._closing.wait(), self._left.wait())
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not (self._closing.is_set() or self._left.is_set())
 
     async def _begin(self) -> None:
         async with self._context.database.write() as session:
@@ -111,7 +111,7 @@ class JobTraining:
                 async for event in events:
                     await self._record(event)
         except UnavailableError as error:
-            if self._closing.is_set() or self._left:
+            if self._closing.is_set() or self._left.is_set():
                 return True
             await self._engine_died(error)
             return False
@@ -119,7 +119,7 @@ class JobTraining:
 
     async def _record(self, event: TrainEvent) -> None:
         """Put one event of the run into the registry, unless the job is in other hands."""
-        if self._left:
+        if self._left.is_set():
             return
         try:
             match event:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tenora.adapters.peft_format import AdapterWeights
-from tenora.adapters.pool import PoolFullError, SlotPool
+from tenora.adapters.pool import SlotPool
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.scheduler import Blocked
-from tenora.errors import TenoraError, UnavailableError
+from tenora.errors import PoolFullError, TenoraError, UnavailableError
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator
 from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
 from tenora.control.records import CheckpointRecord, JobEventRecord, JobRecord, JobRequest, JobStatus
 from tenora.errors import InvalidRequestError
+from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
 
 MAX_SUFFIX = 64
 AutoInt = int | Literal["auto"] | None
@@ -31,8 +32,12 @@ def _modules(value: Any) -> Any:
 class Hyperparameters(RequestModel):
     """OpenAI's three. "auto", the default, is chosen from the number of rows and tokens."""
 
-    n_epochs: Annotated[AutoInt, PlainValidator(auto_or_number(int, 1, 1000), json_schema_input_type=AutoInt)] = None
-    batch_size: Annotated[AutoInt, PlainValidator(auto_or_number(int, 1, 1024), json_schema_input_type=AutoInt)] = None
+    n_epochs: Annotated[AutoInt, PlainValidator(auto_or_number(int, 1, MAX_EPOCHS), json_schema_input_type=AutoInt)] = (
+        None
+    )
+    batch_size: Annotated[
+        AutoInt, PlainValidator(auto_or_number(int, 1, MAX_BATCH_SIZE), json_schema_input_type=AutoInt)
+    ] = None
     learning_rate_multiplier: Annotated[
         AutoFloat, PlainValidator(auto_or_number(float, 1e-4, 1e4), json_schema_input_type=AutoFloat)
     ] = None
