@@ -26,6 +26,7 @@ STATUS = {
     e.DatasetError: 422,
     e.RateLimitedError: 429,
     e.UnavailableError: 503,
+    e.PoolFullError: 503,
     e.StorageFullError: 507,
     e.UnsupportedModelError: 500,
     e.TrainingError: 500,

@@ -64,6 +64,7 @@ TABLE: Mapping[type[e.TenoraError], Answer] = {
     e.DatasetError: Answer(422, "invalid_request_error"),
     e.RateLimitedError: Answer(429, "rate_limit_error"),
     e.UnavailableError: Answer(503, "server_error"),
+    e.PoolFullError: Answer(503, "server_error"),
     e.StorageFullError: Answer(507, "server_error"),
     # These three concern the operator. A request that meets one was right; the server cannot serve it.
     e.UnsupportedModelError: Answer(500, "server_error"),
