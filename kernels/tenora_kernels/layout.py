@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,35 @@ BASE = -1
 """The slot of a row that uses no adapter."""
 
 
+class TableArrays(NamedTuple):
+    """The tables of `LoraTables` as numpy arrays over the same memory, for kernels that run on the host."""
+
+    ranks: npt.NDArray[np.int32]
+    scaling: npt.NDArray[np.float32]
+    a_offset: npt.NDArray[np.int64]
+    b_offset: npt.NDArray[np.int64]
+
+
 _TABLE_DTYPES = {"ranks": torch.int32, "scaling": torch.float32, "a_offset": torch.int64, "b_offset": torch.int64}
+
+
+class HostRecord(NamedTuple):
+    """int64 numbers and addresses that a compiled kernel on the host reads; made once, where they are known.
+
+    Attributes:
+        values: the numbers.
+        address: where they lie; an integer is the cheapest argument of a compiled function.
+    """
+
+    values: npt.NDArray[np.int64]
+    address: int
+
+    @classmethod
+    def of(cls, *values: int | npt.NDArray[Any]) -> HostRecord:
+        """A record of numbers, with the address of each array's first element in its place."""
+        numbers = [v if isinstance(v, int) else v.__array_interface__["data"][0] for v in values]
+        array = np.array(numbers, dtype=np.int64)
+        return cls(array, array.__array_interface__["data"][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +59,18 @@ class LoraSite:
         row: row of the first slice in the tables; slice j is row `row + j`.
         in_features: columns of x.
         slices: `[start, stop)` columns of y per module: q, k, v | gate, up | o | down.
+        record: row, in_features, the number of slices, then start and stop of each.
     """
 
     row: int
     in_features: int
     slices: tuple[tuple[int, int], ...]
+    record: HostRecord = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        bounds = [bound for columns in self.slices for bound in columns]
+        record = HostRecord.of(self.row, self.in_features, len(self.slices), *bounds)
+        object.__setattr__(self, "record", record)
 
 
 @dataclass(slots=True)
@@ -45,12 +81,20 @@ class LoraTables:
         arena: 1-D storage of any float dtype, on the device of the model.
         ranks: int32 [rows, slots] on the CPU; 0 means that the slot does not adapt the module.
         scaling: float32 [rows, slots] on the CPU; the c in y += c · x·Aᵀ·Bᵀ.
-        a_offset: int64 [rows, slots] on the CPU; first element of A[r, in] in the arena.
-        b_offset: int64 [rows, slots] on the CPU; first element of Bᵀ[r, out] in the arena.
+        a_offset: int64 [rows, slots] on the CPU; first element of A[r, in], in elements of the slot's own type.
+        b_offset: int64 [rows, slots] on the CPU; first element of Bᵀ[r, out], likewise.
         in_features: per row, columns of A.
         out_features: per row, columns of Bᵀ.
         grad: like the arena, but float32 (float64 for a float64 arena): `add_lora` adds dA and dBᵀ here. None when
             serving.
+        narrow: uint8 [slots]; 1 if the slot's matrices lie as bfloat16 in a float32 arena. Its offsets then count
+            bfloat16 elements of the arena viewed as bfloat16. An adapter whose file is bfloat16 has the same values
+            in half the bytes, and bytes are what a decode step is made of.
+        version: grows with every `place` and `clear`, so that a mirror on a device knows when to copy. Whoever writes
+            to the tables by hand adds one too.
+        arrays: the four tables as numpy arrays over the same memory. Reading one element of them is many times faster
+            than of a tensor, and a step reads a few per layer and segment.
+        record: addresses of ranks, scaling, a_offset, b_offset and narrow, then the number of slots.
 
     The tables may change between steps, never between a forward pass and its backward pass.
     """
@@ -63,12 +107,10 @@ class LoraTables:
     in_features: tuple[int, ...]
     out_features: tuple[int, ...]
     grad: Tensor | None = None
-    # The same memory as the four tables: reading one element of a numpy array is many times faster than of a tensor,
-    # and a step reads a few of them per layer and segment.
-    _ranks: npt.NDArray[np.int32] = field(init=False, repr=False)
-    _scaling: npt.NDArray[np.float32] = field(init=False, repr=False)
-    _a_offset: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _b_offset: npt.NDArray[np.int64] = field(init=False, repr=False)
+    narrow: npt.NDArray[np.uint8] = field(init=False, repr=False)
+    version: int = field(init=False, default=0)
+    arrays: TableArrays = field(init=False, repr=False)
+    record: HostRecord = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, dtype in _TABLE_DTYPES.items():
@@ -76,6 +118,8 @@ class LoraTables:
             shape = (len(self.in_features), self.ranks.shape[-1])
             if table.dtype != dtype or tuple(table.shape) != shape or table.device.type != "cpu":
                 raise ValueError(f"{name} must be {dtype} {shape} on the CPU, not {table.dtype} {tuple(table.shape)}.")
+            if not table.is_contiguous():
+                raise ValueError(f"{name} must be contiguous.")
         if len(self.out_features) != len(self.in_features):
             raise ValueError("in_features and out_features must both have one entry per row.")
         if self.arena.dim() != 1 or not self.arena.is_floating_point():
@@ -83,10 +127,11 @@ class LoraTables:
         wanted = accumulation_dtype(self.arena.dtype)
         if self.grad is not None and (self.grad.shape != self.arena.shape or self.grad.dtype != wanted):
             raise ValueError(f"grad must have the arena's shape {tuple(self.arena.shape)}, in {wanted}.")
-        self._ranks = self.ranks.numpy()
-        self._scaling = self.scaling.numpy()
-        self._a_offset = self.a_offset.numpy()
-        self._b_offset = self.b_offset.numpy()
+        self.narrow = np.zeros(self.ranks.shape[1], dtype=np.uint8)
+        self.arrays = TableArrays(
+            self.ranks.numpy(), self.scaling.numpy(), self.a_offset.numpy(), self.b_offset.numpy()
+        )
+        self.record = HostRecord.of(*self.arrays, self.narrow, self.ranks.shape[1])
 
     @classmethod
     def empty(
@@ -123,65 +168,84 @@ class LoraTables:
 
     def rank(self, row: int, slot: int) -> int:
         """Rank of a module in a slot; 0 if the slot does not adapt it."""
-        return int(self._ranks[row, slot])
+        return int(self.arrays.ranks[row, slot])
 
     def scale(self, row: int, slot: int) -> float:
         """Scaling of a module in a slot."""
-        return float(self._scaling[row, slot])
+        return float(self.arrays.scaling[row, slot])
 
     def a(self, row: int, slot: int) -> Tensor:
-        """View of A, [r, in], in the arena's dtype."""
-        return self._matrix(self.arena, self._a_offset, self.in_features, row, slot)
+        """View of A, [r, in], in the arena's dtype; bfloat16 for a narrow slot."""
+        return self._matrix(self._weights(slot), self.arrays.a_offset, self.in_features, row, slot)
 
     def bt(self, row: int, slot: int) -> Tensor:
-        """View of Bᵀ, [r, out], in the arena's dtype."""
-        return self._matrix(self.arena, self._b_offset, self.out_features, row, slot)
+        """View of Bᵀ, [r, out], in the arena's dtype; bfloat16 for a narrow slot."""
+        return self._matrix(self._weights(slot), self.arrays.b_offset, self.out_features, row, slot)
 
     def grad_a(self, row: int, slot: int) -> Tensor:
         """View of dA, [r, in]. ValueError if these tables serve."""
-        return self._matrix(self._gradient(), self._a_offset, self.in_features, row, slot)
+        return self._matrix(self._gradient(), self.arrays.a_offset, self.in_features, row, slot)
 
     def grad_bt(self, row: int, slot: int) -> Tensor:
         """View of dBᵀ, [r, out]. ValueError if these tables serve."""
-        return self._matrix(self._gradient(), self._b_offset, self.out_features, row, slot)
+        return self._matrix(self._gradient(), self.arrays.b_offset, self.out_features, row, slot)
 
-    def numel(self, ranks: Sequence[int]) -> int:
-        """Elements that an adapter with these ranks (one per row, 0 for a module that it skips) takes in the arena."""
-        return sum(r * (i + o) for r, i, o in zip(ranks, self.in_features, self.out_features, strict=True))
+    def numel(self, ranks: Sequence[int], *, narrow: bool = False) -> int:
+        """Elements of the arena that an adapter takes.
 
-    def place(self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float]) -> int:
+        Args:
+            ranks: one per row, 0 for a module that it skips.
+            narrow: its matrices lie as bfloat16 in a float32 arena, two to an element, an odd last one rounded up.
+        """
+        values = sum(r * (i + o) for r, i, o in zip(ranks, self.in_features, self.out_features, strict=True))
+        return (values + 1) // 2 if narrow else values
+
+    def place(
+        self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float], *, narrow: bool = False
+    ) -> int:
         """Point `slot` at an adapter whose modules lie back to back from `offset`: A then Bᵀ, row by row.
 
         Args:
             slot: column to write.
-            offset: first element in the arena.
+            offset: first element in the arena, counted in the arena's own type for a narrow slot too.
             ranks: one per row; 0 for a module that the adapter skips.
             scaling: one per row; ignored where the rank is 0.
+            narrow: the matrices lie as bfloat16.
 
         Returns:
-            The number of elements taken, `numel(ranks)`.
+            The number of elements taken, `numel(ranks, narrow=narrow)`.
 
         Raises:
-            ValueError: if a rank is negative or the adapter does not lie inside the arena. The slot is then unchanged.
+            ValueError: if a rank is negative, the adapter does not lie inside the arena, or narrow matrices are asked
+                for in an arena that is not float32 or has gradients. The slot is then unchanged.
         """
         rank = np.asarray(ranks, dtype=np.int64)
-        size, capacity = self.numel(ranks), self.arena.numel()
+        size, capacity = self.numel(ranks, narrow=narrow), self.arena.numel()
+        if narrow and (self.arena.dtype != torch.float32 or self.grad is not None):
+            raise ValueError("bfloat16 matrices need a float32 arena without gradients.")
         if rank.min(initial=0) < 0 or offset < 0 or offset + size > capacity:
             raise ValueError(f"{size} elements at {offset} do not fit an arena of {capacity} elements.")
         a_size, b_size = rank * np.asarray(self.in_features), rank * np.asarray(self.out_features)
-        start = offset + np.cumsum(a_size + b_size) - (a_size + b_size)
-        self._ranks[:, slot] = rank
-        self._scaling[:, slot] = np.where(rank > 0, np.asarray(scaling, dtype=np.float32), np.float32(0))
-        self._a_offset[:, slot] = np.where(rank > 0, start, 0)
-        self._b_offset[:, slot] = np.where(rank > 0, start + a_size, 0)
+        start = offset * (2 if narrow else 1) + np.cumsum(a_size + b_size) - (a_size + b_size)
+        tables = self.arrays
+        tables.ranks[:, slot] = rank
+        tables.scaling[:, slot] = np.where(rank > 0, np.asarray(scaling, dtype=np.float32), np.float32(0))
+        tables.a_offset[:, slot] = np.where(rank > 0, start, 0)
+        tables.b_offset[:, slot] = np.where(rank > 0, start + a_size, 0)
+        self.narrow[slot] = narrow
+        self.version += 1
         return size
 
     def clear(self, slot: int) -> None:
         """Make `slot` adapt nothing. Its elements in the arena are left as they are."""
-        self._ranks[:, slot] = 0
-        self._scaling[:, slot] = 0
-        self._a_offset[:, slot] = 0
-        self._b_offset[:, slot] = 0
+        for table in self.arrays:
+            table[:, slot] = 0
+        self.narrow[slot] = 0
+        self.version += 1
+
+    def _weights(self, slot: int) -> Tensor:
+        """The arena as the slot's matrices lie in it."""
+        return self.arena.view(torch.bfloat16) if self.narrow[slot] else self.arena
 
     def _gradient(self) -> Tensor:
         if self.grad is None:
@@ -193,7 +257,15 @@ class LoraTables:
     ) -> Tensor:
         width = columns[row]
         start = storage.storage_offset() + int(offsets[row, slot])
-        return storage.as_strided((int(self._ranks[row, slot]), width), (width, 1), start)
+        return storage.as_strided((int(self.arrays.ranks[row, slot]), width), (width, 1), start)
+
+
+class SegmentArrays(NamedTuple):
+    """perm, seg_ptr and seg_slot of `LoraSegments` as contiguous numpy arrays."""
+
+    perm: npt.NDArray[np.int64]
+    seg_ptr: npt.NDArray[np.int64]
+    seg_slot: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +278,8 @@ class LoraSegments:
         seg_slot: [segments]; the slot of each segment, ascending, each slot once.
         rows: T, the rows of the whole batch.
         first: the start of `perm` if it is a run first, first + 1, …, so that rows need no gathering; else None.
+        arrays: perm, seg_ptr and seg_slot on the host, for kernels that run there.
+        record: addresses of the three arrays, then the number of segments.
     """
 
     perm: Tensor
@@ -213,6 +287,8 @@ class LoraSegments:
     seg_slot: tuple[int, ...]
     rows: int
     first: int | None
+    arrays: SegmentArrays = field(repr=False, compare=False)
+    record: HostRecord = field(repr=False, compare=False)
 
     @property
     def adapted(self) -> int:
@@ -255,12 +331,15 @@ def build_segments(slot_of_row: Sequence[int] | Tensor, *, device: torch.device 
     starts = np.flatnonzero(np.diff(sorted_slots, prepend=BASE))
     n = len(order)
     is_run = n > 0 and bool((np.diff(order) == 1).all())
+    arrays = SegmentArrays(order, np.append(starts, n), sorted_slots[starts])
     return LoraSegments(
         perm=torch.from_numpy(order).to(device or torch.device("cpu")),
-        seg_ptr=(*starts.tolist(), n),
-        seg_slot=tuple(sorted_slots[starts].tolist()),
+        seg_ptr=tuple(arrays.seg_ptr.tolist()),
+        seg_slot=tuple(arrays.seg_slot.tolist()),
         rows=len(slots),
         first=int(order[0]) if is_run else None,
+        arrays=arrays,
+        record=HostRecord.of(*arrays, len(starts)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tenora_kernels import torch_backend
-from tenora_kernels.layout import LoraBatch, LoraSite, accumulation_dtype
+from tenora_kernels.cpu import lora
+from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, accumulation_dtype
 
 
 class Backend(Protocol):
@@ -22,10 +24,22 @@ class Backend(Protocol):
         """Add the gradients to dx and to `batch.tables.grad`, in place."""
 
 
-def select_backend(y: Tensor) -> Backend:
-    """The implementation for tensors like y."""
-    del y  # one implementation for now; device and dtype will decide between several
-    return torch_backend
+def select_backend(y: Tensor, x: Tensor, tables: LoraTables) -> Backend:
+    """The implementation for a call: compiled for the CPU, Triton for CUDA, plain torch for whatever they do not take.
+
+    Rank and shape choose further inside of each.
+    """
+    if y.is_cuda:
+        return gpu_backend() if x.dtype == y.dtype == tables.arena.dtype != torch.float64 else torch_backend
+    return lora if lora.supports(y, x, tables) else torch_backend
+
+
+@cache
+def gpu_backend() -> Backend:
+    """Imported when it is needed: Triton takes a second, and a machine without a GPU may lack it."""
+    from tenora_kernels.gpu import backend
+
+    return backend
 
 
 def add_lora(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch | None) -> Tensor:
@@ -61,7 +75,7 @@ def add_lora(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch | None) -> T
         anchor = torch.empty(0, requires_grad=tables.grad is not None)
         result: Tensor = _AddLora.apply(y, x, tables.arena, anchor, site, batch)  # type: ignore[no-untyped-call]  # torch
         return result
-    select_backend(y).forward(y, x, site, batch)
+    select_backend(y, x, tables).forward(y, x, site, batch)
     return y
 
 
@@ -86,7 +100,7 @@ class _AddLora(torch.autograd.Function):
         ctx.save_for_backward(x, arena)
         ctx.site, ctx.batch = site, batch
         out = y.clone()
-        select_backend(y).forward(out, x, site, batch)
+        select_backend(out, x, batch.tables).forward(out, x, site, batch)
         return out
 
     @staticmethod
@@ -96,5 +110,5 @@ class _AddLora(torch.autograd.Function):
         wants_dy, wants_dx = ctx.needs_input_grad[:2]
         dtype = accumulation_dtype(dy.dtype, x.dtype, arena.dtype)
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if wants_dx else None
-        select_backend(dy).backward(dy, x, ctx.site, ctx.batch, dx)
+        select_backend(dy, x, ctx.batch.tables).backward(dy, x, ctx.site, ctx.batch, dx)
         return (dy if wants_dy else None, None if dx is None else dx.to(x.dtype), None, None, None, None)

@@ -5,11 +5,13 @@ Every flag of `tenora serve` has a `TENORA_` variable of the same name; a flag w
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -46,6 +48,9 @@ class Settings(BaseSettings):
     adapter_pool_bytes: int = Field(
         default=512 * 2**20, ge=2**20, description="Memory of the adapter slots on the device."
     )
+    host_cache_bytes: int = Field(
+        default=128 * 2**20, ge=0, description="Host memory for adapters that are read ahead of a slot or wait for one."
+    )
     max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")
 
@@ -54,7 +59,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Largest JSON body.")
     max_file_bytes: int = Field(default=512 * 2**20, ge=1024, description="Largest uploaded training file.")
     max_adapter_bytes: int = Field(default=1024 * 2**20, ge=1024, description="Largest uploaded adapter.")
-    adapter_dirs: tuple[Path, ...] = Field(
+    adapter_dirs: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(), description="Directories from which admins may load adapters by path."
     )
 
@@ -74,6 +79,16 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="Without a heartbeat for this long, livez fails."
     )
     key_cache_seconds: float = Field(default=5.0, ge=0, description="A revoked key works at most this much longer.")
+
+    @field_validator("adapter_dirs", mode="before")
+    @classmethod
+    def _path_list(cls, value: Any) -> Any:
+        """In the environment a path list as in PATH, or a JSON array."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return [part for part in value.split(os.pathsep) if part]
 
     @property
     def root(self) -> Path:

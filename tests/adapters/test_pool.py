@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -13,51 +12,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tenora.adapters.free_list import FreeList
-from tenora.adapters.peft_format import AdapterWeights, LoraModule
+from tenora.adapters import pool as pool_module
+from tenora.adapters.peft_format import AdapterWeights
 from tenora.adapters.pool import SlotPool
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.prepared import PreparedAdapter
 from tenora.errors import AdapterFormatError, PoolFullError, UnavailableError
+from tests.adapters.weights import TARGETS, adapter, prepared
 
-TARGETS = (
-    TargetModule("model.layers.0.self_attn.q_proj", 0, 6, 4),
-    TargetModule("model.layers.0.self_attn.k_proj", 1, 6, 2),
-    TargetModule("model.layers.0.mlp.down_proj", 2, 10, 6),
-)
 ROW = 16  # float32 elements of the alignment
-
-
-def adapter(ranks: Sequence[int], seed: int = 0, dtype: str = "float32") -> AdapterWeights:
-    """Random weights with a rank per target; 0 leaves the module out."""
-    random = np.random.default_rng(seed)
-
-    def values(*shape: int) -> Any:
-        array = random.normal(size=shape).astype(np.float32)
-        if dtype == "bfloat16":
-            return (array.view(np.uint32) >> 16).astype(np.uint16)
-        return array.astype(dtype)
-
-    modules = {
-        target.path: LoraModule(
-            path=target.path,
-            rank=rank,
-            scaling=0.5 + seed + target.row,
-            a=values(rank, target.in_features),
-            b=values(target.out_features, rank),
-            dtype=dtype,
-        )
-        for target, rank in zip(TARGETS, ranks, strict=True)
-        if rank
-    }
-    names = tuple(target.name for target in TARGETS if target.path in modules)
-    nbytes = sum(module.a.nbytes + module.b.nbytes for module in modules.values())
-    return AdapterWeights(modules, max(ranks), names, {}, nbytes)
 
 
 def make_pool(elements: int = 1024, slots: int = 4, dtype: torch.dtype = torch.float32) -> SlotPool:
     return SlotPool(
         TARGETS, max_slots=slots, max_bytes=elements * dtype.itemsize, dtype=dtype, device=torch.device("cpu")
     )
+
+
+def put(pool: SlotPool, digest: str, weights: AdapterWeights) -> int:
+    return pool.insert(digest, prepared(weights, pool.tables.arena.dtype))
 
 
 def assert_holds(pool: SlotPool, slot: int, weights: AdapterWeights) -> None:
@@ -81,32 +53,32 @@ def test_insert_holds_every_type(dtype: str, stored: torch.dtype) -> None:
     pool = make_pool(dtype=stored)
     for seed, ranks in enumerate([(1, 2, 3), (0, 4, 0), (5, 0, 1)]):
         weights = adapter(ranks, seed, dtype)
-        assert_holds(pool, pool.insert(f"d{seed}", weights), weights)
+        assert_holds(pool, put(pool, f"d{seed}", weights), weights)
         pool.check_integrity()
     assert pool.resident() == ("d0", "d1", "d2")
 
 
 def test_true_ranks_take_true_room() -> None:
     pool = make_pool()
-    pool.insert("a", adapter((3, 0, 0)))
+    put(pool, "a", adapter((3, 0, 0)))
     assert pool.used_bytes == 4 * (-(-3 * 10 // ROW) * ROW)
 
 
 def test_references_and_age() -> None:
     pool = make_pool(slots=2)
-    a = pool.insert("a", adapter((1, 1, 1)))
-    b = pool.insert("b", adapter((1, 1, 1), 1))
+    a = put(pool, "a", adapter((1, 1, 1)))
+    b = put(pool, "b", adapter((1, 1, 1), 1))
     assert (pool.acquire("a"), pool.acquire("missing")) == (a, None)
     assert pool.resident() == ("b", "a")
-    assert pool.insert("c", adapter((1, 1, 1), 2)) == b, "b is the only one without a reference"
+    assert put(pool, "c", adapter((1, 1, 1), 2)) == b, "b is the only one without a reference"
     assert pool.acquire("c") == b
     with pytest.raises(PoolFullError, match="in use or pinned") as caught:
-        pool.insert("d", adapter((1, 1, 1), 3))
+        put(pool, "d", adapter((1, 1, 1), 3))
     assert isinstance(caught.value, UnavailableError)
     assert caught.value.code == "adapter_unavailable"
     assert pool.resident() == ("a", "c")
     pool.release("a")
-    assert pool.insert("d", adapter((1, 1, 1), 3)) == a
+    assert put(pool, "d", adapter((1, 1, 1), 3)) == a
     assert pool.evictions == 2
     pool.check_integrity()
 
@@ -114,10 +86,10 @@ def test_references_and_age() -> None:
 def test_a_slot_in_use_keeps_its_values_while_others_come_and_go() -> None:
     pool = make_pool(elements=160, slots=3)
     kept = adapter((1, 0, 1), 7)
-    slot = pool.insert("kept", kept)
+    slot = put(pool, "kept", kept)
     assert pool.acquire("kept") == slot
     for seed in range(20):
-        pool.insert(f"d{seed}", adapter((1 + seed % 3, seed % 2, 0), seed))
+        put(pool, f"d{seed}", adapter((1 + seed % 3, seed % 2, 0), seed))
         pool.check_integrity()
         assert_holds(pool, slot, kept)
     assert pool.evictions > 10
@@ -126,20 +98,20 @@ def test_a_slot_in_use_keeps_its_values_while_others_come_and_go() -> None:
 def test_inserting_twice_changes_nothing() -> None:
     pool = make_pool()
     weights = adapter((1, 2, 3))
-    slot = pool.insert("a", weights)
-    assert pool.insert("a", adapter((3, 2, 1), 9)) == slot
+    slot = put(pool, "a", weights)
+    assert put(pool, "a", adapter((3, 2, 1), 9)) == slot
     assert_holds(pool, slot, weights)
 
 
 def test_pins() -> None:
     pool = make_pool(slots=1)
-    pool.insert("a", adapter((1, 1, 1)))
+    put(pool, "a", adapter((1, 1, 1)))
     pool.pin("a")
     with pytest.raises(PoolFullError):
-        pool.insert("b", adapter((1, 1, 1)))
+        put(pool, "b", adapter((1, 1, 1)))
     pool.unpin("a")
     pool.unpin("never there")
-    pool.insert("b", adapter((1, 1, 1)))
+    put(pool, "b", adapter((1, 1, 1)))
     assert pool.resident() == ("b",)
     with pytest.raises(ValueError, match="is not resident"):
         pool.pin("a")
@@ -147,11 +119,11 @@ def test_pins() -> None:
 
 def test_evict() -> None:
     pool = make_pool()
-    pool.insert("a", adapter((1, 1, 1)))
+    put(pool, "a", adapter((1, 1, 1)))
     pool.pin("a")
     assert not pool.evict("missing")
     assert pool.evict("a")
-    slot = pool.insert("b", adapter((1, 1, 1), 1))
+    slot = put(pool, "b", adapter((1, 1, 1), 1))
     assert pool.acquire("b") == slot
     assert not pool.evict("b"), "it is in use"
     assert pool.acquire("b") == slot
@@ -165,7 +137,7 @@ def test_evict() -> None:
 
 def test_releases_that_nobody_owes() -> None:
     pool = make_pool()
-    pool.insert("a", adapter((1, 1, 1)))
+    put(pool, "a", adapter((1, 1, 1)))
     for digest in ("a", "b"):
         with pytest.raises(ValueError, match="no reference"):
             pool.release(digest)
@@ -173,30 +145,31 @@ def test_releases_that_nobody_owes() -> None:
 
 def test_larger_than_the_pool() -> None:
     pool = make_pool(elements=64)
-    pool.insert("a", adapter((1, 0, 0)))
+    put(pool, "a", adapter((1, 0, 0)))
     with pytest.raises(AdapterFormatError, match="the whole pool has 256"):
-        pool.insert("b", adapter((0, 0, 5)))
+        put(pool, "b", adapter((0, 0, 5)))
     assert pool.resident() == ("a",), "nothing is evicted for what cannot fit"
 
 
 def test_nothing_is_evicted_in_vain() -> None:
     pool = make_pool(elements=5 * ROW, slots=8)
-    pool.insert("used", adapter((3, 0, 0)))  # two rows of the alignment
+    put(pool, "used", adapter((3, 0, 0)))  # two rows of the alignment
     pool.acquire("used")
-    pool.insert("idle", adapter((3, 0, 0), 1))
+    put(pool, "idle", adapter((3, 0, 0), 1))
     with pytest.raises(PoolFullError):
-        pool.insert("big", adapter((0, 0, 4), 2))  # four: more than the idle one's two and the free one
+        put(pool, "big", adapter((0, 0, 4), 2))  # four: more than the idle one's two and the free one
     assert pool.resident() == ("used", "idle")
 
 
-def test_room_in_pieces_is_joined() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_room_in_pieces_is_joined(dtype: str) -> None:
     pool = make_pool(elements=6 * ROW, slots=8)
-    weights = {name: adapter((1, 0, 0), seed) for seed, name in enumerate("abcdef")}  # one row of the alignment each
-    slots = {name: pool.insert(name, weights[name]) for name in weights}
+    weights = {n: adapter((1, 0, 0), seed, dtype) for seed, n in enumerate("abcdef")}  # one row of the alignment each
+    slots = {name: put(pool, name, weights[name]) for name in weights}
     for name in "bdf":
         assert pool.acquire(name) == slots[name]
     big = adapter((0, 0, 3), 9)  # three rows
-    slot = pool.insert("big", big)
+    slot = put(pool, "big", big)
     assert pool.resident() == ("b", "d", "f", "big")
     pool.check_integrity()
     assert pool._free.holes == ()
@@ -206,23 +179,78 @@ def test_room_in_pieces_is_joined() -> None:
         assert_holds(pool, slots[name], weights[name])
 
 
-def test_values_that_the_device_type_cannot_hold() -> None:
-    pool = make_pool(dtype=torch.float16)
-    weights = adapter((1, 1, 1))
-    weights.modules[TARGETS[0].path].a[0, 0] = 1e30
-    with pytest.raises(AdapterFormatError, match="beyond float16"):
-        pool.insert("a", weights)
+def test_bfloat16_stays_bfloat16_in_an_arena_of_float32() -> None:
+    pool = make_pool()
+    narrow, wide = adapter((3, 0, 1), 1, "bfloat16"), adapter((3, 0, 1), 2)
+    slots = [put(pool, "narrow", narrow), put(pool, "wide", wide)]
+    assert pool.tables.narrow[slots].tolist() == [1, 0]
+    assert pool.tables.a(0, slots[0]).dtype == torch.bfloat16
+    assert pool.tables.a(0, slots[1]).dtype == torch.float32
+    elements = 3 * 10 + 16
+    assert pool.used_bytes == 4 * (-(-elements // 2 // ROW) * ROW + -(-elements // ROW) * ROW)
+    assert_holds(pool, slots[0], narrow)
+    assert_holds(pool, slots[1], wide)
+    assert pool.evict("narrow")
+    assert_holds(pool, put(pool, "again", wide), wide)
+    pool.check_integrity()
+
+
+def test_adapters_prepared_for_something_else_are_refused() -> None:
+    pool = make_pool(dtype=torch.bfloat16)
+    good = prepared(adapter((1, 1, 1)), torch.bfloat16)
+    for wrong in (
+        prepared(adapter((1, 1, 1)), torch.float32),
+        PreparedAdapter(good.values, good.ranks[:2], good.scaling[:2]),
+        PreparedAdapter(good.values[:-1], good.ranks, good.scaling),
+    ):
+        with pytest.raises(ValueError, match="not prepared for this pool"):
+            pool.insert("a", wrong)
     assert pool.resident() == ()
     pool.check_integrity()
 
 
-def test_adapters_of_another_base_are_not_half_applied() -> None:
-    pool = make_pool()
-    weights = adapter((1, 1, 1))
-    module = weights.modules[TARGETS[0].path]
-    foreign = AdapterWeights({**weights.modules, "model.layers.1.self_attn.q_proj": module}, 1, (), {}, 0)
-    with pytest.raises(AdapterFormatError, match="another base"):
-        pool.insert("a", foreign)
+def test_equal_sizes_are_never_moved() -> None:
+    pool = make_pool(elements=7 * ROW, slots=8)
+    for step in range(60):
+        put(pool, f"d{step}", adapter((1, 0, 0), step))
+        if step % 3 == 0:
+            assert pool.acquire(f"d{step}") is not None
+        if step >= 9 and step % 3 == 0:
+            pool.release(f"d{step - 9}")
+    assert pool.evictions > 50
+    assert pool.moved_bytes == 0
+
+
+def test_little_is_moved_and_the_rest_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the room is in pieces, the window that takes the fewest moves is closed up, or more adapters go."""
+
+    def fragmented(slots: int) -> SlotPool:
+        pool = make_pool(elements=12 * ROW, slots=slots)
+        for seed, (name, rows) in enumerate({"A": 1, "B": 4, "c": 1, "D": 1, "e": 1, "F": 4}.items()):
+            put(pool, name, adapter((rows, 0, 0) if rows == 1 else (6, 0, 0), seed))
+            if name.isupper():
+                assert pool.acquire(name) is not None
+        return pool
+
+    pool = fragmented(8)
+    before = {name: pool._residents[name].offset for name in "BDF"}
+    big = adapter((0, 4, 0), 9)  # two rows: the holes of c and e with D between them
+    assert_holds(pool, put(pool, "big", big), big)
+    assert pool.moved_bytes == 4 * ROW
+    assert pool._residents["D"].offset == before["D"] - ROW
+    assert (pool._residents["B"].offset, pool._residents["F"].offset) == (before["B"], before["F"])
+    pool.check_integrity()
+    monkeypatch.setattr(pool_module, "_MAX_MOVED_BYTES", 0)
+    pool = fragmented(8)
+    pool.release("D")
+    put(pool, "big", big)
+    assert pool.moved_bytes == 0
+    assert "D" not in pool.resident()
+    pool.check_integrity()
+    pool = fragmented(8)  # nothing can go: moving is better than failing
+    put(pool, "big", big)
+    assert pool.moved_bytes > 0
+    pool.check_integrity()
 
 
 def test_rows_must_be_in_order() -> None:
@@ -238,19 +266,37 @@ def test_a_large_pool_costs_nothing_to_start() -> None:
     assert process.memory_info().rss - before < 2**27
 
 
+def test_thousands_of_slots_cost_nothing_to_start() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    targets = [replace(TARGETS[0], path=f"model.layers.{row}.self_attn.q_proj", row=row) for row in range(500)]
+    pool = SlotPool(targets, max_slots=20_000, max_bytes=2**20, dtype=torch.float32, device=torch.device("cpu"))
+    assert pool.tables.slots == 20_000  # tables of 240 MB
+    assert process.memory_info().rss - before < 2**25
+
+
 @pytest.mark.parametrize("field", ["ranks", "a_offset", "b_offset"])
 def test_the_proof_notices_tables_that_changed(field: str) -> None:
     pool = make_pool()
-    slot = pool.insert("a", adapter((2, 2, 2)))
+    slot = put(pool, "a", adapter((2, 2, 2)))
     pool.check_integrity()
     getattr(pool.tables, field)[1, slot] += 1
     with pytest.raises(RuntimeError, match="adapter a"):
         pool.check_integrity()
 
 
+def test_the_proof_notices_a_slot_of_the_wrong_type() -> None:
+    pool = make_pool()
+    slot = put(pool, "a", adapter((2, 2, 2), dtype="bfloat16"))
+    pool.check_integrity()
+    pool.tables.narrow[slot] = 0
+    with pytest.raises(RuntimeError, match="differ about the type"):
+        pool.check_integrity()
+
+
 def test_the_proof_notices_lost_room_and_slots() -> None:
     pool = make_pool()
-    pool.insert("a", adapter((2, 2, 2)))
+    put(pool, "a", adapter((2, 2, 2)))
     pool._free.allocate(16)
     with pytest.raises(RuntimeError, match="the range before it ends"):
         pool.check_integrity()
@@ -284,12 +330,16 @@ class PoolMachine(RuleBasedStateMachine):
             assert digest not in self.pinned
             self.doomed.discard(digest)
 
-    @rule(digest=digests, ranks=st.tuples(*[st.integers(0, 6)] * 3).filter(any))
-    def insert(self, digest: str, ranks: tuple[int, int, int]) -> None:
-        weights = adapter(ranks, seed=len(self.weights))
+    @rule(
+        digest=digests,
+        ranks=st.tuples(*[st.integers(0, 6)] * 3).filter(any),
+        dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    )
+    def insert(self, digest: str, ranks: tuple[int, int, int], dtype: str) -> None:
+        weights = adapter(ranks, seed=len(self.weights), dtype=dtype)
         before = self.pool.resident()
         try:
-            self.pool.insert(digest, weights)
+            put(self.pool, digest, weights)
         except (PoolFullError, AdapterFormatError):
             assert self.pool.resident() == before
             return
@@ -345,21 +395,3 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
-
-
-def test_free_list() -> None:
-    free = FreeList(100, alignment=8)
-    assert (free.capacity, free.free, free.holes) == (96, 96, ((0, 96),))
-    first, second, third = free.allocate(9), free.allocate(8), free.allocate(1)
-    assert (first, second, third, free.holes) == (0, 16, 24, ((32, 96),))
-    free.release(16, 8)
-    assert free.holes == ((16, 24), (32, 96))
-    assert free.allocate(65) is None
-    for start, size in ((16, 8), (8, 16), (32, 8), (-8, 8), (88, 16), (24, 16)):
-        with pytest.raises(ValueError, match="is not an allocated range"):
-            free.release(start, size)
-    free.release(24, 1)
-    assert free.holes == ((16, 96),)
-    free.release(0, 9)
-    assert free.holes == ((0, 96),)
-    assert FreeList(7, alignment=8).allocate(1) is None

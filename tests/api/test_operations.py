@@ -77,9 +77,30 @@ async def test_requests_are_counted_and_timed(service: Service, base_id: str) ->
     samples = await scrape(service)
     label = f'{{model_name="{base_id}"}}'
     assert samples[f"vllm:time_to_first_token_seconds_count{label}"] == 2
+    assert samples[f"vllm:request_queue_time_seconds_count{label}"] == 2
     assert samples[f"vllm:e2e_request_latency_seconds_count{label}"] == 2
     assert samples[f"vllm:request_generation_tokens_sum{label}"] == 9
     assert samples[f'vllm:request_success_total{{finished_reason="length",model_name="{base_id}"}}'] == 3
+
+
+async def test_jobs_are_counted_by_status(service: Service, base_id: str) -> None:
+    """Of all tenants, and from the registry: the engine knows only those that run."""
+    for tenant in ("default", "other"):
+        client = service.client("train", tenant)
+        file_id = (await upload(client)).json()["id"]
+        made = await client.post("/v1/fine_tuning/jobs", json={"model": base_id, "training_file": file_id})
+        await client.post(f"/v1/fine_tuning/jobs/{made.json()['id']}/cancel")
+    samples = await scrape(service)
+    jobs = {name: value for name, value in samples.items() if name.startswith("tenora_jobs")}
+    assert jobs.pop('tenora_jobs{state="cancelled"}') == 2
+    assert len(jobs) == 6
+    assert set(jobs.values()) == {0.0}
+
+
+async def test_lost_leases_are_counted(service: Service) -> None:
+    assert (await scrape(service))["tenora_job_lease_lost_total"] == 0
+    service.control._runner.leases_lost += 1
+    assert (await scrape(service))["tenora_job_lease_lost_total"] == 1
 
 
 async def test_refusals_are_counted_by_reason(service: Service) -> None:

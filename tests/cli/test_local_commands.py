@@ -69,7 +69,7 @@ def test_a_flag_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings(port=4321, model=None).port == 4321
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "99999"), ("DEVICE", "abacus"), ("ADAPTER_DIRS", "/a")])
+@pytest.mark.parametrize(("name", "value"), [("PORT", "99999"), ("DEVICE", "abacus"), ("ADAPTER_DIRS", '["/a"')])
 def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"TENORA_{name}", value)
     with pytest.raises(ConfigurationError, match=name):

@@ -14,6 +14,7 @@ from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
 from tenora.control.control import Control
+from tenora.control.idempotency import Receipt
 from tenora.control.records import TERMINAL, AdapterRecord, FileRecord, JobRecord, JobRequest, Principal
 from tenora.engine.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
@@ -110,8 +111,12 @@ def jsonl(rows: Sequence[Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-async def upload(control: Control, who: Principal, rows: Sequence[Any] = ROWS) -> FileRecord:
-    return await control.files.create(who, filename="rows.jsonl", purpose="fine-tune", chunks=pieces(jsonl(rows)))
+async def upload(
+    control: Control, who: Principal, rows: Sequence[Any] = ROWS, receipt: Receipt[FileRecord] | None = None
+) -> FileRecord:
+    return await control.files.create(
+        who, filename="rows.jsonl", purpose="fine-tune", chunks=pieces(jsonl(rows)), receipt=receipt
+    )
 
 
 async def create_job(control: Control, who: Principal, **fields: Any) -> JobRecord:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
+from tenora.control.idempotency import Receipt, StoredAnswer
+from tenora.control.records import AdapterRecord, FileRecord, JobRecord, JobRequest, Principal
 from tenora.engine.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, adapter_files, tenant, until, upload
 from tests.control.scripted import ScriptedEngine
+
+KEYED = ("POST /v1/things", "key", b"payload")  # route, key and payload of a request with an Idempotency-Key
 
 
 class Armed(Settings):
@@ -29,6 +32,26 @@ async def job(control: Control, who: Principal) -> None:
     made = await control.jobs.create(who, JobRequest(model=BASE, training_file=file.id, name="desk", seed=1))
     await until(control, who, made.id)
     await control.close()  # the work directory is removed behind the status
+
+
+async def keyed(control: Control, who: Principal, deed: str) -> None:
+    """A use case whose answer is kept for repetitions; the answer is the id."""
+    route, key, payload = KEYED
+    if deed == "keyed-job":
+        file = await upload(control, who)
+    assert await control.idempotency.begin(who, route, key, payload) is None
+
+    def answer(made: JobRecord | FileRecord | AdapterRecord) -> StoredAnswer:
+        return StoredAnswer(200, made.id.encode())
+
+    receipt: Receipt[Any] = control.idempotency.receipt(who, route, key, answer)
+    if deed == "keyed-job":
+        await control.jobs.create(who, JobRequest(model=BASE, training_file=file.id), receipt)
+    elif deed == "keyed-upload":
+        await upload(control, who, receipt=receipt)
+    else:
+        config, weights = adapter_files(control.settings.root.parent, control._blobs._targets, seed=2)
+        await control.adapters.import_(who, name="desk", config=config, weights=weights, receipt=receipt)
 
 
 async def main(home: Path, base: Path, point: str, deed: str) -> None:
@@ -45,6 +68,8 @@ async def main(home: Path, base: Path, point: str, deed: str) -> None:
     who = await tenant(control, "acme")
     if deed == "job":
         await job(control, who)
+    elif deed.startswith("keyed-"):
+        await keyed(control, who, deed)
     elif deed == "upload":
         await upload(control, who)
     elif deed == "delete-file":

@@ -12,9 +12,11 @@ import pytest
 from tenora.control import failpoints
 from tenora.control.control import Control
 from tenora.control.failpoints import Failpoints, InjectedError
+from tenora.control.idempotency import StoredAnswer
 from tenora.control.records import Principal
 from tenora.errors import ConfigurationError, NotFoundError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
+from tests.control.crashing import KEYED
 from tests.control.scripted import ScriptedEngine
 
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
@@ -136,6 +138,40 @@ async def test_killed_in_an_import_and_in_a_deletion(
     await check_whole(control, acme, home)
     with pytest.raises(NotFoundError):
         await control.adapters.get(acme, "desk")
+
+
+@pytest.mark.parametrize(
+    ("deed", "point"),
+    [
+        ("keyed-job", "jobs.after_create"),
+        ("keyed-upload", "files.after_create"),
+        ("keyed-import", "adapters.after_create"),
+    ],
+)
+async def test_killed_before_a_keyed_request_was_answered(
+    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path, deed: str, point: str
+) -> None:
+    """The client repeats the request with its Idempotency-Key: it must get the thing that exists, not a second one."""
+    await killed_at(home, tiny_base, point, deed, repo_root)
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    made = {
+        "keyed-job": [one.id for one in (await control.jobs.list(acme)).items],
+        "keyed-upload": [one.id for one in (await control.files.list(acme)).items],
+        "keyed-import": [one.id for one in await control.adapters.list(acme)],
+    }[deed]
+    assert len(made) == 1
+    assert await control.idempotency.begin(acme, *KEYED) == StoredAnswer(200, made[0].encode())
+
+
+async def test_killed_before_a_keyed_upload_was_stored(
+    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path
+) -> None:
+    await killed_at(home, tiny_base, "files.after_rename", "keyed-upload", repo_root)
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    assert (await control.files.list(acme)).items == []
+    assert await control.idempotency.begin(acme, *KEYED) is None  # nothing was done, so nothing is replayed
 
 
 @pytest.mark.parametrize("point", ["publish.after_blob", "publish.after_result_file", "publish.before_commit"])

@@ -5,20 +5,29 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.control import Control
-from tenora.control.idempotency import KEPT_SECONDS, StoredAnswer
-from tenora.control.records import Principal
+from tenora.control.idempotency import KEPT_SECONDS, Receipt, StoredAnswer
+from tenora.control.records import JobRecord, JobRequest, Principal
 from tenora.errors import ConflictError, InvalidRequestError
-from tests.control.conftest import OpenControl, tenant
+from tests.control.conftest import BASE, OpenControl, tenant, upload
 
 ANSWER = StoredAnswer(201, b'{"id":"file-1"}')
+
+
+async def keep(control: Control, who: Principal, route: str, key: str) -> None:
+    """What a use case does: write the receipt in its transaction."""
+    receipt: Receipt[bytes] = control.idempotency.receipt(who, route, key, lambda made: StoredAnswer(201, made))
+    async with control._registry.database.write() as session:
+        await receipt.write(session, ANSWER.body)
+    assert receipt.answer == ANSWER
 
 
 async def test_the_first_answer_again(control: Control, acme: Principal, umbrella: Principal) -> None:
     store = control.idempotency
     assert await store.begin(acme, "POST /v1/files", "k", b"payload") is None
-    await store.finish(acme, "POST /v1/files", "k", ANSWER)
+    await keep(control, acme, "POST /v1/files", "k")
     assert await store.begin(acme, "POST /v1/files", "k", b"payload") == ANSWER
     with pytest.raises(InvalidRequestError) as caught:
         await store.begin(acme, "POST /v1/files", "k", b"another payload")
@@ -44,16 +53,35 @@ async def test_a_failed_attempt_may_be_repeated(control: Control, acme: Principa
     await store.begin(acme, "r", "k", b"p")
     await store.abandon(acme, "r", "k")
     assert await store.begin(acme, "r", "k", b"p") is None
-    await store.finish(acme, "r", "k", ANSWER)
+    await keep(control, acme, "r", "k")
     await store.abandon(acme, "r", "k")
     assert await store.begin(acme, "r", "k", b"p") == ANSWER
+
+
+async def test_an_answer_is_kept_only_with_the_work(control: Control, acme: Principal) -> None:
+    """A job whose transaction fails leaves no answer behind, and its key may be used again."""
+    await control.idempotency.begin(acme, "r", "k", b"p")
+    receipt: Receipt[JobRecord] = control.idempotency.receipt(acme, "r", "k", lambda job: StoredAnswer(200, b"{}"))
+    write = receipt.write
+
+    async def write_and_fail(session: AsyncSession, made: JobRecord) -> None:
+        await write(session, made)
+        raise ConflictError("no")
+
+    receipt.write = write_and_fail  # type: ignore[method-assign]
+    file = await upload(control, acme)
+    with pytest.raises(ConflictError, match="no"):
+        await control.jobs.create(acme, JobRequest(model=BASE, training_file=file.id), receipt)
+    assert (await control.jobs.list(acme)).items == []
+    await control.idempotency.abandon(acme, "r", "k")
+    assert await control.idempotency.begin(acme, "r", "k", b"p") is None
 
 
 async def test_answers_outlive_a_restart_and_reservations_do_not(open_control: OpenControl) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     await control.idempotency.begin(acme, "r", "done", b"p")
-    await control.idempotency.finish(acme, "r", "done", ANSWER)
+    await keep(control, acme, "r", "done")
     await control.idempotency.begin(acme, "r", "open", b"p")
     await control.close()
     control = await open_control()
@@ -65,7 +93,7 @@ async def test_answers_are_kept_a_day(control: Control, acme: Principal, monkeyp
     import time
 
     await control.idempotency.begin(acme, "r", "k", b"p")
-    await control.idempotency.finish(acme, "r", "k", ANSWER)
+    await keep(control, acme, "r", "k")
     later = int(time.time()) + KEPT_SECONDS + 1
     monkeypatch.setattr("tenora.control.idempotency.unix_now", lambda: later)
     assert await control.idempotency.begin(acme, "r", "k", b"q") is None

@@ -9,14 +9,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 
 from tenora.config import Settings
 from tenora.control import database as database_module
 from tenora.control.control import Control, Registry
-from tenora.control.database import Database
+from tenora.control.database import Database, RegistryBusyError
 from tenora.control.records import JobRequest, Principal
 from tenora.control.schema import Base, TenantRow
 from tenora.errors import (
@@ -26,6 +27,7 @@ from tenora.errors import (
     InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
+    StorageFullError,
     UnavailableError,
 )
 from tests.control.conftest import OpenControl, tenant
@@ -55,7 +57,7 @@ async def test_sqlite_is_durable_and_checks_references(registry: Registry) -> No
     wanted = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
     async with registry.database.read() as session:
         for pragma, value in wanted.items():
-            assert (await session.scalar(text(f"PRAGMA {pragma}"))) == value
+            assert (await session.scalar(sqlalchemy.text(f"PRAGMA {pragma}"))) == value
 
 
 async def test_a_transaction_is_whole_or_nothing(registry: Registry) -> None:
@@ -96,12 +98,42 @@ async def test_a_locked_database_is_unavailable(
     blocker = sqlite3.connect(home / "tenora.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:
-        with pytest.raises(UnavailableError, match="busy"):
+        with pytest.raises(RegistryBusyError, match="busy"):
             async with other.write() as session:
                 session.add(TenantRow(id="t", name="late", created_at=1))
     finally:
         blocker.close()
         await other.close()
+
+
+@pytest.mark.parametrize("transaction", ["read", "write"])
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (sqlalchemy.exc.OperationalError("q", None, Exception("connection refused")), RegistryBusyError),
+        (sqlalchemy.exc.InterfaceError("q", None, Exception("?"), connection_invalidated=True), RegistryBusyError),
+        (sqlalchemy.exc.TimeoutError("pool"), RegistryBusyError),
+        (ConnectionRefusedError(), RegistryBusyError),
+        (sqlalchemy.exc.OperationalError("q", None, Exception("database or disk is full")), StorageFullError),
+        (sqlalchemy.exc.OperationalError("q", None, Exception("no such table")), sqlalchemy.exc.OperationalError),
+        (sqlalchemy.exc.IntegrityError("q", None, Exception("connect")), sqlalchemy.exc.IntegrityError),
+    ],
+)
+async def test_failures_of_the_driver(
+    registry: Registry, transaction: str, failure: Exception, told: type[Exception]
+) -> None:
+    with pytest.raises(told) as caught:
+        async with getattr(registry.database, transaction)():
+            raise failure
+    assert type(caught.value) is told
+
+
+async def test_jobs_are_counted_from_the_index_alone(registry: Registry) -> None:
+    """Every scrape asks: it must not read the rows, whose JSON may be large."""
+    async with registry.database.read() as session:
+        query = "EXPLAIN QUERY PLAN SELECT status, count(*) FROM jobs GROUP BY status"
+        plan = [str(row) for row in await session.execute(sqlalchemy.text(query))]
+    assert "COVERING INDEX ix_jobs_status" in " ".join(plan)
 
 
 async def test_tenants(registry: Registry) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
+
+import pytest
+from pydantic import ValidationError
 
 from tenora.config import Settings
 
@@ -44,3 +48,27 @@ def test_no_variable_is_named_that_does_not_exist(repo_root: Path) -> None:
     for document in ("README.md", "service/README.md", "CHANGELOG.md", "clients/python/README.md", "Dockerfile"):
         named = set(re.findall(r"\bTENORA_[A-Z_]*", (repo_root / document).read_text()))
         assert named <= known, document
+
+
+@pytest.mark.parametrize(
+    ("text", "directories"),
+    [
+        ("/srv/adapters", ["/srv/adapters"]),
+        (f"/srv/a{os.pathsep}~/b c{os.pathsep}", ["/srv/a", "~/b c"]),
+        ('["/srv/a", "/srv/[b]"]', ["/srv/a", "/srv/[b]"]),
+        ("", []),
+        ("[]", []),
+    ],
+)
+def test_adapter_dirs_are_a_path_list(text: str, directories: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENORA_ADAPTER_DIRS", text)
+    settings = Settings()
+    assert settings.adapter_dirs == tuple(map(Path, directories))
+    # As the engine's process gets them.
+    assert Settings(**settings.model_dump(mode="json")).adapter_dirs == settings.adapter_dirs
+
+
+def test_adapter_dirs_that_begin_as_json_must_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENORA_ADAPTER_DIRS", '["/srv/a"')
+    with pytest.raises(ValidationError, match="adapter_dirs"):
+        Settings()

@@ -88,7 +88,7 @@ class Driver:
             self.wait_for_loads()
 
     def wait_for_loads(self) -> None:
-        wait(self.engine.loader._staged.values(), timeout=60)
+        wait(self.engine.loader._reads.values(), timeout=60)
 
     def run(self, *requests: Generate, steps: int = 2000) -> list[Answer]:
         """Answer requests that arrive together; afterwards everything is back at the baseline."""

@@ -92,8 +92,7 @@ def test_one_mixed_batch_equals_peft_one_at_a_time(
         for name, prompt in cases
     ]
     with engine(real_base, dtype) as driver:
-        for ref in refs.values():
-            driver.engine.loader.prefetch(ref)
+        driver.engine.loader.read_ahead(refs.values())
         driver.wait_for_loads()
         answers = driver.run(*requests)
     assert driver.engine.stats().steps == TOKENS, "they were to run as one batch"

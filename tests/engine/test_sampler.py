@@ -190,6 +190,69 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_other_row(given: dict[s
     assert tokens == [clean[0], -1, -1, clean[3]]
 
 
+@pytest.mark.parametrize("width", sampler.CANDIDATES)
+def test_the_largest_are_those_of_a_stable_sort(width: int) -> None:
+    logits = (logits_for(9, vocab=width * 12 + 5) * 4).round()  # many are equal
+    logits[1] = -torch.inf
+    logits[1, 40:50] = torch.arange(10.0)
+    logits[2] = 1.0
+    logits[3, width] = torch.inf
+    logits[4, ::2] = -torch.inf
+    want, want_ids = logits.sort(dim=-1, descending=True, stable=True)
+    values, ids = sampler._largest(logits, width)
+    assert torch.equal(values, want[:, :width])
+    possible = values > -torch.inf
+    assert torch.equal(ids[possible], want_ids[:, :width][possible])
+
+
+@pytest.mark.parametrize("given", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 1000}], ids=str)
+def test_one_nan_in_a_large_vocabulary_is_found(given: dict[str, Any]) -> None:
+    logits = logits_for(3, vocab=5000)
+    rows = [sequence([1], sampling(temperature=1.0, seed=5, **given)) for _ in range(3)]
+    clean = sample(logits.clone(), rows).token_ids
+    logits[1, 4321] = torch.nan
+    assert sample(logits, rows).token_ids == [clean[0], -1, clean[2]]
+
+
+def test_of_equal_logits_the_first_is_taken() -> None:
+    logits = torch.zeros(3, 50)
+    logits[1, [7, 9]] = 2.0
+    logits[2, 3] = torch.inf
+    assert sample(logits, [sequence([1])] * 3).token_ids == [0, 7, -1]
+
+
+def test_penalties_of_several_rows_touch_what_occurs_in_each() -> None:
+    logits = logits_for(3)
+    rows = [
+        sequence([5, 6], sampling(repetition_penalty=1.5), output=[7]),
+        sequence([8], sampling(frequency_penalty=1.0), output=[9, 9]),
+        sequence([8], sampling(presence_penalty=1.0)),
+    ]
+    changed = sampler._penalise(logits.clone(), rows) != logits
+    assert [row.nonzero().flatten().tolist() for row in changed] == [[5, 6, 7], [9], []]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.5},
+        {"repetition_penalty": 1.1},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"logprobs": 0},
+        {"min_tokens": 1, "stop_token_ids": (3,)},
+    ],
+    ids=str,
+)
+def test_only_rows_without_any_wish_are_plain(given: dict[str, Any]) -> None:
+    assert sequence([1]).plain
+    assert sequence([1], sampling(min_tokens=1)).plain, "nothing is forbidden without stop tokens"
+    made = sequence([1], sampling(**given))
+    assert not made.plain
+    assert made.greedy == ("temperature" not in given)
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     logits = logits_for(3)
     want = torch.log_softmax(logits, dim=-1)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
-from tenora.engine.scheduler import Blocked, Scheduled, Scheduler
+from tenora.engine.scheduler import LOOK_AHEAD, Blocked, Scheduled, Scheduler
 from tenora.engine.sequence import Sequence
 from tenora.errors import UnavailableError
 from tests.engine.requests import ref, sampling, sequence
@@ -178,6 +178,42 @@ def test_a_sequence_whose_adapter_loads_does_not_hold_up_the_others() -> None:
     slots.loaded = {"0"}
     assert waits in [item.sequence for item in step(scheduler)]
     assert waits.slot == 0
+
+
+def test_a_sequence_whose_adapter_loads_keeps_no_blocks_from_the_others() -> None:
+    """It could not run yet, so that too few blocks are free for it is no reason to wait for it."""
+    slots = Slots(loaded=False)
+    scheduler = make(num_blocks=8, block_size=4, slots=slots)
+    running = sequence(range(12), sampling(max_tokens=8))
+    scheduler.add(running)
+    step(scheduler)
+    long, short = sequence(range(100, 120), adapter=ref("0")), sequence([1], sampling(max_tokens=1))
+    scheduler.add(long)
+    scheduler.add(short)
+    assert short in [item.sequence for item in step(scheduler)]
+    slots.loaded = {"0"}
+    scheduler.add(sequence([2], sampling(max_tokens=1)))
+    assert [item.sequence for item in step(scheduler)] == [running], "now it is its turn, and nobody overtakes it"
+    assert slots.references["0"] == 0, "what waits for blocks holds no slot"
+    while not long.num_output:
+        assert step(scheduler)
+
+
+def test_the_adapters_of_who_waits_are_named_in_the_order_of_admission() -> None:
+    scheduler = make(seqs=1)
+    scheduler.add(sequence([1], sampling(max_tokens=50), group="a"))
+    step(scheduler)
+    assert list(scheduler.upcoming_adapters()) == []
+    for digest in "5", "3", "5":
+        scheduler.add(sequence([1], adapter=ref(digest), group="a"))
+    scheduler.add(sequence([1], group="b"))
+    scheduler.add(sequence([1], adapter=ref("7"), group="b"))
+    for _ in range(3):
+        step(scheduler)
+    assert list(scheduler.upcoming_adapters()) == [ref("7"), ref("5"), ref("3")]
+    for number in range(10, 100):
+        scheduler.add(sequence([1], adapter=ref(str(number)), group="b"))
+    assert len(list(scheduler.upcoming_adapters())) == LOOK_AHEAD - 1  # one of them has no adapter
 
 
 def test_slots_drain_for_the_adapter_that_waits() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tenora_kernels import torch_backend
+from tenora_kernels.cpu import lora
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
 # Relative to the largest value of the result: float sums in another order, and one rounding of y to its own type.
@@ -18,6 +21,37 @@ GATE_UP = LoraSite(row=4, in_features=48, slices=((0, 72), (72, 144)))
 DOWN = LoraSite(row=6, in_features=72, slices=((0, 48),))
 IN = (48, 48, 48, 48, 48, 48, 72)
 OUT = (48, 16, 16, 48, 72, 72, 48)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = {"torch": torch_backend, "numba": lora}
+# Every backend with every type that it takes.
+ON_EVERY_BACKEND = [("torch", dtype) for dtype in DTYPES] + [("numba", torch.float32), ("numba", torch.bfloat16)]
+
+MIXED = [[r] * 7 for r in (1, 4, 8, 16, 33, 64, 128)]
+PARTIAL = [[8, 0, 8, 0, 0, 4, 0], [0, 0, 0, 2, 2, 2, 2], [3, 5, 7, 9, 11, 13, 15], [0] * 7]
+
+
+def shuffled(count: int, slots: int, seed: int) -> list[int]:
+    """A quarter of the rows base, the others spread over the slots, in random order."""
+    order = [-1 if i % 4 == 0 else i % slots for i in range(count)]
+    random.Random(seed).shuffle(order)
+    return order
+
+
+LAYOUTS = {
+    "mixed, a quarter base": (shuffled(40, 7, 1), MIXED),
+    "sorted run": (sorted(shuffled(40, 7, 2)), MIXED),
+    "long segments": (shuffled(512, 7, 4), MIXED),
+    "one for all": ([4] * 17, MIXED),
+    "the largest for all": ([6] * 130, MIXED),
+    "all distinct": ([5, 3, 1, 6, 0, 4, 2], MIXED),
+    "slots without rows": ([2, 5, 5, -1, 2], MIXED),
+    "all base": ([-1] * 9, MIXED),
+    "partial targets": (shuffled(32, 4, 3), PARTIAL),
+    "no module at all": ([3, 3, -1], PARTIAL),
+    "one row": ([2], MIXED),
+    "no rows": ([], MIXED),
+}
 
 
 @dataclass
@@ -39,9 +73,12 @@ class Case:
 
 
 def make_tables(
-    ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, train: bool = False, seed: int = 0
+    ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, train: bool = False, seed: int = 0, narrow: bool = False
 ) -> LoraTables:
-    """Tables with `ranks[slot][row]`, random weights that keep y of order one, a scaling per module."""
+    """Tables with `ranks[slot][row]`, random weights that keep y of order one, a scaling per module.
+
+    With `narrow`, every other slot of a float32 arena holds bfloat16.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = sum(r * (i + o) for slot in ranks for r, i, o in zip(slot, IN, OUT, strict=True))
     arena = torch.randn(size + 64, generator=generator, dtype=torch.float64).mul_(0.2).to(dtype)
@@ -51,7 +88,12 @@ def make_tables(
     offset = 32  # nothing may rely on an adapter that starts at 0
     for slot, slot_ranks in enumerate(ranks):
         scaling = [0.5 + 0.25 * ((slot + row) % 4) for row in range(len(IN))]
-        offset += tables.place(slot, offset, slot_ranks, scaling)
+        offset += tables.place(slot, offset, slot_ranks, scaling, narrow=narrow and slot % 2 == 0)
+        if tables.narrow[slot]:
+            for row in range(len(IN)):
+                for matrix in (tables.a(row, slot), tables.bt(row, slot)):
+                    values = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+                    matrix.copy_(values.mul_(0.2))
     return tables
 
 
@@ -63,13 +105,14 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     train: bool = False,
     seed: int = 0,
+    narrow: bool = False,
 ) -> Case:
     """Random x and y of `dtype` for rows in `slots`."""
     generator = torch.Generator().manual_seed(seed + 1)
     rows, width = len(slots), site.slices[-1][1]
     x = torch.randn(rows, site.in_features, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
-    return Case(y, x, site, make_tables(ranks, dtype, train=train, seed=seed), list(slots))
+    return Case(y, x, site, make_tables(ranks, dtype, train=train, seed=seed, narrow=narrow), list(slots))
 
 
 def worst(got: Tensor, wanted: Tensor) -> float:

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
+from tenora_kernels import ops
 from tenora_kernels.layout import LoraBatch, LoraSite, build_segments
 from tenora_kernels.ops import add_lora
 from tenora_kernels.reference import add_lora_reference
-from tests.kernels.cases import DOWN, GATE_UP, QKV, TOLERANCE, Case, make_case, make_tables, worst
+from tests.kernels.cases import (
+    BACKENDS,
+    DOWN,
+    DTYPES,
+    GATE_UP,
+    LAYOUTS,
+    MIXED,
+    ON_EVERY_BACKEND,
+    QKV,
+    TOLERANCE,
+    Case,
+    make_case,
+    make_tables,
+    worst,
+)
 
-MIXED = [[r] * 7 for r in (1, 4, 8, 16, 33, 64)]
-PARTIAL = [[8, 0, 8, 0, 0, 4, 0], [0, 0, 0, 2, 2, 2, 2], [3, 5, 7, 9, 11, 13, 15], [0] * 7]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-
-def shuffled(count: int, slots: int, seed: int) -> list[int]:
-    """A quarter of the rows base, the others spread over the slots, in random order."""
-    order = [-1 if i % 4 == 0 else i % slots for i in range(count)]
-    random.Random(seed).shuffle(order)
-    return order
-
-
-LAYOUTS = {
-    "mixed, a quarter base": (shuffled(40, 6, 1), MIXED),
-    "sorted run": (sorted(shuffled(40, 6, 2)), MIXED),
-    "one for all": ([4] * 17, MIXED),
-    "all distinct": ([5, 3, 1, 0, 4, 2], MIXED),
-    "all base": ([-1] * 9, MIXED),
-    "partial targets": (shuffled(32, 4, 3), PARTIAL),
-    "no module at all": ([3, 3, -1], PARTIAL),
-    "one row": ([2], MIXED),
-    "no rows": ([], MIXED),
-}
+@pytest.fixture(params=ON_EVERY_BACKEND, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Every type that a backend takes, with `add_lora` on that backend."""
+    name, dtype = request.param
+    monkeypatch.setattr(ops, "select_backend", lambda *_: BACKENDS[name])
+    return dtype
 
 
 def reference(case: Case, slots: list[int] | None = None) -> torch.Tensor:
     return add_lora_reference(case.y, case.x, case.site, case.tables, case.slots if slots is None else slots)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("site", [QKV, GATE_UP, DOWN], ids=["qkv", "gate_up", "down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_reference(layout: str, site: LoraSite, dtype: torch.dtype) -> None:
@@ -55,7 +51,6 @@ def test_equals_the_reference(layout: str, site: LoraSite, dtype: torch.dtype) -
     assert torch.equal(got[base], before[base])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_of_skipped_modules_keep_their_bits(dtype: torch.dtype) -> None:
     slots, ranks = LAYOUTS["partial targets"]
     case = make_case(slots, ranks, dtype=dtype)
@@ -67,7 +62,6 @@ def test_columns_of_skipped_modules_keep_their_bits(dtype: torch.dtype) -> None:
             assert changed == (slot >= 0 and ranks[slot][j] > 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_to_the_bit(dtype: torch.dtype) -> None:
     slots, ranks = LAYOUTS["mixed, a quarter base"]
     case = make_case(slots, ranks, dtype=dtype)
@@ -75,7 +69,6 @@ def test_repeats_to_the_bit(dtype: torch.dtype) -> None:
     assert torch.equal(add_lora(first, case.x, QKV, case.batch), add_lora(second, case.x, QKV, case.batch))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
     """The tolerance tells a right result from one with the wrong slot, the wrong scale or one rank short."""
     slots, ranks = LAYOUTS["mixed, a quarter base"]
@@ -100,9 +93,9 @@ def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
     assert run() <= TOLERANCE[dtype]
 
 
-def test_a_bad_adapter_stays_in_its_rows() -> None:
+def test_a_bad_adapter_stays_in_its_rows(dtype: torch.dtype) -> None:
     slots, ranks = LAYOUTS["mixed, a quarter base"]
-    case = make_case(slots, ranks)
+    case = make_case(slots, ranks, dtype=dtype)
     clean = add_lora(case.y.clone(), case.x, QKV, case.batch)
     case.tables.a(0, 1).fill_(float("nan"))
     got = add_lora(case.y.clone(), case.x, QKV, case.batch)
@@ -117,23 +110,26 @@ def test_without_a_batch_y_is_returned() -> None:
     assert torch.equal(y, torch.ones(3, 80))
 
 
-def test_writes_through_a_view() -> None:
+def test_writes_through_a_view(dtype: torch.dtype) -> None:
     slots, ranks = LAYOUTS["mixed, a quarter base"]
-    case = make_case(slots, ranks)
+    case = make_case(slots, ranks, dtype=dtype)
     wanted = reference(case)
-    wide = torch.full((len(slots), 200), 7.0)
+    wide = torch.full((len(slots), 200), 7.0, dtype=dtype)
     wide[:, 60:140] = case.y
     add_lora(wide[:, 60:140], case.x, QKV, case.batch)
-    assert worst(wide[:, 60:140], wanted) <= TOLERANCE[torch.float32]
+    assert worst(wide[:, 60:140], wanted) <= TOLERANCE[dtype]
     assert (wide[:, :60] == 7).all()
     assert (wide[:, 140:] == 7).all()
 
 
-def test_mixed_dtypes_sum_in_float32() -> None:
-    """A bf16 pool under a float32 model: the weights are rounded, the sums are not."""
+@pytest.mark.parametrize("narrow", [False, True], ids=["arena", "slots"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_weights_sum_in_float32(backend: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bf16 pool, or bf16 slots, under a float32 model: the weights are rounded, the sums are not."""
+    monkeypatch.setattr(ops, "select_backend", lambda *_: BACKENDS[backend])
     slots, ranks = LAYOUTS["mixed, a quarter base"]
     case = make_case(slots, ranks)
-    case.tables = make_tables(ranks, torch.bfloat16)
+    case.tables = make_tables(ranks, torch.float32 if narrow else torch.bfloat16, narrow=narrow)
     wanted = reference(case)
     assert worst(add_lora(case.y, case.x, QKV, case.batch), wanted) <= TOLERANCE[torch.float32]
 

@@ -6,10 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenora_kernels import ops
 from tenora_kernels.ops import add_lora
 from tenora_kernels.reference import add_lora_reference
-from tests.kernels.cases import DOWN, GATE_UP, QKV, TOLERANCE, Case, make_case, worst
-from tests.kernels.test_add_lora import LAYOUTS
+from tests.kernels.cases import (
+    BACKENDS,
+    DOWN,
+    GATE_UP,
+    LAYOUTS,
+    ON_EVERY_BACKEND,
+    QKV,
+    TOLERANCE,
+    Case,
+    make_case,
+    worst,
+)
 
 SITES = {"qkv": QKV, "gate_up": GATE_UP, "down": DOWN}
 
@@ -26,10 +37,17 @@ def reference_gradients(case: Case, weight: Tensor) -> tuple[Tensor, Tensor, Ten
     return (x.grad if x.grad is not None else zeros(x), y.grad, arena.grad if arena.grad is not None else zeros(arena))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [pair for pair in ON_EVERY_BACKEND if pair[1] != torch.float16],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_autograd_of_the_reference(layout: str, site: str, dtype: torch.dtype) -> None:
+def test_gradients_equal_autograd_of_the_reference(
+    layout: str, site: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "select_backend", lambda *_: BACKENDS[backend])
     slots, ranks = LAYOUTS[layout]
     case = make_case(slots, ranks, site=SITES[site], dtype=dtype, train=True)
     weight = torch.randn(len(slots), case.width(), generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +58,72 @@ def test_adapters_never_overlap(ranks: list[list[int]]) -> None:
     assert int(tables.arena.sum()) == sum(tables.numel(slot_ranks) for slot_ranks in ranks)
 
 
+@given(rank_lists, st.integers(1, 6))
+def test_narrow_and_wide_slots_never_overlap(ranks: list[list[int]], alignment: int) -> None:
+    """Every other slot holds bfloat16; what is written to each matrix is what is read, whatever its neighbours are."""
+    room = sum(r * (i + o) for slot in ranks for r, i, o in zip(slot, IN, OUT, strict=True)) + 10 * len(ranks)
+    whole = torch.zeros(room + 3)
+    tables = LoraTables.empty(whole[3:], in_features=IN, out_features=OUT, slots=len(ranks))
+    offset, taken, expected = 0, 0, {}
+    for slot, slot_ranks in enumerate(ranks):
+        offset += -offset % alignment
+        size = tables.place(slot, offset, slot_ranks, [1.0] * len(IN), narrow=slot % 2 == 0)
+        values = sum(r * (i + o) for r, i, o in zip(slot_ranks, IN, OUT, strict=True))
+        assert size == tables.numel(slot_ranks, narrow=slot % 2 == 0) == (-(-values // 2) if slot % 2 == 0 else values)
+        offset, taken = offset + size, taken + size
+        for row in range(len(IN)):
+            for name in ("a", "bt"):
+                matrix = getattr(tables, name)(row, slot)
+                assert matrix.dtype == (torch.bfloat16 if slot % 2 == 0 else torch.float32)
+                expected[name, row, slot] = value = 1 + len(expected) % 100
+                matrix.fill_(value)
+    for (name, row, slot), value in expected.items():
+        assert (getattr(tables, name)(row, slot) == value).all()
+    assert int((whole != 0).sum()) <= taken
+    assert (whole[:3] == 0).all()
+
+
+def test_narrow_slots_need_a_float32_arena_that_serves() -> None:
+    for arena, grad in ((torch.zeros(100, dtype=torch.bfloat16), None), (torch.zeros(100), torch.zeros(100))):
+        tables = LoraTables.empty(arena, in_features=(3,), out_features=(2,), slots=1, grad=grad)
+        with pytest.raises(ValueError, match="need a float32 arena without gradients"):
+            tables.place(0, 0, [2], [1.0], narrow=True)
+        assert (tables.rank(0, 0), tables.narrow[0], tables.version) == (0, 0, 0)
+
+
+def test_a_slot_becomes_wide_again() -> None:
+    tables = LoraTables.empty(torch.zeros(100), in_features=(3,), out_features=(2,), slots=1)
+    assert tables.place(0, 4, [3], [1.0], narrow=True) == 8
+    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.narrow[0]) == (8, 17, 1)
+    assert tables.place(0, 4, [3], [1.0]) == 15
+    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.narrow[0]) == (4, 13, 0)
+    tables.place(0, 4, [3], [1.0], narrow=True)
+    tables.clear(0)
+    assert tables.narrow[0] == 0
+
+
+def test_every_change_raises_the_version() -> None:
+    tables = LoraTables.empty(torch.zeros(100), in_features=(3,), out_features=(2,), slots=2)
+    seen = [tables.version]
+    tables.place(0, 0, [2], [1.0])
+    seen.append(tables.version)
+    with pytest.raises(ValueError, match="do not fit"):
+        tables.place(0, 99, [2], [1.0])
+    tables.clear(0)
+    seen.append(tables.version)
+    assert seen == [0, 1, 2]
+
+
+@given(slot_lists)
+def test_arrays_on_the_host_equal_the_segments(slots: list[int]) -> None:
+    segments = build_segments(slots)
+    assert segments.arrays.perm.tolist() == segments.perm.tolist()
+    assert segments.arrays.seg_ptr.tolist() == list(segments.seg_ptr)
+    assert segments.arrays.seg_slot.tolist() == list(segments.seg_slot)
+    assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in segments.arrays)
+    assert segments.record.values[3] == len(segments.seg_slot)
+
+
 def test_a_view_of_a_larger_storage_is_honoured() -> None:
     whole = torch.arange(500, dtype=torch.float32)
     tables = LoraTables.empty(whole[100:], in_features=(3,), out_features=(2,), slots=1)
@@ -91,6 +158,7 @@ def test_tables_of_the_wrong_form_are_refused() -> None:
         ({"grad": torch.zeros(9)}, "grad must have"),
         ({"grad": torch.zeros(10, dtype=torch.bfloat16)}, "grad must have"),
         ({"out_features": (2, 2)}, "one entry per row"),
+        ({"ranks": torch.zeros(1, 4, dtype=torch.int32)[:, ::2]}, "ranks must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             LoraTables(**{**fields, **sizes, **change})

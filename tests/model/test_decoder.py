@@ -19,7 +19,9 @@ from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
+from tenora.model.packed import can_pack
 from tenora.model.spec import target_modules
+from tenora_kernels.cpu.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.model.paged import PagedRun, Schedule
 from tests.support.tiny import FAMILIES, VOCAB
@@ -77,11 +79,19 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
     assert difference <= tolerance * expected.abs().max().item()
 
 
+@pytest.fixture(params=["modules", "packed"], name="team")
+def _team(request: pytest.FixtureRequest) -> Team | None:
+    """None: the decoder runs module by module. A team: its weights are packed, and serving runs as one job."""
+    return Team(2) if request.param == "packed" else None
+
+
 @pytest.fixture(params=VARIANTS, name="models")
-def _models(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> tuple[Decoder, Any]:
+def _models(request: pytest.FixtureRequest, tiny: Callable[..., Path], team: Team | None) -> tuple[Decoder, Any]:
     family, overrides = VARIANTS[request.param]
     directory = tiny(family, **overrides)
-    return load_decoder(directory), load_reference(directory)
+    decoder = load_decoder(directory, team=team)
+    assert (decoder.stack is None) == (team is None or not can_pack(decoder.spec))
+    return decoder, load_reference(directory)
 
 
 SCHEDULES: dict[str, Schedule] = {

@@ -195,6 +195,58 @@ def test_detokenizer_emits_as_early_as_it_can(tokenizer: Tokenizer) -> None:
     assert detokenizer.flush() == "\ufffd"
 
 
+@pytest.fixture(scope="module")
+def straddling() -> Tokenizer:
+    """A byte-level vocabulary with tokens that begin, end, or both, inside a character, as large ones have them."""
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ((spelled, _),) = level.pre_tokenize_str("aé🙂")
+    a, lead, tail, *smile = list(spelled)
+    merges = [(a, lead), (tail, lead), (smile[0], smile[1]), (smile[3], smile[0] + smile[1])]
+    pieces = ["</s>", *sorted(level.alphabet()), *("".join(pair) for pair in merges)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    backend.pre_tokenizer = level
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"}, eos_token_ids=(), templates={})
+
+
+@given(text=st.text(alphabet="aéèê🙂🙃ñ"))
+@settings(max_examples=200, deadline=None)
+def test_detokenizer_gives_every_whole_character_at_once(text: str, straddling: Tokenizer) -> None:
+    detokenizer = Detokenizer(straddling)
+    written, sent = "", b""
+    for token_id in straddling.encode(text):
+        written += detokenizer.push([token_id])
+        sent += straddling.token_bytes(token_id)
+        assert written == sent.decode("utf-8", "ignore")  # "ignore" leaves only the unfinished end out
+    assert detokenizer.flush() == ""
+    assert written == text
+
+
+@given(data=st.data(), chunk=st.integers(1, 3))
+@settings(max_examples=300, deadline=None)
+def test_detokenizer_pieces_of_straddling_tokens_make_up_the_text(
+    data: st.DataObject, chunk: int, straddling: Tokenizer
+) -> None:
+    # The merged tokens and the bytes behind ASCII: unfinished and stray bytes everywhere.
+    odd = [i for i in range(straddling.vocab_size) if i > 256 or not straddling.token_bytes(i).isascii()]
+    ids = data.draw(st.lists(st.sampled_from(odd)))
+    detokenizer = Detokenizer(straddling)
+    pieces = [detokenizer.push(ids[i : i + chunk]) for i in range(0, len(ids), chunk)]
+    assert "".join(pieces) + detokenizer.flush() == straddling.decode(ids)
+    assert detokenizer.flush() == ""
+
+
+def test_detokenizer_splits_a_token_at_the_unfinished_character(straddling: Tokenizer) -> None:
+    ids = straddling.encode("aéé🙂🙂")
+    assert [straddling.token_bytes(i) for i in ids[:3]] == [b"a\xc3", b"\xa9\xc3", b"\xa9"]
+    detokenizer = Detokenizer(straddling)
+    assert [detokenizer.push([i]) for i in ids[:3]] == ["a", "é", "é"]
+    assert detokenizer.push(ids[3:]) == "🙂🙂"
+    assert detokenizer.push(ids[:1]) == "a"
+    assert detokenizer.flush() == "\ufffd"
+
+
 @given(text=st.text())
 @settings(max_examples=100, deadline=None)
 def test_token_bytes_make_up_the_text(text: str, tokenizer: Tokenizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 
 class FreeList:
@@ -36,6 +36,15 @@ class FreeList:
                 self._holes[i : i + 1] = [(start + size, stop)] if stop - start > size else []
                 return start
         return None
+
+    def take(self, start: int, size: int) -> None:
+        """Take the range of `size` elements that begins at `start`. ValueError if a part of it is not free."""
+        stop = start + self.rounded(size)
+        i = bisect_right(self._holes, (start, self.capacity)) - 1
+        if i < 0 or start % self.alignment or self._holes[i][1] < stop:
+            raise ValueError(f"[{start}, {stop}) is not free.")
+        first, last = self._holes[i]
+        self._holes[i : i + 1] = [hole for hole in ((first, start), (stop, last)) if hole[0] < hole[1]]
 
     def release(self, start: int, size: int) -> None:
         """Give a range back. ValueError if a part of it is free already or lies outside."""

@@ -6,7 +6,9 @@ looked at, and nothing that the files refer to (a base path, code, a remote) is 
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,22 @@ from typing import Any, BinaryIO, Protocol
 
 from tenora.adapters.atomic import new_directory
 from tenora.adapters.peft_config import MAX_CONFIG_BYTES, parse_config
-from tenora.adapters.safetensors_file import Array, TensorEntry, read_array, read_header, write_file
+from tenora.adapters.safetensors_file import (
+    Array,
+    TensorEntry,
+    parse_header,
+    read_array,
+    read_arrays,
+    read_header_text,
+    write_file,
+)
 from tenora.adapters.targets import TargetModule
 from tenora.errors import AdapterFormatError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_KEPT_PLANS = 8  # kinds of adapters (ranks, modules, types) whose headers are remembered
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -114,6 +125,60 @@ class _Planned:
     b: TensorEntry
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known without reading a weight: modules in the order of the base, tensors in that of the file."""
+
+    modules: tuple[_Planned, ...]
+    entries: tuple[TensorEntry, ...]
+    summary: AdapterSummary
+
+
+class AdapterReader:
+    """Reads adapters of one base. Safe to call from several threads.
+
+    Checking a header of hundreds of tensors costs more than reading the weights, and the adapters that one program
+    saves differ in nothing but their weights: what was found out about a header is kept for the next equal one.
+    """
+
+    def __init__(self, targets: Sequence[TargetModule], *, max_rank: int) -> None:
+        """`targets` are the modules of the base that can be adapted, `max_rank` the highest rank that is accepted."""
+        self._targets = tuple(targets)
+        self._max_rank = max_rank
+        self._plans: OrderedDict[bytes, _Plan] = OrderedDict()
+
+    def read(self, directory: Path) -> AdapterWeights:
+        """Read and check the adapter of a directory; raises as `read_adapter`."""
+        config = read_config(directory)
+        with _open_weights(directory / WEIGHTS_NAME) as file:
+            plan = self._plan(config, *_header(config, file))
+            arrays = dict(zip((entry.name for entry in plan.entries), read_arrays(file, plan.entries), strict=True))
+        modules = {
+            planned.target.path: LoraModule(
+                path=planned.target.path,
+                rank=planned.rank,
+                scaling=planned.scaling,
+                a=arrays[planned.a.name],
+                b=arrays[planned.b.name],
+                dtype=_DTYPES[planned.a.dtype],
+            )
+            for planned in plan.modules
+        }
+        summary = plan.summary
+        return AdapterWeights(modules, summary.rank, summary.target_modules, summary.config, summary.nbytes)
+
+    def _plan(self, config: bytes, header: bytes, file_size: int) -> _Plan:
+        # SHA-256, because a tenant that could make two files collide could have one checked and another one served.
+        key = hashlib.sha256(b"%d %d " % (len(config), file_size) + config + header).digest()
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = _plan(config, header, file_size, self._targets, self._max_rank)
+            self._plans[key] = plan
+            while len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+
 def read_adapter(directory: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterWeights:
     """Read and check an adapter.
 
@@ -126,21 +191,7 @@ def read_adapter(directory: Path, targets: Sequence[TargetModule], *, max_rank: 
         AdapterFormatError: if anything about it is not as it must be; the message names the tensor or field.
         FileNotFoundError: if the directory does not exist.
     """
-    config = read_config(directory)
-    with _open_weights(directory / WEIGHTS_NAME) as file:
-        plan, summary = _plan(config, file, targets, max_rank)
-        modules = {
-            planned.target.path: LoraModule(
-                path=planned.target.path,
-                rank=planned.rank,
-                scaling=planned.scaling,
-                a=read_array(file, planned.a),
-                b=read_array(file, planned.b),
-                dtype=_DTYPES[planned.a.dtype],
-            )
-            for planned in plan
-        }
-    return AdapterWeights(modules, summary.rank, summary.target_modules, summary.config, summary.nbytes)
+    return AdapterReader(targets, max_rank=max_rank).read(directory)
 
 
 def validate_files(config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterSummary:
@@ -156,11 +207,10 @@ def validate_files(config: bytes, weights: Path, targets: Sequence[TargetModule]
         AdapterFormatError: as `read_adapter`.
     """
     with _open_weights(weights) as file:
-        plan, summary = _plan(config, file, targets, max_rank)
-        for planned in plan:
-            read_array(file, planned.a)
-            read_array(file, planned.b)
-    return summary
+        plan = _plan(config, *_header(config, file), targets, max_rank)
+        for entry in plan.entries:
+            read_array(file, entry)
+    return plan.summary
 
 
 def read_config(directory: Path) -> bytes:
@@ -182,26 +232,35 @@ def _open_weights(path: Path) -> BinaryIO:
     raise AdapterFormatError(f"{WEIGHTS_NAME} is missing; give the directory that save_pretrained wrote.")
 
 
-def _plan(
-    config: bytes, file: BinaryIO, targets: Sequence[TargetModule], max_rank: int
-) -> tuple[list[_Planned], AdapterSummary]:
-    """Everything that can be checked without reading a weight, in the order of the base."""
+def _header(config: bytes, file: BinaryIO) -> tuple[bytes, int]:
+    """`read_header_text`; but what is wrong with the configuration is told first."""
+    try:
+        return read_header_text(file)
+    except AdapterFormatError:
+        parse_config(config)
+        raise
+
+
+def _plan(config: bytes, header: bytes, file_size: int, targets: Sequence[TargetModule], max_rank: int) -> _Plan:
+    """Everything that can be checked without reading a weight."""
     parsed = parse_config(config)
     covered = parsed.resolve(targets)
-    entries = read_header(file, max_tensors=2 * len(targets))
-    plan = [_planned(target, *covered[target.path], entries, max_rank) for target in targets if target.path in covered]
-    expected = {entry.name for planned in plan for entry in (planned.a, planned.b)}
+    entries = parse_header(header, file_size, max_tensors=2 * len(targets))
+    modules = [
+        _planned(target, *covered[target.path], entries, max_rank) for target in targets if target.path in covered
+    ]
+    expected = {entry.name for planned in modules for entry in (planned.a, planned.b)}
     for name in entries:
         if name not in expected:
             raise AdapterFormatError(_why_unexpected(name, targets))
     summary = AdapterSummary(
-        rank=max(planned.rank for planned in plan),
-        target_modules=tuple(dict.fromkeys(planned.target.name for planned in plan)),
-        parameters=sum(p.rank * (p.target.in_features + p.target.out_features) for p in plan),
-        nbytes=sum(planned.a.nbytes + planned.b.nbytes for planned in plan),
+        rank=max(planned.rank for planned in modules),
+        target_modules=tuple(dict.fromkeys(planned.target.name for planned in modules)),
+        parameters=sum(p.rank * (p.target.in_features + p.target.out_features) for p in modules),
+        nbytes=sum(planned.a.nbytes + planned.b.nbytes for planned in modules),
         config=parsed.raw,
     )
-    return plan, summary
+    return _Plan(tuple(modules), tuple(entries.values()), summary)
 
 
 def _planned(

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tenora.adapters.free_list import FreeList
-from tenora.adapters.peft_format import AdapterWeights
-from tenora.adapters.safetensors_file import Array
+from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
 from tenora.errors import AdapterFormatError, PoolFullError
+from tenora_kernels import memory
 from tenora_kernels.layout import LoraTables
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load of any kernel
+_MAX_MOVED_BYTES = 32 * 2**20  # moving this much takes about 10 ms, a third of a step
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class _Resident:
     size: int
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
+    narrow: bool
     references: int = 0
     pinned: bool = False
     doomed: bool = False  # evicted while in use: goes with its last reference
@@ -35,6 +39,14 @@ class _Resident:
     @property
     def evictable(self) -> bool:
         return self.references == 0 and not self.pinned
+
+
+class _Window(NamedTuple):
+    """A part of the arena, [start, stop), from hole to hole, and how many elements of it adapters take."""
+
+    start: int
+    stop: int
+    moved: int
 
 
 class SlotPool:
@@ -46,6 +58,7 @@ class SlotPool:
     Attributes:
         tables: what `add_lora` reads.
         evictions: adapters that had to go since the start, to make room or by `evict`.
+        moved_bytes: what was moved inside the arena since the start because the free room was in pieces.
     """
 
     def __init__(
@@ -63,7 +76,7 @@ class SlotPool:
             targets: the modules of the base; target i must have row i.
             max_slots: adapters that fit at most.
             max_bytes: size of the arena.
-            dtype: of the weights on the device.
+            dtype: of the arena; on the CPU a bfloat16 adapter lies as such in an arena of float32.
             device: where the base computes.
         """
         if [target.row for target in targets] != list(range(len(targets))):
@@ -73,13 +86,20 @@ class SlotPool:
         self._free = FreeList(max_bytes // dtype.itemsize, _ALIGNMENT_BYTES // dtype.itemsize)
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
-        self.tables = LoraTables.empty(
-            torch.empty(self._free.capacity, dtype=dtype, device=device),
-            in_features=[target.in_features for target in targets],
-            out_features=[target.out_features for target in targets],
-            slots=max_slots,
+        self.tables = LoraTables(
+            arena=memory.empty(self._free.capacity, dtype)
+            if device.type == "cpu"
+            else torch.empty(self._free.capacity, dtype=dtype, device=device),
+            ranks=_zeros(len(targets), max_slots, np.int32),
+            scaling=_zeros(len(targets), max_slots, np.float32),
+            a_offset=_zeros(len(targets), max_slots, np.int64),
+            b_offset=_zeros(len(targets), max_slots, np.int64),
+            in_features=tuple(target.in_features for target in targets),
+            out_features=tuple(target.out_features for target in targets),
         )
+        self._bytes = self.tables.arena.view(torch.uint8).numpy() if device.type == "cpu" else None
         self.evictions = 0
+        self.moved_bytes = 0
 
     @property
     def used_bytes(self) -> int:
@@ -89,6 +109,10 @@ class SlotPool:
     def resident(self) -> tuple[str, ...]:
         """Digests on the device, least recently used first."""
         return tuple(self._residents)
+
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter is on the device."""
+        return digest in self._residents
 
     def acquire(self, digest: str) -> int | None:
         """The slot of a resident adapter, with one more reference for `release` to give back; None if not resident."""
@@ -109,39 +133,35 @@ class SlotPool:
         if resident.doomed and resident.evictable:
             self._remove(digest)
 
-    def insert(self, digest: str, weights: AdapterWeights) -> int:
+    def insert(self, digest: str, adapter: PreparedAdapter) -> int:
         """Copy an adapter to the device, without a reference: `acquire` it before the next insert.
 
-        The least recently used adapters without a reference or pin make room; if their room is in pieces, the arena is
-        compacted. If it cannot fit, nothing is evicted. Inserting a resident adapter changes nothing.
+        The least recently used adapters without a reference or pin make room; if their room is in pieces, some are
+        moved. If it cannot fit, nothing is evicted. Inserting a resident adapter changes nothing.
 
         Returns:
             Its slot.
 
         Raises:
             PoolFullError: too much is in use now; try again after a release.
-            AdapterFormatError: it is larger than the whole pool, or holds values that the device's type cannot.
+            AdapterFormatError: it is larger than the whole pool.
+            ValueError: it was prepared for another base or another type of the arena.
         """
         if (resident := self._residents.get(digest)) is not None:
             return resident.slot
-        modules = [weights.modules.get(target.path) for target in self._targets]
-        if sum(module is not None for module in modules) != len(weights.modules):
-            raise AdapterFormatError("The adapter has modules that this base lacks; it is made for another base.")
-        ranks = tuple(0 if module is None else module.rank for module in modules)
-        scaling = tuple(0.0 if module is None else module.scaling for module in modules)
-        size = self.tables.numel(ranks)
+        narrow = adapter.values.dtype != self.tables.arena.dtype
+        fits = len(adapter.ranks) == self.tables.rows and adapter.values.numel() == self.tables.numel(adapter.ranks)
+        if not fits or (narrow and (adapter.values.dtype, self._itemsize) != (torch.bfloat16, 4)):
+            raise ValueError(f"the adapter was not prepared for this pool: {adapter.values.dtype}, {adapter.ranks}.")
+        size = self.tables.numel(adapter.ranks, narrow=narrow)
         self._make_room(size)
-        tensors = [None if m is None else (self._device(m.a, m.dtype), self._device(m.bt, m.dtype)) for m in modules]
         offset = self._free.allocate(size)
         if offset is None:
             raise RuntimeError(f"no room for {size} elements although it was made; holes are {self._free.holes}.")
+        self._write(offset, adapter.values)
         slot = self._free_slots.pop()
-        self.tables.place(slot, offset, ranks, scaling)
-        for row, pair in enumerate(tensors):
-            if pair is not None:
-                self.tables.a(row, slot).copy_(pair[0])
-                self.tables.bt(row, slot).copy_(pair[1])
-        self._residents[digest] = _Resident(slot, offset, size, ranks, scaling)
+        self.tables.place(slot, offset, adapter.ranks, adapter.scaling, narrow=narrow)
+        self._residents[digest] = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
         return slot
 
     def evict(self, digest: str) -> bool:
@@ -190,21 +210,24 @@ class SlotPool:
                 raise RuntimeError(f"adapter {digest} should be gone; it has {r.references} references.")
             self._check_tables(digest, r)
         for slot in self._free_slots:
-            if self.tables.ranks[:, slot].any():
+            if self.tables.ranks[:, slot].any() or self.tables.narrow[slot]:
                 raise RuntimeError(f"slot {slot} is free but has ranks.")
 
     def _check_tables(self, digest: str, resident: _Resident) -> None:
         if self.tables.ranks[:, resident.slot].tolist() != list(resident.ranks):
             raise RuntimeError(f"the ranks of adapter {digest} are not those of its slot {resident.slot}.")
-        end = resident.offset
+        if bool(self.tables.narrow[resident.slot]) != resident.narrow:
+            raise RuntimeError(f"adapter {digest} and its slot {resident.slot} differ about the type of its weights.")
+        end = resident.offset * (2 if resident.narrow else 1)
         for row, rank in enumerate(resident.ranks):
             if rank:
                 a, b = int(self.tables.a_offset[row, resident.slot]), int(self.tables.b_offset[row, resident.slot])
                 if (a, b) != (end, end + rank * self._targets[row].in_features):
                     raise RuntimeError(f"row {row} of adapter {digest} does not lie where it must.")
                 end = b + rank * self._targets[row].out_features
-        if end != resident.offset + resident.size:
-            raise RuntimeError(f"adapter {digest} ends at {end}, not at {resident.offset + resident.size}.")
+        last = resident.offset + resident.size
+        if (end + 1 if resident.narrow else end * 2) // 2 != last:
+            raise RuntimeError(f"adapter {digest} ends at {end}, which is not where its range ends, at {last}.")
 
     def _make_room(self, size: int) -> None:
         """Evict, and compact if need be, until a slot and one hole of `size` are free; or raise and change nothing."""
@@ -220,26 +243,65 @@ class SlotPool:
             raise PoolFullError(
                 f"All {len(self._residents)} adapters on the device are in use or pinned; try again shortly."
             )
-        for digest in evictable:
-            if self._free_slots and self._free.free >= needed:
+        waiting = iter(evictable)
+        while not self._free_slots or self._free.free < needed:
+            self._remove(next(waiting))
+        # A hole of the right size is what equal adapters leave behind. Otherwise some have to be moved, which holds up
+        # the step: rather than move much, evict more.
+        while (window := self._window(needed)) is not None and window.moved * self._itemsize > _MAX_MOVED_BYTES:
+            victim = next(waiting, None)
+            if victim is None:
                 break
-            self._remove(digest)
-        if not any(stop - start >= needed for start, stop in self._free.holes):
-            self._compact()
+            self._remove(victim)
+        if window is not None:
+            self._close_up(window)
 
-    def _compact(self) -> None:
-        """Move every adapter towards the start, in order, so that one hole is left at the end."""
-        self._free = FreeList(self._free.capacity, self._free.alignment)
-        for resident in sorted(self._residents.values(), key=lambda resident: resident.offset):
-            offset = self._free.allocate(resident.size)
-            if offset is None:
-                raise RuntimeError("the adapters on the device do not fit the arena that they come from.")
-            if offset != resident.offset:
-                # The ranges may overlap, so the values go through a copy.
-                values = self.tables.arena[resident.offset : resident.offset + resident.size].clone()
-                self.tables.arena[offset : offset + resident.size] = values
-                resident.offset = offset
-                self.tables.place(resident.slot, offset, resident.ranks, resident.scaling)
+    def _window(self, needed: int) -> _Window | None:
+        """The part of the arena where the least has to be moved for a hole of `needed` elements; None if one exists."""
+        holes = self._free.holes
+        if any(stop - start >= needed for start, stop in holes):
+            return None
+        best: _Window | None = None
+        first, room = 0, 0
+        for start, stop in holes:
+            room += stop - start
+            while room - (holes[first][1] - holes[first][0]) >= needed:
+                room -= holes[first][1] - holes[first][0]
+                first += 1
+            moved = stop - holes[first][0] - room
+            if room >= needed and (best is None or moved < best.moved):
+                best = _Window(holes[first][0], stop, moved)
+        if best is None:
+            raise RuntimeError(f"no {needed} elements are free; holes are {holes}.")
+        return best
+
+    def _close_up(self, window: _Window) -> None:
+        """Move the adapters of a window towards its start, in order, so that one hole is left at its end."""
+        inside = [r for r in self._residents.values() if window.start <= r.offset < window.stop]
+        inside.sort(key=lambda resident: resident.offset)
+        for resident in inside:
+            self._free.release(resident.offset, resident.size)
+        end = window.start
+        for resident in inside:
+            self._free.take(end, resident.size)
+            # The ranges may overlap, so the values go through a copy.
+            values = self.tables.arena[resident.offset : resident.offset + resident.size].clone()
+            self.tables.arena[end : end + resident.size] = values
+            resident.offset = end
+            self.tables.place(resident.slot, end, resident.ranks, resident.scaling, narrow=resident.narrow)
+            end += self._free.rounded(resident.size)
+        self.moved_bytes += window.moved * self._itemsize
+
+    def _write(self, offset: int, values: Tensor) -> None:
+        """Copy prepared values to element `offset` of the arena."""
+        start = offset * self._itemsize
+        if self._bytes is not None:
+            # One thread reaches the speed of the memory; torch would wake its pool for this.
+            self._bytes[start : start + values.nbytes] = values.view(torch.uint8).numpy()
+        else:
+            arena = self.tables.arena.view(values.dtype)
+            begin = start // values.itemsize
+            arena[begin : begin + values.numel()].copy_(values, non_blocking=True)
 
     def _remove(self, digest: str) -> None:
         resident = self._residents.pop(digest)
@@ -248,12 +310,7 @@ class SlotPool:
         self._free_slots.append(resident.slot)
         self.evictions += 1
 
-    def _device(self, array: Array, dtype: str) -> Tensor:
-        """An array of a file as a tensor of the arena's type, on its device."""
-        values = torch.from_numpy(array)
-        if dtype == "bfloat16":
-            values = values.view(torch.bfloat16)
-        result = values.to(device=self.tables.arena.device, dtype=self.tables.arena.dtype)
-        if result.dtype == torch.float16 and not bool(result.isfinite().all()):
-            raise AdapterFormatError("The adapter holds values beyond float16; serve the base in bfloat16 or float32.")
-        return result
+
+def _zeros(rows: int, slots: int, dtype: type[np.generic]) -> Tensor:
+    """A table of zeros that is not written: numpy takes its zeros from the system, torch writes them."""
+    return torch.from_numpy(np.zeros((rows, slots), dtype=dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ _MAX_DIMENSION = 2**40  # far above any real shape; keeps products of hostile nu
 # numpy has no bfloat16: such tensors are their bits as uint16.
 _ARRAY_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _FILE_TYPES = {np.dtype(array_type): name for name, array_type in _ARRAY_TYPES.items()}
+_CHUNK = 65536  # values that are looked at together, so that what is computed of them stays in the cache
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 Array = npt.NDArray[Any]
@@ -46,28 +47,37 @@ class TensorEntry:
     nbytes: int
 
 
-def read_header(file: BinaryIO, *, max_tensors: int) -> dict[str, TensorEntry]:
-    """The tensors of an open file by name, in the order of their bytes. No tensor is read.
+def read_header_text(file: BinaryIO) -> tuple[bytes, int]:
+    """The header of an open file as it lies there, and the size of the file. Equal ones describe equal layouts.
 
     Raises:
-        AdapterFormatError: if the header is too large, not JSON or not complete, if there are more than `max_tensors`
-            tensors, if a dtype is not a float of 16 or 32 bits, or if the offsets leave gaps, overlap or do not end
-            with the file.
+        AdapterFormatError: if the file is a pickle, or the header is too large or does not fit it.
     """
     file_size = file.seek(0, 2)
     file.seek(0)
     start = file.read(8)
-    if start.startswith(_PICKLE_STARTS):
-        raise AdapterFormatError(
-            "The weights are a pickle or zip archive, which is never opened; save them with safe_serialization=True."
-        )
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(MAX_HEADER_BYTES, file_size - 8):
+        if start.startswith(_PICKLE_STARTS):  # looked for here only: a header of 640 bytes starts like a pickle
+            raise AdapterFormatError(
+                "The weights are a pickle or zip archive, which is never opened; save them with "
+                "safe_serialization=True."
+            )
         raise AdapterFormatError(
             f"The weights are not a safetensors file: the header's length ({length} bytes) exceeds the file "
             f"({file_size} bytes) or the limit of {MAX_HEADER_BYTES} bytes. Upload it again."
         )
-    header = parse_json_object(file.read(length), what="the safetensors header")
+    return file.read(length), file_size
+
+
+def parse_header(text: bytes, file_size: int, *, max_tensors: int) -> dict[str, TensorEntry]:
+    """The tensors of a file by name, in the order of their bytes, from what `read_header_text` gave.
+
+    Raises:
+        AdapterFormatError: if the header is not JSON or not complete, if there are more than `max_tensors` tensors, if
+            a dtype is not a float of 16 or 32 bits, or if the offsets leave gaps, overlap or do not end with the file.
+    """
+    header = parse_json_object(text, what="the safetensors header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFormatError("__metadata__ of the safetensors header must map strings to strings.")
@@ -75,9 +85,9 @@ def read_header(file: BinaryIO, *, max_tensors: int) -> dict[str, TensorEntry]:
         raise AdapterFormatError(
             f"The file holds {len(header)} tensors, this base has room for {max_tensors}: it is made for another base."
         )
-    found = [_entry(name, value, 8 + length) for name, value in header.items()]
+    end = 8 + len(text)
+    found = [_entry(name, value, end) for name, value in header.items()]
     entries = sorted(found, key=lambda entry: (entry.start, entry.nbytes))  # an empty tensor comes before its neighbour
-    end = 8 + length
     for entry in entries:
         if entry.start != end:
             raise AdapterFormatError(f"{entry.name} overlaps another tensor or follows a gap; save the file again.")
@@ -120,22 +130,59 @@ def read_array(file: BinaryIO, entry: TensorEntry) -> Array:
     Raises:
         AdapterFormatError: if a value is NaN or infinite, or the file ends early.
     """
-    array_type = np.dtype(_ARRAY_TYPES[entry.dtype])
-    file.seek(entry.start)
-    array: Array = np.empty(entry.shape, dtype=array_type)
-    if file.readinto(array.reshape(-1).view(np.uint8).data) != entry.nbytes:  # type: ignore[attr-defined]  # of buffered files
-        raise AdapterFormatError(f"{entry.name} is cut off; upload the file again.")
-    if not _is_finite(array):
-        raise AdapterFormatError(
-            f"{entry.name} holds NaN or infinite values; the training run diverged, train it again."
-        )
-    return array
+    return read_arrays(file, [entry])[0]
 
 
-def _is_finite(array: Array) -> bool:
-    if array.dtype == np.uint16:
-        return not bool(((array & 0x7F80) == 0x7F80).any())  # an exponent of ones is infinity or NaN
-    return bool(np.isfinite(array).all())
+def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry]) -> list[Array]:
+    """The values of tensors that lie back to back in the file, as views of one buffer: one read, one check.
+
+    Args:
+        file: an open safetensors file.
+        entries: in the order of their bytes, without gaps, as `parse_header` gives them.
+
+    Raises:
+        AdapterFormatError: as `read_array`.
+    """
+    if not entries:
+        return []
+    first, last = entries[0].start, entries[-1].start + entries[-1].nbytes
+    buffer: npt.NDArray[np.uint8] = np.empty(last - first, dtype=np.uint8)
+    file.seek(first)
+    got = file.readinto(buffer.data)  # type: ignore[attr-defined]  # of buffered files
+    arrays = [_view(buffer, entry, first) for entry in entries]
+    for entry in entries:
+        if entry.start + entry.nbytes > first + got:
+            raise AdapterFormatError(f"{entry.name} is cut off; upload the file again.")
+    if len({entry.dtype for entry in entries}) == 1 and all_finite(buffer.view(_ARRAY_TYPES[entries[0].dtype])):
+        return arrays  # one look at all of it is five times as fast as one at each
+    for entry, array in zip(entries, arrays, strict=True):
+        if not all_finite(array):
+            raise AdapterFormatError(
+                f"{entry.name} holds NaN or infinite values; the training run diverged, train it again."
+            )
+    return arrays
+
+
+def _view(buffer: Array, entry: TensorEntry, origin: int) -> Array:
+    """One tensor of a buffer that starts at byte `origin` of the file."""
+    count = math.prod(entry.shape)
+    if count == 0:
+        return np.empty(entry.shape, dtype=_ARRAY_TYPES[entry.dtype])
+    flat: Array = np.frombuffer(buffer, dtype=_ARRAY_TYPES[entry.dtype], count=count, offset=entry.start - origin)
+    return flat.reshape(entry.shape)
+
+
+def all_finite(array: Array) -> bool:
+    """Whether no value is NaN or infinite; uint16 arrays are the bits of bfloat16."""
+    flat = array.reshape(-1)
+    return all(_chunk_is_finite(flat[start : start + _CHUNK]) for start in range(0, flat.size, _CHUNK))
+
+
+def _chunk_is_finite(values: Array) -> bool:
+    if values.dtype != np.uint16:
+        return bool(np.isfinite(values).all())
+    # An exponent of ones is infinity or NaN: the bits without the sign are then the largest.
+    return int((values & 0x7FFF).max()) < 0x7F80
 
 
 def write_file(path: Path, tensors: Mapping[str, Array]) -> None:

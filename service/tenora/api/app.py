@@ -53,7 +53,7 @@ def create_app(control: Control, settings: Settings) -> FastAPI:
 
 
 def build_metrics(control: Control) -> Metrics:
-    """Metrics that read the engine behind `control`."""
+    """Metrics that read the job runner of `control` and the engine behind it."""
     engine = control.engine
 
     def last_step() -> float:
@@ -61,5 +61,9 @@ def build_metrics(control: Control) -> Metrics:
         return time.time() - (time.monotonic() - engine.last_heartbeat)
 
     return Metrics(
-        control.inference.base_id, stats=lambda: engine.stats, last_step=last_step, block_size=engine.ready.block_size
+        control.inference.base_id,
+        stats=lambda: engine.stats,
+        last_step=last_step,
+        leases_lost=lambda: control.jobs.leases_lost,
+        block_size=engine.ready.block_size,
     )

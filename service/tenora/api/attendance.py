@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -13,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tenora.api import errors
 from tenora.api.lifecycle import Lifecycle
+from tenora.control.closing import closing
 
 T = TypeVar("T")
 STALL_SECONDS = 60.0  # a reader that takes nothing for this long is cut off
@@ -49,17 +49,6 @@ async def attended(work: Coroutine[Any, Any, T], receive: Receive, lifecycle: Li
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-@asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close a generator when the block ends, however it ends: that is what aborts a generation in the engine."""
-    try:
-        yield items
-    finally:
-        aclose = getattr(items, "aclose", None)
-        if aclose is not None:
-            await aclose()
 
 
 class _StalledError(Exception):

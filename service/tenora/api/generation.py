@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from tenora.api.attendance import closing
-from tenora.api.schemas.sampling import PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
+from tenora.api.schemas.sampling import GenerationBody, PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
+from tenora.control.closing import closing
 from tenora.control.inference import Inference
-from tenora.control.records import Delta, GenerationRequest, LogprobEntry
-from tenora.engine.messages import FinishReason
+from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
+from tenora.engine.messages import FinishReason, SamplingParams
 from tenora.errors import InvalidRequestError, UnavailableError
 from tenora.telemetry.metrics import RequestTimer
 
@@ -49,6 +49,27 @@ class Tally:
         )
 
 
+def generation_request(
+    inference: Inference, body: GenerationBody, target: Target, prompt: Sequence[int], sampling: SamplingParams
+) -> GenerationRequest:
+    """The generation of one tokenized prompt, as `body` wants it.
+
+    Raises:
+        InvalidRequestError: a token id in `body` is not in the vocabulary.
+    """
+    check_token_ids(inference, body.logit_bias or (), "logit_bias")
+    check_token_ids(inference, body.stop_token_ids or (), "stop_token_ids")
+    return GenerationRequest(
+        target=target,
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        n=body.choices,
+        stop=body.stop or (),
+        include_stop=bool(body.include_stop_str_in_output),
+        priority=body.priority or 0,
+    )
+
+
 async def generate(
     inference: Inference, requests: Sequence[GenerationRequest], tally: Tally, timer: RequestTimer
 ) -> AsyncIterator[tuple[int, Delta]]:
@@ -59,7 +80,7 @@ async def generate(
     try:
         async with closing(merged([inference.generate(request) for request in requests])) as deltas:
             async for source, delta in deltas:
-                timer.token()
+                timer.token(delta.queue_seconds)
                 tally.add(source, delta)
                 yield source, delta
     except (GeneratorExit, asyncio.CancelledError):

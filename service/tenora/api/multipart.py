@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -20,6 +20,13 @@ from tenora.errors import InvalidRequestError, PayloadTooLargeError
 
 MAX_FIELD_BYTES = 4096
 MAX_PARTS = 16
+BINARY = {"type": "string", "format": "binary"}
+
+
+def form_schema(*, required: Sequence[str], properties: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What OpenAPI says of a route that reads its form by itself."""
+    schema = {"type": "object", "required": list(required), "properties": dict(properties)}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 @dataclass(slots=True)

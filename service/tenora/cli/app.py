@@ -8,6 +8,7 @@ import typer
 
 from tenora import __version__
 from tenora.cli import adapters, chat, doctor, files, jobs, keys, pull, serve, tenants, train
+from tenora.cli.bench import commands as bench
 from tenora.cli.errors import Commands
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

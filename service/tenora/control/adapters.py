@@ -17,6 +17,7 @@ from tenora.config import Settings
 from tenora.control.blobs import Blobs
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
+from tenora.control.idempotency import Receipt
 from tenora.control.names import check_name
 from tenora.control.peft_upload import check_loadable, stage_upload
 from tenora.control.records import AdapterRecord, Principal
@@ -55,7 +56,15 @@ class Adapters:
         self._base_id = base_id
         self._failpoints = failpoints
 
-    async def import_(self, principal: Principal, *, name: str, config: bytes, weights: Path) -> AdapterRecord:
+    async def import_(
+        self,
+        principal: Principal,
+        *,
+        name: str,
+        config: bytes,
+        weights: Path,
+        receipt: Receipt[AdapterRecord] | None = None,
+    ) -> AdapterRecord:
         """Store an uploaded PEFT adapter under `name`; a name that exists gets a new version and points at it.
 
         Content that the name points at already changes nothing. Everything is checked before anything is stored.
@@ -63,6 +72,7 @@ class Adapters:
         Args:
             config: adapter_config.json.
             weights: adapter_model.safetensors; stays the caller's to remove.
+            receipt: keeps the answer together with the version.
 
         Raises:
             AdapterFormatError: not a LoRA adapter of this base; the message names the tensor.
@@ -74,7 +84,7 @@ class Adapters:
         directory = self._storage.stage()
         try:
             await asyncio.to_thread(stage_upload, directory, config, weights, self._settings.max_adapter_bytes)
-            return await self._publish(principal, name, directory)
+            return await self._publish(principal, name, directory, receipt)
         finally:
             await asyncio.to_thread(remove, directory)
 
@@ -232,7 +242,9 @@ class Adapters:
         self._failpoints.hit("adapters.after_delete")
         await self._blobs.release(digests)
 
-    async def _publish(self, principal: Principal, name: str, directory: Path) -> AdapterRecord:
+    async def _publish(
+        self, principal: Principal, name: str, directory: Path, receipt: Receipt[AdapterRecord] | None
+    ) -> AdapterRecord:
         before: str | None = None
         async with self._blobs.publishing(directory) as blob:
             self._failpoints.hit("adapters.after_blob")
@@ -243,6 +255,9 @@ class Adapters:
                 if found is None or before != blob.digest:
                     new = NewVersion(principal.tenant_id, name, self._base_id, source="upload")
                     found = await add_version(session, new, blob)
+                if receipt is not None:
+                    await receipt.write(session, self._record(principal, found))
+        self._failpoints.hit("adapters.after_create")
         alias, row = found
         if alias.pinned and before is not None:
             await self.move_pin(before, row.digest)

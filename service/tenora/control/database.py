@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, event, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from tenora.errors import ConfigurationError, StorageFullError, UnavailableError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MILLISECONDS = 10_000
+
+
+class RegistryBusyError(UnavailableError):
+    """Another process holds the registry, or it cannot be reached now; nothing was written. Trying again may help."""
+
+    code = "registry_busy"
+
+    def __init__(self) -> None:
+        super().__init__("The registry is busy; try again in a moment.")
 
 
 class Database:
@@ -75,30 +85,47 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        """A session that sees one snapshot and writes nothing."""
-        async with AsyncSession(self._read, expire_on_commit=False) as session:
-            yield session
+        """A session that sees one snapshot and writes nothing.
+
+        Raises:
+            RegistryBusyError: the registry is held by another process, or cannot be reached.
+        """
+        with _failures():
+            async with AsyncSession(self._read, expire_on_commit=False) as session:
+                yield session
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
-        """A transaction that commits at the end of the block, or rolls back if the block raises."""
+        """A transaction that commits at the end of the block, or rolls back if the block raises.
+
+        Raises:
+            RegistryBusyError: the registry is held by another process, or cannot be reached.
+            StorageFullError: its disk is full.
+        """
         async with self._writing:
-            try:
+            with _failures():
                 async with AsyncSession(self._write, expire_on_commit=False) as session, session.begin():
                     yield session
-            except OperationalError as error:
-                reason = str(error.orig)
-                if "full" in reason:
-                    raise StorageFullError(
-                        "The disk of the registry is full; free some space and try again."
-                    ) from error
-                if "locked" in reason:
-                    raise UnavailableError("The registry is busy; try again in a moment.") from error
-                raise
 
     async def close(self) -> None:
         """Close every connection."""
         await self._read.dispose()
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Errors of the driver that are nobody's defect become ours."""
+    try:
+        yield
+    except (PoolTimeoutError, ConnectionError) as error:
+        raise RegistryBusyError from error
+    except (OperationalError, InterfaceError) as error:
+        reason = str(error.orig)
+        if "full" in reason:
+            raise StorageFullError("The disk of the registry is full; free some space and try again.") from error
+        if error.connection_invalidated or "locked" in reason or "connect" in reason:
+            raise RegistryBusyError from error
+        raise
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

@@ -18,6 +18,7 @@ POINTS: frozenset[str] = frozenset(
     {
         "files.before_rename",  # the upload is complete in staging
         "files.after_rename",  # the blob has its name, the row does not exist
+        "files.after_create",  # the row exists, the caller has no answer
         "files.after_delete",  # the row is gone, the blob is not
         "jobs.after_create",  # the row exists, the caller has no answer
         "jobs.after_prepare",  # tokenized, not yet queued
@@ -28,6 +29,7 @@ POINTS: frozenset[str] = frozenset(
         "publish.before_commit",  # every row is written, inside the open transaction
         "publish.after_commit",  # published; the work directory still lies there
         "adapters.after_blob",  # an import's blob is stored, no row names it
+        "adapters.after_create",  # the version is published, the caller has no answer
         "adapters.after_delete",  # the rows are gone, the blob is not
     }
 )

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenora.config import Settings
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
+from tenora.control.idempotency import Receipt
 from tenora.control.names import new_id, unix_now
 from tenora.control.paging import Order, page
 from tenora.control.records import TERMINAL, FileRecord, Page, Principal
@@ -55,6 +56,7 @@ class Files:
         purpose: str,
         chunks: AsyncIterator[bytes],
         expires_after: int | None = None,
+        receipt: Receipt[FileRecord] | None = None,
     ) -> FileRecord:
         """Store an upload; memory does not grow with it.
 
@@ -64,6 +66,7 @@ class Files:
         Args:
             filename: kept as a label; no path is made from it.
             expires_after: seconds until the file goes away by itself, 1 hour to 30 days; None keeps it.
+            receipt: keeps the answer together with the file.
 
         Raises:
             InvalidRequestError: an unknown purpose, an empty file, a lifetime out of bounds.
@@ -104,10 +107,13 @@ class Files:
             )
             async with self._database.write() as session:
                 session.add(row)
+                if receipt is not None:
+                    await receipt.write(session, file_record(row))
         except BaseException:
             await asyncio.to_thread(remove, staged)
             await asyncio.to_thread(remove, final)
             raise
+        self._failpoints.hit("files.after_create")
         return file_record(row)
 
     async def list(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.database import Database
 from tenora.control.names import unix_now
@@ -16,6 +19,7 @@ from tenora.errors import ConflictError, InvalidRequestError
 
 KEPT_SECONDS = 24 * 3600
 LONGEST_KEY = 255
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +30,31 @@ class StoredAnswer:
     body: bytes
 
 
+class Receipt(Generic[T]):
+    """The answer to a request with a reserved key, written by the very transaction that does the request's work.
+
+    So there is no moment at which the work is done and its answer is not kept: a process that is killed then would let
+    the client's retry do the work a second time.
+
+    Attributes:
+        answer: what was written; None before.
+    """
+
+    def __init__(self, row: tuple[ColumnElement[bool], ...], answer: Callable[[T], StoredAnswer]) -> None:
+        self.answer: StoredAnswer | None = None
+        self._row = row
+        self._answer = answer
+
+    async def write(self, session: AsyncSession, made: T) -> None:
+        """Keep the answer for 24 hours, if the transaction commits."""
+        self.answer = self._answer(made)
+        await session.execute(
+            update(IdempotencyRow).where(*self._row).values(status=self.answer.status, body=self.answer.body)
+        )
+
+
 class Idempotency:
-    """`begin`, then the work, then `finish`; or `abandon` if the work raised, so that the client may try again.
+    """`begin`, then the work with a `receipt`; or `abandon` if it raised, so that the client may try again.
 
     `payload` is what tells two requests apart: the body, or for an upload its fields and the SHA-256 of its bytes.
     """
@@ -36,7 +63,7 @@ class Idempotency:
         self._database = database
 
     async def begin(self, principal: Principal, route: str, key: str, payload: bytes) -> StoredAnswer | None:
-        """Reserve the key. None: go on and `finish`. An answer: send it, do nothing.
+        """Reserve the key. None: do the work with a `receipt`. An answer: send it, do nothing.
 
         Raises:
             InvalidRequestError: code idempotency_mismatch, the key was used with another payload.
@@ -69,14 +96,9 @@ class Idempotency:
             return await self._first(principal, route, key, digest)
         return None
 
-    async def finish(self, principal: Principal, route: str, key: str, answer: StoredAnswer) -> None:
-        """Keep the answer for 24 hours."""
-        async with self._database.write() as session:
-            await session.execute(
-                update(IdempotencyRow)
-                .where(*_same(principal, route, key))
-                .values(status=answer.status, body=answer.body)
-            )
+    def receipt(self, principal: Principal, route: str, key: str, answer: Callable[[T], StoredAnswer]) -> Receipt[T]:
+        """What the work takes along to keep its answer; `answer` makes it of the work's record."""
+        return Receipt(_same(principal, route, key), answer)
 
     async def abandon(self, principal: Principal, route: str, key: str) -> None:
         """Free a reserved key; an answer that is kept already stays."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.names import new_id, unix_now
@@ -26,9 +26,17 @@ UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 
 
 class LeaseLostError(TenoraError):
-    """The job changed hands (cancelled, paused, claimed by another worker): this worker may write nothing more."""
+    """The job changed hands (cancelled, paused, claimed by another worker): this worker may write nothing more.
+
+    Attributes:
+        holder: the owner that has the job now; None if its tenant took it, not another worker.
+    """
 
     code = "lease_lost"
+
+    def __init__(self, job_id: str, holder: str | None) -> None:
+        super().__init__(f"The job {job_id} is in other hands.")
+        self.holder = holder
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +100,9 @@ async def release_own(session: AsyncSession, owner: str) -> None:
 
 async def owned(session: AsyncSession, claim: Claim) -> JobRow:
     """The job's row, to be written by the holder of `claim`. LeaseLostError if it is not the holder any more."""
-    row = await session.scalar(
-        select(JobRow).where(
-            JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id, JobRow.lease_token == claim.token
-        )
-    )
-    if row is None:
-        raise LeaseLostError(f"The job {claim.job_id} is in other hands.")
+    row = await session.scalar(select(JobRow).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id))
+    if row is None or row.lease_token != claim.token:
+        raise LeaseLostError(claim.job_id, None if row is None else row.lease_owner)
     return row
 
 
@@ -107,6 +111,12 @@ def drop_lease(row: JobRow) -> None:
     row.lease_owner = None
     row.lease_expires_at = None
     row.lease_token += 1
+
+
+async def count_jobs(session: AsyncSession) -> dict[str, int]:
+    """Jobs of all tenants by status, every status named; answered from the index `ix_jobs_status` alone."""
+    rows = await session.execute(select(JobRow.status, func.count()).group_by(JobRow.status))
+    return dict.fromkeys(get_args(JobStatus), 0) | {row.status: row[1] for row in rows}
 
 
 async def find_job(session: AsyncSession, tenant_id: str, job_id: str) -> JobRow:

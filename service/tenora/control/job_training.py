@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from tenora.control.closing import closing
+from tenora.control.database import RegistryBusyError
 from tenora.control.job_context import JobContext
 from tenora.control.job_rows import Claim, LeaseLostError, drop_lease, log, owned
 from tenora.control.preparation import is_prepared, spec_of
@@ -25,6 +26,7 @@ from tenora.training.spec import (
 
 _log = logging.getLogger(__name__)
 
+BUSY_SECONDS = 1.0  # between attempts to write to a busy registry, each of which waits for a while itself
 MAX_ATTEMPTS = 5  # runs of one job that may end with the engine
 
 
@@ -44,19 +46,27 @@ class JobTraining:
         self._closing = closing_down
         self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
         self._pace = Pace()
+        self._lost: LeaseLostError | None = None
 
     async def run(self) -> None:
-        """Do it; errors of the job itself end the job, anything else is raised."""
+        """Do it; errors of the job itself end the job, anything else is raised.
+
+        Raises:
+            LeaseLostError: the job changed hands; nothing of it is recorded here any more, and its run has ended.
+            RegistryBusyError: the job's status could not be read or written; it is as the registry says.
+        """
         try:
             spec = await self._spec()
             while spec is not None and await self._engine_is_up():
                 await self._begin()
                 if await self._attempt(spec):
                     break
-        except LeaseLostError:
-            _log.info("job %s changed hands", self._claim.job_id)
+        except (LeaseLostError, RegistryBusyError):
+            raise
         except TenoraError as error:
             await self._context.fail(self._claim, error)
+        if self._lost is not None:
+            raise self._lost
 
     async def leave(self, *, pause: bool) -> None:
         """The job was cancelled or paused by its owner: record nothing more, end the run."""
@@ -118,28 +128,42 @@ class JobTraining:
         return True
 
     async def _record(self, event: TrainEvent) -> None:
-        """Put one event of the run into the registry, unless the job is in other hands."""
-        if self._left.is_set():
-            return
-        try:
-            match event:
-                case StepEvent():
-                    message, metrics = step_line(event)
-                    await self._line(message, metrics, event)
-                case EvalEvent():
-                    await self._line(*eval_line(event, self._pace.total_steps))
-                case CheckpointEvent():
-                    await self._keep(event)
-                case FinishedEvent():
-                    await publish_result(self._context, self._claim, event)
-                case FailedEvent():
-                    raise TrainingError(event.message, code=event.code)
-                case StoppedEvent():
-                    await self._stopped(event)
-        except LeaseLostError:
-            # Cancelled or paused elsewhere, or claimed by a worker that thought us dead. The run's end is awaited, so
-            # that its state is whole when another run of this job begins.
-            await self.leave(pause=True)
+        """Put one event of the run into the registry, unless the job is in other hands.
+
+        A busy registry is no matter of the engine's: the run goes on, and its events wait until they can be recorded.
+        """
+        while not self._left.is_set():
+            try:
+                await self._write(event)
+            except LeaseLostError as error:
+                # Cancelled or paused elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
+                # so that its state is whole when another run of this job begins.
+                self._lost = error
+                await self.leave(pause=True)
+                return
+            except RegistryBusyError as error:
+                if self._closing.is_set():
+                    return  # the next start goes on from the last saved state, and says this again
+                _log.warning("job %s: %s Its run goes on.", self._claim.job_id, error.message)
+                await asyncio.sleep(BUSY_SECONDS)
+            else:
+                return
+
+    async def _write(self, event: TrainEvent) -> None:
+        match event:
+            case StepEvent():
+                message, metrics = step_line(event)
+                await self._line(message, metrics, event)
+            case EvalEvent():
+                await self._line(*eval_line(event, self._pace.total_steps))
+            case CheckpointEvent():
+                await self._keep(event)
+            case FinishedEvent():
+                await publish_result(self._context, self._claim, event)
+            case FailedEvent():
+                raise TrainingError(event.message, code=event.code)
+            case StoppedEvent():
+                await self._stopped(event)
 
     async def _line(self, message: str, metrics: Metrics, step: StepEvent | None = None) -> None:
         async with self._context.database.write() as session:

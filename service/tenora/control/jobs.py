@@ -12,10 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
 from tenora.control.files import TRAINING_PURPOSE, find_file
+from tenora.control.idempotency import Receipt
 from tenora.control.job_requests import MAX_SEED, METADATA_KEY, Limits, alias_of, check_request
 from tenora.control.job_rows import (
     UNFINISHED,
     checkpoint_record,
+    count_jobs,
     drop_lease,
     end,
     event_record,
@@ -51,8 +53,13 @@ class Jobs:
         self._admit = admit
         self._failpoints = failpoints
 
-    async def create(self, principal: Principal, request: JobRequest) -> JobRecord:
+    async def create(
+        self, principal: Principal, request: JobRequest, receipt: Receipt[JobRecord] | None = None
+    ) -> JobRecord:
         """Check the request and store a job in the status `validating_files`; its rows are read in the background.
+
+        Args:
+            receipt: keeps the answer together with the job.
 
         Raises:
             InvalidRequestError: a field is unknown or out of bounds; `param` names it. Also a file of another purpose
@@ -95,9 +102,21 @@ class Jobs:
             log(session, row, f"Validating training file: {request.training_file}")
             if request.validation_file is not None:
                 log(session, row, f"Validating validation file: {request.validation_file}")
+            if receipt is not None:
+                await receipt.write(session, job_record(row, principal.tenant))
         self._failpoints.hit("jobs.after_create")
         self._runner.wake()
         return job_record(row, principal.tenant)
+
+    async def counts(self) -> Mapping[str, int]:
+        """How many jobs there are in each status, of all tenants: for the operator's metrics, names no one."""
+        async with self._database.read() as session:
+            return await count_jobs(session)
+
+    @property
+    def leases_lost(self) -> int:
+        """Jobs that another process took from this one since its start, because it had let their lease run out."""
+        return self._runner.leases_lost
 
     async def list(
         self,

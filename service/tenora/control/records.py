@@ -233,6 +233,7 @@ class Delta:
         prompt_tokens, cached_tokens: on every delta, for usage.
         completion_tokens: generated so far by this choice, what `usage` bills.
         prompt_logprobs: on the first delta if asked for.
+        queue_seconds: on every delta, how long the request waited for the engine to begin with it; None if unknown.
     """
 
     index: int
@@ -245,6 +246,7 @@ class Delta:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

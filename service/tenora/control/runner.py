@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import select
 
+from tenora.control.database import RegistryBusyError
 from tenora.control.job_context import JobContext
 from tenora.control.job_preparing import prepare_job
 from tenora.control.job_rows import LEASE_SECONDS, Claim, LeaseLostError, claim_next, release_dead, release_own, renew
@@ -35,9 +36,14 @@ class _Work:
 
 
 class JobRunner:
-    """Works on jobs until `stop`. `owner` names this process (its boot) in leases."""
+    """Works on jobs until `stop`. `owner` names this process (its boot) in leases.
+
+    Attributes:
+        leases_lost: jobs that another process claimed while this one worked on them.
+    """
 
     def __init__(self, context: JobContext, owner: str) -> None:
+        self.leases_lost = 0
         self._context = context
         self._owner = owner
         self._works: dict[str, _Work] = {}
@@ -125,17 +131,24 @@ class JobRunner:
     async def _work(self, claim: Claim, training: JobTraining | None) -> None:
         try:
             await (prepare_job(self._context, claim) if training is None else training.run())
-        except LeaseLostError:
-            _log.info("job %s changed hands", claim.job_id)
+        except LeaseLostError as error:
+            self._lost(claim, error)
+        except RegistryBusyError as error:
+            # The job is as the registry says: it is claimed again when its lease has run out.
+            _log.warning("job %s: %s It goes on then.", claim.job_id, error.message)
         except Exception:  # noqa: BLE001 (logged, and the job ends with it)
             # A defect of ours: the job must not be claimed again and again, and its owner must hear of it.
             _log.exception("job %s ended with an unexpected error", claim.job_id)
             await self._give_up(claim)
         finally:
-            if not self._closing.is_set():
-                await self._forget_if_over(claim)
-            del self._works[claim.job_id]
-            self._wake.set()
+            try:
+                if not self._closing.is_set():
+                    await self._forget_if_over(claim)
+            except RegistryBusyError:
+                _log.warning("job %s: the registry is busy; the next start looks at its files", claim.job_id)
+            finally:
+                del self._works[claim.job_id]
+                self._wake.set()
 
     async def _give_up(self, claim: Claim) -> None:
         try:
@@ -143,8 +156,17 @@ class JobRunner:
                 claim,
                 TrainingError("The job ended with an internal error; the server's log has it.", code="internal_error"),
             )
-        except LeaseLostError:
+        except LeaseLostError as error:
+            self._lost(claim, error)
+        except RegistryBusyError as error:
+            _log.warning("job %s: that it failed was not recorded. %s", claim.job_id, error.message)
+
+    def _lost(self, claim: Claim, error: LeaseLostError) -> None:
+        if error.holder is None or error.holder == self._owner:
             _log.info("job %s changed hands", claim.job_id)
+            return
+        self.leases_lost += 1
+        _log.warning("job %s was taken over by %s: this process had let its lease run out", claim.job_id, error.holder)
 
     async def _forget_if_over(self, claim: Claim) -> None:
         async with self._context.database.read() as session:

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tenora.adapters.atomic import fsync
 from tenora.control.names import random_word
 from tenora.errors import ConfigurationError, StorageFullError
 
@@ -90,12 +91,12 @@ class Storage:
 def place(staged: Path, final: Path) -> None:
     """Give a complete staged file its name: fsync, rename, fsync of the directory. Visible whole or not at all."""
     with full_disk():
-        _fsync(staged)
+        fsync(staged)
         if not final.parent.exists():
             final.parent.mkdir(mode=0o700, parents=True)
-            _fsync(final.parent.parent)
+            fsync(final.parent.parent)
         staged.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
 
 
 def write_file(storage: Storage, final: Path, content: bytes, *, mode: int = 0o600) -> None:
@@ -130,11 +131,3 @@ def full_disk() -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageFullError("The disk is full; free some space and send the request again.") from error
         raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

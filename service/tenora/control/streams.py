@@ -48,11 +48,14 @@ class ChoiceStream:
         self._passed = 0  # characters that were passed on
         self._completion_tokens = 0
         self._cached_tokens = 0
+        self._queue_seconds: float | None = None
         self._prompt_logprobs: Sequence[LogprobEntry | None] | None = None
 
     def push(self, output: SequenceOutput) -> Delta | None:
         """Take the next output; None if there is nothing to show yet."""
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        if output.queue_seconds is not None:
+            self._queue_seconds = output.queue_seconds
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
         text = self._read(output)
@@ -81,6 +84,7 @@ class ChoiceStream:
             stop_reason=reason,
             prompt_tokens=len(self._request.prompt_token_ids),
             cached_tokens=self._cached_tokens,
+            queue_seconds=self._queue_seconds,
             completion_tokens=self._completion_tokens,
         )
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
-from tenora.adapters.peft_format import read_adapter
+from tenora.adapters.host_cache import HostCache
+from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.pool import SlotPool
+from tenora.adapters.prepared import PreparedAdapter, prepare
+from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.loader import AdapterLoader
@@ -41,6 +44,7 @@ from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.spec import target_modules
 from tenora.training.run import TrainingRun
 from tenora.training.spec import TrainSpec
+from tenora_kernels.cpu.team import Team
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +89,8 @@ class Engine:
         cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
         self.loader = AdapterLoader(
             self.pool,
-            lambda ref: read_adapter(Path(ref.path), self.targets, max_rank=settings.max_lora_rank),
+            self._read_adapter(settings.max_lora_rank),
+            HostCache(settings.host_cache_bytes),
             wake,
         )
         self.blocks = BlockManager(num_blocks, settings.block_size)
@@ -110,9 +115,13 @@ class Engine:
         Raises:
             UnsupportedModelError, ConfigurationError: it cannot serve this model so.
         """
-        torch.set_num_threads(settings.threads or available_cpus())
+        threads = settings.threads or available_cpus()
+        torch.set_num_threads(threads)
         device = resolve_device(settings.device)
-        decoder = load_decoder(model_dir, device=device, dtype=resolve_dtype(settings.dtype, device))
+        dtype = resolve_dtype(settings.dtype, device)
+        decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team(threads))
+        if decoder.stack is not None:
+            decoder.stack.warm_up()
         return cls(decoder, settings, wake=wake)
 
     @property
@@ -153,6 +162,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Schedule, run, emit; then train for as long as that took, or for a moment if there was nothing to do."""
         started = time.monotonic()
+        self.loader.read_ahead(self.scheduler.upcoming_adapters())
         self.loader.settle_pins()
         batch = self.scheduler.schedule()
         items = self._take_rejected()
@@ -206,7 +216,17 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise unless the owners of blocks and slots can account for each of them."""
         self.scheduler.check_integrity()
-        self.pool.check_integrity()
+        self.loader.check_integrity()
+
+    def _read_adapter(self, max_rank: int) -> Callable[[AdapterRef], PreparedAdapter]:
+        """What the loader's thread does."""
+        reader = AdapterReader(self.targets, max_rank=max_rank)
+        arena = self.pool.tables.arena
+
+        def read(ref: AdapterRef) -> PreparedAdapter:
+            return prepare(reader.read(Path(ref.path)), self.targets, dtype=arena.dtype, device=arena.device)
+
+        return read
 
     def _add_sequence(self, request: Generate) -> None:
         if self.scheduler.get(request.request_id) is not None:
@@ -222,8 +242,6 @@ class Engine:
             self._rejected.append(failed(request.request_id, code or "invalid_request", error.message))
             return
         self._arrivals += 1
-        if request.adapter is not None:
-            self.loader.prefetch(request.adapter)
 
     def _take_rejected(self) -> list[Item]:
         """Sequences that ended without running: bad requests, and those whose adapter cannot be loaded."""

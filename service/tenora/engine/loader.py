@@ -1,21 +1,22 @@
-"""Adapters on their way to a slot: read from disk by a background thread, inserted by the step loop."""
+"""Adapters on their way to a slot: read and prepared by a background thread, inserted by the step loop."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tenora.adapters.peft_format import AdapterWeights
+from tenora.adapters.host_cache import HostCache
 from tenora.adapters.pool import SlotPool
+from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.scheduler import Blocked
 from tenora.errors import PoolFullError, TenoraError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
-MAX_STAGED = 8  # adapters read ahead of a slot: enough to hide the reading, bounded in host memory
+MAX_READS = 4  # begun and not collected: the thread never idles between two steps, and who comes next waits for few
 
 
 class AdapterLoader:
@@ -23,35 +24,58 @@ class AdapterLoader:
 
     Attributes:
         loads: adapters inserted so far.
-        load_seconds: time spent reading them.
+        load_seconds: time spent reading and preparing them.
         failures: loads that failed.
     """
 
     def __init__(
-        self, pool: SlotPool, read: Callable[[AdapterRef], AdapterWeights], wake: Callable[[], None] = lambda: None
+        self,
+        pool: SlotPool,
+        read: Callable[[AdapterRef], PreparedAdapter],
+        cache: HostCache,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`read` runs on the background thread; `wake` is called from there whenever a read has ended."""
         self.pool = pool
+        self.cache = cache
         self.loads = 0
         self.load_seconds = 0.0
         self.failures = 0
         self._read = read
         self._wake = wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._staged: dict[str, Future[AdapterWeights]] = {}
+        self._reads: dict[str, Future[PreparedAdapter]] = {}
+        self._errors: dict[str, Exception] = {}  # of reads, until somebody asks for the adapter
         self._wanted_pins: dict[str, AdapterRef] = {}
+        self._room = cache.max_bytes  # of the cache, for reads that have not begun
+        self._holds_wanted = False  # the cache, something that has no slot yet
+        self._last_size = 0  # of a prepared adapter: the guess for those that are being read
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being read."""
-        return all(future.done() for future in self._staged.values())
+        return all(future.done() for future in self._reads.values())
 
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Begin to read an adapter that will be needed, if it is not resident and there is room for one more."""
-        if ref.digest not in self._staged and len(self._staged) < MAX_STAGED and ref.digest not in self.pool.resident():
-            future = self._executor.submit(self._timed_read, ref)
-            self._staged[ref.digest] = future
-            future.add_done_callback(lambda _: self._wake())
+    def read_ahead(self, refs: Iterable[AdapterRef]) -> None:
+        """Begin to read adapters that will be needed soon, as far as the host cache can hold them.
+
+        Args:
+            refs: the one that is needed first comes first; it is also the last one that the cache lets go.
+        """
+        self._collect()
+        self._room = self.cache.max_bytes - len(self._reads) * self._last_size
+        self._holds_wanted = False
+        held: list[str] = []
+        for ref in refs:
+            if self.pool.holds(ref.digest):
+                continue
+            if ref.digest in self.cache:
+                held.append(ref.digest)
+                self._room -= self.cache.size(ref.digest)
+            self._holds_wanted = bool(held)
+            self._begin(ref)
+        for digest in reversed(held):
+            self.cache.get(digest)
 
     def acquire(self, ref: AdapterRef) -> int | Blocked:
         """A slot with one more reference, or why there is none yet.
@@ -62,19 +86,20 @@ class AdapterLoader:
         slot = self.pool.acquire(ref.digest)
         if slot is not None:
             return slot
-        self.prefetch(ref)
-        future = self._staged.get(ref.digest)
-        if future is None or not future.done():
+        self._collect()
+        if (unread := self._errors.pop(ref.digest, None)) is not None:
+            raise self._failure(ref, unread) from unread
+        adapter = self.cache.get(ref.digest)
+        if adapter is None:
+            self._begin(ref)
             return Blocked.LOADING
         try:
-            self.pool.insert(ref.digest, future.result())
+            self.pool.insert(ref.digest, adapter)
         except PoolFullError:
             return Blocked.FULL
-        except Exception as error:  # disk, format or memory: this adapter fails, nothing else
-            del self._staged[ref.digest]
-            self.failures += 1
-            raise _unavailable(ref, error) from error
-        del self._staged[ref.digest]
+        except Exception as error:  # too large, or memory: this adapter fails, nothing else
+            self.cache.discard(ref.digest)
+            raise self._failure(ref, error) from error
         self.loads += 1
         # Referenced in the same breath: another insertion could evict it otherwise.
         slot = self.pool.acquire(ref.digest)
@@ -109,26 +134,61 @@ class AdapterLoader:
                 del self._wanted_pins[ref.digest]
 
     def drop_unwanted(self, wanted: Collection[str]) -> None:
-        """When reading ahead is at its limit, forget what was read for sequences that have ended meanwhile."""
-        if len(self._staged) >= MAX_STAGED:
-            for digest in [
-                digest for digest in self._staged if digest not in wanted and digest not in self._wanted_pins
-            ]:
-                self._staged.pop(digest).cancel()
+        """Forget the errors of adapters that nobody waits for any more: who comes later tries again."""
+        for digest in [digest for digest in self._errors if digest not in wanted and digest not in self._wanted_pins]:
+            del self._errors[digest]
 
     def forget(self, digest: str) -> None:
         """The version was deleted and no sequence uses it: free its slot and host copy."""
         self._wanted_pins.pop(digest, None)
-        if (staged := self._staged.pop(digest, None)) is not None:
-            staged.cancel()
+        self._errors.pop(digest, None)
+        if (read := self._reads.pop(digest, None)) is not None:
+            read.cancel()
+        self.cache.discard(digest)
         self.pool.unpin(digest)
         self.pool.evict(digest)
+
+    def check_integrity(self) -> None:
+        """Raise unless slots, arena and host copies can be accounted for."""
+        self.pool.check_integrity()
+        self.cache.check_integrity()
 
     def close(self) -> None:
         """Start no more reads. One that hangs does not delay the caller."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _timed_read(self, ref: AdapterRef) -> AdapterWeights:
+    def _begin(self, ref: AdapterRef) -> None:
+        """Read an adapter in the background, unless that is under way, has failed, or must wait for others."""
+        known = ref.digest in self.cache or ref.digest in self._reads or ref.digest in self._errors
+        if known or len(self._reads) >= MAX_READS:
+            return
+        if self._room <= 0 and (self._reads or self._holds_wanted):
+            return  # it would push out what is needed sooner
+        self._room -= self._last_size
+        future = self._executor.submit(self._timed_read, ref)
+        self._reads[ref.digest] = future
+        future.add_done_callback(lambda _: self._wake())
+
+    def _collect(self) -> None:
+        """Take over what has been read meanwhile."""
+        # What was begun first is needed first, so it is put last and stays longest.
+        for digest in [digest for digest, future in reversed(self._reads.items()) if future.done()]:
+            future = self._reads.pop(digest)
+            error = future.exception()
+            if error is None:
+                adapter = future.result()
+                self._last_size = adapter.nbytes
+                self.cache.put(digest, adapter)
+            elif isinstance(error, Exception):  # disk, format or memory: this adapter fails, nothing else
+                self._errors[digest] = error
+            else:
+                raise error
+
+    def _failure(self, ref: AdapterRef, error: Exception) -> UnavailableError:
+        self.failures += 1
+        return _unavailable(ref, error)
+
+    def _timed_read(self, ref: AdapterRef) -> PreparedAdapter:
         started = time.monotonic()
         try:
             return self._read(ref)

@@ -121,6 +121,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
         cached_tokens: prompt tokens that came from the prefix cache (on the first output only, else 0).
         prompt_logprobs: on the first output if asked for; entry 0 is None (nothing precedes it).
         stop_token_id: the stop token that ended it, if one did.
+        queue_seconds: how long it waited before the engine began with it (on the first output only).
     """
 
     request_id: str
@@ -130,6 +131,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    queue_seconds: float | None = None
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"):

@@ -53,4 +53,5 @@ def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
         cached_tokens=(sequence.cached_tokens or 0) if first else 0,
         finish_reason=finish_reason,
         stop_token_id=stop_token_id,
+        queue_seconds=sequence.queue_seconds if first else None,
     )

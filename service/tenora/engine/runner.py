@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.engine.messages import TokenLogprob
 from tenora.engine.sampler import describe, sample
 from tenora.engine.scheduler import Scheduled
+from tenora.engine.sequence import Sequence
 from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
+Integers = npt.NDArray[np.integer[Any]]
+
+_WIDTH = 8  # block tables grow by so many blocks at a time
 _SCORED_ROWS = 64  # prompt positions whose logits exist at the same time: 64 rows of 150k tokens are 37 MiB
 
 
@@ -35,6 +43,37 @@ class Result:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+class BlockTables:
+    """The block tables of a step's rows as one array [rows, width], zeros beyond the end of a row.
+
+    While the rows stay the same, as they do while only decoding goes on, only what has grown is written.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[list[int]] = []
+        self._written: list[int] = []  # per row
+        self._array = np.zeros((0, 0), dtype=np.int32)
+
+    def update(self, tables: list[list[int]]) -> npt.NDArray[np.int32]:
+        """The array for these tables. It is valid until the next call.
+
+        Args:
+            tables: one per row. A sequence has a new list whenever it is admitted, and a list only ever grows while it
+                runs, so the same lists mean the same rows.
+        """
+        lengths = [len(table) for table in tables]
+        rows, width = self._array.shape
+        if len(tables) != rows or max(lengths) > width or not all(map(is_, tables, self._tables)):
+            self._array = np.zeros((len(tables), -(-max(lengths) // _WIDTH) * _WIDTH), dtype=np.int32)
+            self._tables, self._written = tables, [0] * len(tables)
+        if lengths != self._written:
+            for row, (table, written, length) in enumerate(zip(tables, self._written, lengths, strict=True)):
+                if written < length:
+                    self._array[row, written:length] = table[written:]
+            self._written = lengths
+        return self._array
+
+
 class ModelRunner:
     """One decoder with its KV cache and adapter tables."""
 
@@ -42,6 +81,8 @@ class ModelRunner:
         self.decoder = decoder
         self.cache = cache
         self.tables = tables
+        self._block_tables = BlockTables()
+        self._lora: tuple[object, LoraBatch | None] = (None, None)  # of the last step, and what it was made for
 
     # Not inference_mode: a tensor made there and kept (a lazily packed weight, say) could not take part in training.
     @torch.no_grad()
@@ -51,68 +92,70 @@ class ModelRunner:
         items = [batch[index] for index in order]
         hidden = self.decoder(*self._inputs(items))
         results = [Result() for _ in batch]
-        sampling: list[tuple[int, int]] = []  # row of hidden, index in batch
-        start = 0
+        rows: list[int] = []  # of hidden, whose logits are sampled
+        chosen: list[int] = []  # their places in the batch
+        end = 0
         for index, item in zip(order, items, strict=True):
-            end = start + item.count
-            if item.samples and item.sequence.sampling.max_tokens > 0:
-                sampling.append((end - 1, index))
-            if item.sequence.wants_prompt_logprobs:
+            sequence, start, end = item.sequence, end, end + item.count
+            if sequence.sampling.max_tokens > 0 and item.samples:
+                rows.append(end - 1)
+                chosen.append(index)
+            if sequence.wants_prompt_logprobs:
                 results[index].prompt_logprobs = self._score_prompt(item, hidden[start:end])
-            start = end
-        if sampling:
-            logits = self.decoder.logits(hidden[torch.tensor([row for row, _ in sampling], device=hidden.device)])
-            sampled = sample(logits, [batch[index].sequence for _, index in sampling])
-            for (_, index), token, logprob in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
+        if chosen:
+            if len(rows) < end:
+                hidden = hidden[self._tensor(np.array(rows))]
+            sampled = sample(self.decoder.logits(hidden), [batch[index].sequence for index in chosen])
+            for index, token, logprob in zip(chosen, sampled.token_ids, sampled.logprobs, strict=True):
                 results[index].token = token
                 results[index].logprob = logprob
         return results
 
     def _inputs(self, items: Rows[Scheduled]) -> tuple[Tensor, ForwardContext]:
         """The stream of token ids [T] and its context."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        slots: list[int] = []
-        query_start = [0]
-        size = self.cache.block_size
-        for item in items:
-            sequence, end = item.sequence, item.start + item.count
-            token_ids += sequence.token_ids[item.start : end]
-            positions += range(item.start, end)
-            slot_mapping += [sequence.block_table[at // size] * size + at % size for at in range(item.start, end)]
-            slots += [sequence.slot] * item.count
-            query_start.append(len(token_ids))
+        sequences = [item.sequence for item in items]
+        starts = np.array([item.start for item in items])
+        counts = np.array([item.count for item in items])
+        query_start = np.zeros(len(items) + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        row = np.repeat(np.arange(len(items)), counts)  # of each token, in what there is per sequence
+        positions = np.arange(len(row)) - query_start[row] + starts[row]
+        block_tables = self._block_tables.update([sequence.block_table for sequence in sequences])
+        block, offset = np.divmod(positions, self.cache.block_size)
         where = self._tensor(positions)
         attention = PagedAttention(
             self.cache,
-            self._tensor(slot_mapping),
-            query_start,
-            [item.start + item.count for item in items],
-            self._block_tables(items),
+            self._tensor(block_tables[row, block] * np.int64(self.cache.block_size) + offset),
+            query_start.tolist(),
+            (starts + counts).tolist(),
+            self._tensor(block_tables),
+            team=self.decoder.team,
         )
-        lora = None
-        if any(slot >= 0 for slot in slots):
-            lora = LoraBatch(self.tables, build_segments(slots, device=where.device))
-        rope = self.decoder.rope(where, self._lengths(items))
-        return self._tensor(token_ids), ForwardContext(where, rope, attention, lora)
+        rope = self.decoder.rope(where, self._lengths(sequences, row, positions))
+        token_ids: list[int] = []
+        for item in items:
+            token_ids += item.sequence.token_ids[item.start : item.start + item.count]
+        context = ForwardContext(where, rope, attention, self._adapters(sequences, row))
+        return self._tensor(np.array(token_ids)), context
 
-    def _block_tables(self, items: Rows[Scheduled]) -> Tensor:
-        width = max(len(item.sequence.block_table) for item in items)
-        tables = [item.sequence.block_table + [0] * (width - len(item.sequence.block_table)) for item in items]
-        return torch.tensor(tables, dtype=torch.int32, device=self.decoder.device)
+    def _adapters(self, sequences: Rows[Sequence], row: Integers) -> LoraBatch | None:
+        """Which rows use which slot. Kept from step to step while only decoding goes on, with the same rows."""
+        slots = [sequence.slot for sequence in sequences]
+        made_for = (slots, len(row), self.tables.version) if len(row) == len(slots) else None
+        if made_for is None or self._lora[0] != made_for:
+            lora = None
+            if max(slots) >= 0:
+                segments = build_segments(torch.from_numpy(np.array(slots)[row]), device=self.decoder.device)
+                lora = LoraBatch(self.tables, segments)
+            self._lora = (made_for, lora)
+        return self._lora[1]
 
-    def _lengths(self, items: Rows[Scheduled]) -> Tensor | None:
+    def _lengths(self, sequences: Rows[Sequence], row: Integers, positions: Integers) -> Tensor | None:
         """What each token is rotated for (see `Rotary.table`): the prompt as a whole, then one more with each token."""
         if not self.decoder.rotary.depends_on_length:
             return None
-        return self._tensor(
-            [
-                max(item.sequence.num_prompt, position + 1)
-                for item in items
-                for position in range(item.start, item.start + item.count)
-            ]
-        )
+        prompts = np.array([sequence.num_prompt for sequence in sequences])
+        return self._tensor(np.maximum(prompts[row], positions + 1))
 
     def _score_prompt(self, item: Scheduled, hidden: Tensor) -> list[TokenLogprob]:
         """Log-probabilities of the prompt tokens after this chunk's positions that were not scored before."""
@@ -129,5 +172,5 @@ class ModelRunner:
             scored += describe(torch.log_softmax(logits, dim=-1), tokens, [top] * len(tokens))
         return scored
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.decoder.device)
+    def _tensor(self, values: Integers) -> Tensor:
+        return torch.from_numpy(values).to(self.decoder.device)

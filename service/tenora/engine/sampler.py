@@ -8,14 +8,15 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.engine.messages import SamplingParams, TokenLogprob
 from tenora.engine.sequence import Sequence
 
-GREEDY_BELOW = 1e-5  # temperature
-CANDIDATES = 256  # most likely tokens that a top-k or top-p row looks at before it sorts the whole vocabulary
+CANDIDATES = (256, 4096)  # most likely tokens that a top-k or top-p row looks at before it sorts the whole vocabulary
 _BLOCK = 256
 
 _Draw = Callable[[Tensor, Rows[Sequence]], Tensor]  # logits [n, vocab], n rows → tokens [n], -1 where impossible
@@ -56,11 +57,16 @@ def sample(logits: Tensor, rows: Rows[Sequence]) -> Sampled:
         rows: n sequences.
     """
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
+    if all(row.plain for row in rows):
+        return Sampled(_argmax(logits).tolist(), logprobs)
     wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
     for group, process in ((_is_penalised, _penalise), (_is_biased, _bias), (_is_too_short, _forbid_stops)):
         if chosen := [index for index, row in enumerate(rows) if group(row)]:
-            logits[chosen] = process(logits[chosen], [rows[index] for index in chosen])
+            if len(chosen) == len(rows):
+                process(logits, rows)
+            else:
+                logits[chosen] = process(logits[chosen], [rows[index] for index in chosen])
     tokens = _choose(logits, rows)
     if raw is not None:
         picked = [max(tokens[index], 0) for index in wanted]
@@ -102,15 +108,43 @@ def _is_too_short(row: Sequence) -> bool:
 
 
 def _penalise(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019) on prompt and output; frequency and presence (OpenAI) on the output."""
-    everything = _counts(logits, [row.token_ids for row in rows])
-    output = _counts(logits, [row.token_ids[row.num_prompt :] for row in rows])
-    repetition = _column(logits, rows, lambda sampling: sampling.repetition_penalty)
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(everything > 0, scaled, logits)
-    logits -= output * _column(logits, rows, lambda sampling: sampling.frequency_penalty)
-    logits -= (output > 0) * _column(logits, rows, lambda sampling: sampling.presence_penalty)
+    """Repetition penalty (Keskar et al. 2019) on prompt and output; frequency and presence (OpenAI) on the output.
+
+    Only the tokens that occur are looked at: a few hundred of a row's tens of thousands.
+    """
+    vocab = logits.shape[1]
+    seen = np.unique(_keys([row.token_ids for row in rows], vocab))
+    said, times = np.unique(_keys([row.token_ids[row.num_prompt :] for row in rows], vocab), return_counts=True)
+    counts = np.zeros(len(seen), dtype=np.float32)
+    counts[np.searchsorted(seen, said)] = times
+    row_ids, token_ids, output = (torch.from_numpy(x).to(logits.device) for x in (*np.divmod(seen, vocab), counts))
+    repetition, frequency, presence = (
+        _column(logits, rows, value).squeeze(1)[row_ids]
+        for value in (_repetition_penalty, _frequency_penalty, _presence_penalty)
+    )
+    values = logits[row_ids, token_ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= output * frequency
+    values -= (output > 0) * presence
+    logits[row_ids, token_ids] = values
     return logits
+
+
+def _keys(token_ids: Rows[list[int]], vocab: int) -> npt.NDArray[np.int64]:
+    """Each token of each row as row · vocab + token."""
+    return np.concatenate([np.array(ids, dtype=np.int64) + row * vocab for row, ids in enumerate(token_ids)])
+
+
+def _repetition_penalty(sampling: SamplingParams) -> float:
+    return sampling.repetition_penalty
+
+
+def _frequency_penalty(sampling: SamplingParams) -> float:
+    return sampling.frequency_penalty
+
+
+def _presence_penalty(sampling: SamplingParams) -> float:
+    return sampling.presence_penalty
 
 
 def _bias(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
@@ -131,70 +165,76 @@ def _forbid_stops(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
 def _choose(logits: Tensor, rows: Rows[Sequence]) -> list[int]:
     """One token per row: arg max, a draw from the whole vocabulary, or a draw from its most likely part."""
     vocab = logits.shape[1]
+    greedy = [row.greedy for row in rows]
+    # Looking at every row is cheaper than to gather the greedy ones.
+    tokens = _argmax(logits).tolist() if any(greedy) else [-1] * len(rows)
     kinds: dict[_Draw, list[int]] = {}
     for index, row in enumerate(rows):
-        sampling = row.sampling
-        kind: _Draw
-        if sampling.temperature < GREEDY_BELOW:
-            kind = _argmax
-        elif sampling.top_p < 1.0 or 0 < sampling.top_k < vocab:
-            kind = _draw_filtered
-        else:
-            kind = _draw
-        kinds.setdefault(kind, []).append(index)
-    if len(kinds) == 1:
-        (kind,) = kinds
-        return [int(token) for token in kind(logits, rows).tolist()]
-    tokens = [-1] * len(rows)
+        if not greedy[index]:
+            filtered = row.sampling.top_p < 1.0 or 0 < row.sampling.top_k < vocab
+            kinds.setdefault(_draw_filtered if filtered else _draw, []).append(index)
     for kind, chosen in kinds.items():
-        for index, token in zip(chosen, kind(logits[chosen], [rows[i] for i in chosen]).tolist(), strict=True):
+        drawn = kind(logits[chosen], [rows[i] for i in chosen]) if len(chosen) < len(rows) else kind(logits, rows)
+        for index, token in zip(chosen, drawn.tolist(), strict=True):
             tokens[index] = int(token)
     return tokens
 
 
-def _argmax(logits: Tensor, rows: Rows[Sequence]) -> Tensor:  # noqa: ARG001 — the three kinds share a signature
-    values, tokens = logits.max(dim=-1)
+def _argmax(logits: Tensor) -> Tensor:
+    """The largest of each row, the first one of several; -1 for a row with a NaN, or without a possible token."""
+    # NaN counts as the largest. numpy takes a ninth of the time of torch on the CPU: 0.17 ms for 32 rows of 49,152.
+    on_cpu = logits.device.type == "cpu"
+    tokens = torch.from_numpy(logits.numpy().argmax(axis=1)) if on_cpu else logits.argmax(dim=-1)
+    values = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return torch.where(values.isfinite(), tokens, -1)
 
 
 def _draw(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     """Inverse-CDF draw over the vocabulary in id order. Two levels (sums of 256) spare a float64 scan of it all."""
     n, vocab = logits.shape
-    weights = logits.new_zeros(n, -(-vocab // _BLOCK) * _BLOCK)
-    temperature = _column(logits, rows, lambda sampling: sampling.temperature)
-    torch.exp((logits - logits.amax(dim=-1, keepdim=True)) / temperature, out=weights[:, :vocab])
+    weights = logits.new_empty(n, -(-vocab // _BLOCK) * _BLOCK)
+    weights[:, vocab:] = 0
+    torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights[:, :vocab])
+    weights[:, :vocab].mul_(1 / _column(logits, rows, lambda sampling: sampling.temperature)).exp_()
     if any(row.sampling.min_p > 0 for row in rows):
         weights *= weights >= _column(logits, rows, lambda sampling: sampling.min_p)  # the largest weight is 1
     blocks = weights.view(n, -1, _BLOCK)
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    sums = blocks.sum(dim=-1).double()
     block, rest = _invert(sums, _noise(sums, rows) * sums.sum(dim=-1, keepdim=True))
     inner, _ = _invert(blocks[torch.arange(n, device=logits.device), block].double(), rest)
     return torch.where(sums.sum(dim=-1).isfinite(), block * _BLOCK + inner, -1)
 
 
 def _draw_filtered(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
-    """Draw from the most likely tokens. A row whose top-p or top-k exceeds the candidates sorts the whole vocabulary.
+    """Draw from the most likely tokens: from few of them, or from more if a row's top-p or top-k exceeds those.
 
     Which path a row takes depends on that row alone: its neighbours never change its tokens.
     """
     vocab = logits.shape[1]
     scaled = logits / _column(logits, rows, lambda sampling: sampling.temperature)
-    tokens, complete = _draw_sorted(scaled, rows, min(CANDIDATES, vocab))
-    if rest := [index for index, done in enumerate(complete.tolist()) if not done]:
-        tokens[rest], _ = _draw_sorted(scaled[rest], [rows[index] for index in rest], vocab)
+    tokens = torch.full((len(rows),), -1, device=logits.device)
+    rest = list(range(len(rows)))
+    for width in (*(width for width in CANDIDATES if width < vocab), vocab):
+        part = scaled if len(rest) == len(rows) else scaled[rest]
+        tokens[rest], complete = _draw_sorted(part, [rows[index] for index in rest], width)
+        rest = [index for index, done in zip(rest, complete.tolist(), strict=True) if not done]
+        if not rest:
+            break
     return tokens
 
 
 def _draw_sorted(scaled: Tensor, rows: Rows[Sequence], width: int) -> tuple[Tensor, Tensor]:
     """Draw among the `width` largest of each row. Also tells which rows needed no more than those."""
     vocab = scaled.shape[1]
-    values, ids = scaled.topk(width, dim=-1)
+    values, ids = _largest(scaled, width)
     top_k = _column(scaled, rows, lambda sampling: sampling.top_k if sampling.top_k > 0 else vocab).long()
     top_p = _column(scaled, rows, lambda sampling: sampling.top_p).double()
     position = torch.arange(width, device=scaled.device)
     values = values.masked_fill(position >= top_k, -torch.inf)
     limited = top_k.squeeze(1) <= width  # the candidates hold all of the row's distribution
-    log_total = torch.where(limited, values.logsumexp(dim=-1), scaled.logsumexp(dim=-1))
+    log_total = values.logsumexp(dim=-1)
+    if not all(0 < row.sampling.top_k <= width for row in rows):
+        log_total = torch.where(limited, log_total, scaled.logsumexp(dim=-1))
     mass = (values - log_total.unsqueeze(1)).double().exp()
     cumulative = mass.cumsum(dim=-1)
     reached = (top_k.squeeze(1) >= vocab) & (cumulative[:, -1] >= top_p.squeeze(1))
@@ -206,6 +246,34 @@ def _draw_sorted(scaled: Tensor, rows: Rows[Sequence], width: int) -> tuple[Tens
     choice, _ = _invert(mass, _noise(mass, rows) * total)
     chosen = ids.gather(1, choice.unsqueeze(1)).squeeze(1)
     return torch.where(total.squeeze(1).isfinite(), chosen, -1), complete
+
+
+def _largest(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest values of each row and their ids, descending, equal ones by id; -inf where a row has fewer.
+
+    On the CPU a pass over maxima of groups finds a bound that at least `width` values reach, and only those are sorted:
+    2 ms instead of 13 for the 256 largest of 32 rows of 49,152.
+    """
+    n, vocab = scaled.shape
+    group = vocab // (3 * width)
+    if scaled.device.type != "cpu" and width < vocab:
+        return scaled.topk(width, dim=-1)
+    if group < 2:
+        values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        return values[:, :width], ids[:, :width]
+    # The groups are interleaved, so that the maxima of neighbouring ones are computed side by side.
+    grouped = vocab // group * group
+    maxima = torch.cat((scaled[:, :grouped].view(n, group, -1).amax(dim=1), scaled[:, grouped:]), dim=1)
+    bound = maxima.kthvalue(maxima.shape[1] - width + 1, dim=1, keepdim=True).values
+    rows, ids = (scaled >= bound.clamp(min=torch.finfo(scaled.dtype).min)).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=n)
+    column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    candidates = scaled.new_full((n, max(width, int(counts.max()))), -torch.inf)
+    candidates[rows, column] = scaled[rows, ids]
+    candidates[maxima.amax(dim=1).isnan()] = torch.nan  # which no comparison finds
+    ids = torch.zeros(candidates.shape, dtype=torch.long).index_put_((rows, column), ids)
+    values, order = candidates.sort(dim=-1, descending=True, stable=True)
+    return values[:, :width], ids.gather(1, order[:, :width])
 
 
 def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,13 +299,3 @@ def _noise(like: Tensor, rows: Rows[Sequence]) -> Tensor:
 def _column(like: Tensor, rows: Rows[Sequence], value: Callable[[SamplingParams], float]) -> Tensor:
     """One value per row as a column [n, 1] that broadcasts over the vocabulary."""
     return torch.tensor([value(row.sampling) for row in rows], dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _counts(logits: Tensor, token_ids: Rows[list[int]]) -> Tensor:
-    """How often each token of the vocabulary occurs, per row: [n, vocab]."""
-    rows = torch.tensor(
-        [index for index, ids in enumerate(token_ids) for _ in ids], dtype=torch.long, device=logits.device
-    )
-    ids = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, device=logits.device)
-    counts = torch.zeros_like(logits)
-    return counts.index_put_((rows, ids), torch.ones((), dtype=logits.dtype, device=logits.device), accumulate=True)

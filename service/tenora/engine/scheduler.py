@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from tenora.adapters.ref import AdapterRef
@@ -12,6 +15,8 @@ from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
 from tenora.engine.sequence import Sequence
 from tenora.errors import UnavailableError
+
+LOOK_AHEAD = 32  # waiting sequences whose adapters are read while others run
 
 
 class Blocked(enum.Enum):
@@ -98,12 +103,24 @@ class Scheduler:
             self.waiting.charge(item.sequence, item.start + item.count)
         return list(batch.values())
 
+    def upcoming_adapters(self) -> Iterator[AdapterRef]:
+        """The adapters of the next sequences to be admitted, each once, the most urgent one first."""
+        if not len(self.waiting):
+            return
+        seen: set[str] = set()
+        for sequence in islice(self.waiting.candidates(), LOOK_AHEAD):
+            if (ref := sequence.request.adapter) is not None and ref.digest not in seen:
+                seen.add(ref.digest)
+                yield ref
+
     def computed(self, item: Scheduled) -> None:
         """A step succeeded: the tokens of `item` lie in the cache, and blocks that are full now become findable."""
-        sequence = item.sequence
-        first = sequence.num_computed // self.blocks.block_size
+        sequence, size = item.sequence, self.blocks.block_size
+        first = sequence.num_computed // size
         sequence.num_computed = item.start + item.count
-        hashes = sequence.hashes(self.blocks.block_size, sequence.num_computed)
+        if sequence.num_computed // size == first:
+            return  # no block became full: most decode steps
+        hashes = sequence.hashes(size, sequence.num_computed)
         for index in range(first, len(hashes)):
             self.blocks.register(sequence.block_table[index], hashes[index], sequence.digest)
 
@@ -159,17 +176,19 @@ class Scheduler:
             # While someone waits for a slot, no further adapter sequence may start, or slots might never drain.
             if sequence.digest in blocked or (slots_full and sequence.digest):
                 continue
-            matched = self._match(sequence)
-            # The margin keeps a newcomer from being preempted at once by those that run.
-            if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
-                return  # and nobody overtakes it, or a long prompt would wait for ever
             if isinstance(reason := self._acquire(sequence), Blocked):
                 blocked.add(sequence.digest)
                 slots_full |= reason is Blocked.FULL
                 continue
-            if sequence.id in self._by_id:
-                batch[sequence] = item = self._start(sequence, matched, budget)
-                budget -= item.count
+            if sequence.id not in self._by_id:
+                continue
+            matched = self._match(sequence)
+            # The margin keeps a newcomer from being preempted at once by those that run.
+            if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
+                self._release(sequence)
+                return  # and nobody overtakes it, or a long prompt would wait for ever
+            batch[sequence] = item = self._start(sequence, matched, budget)
+            budget -= item.count
 
     def _match(self, sequence: Sequence) -> list[int]:
         if sequence.wants_prompt_logprobs:
@@ -207,6 +226,7 @@ class Scheduler:
         sequence.block_table = self.blocks.take(matched)
         sequence.num_computed = len(matched) * self.blocks.block_size
         if sequence.cached_tokens is None:
+            sequence.queue_seconds = time.monotonic() - sequence.arrived
             sequence.cached_tokens = sequence.charged = sequence.num_computed
             self.prefix_queries += sequence.num_prompt
             self.prefix_hits += sequence.num_computed

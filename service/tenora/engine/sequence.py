@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass, field
 
 from tenora.engine.blocks import BlockHash, chain_hash, root_hash
 from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # temperature
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +27,10 @@ class Sequence:
         slot: adapter slot while running with an adapter, else -1.
         cached_tokens: prompt tokens found in the prefix cache at first admission; None before it.
         reported: whether a first output was emitted.
+        greedy: its next token is the likeliest one.
+        plain: greedy, and the logits are neither changed before nor told: the arg max is all of the sampling.
+        arrived: when it came, on the monotonic clock.
+        queue_seconds: how long it waited for its first admission; None before it.
         prompt_logprobs: entries so far, if asked for.
     """
 
@@ -38,6 +45,10 @@ class Sequence:
     slot: int = -1
     cached_tokens: int | None = None
     reported: bool = False
+    greedy: bool = False
+    plain: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+    queue_seconds: float | None = None
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -49,10 +60,14 @@ class Sequence:
         """Make the sequence of a request."""
         sampling = request.sampling
         stops = frozenset(sampling.stop_token_ids)
+        stops = stops if sampling.ignore_eos else stops | eos_token_ids
+        greedy = sampling.temperature < GREEDY_BELOW
         return cls(
             request=request,
             arrival=arrival,
-            stop_ids=stops if sampling.ignore_eos else stops | eos_token_ids,
+            stop_ids=stops,
+            greedy=greedy,
+            plain=greedy and not (sampling.min_tokens and stops) and _leaves_logits_alone(sampling),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             token_ids=list(request.token_ids),
             length_class=length_class,
@@ -110,3 +125,9 @@ class Sequence:
 
     def _root(self) -> BlockHash:
         return root_hash(self.request.cache_salt, self.digest, self.length_class)
+
+
+def _leaves_logits_alone(sampling: SamplingParams) -> bool:
+    """Whether no penalty or bias changes the logits and no log-probability is asked for."""
+    unpenalised = sampling.repetition_penalty == 1.0 and not (sampling.frequency_penalty or sampling.presence_penalty)
+    return unpenalised and not sampling.logit_bias and sampling.logprobs is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,8 +24,23 @@ MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
 
 def available_cpus() -> int:
-    """Cores that this process may use (its affinity mask, which containers with cpusets set)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores that this process may use: its affinity mask, and the quota of its container, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(cores, cgroup_cpus() or cores)
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """CPUs of the control group's quota (v2 `cpu.max`, else v1 `cpu.cfs_*`), rounded up; None without a quota."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    if quota in {"max", "-1"}:
+        return None
+    return max(1, math.ceil(int(quota) / int(period)))
 
 
 def launch_message(settings: Settings, model_dir: Path, address: str) -> bytes:

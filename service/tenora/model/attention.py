@@ -8,15 +8,18 @@ Both are built once per step and asked once per layer. Heads are grouped: query 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tenora.model.cache import KVCache
+from tenora.model.gathered import GatheredAttention, attend_one, causal_mask
+from tenora.model.rotary import rotate
+from tenora.model.varlen import VarlenAttention
+from tenora_kernels.cpu.attention import PagedStep, Rope
+from tenora_kernels.cpu.team import Team
 
 __all__ = ["Attention", "KVCache", "PackedAttention", "PagedAttention"]
 
@@ -57,7 +60,7 @@ class PackedAttention:
         rows = []
         for start, stop in self._bounds:
             mask = self._mask(stop - start, window, q.device)
-            rows.append(_attend_one(q[start:stop], k[start:stop], v[start:stop], mask))
+            rows.append(attend_one(q[start:stop], k[start:stop], v[start:stop], mask))
         return torch.cat(rows).flatten(1)
 
     def _mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -65,12 +68,15 @@ class PackedAttention:
         if window is None or length <= window:
             return None
         if (length, window) not in self._masks:
-            self._masks[length, window] = _causal_mask(length, length, window, device)
+            self._masks[length, window] = causal_mask(length, length, window, device)
         return self._masks[length, window]
 
 
 class PagedAttention:
     """Writes the new keys and values into the cache, then attends to everything cached of each sequence.
+
+    On a CPU compiled code reads the cache as it lies; on CUDA one call of flash attention takes the whole step;
+    anything else (and whatever needs a gradient) gathers what is cached and takes torch's attention.
 
     Args:
         cache: the blocks.
@@ -78,8 +84,12 @@ class PagedAttention:
         query_start: [B + 1] ascending from 0 to T; sequence b's new tokens are query_start[b] … query_start[b + 1].
         context_lens: [B], tokens of each sequence including the new ones; the new tokens are its last.
         block_tables: int [B, max_blocks]; entries beyond a sequence's context are not read.
+        team: who computes on a CPU; None is the calling thread.
 
     query_start and context_lens are wanted on the host: Python integers avoid a synchronisation on an accelerator.
+
+    Attributes:
+        step: the step for `tenora_kernels.cpu`; None where the compiled code does not take the cache.
     """
 
     def __init__(
@@ -89,124 +99,72 @@ class PagedAttention:
         query_start: Sequence[int] | Tensor,
         context_lens: Sequence[int] | Tensor,
         block_tables: Tensor,
+        *,
+        team: Team | None = None,
     ) -> None:
         self._cache = cache
-        self._slot_mapping = slot_mapping
-        self._block_tables = block_tables.long()
-        starts, self._contexts = _host(query_start), _host(context_lens)
-        self._chunks: list[tuple[int, int, int]] = []  # sequence, first token, one past its last token
-        decode: list[tuple[int, int]] = []  # sequence, token
-        for sequence, (start, stop) in enumerate(pairwise(starts)):
-            if stop - start == 1 and self._contexts[sequence] > 1:
-                decode.append((sequence, start))
-            elif stop > start:
-                self._chunks.append((sequence, start, stop))
-        self._decode = self._buckets(decode)
-        self._decode_plans: dict[int | None, list[_DecodePlan]] = {}
-        self._chunk_plans: dict[int | None, list[_ChunkPlan]] = {}
+        self._inputs = (slot_mapping, _host(query_start), _host(context_lens), block_tables)
+        self._elsewhere: GatheredAttention | VarlenAttention | None = None
+        self.step: PagedStep | None = None
+        if cache.panelled:
+            slots, starts, contexts, tables = self._inputs
+            self.step = PagedStep(slots.numpy(), starts, contexts, tables.numpy(), team=team)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Attention.attend`. The cache of `layer` is changed in place."""
-        self._cache.write(layer, self._slot_mapping, k, v)
-        if window not in self._decode_plans:
-            self._decode_plans[window] = [self._plan_decode(bucket, window) for bucket in self._decode]
-            self._chunk_plans[window] = [self._plan_chunk(*chunk, window) for chunk in self._chunks]
-        out = torch.empty_like(q)
-        for plan in self._decode_plans[window]:
-            out[plan.rows] = self._attend_decode(layer, q[plan.rows], plan)
-        for chunk in self._chunk_plans[window]:
-            rows = slice(chunk.start, chunk.stop)
-            if chunk.slots is None:
-                keys, values = k[rows], v[rows]
-            else:
-                keys, values = self._cache.read(layer, chunk.slots)
-            out[rows] = _attend_one(q[rows], keys, values, chunk.mask)
-        return out.flatten(1)
+        if self.step is None or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            return self._torch.attend(layer, q, k, v, window)
+        return self.step.attend(q, k, v, (self._cache.k[layer], self._cache.v[layer]), window)
 
-    def _buckets(self, decode: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """Group decode rows by context within a factor of two: few calls, at most half of the gathered rows padding."""
-        buckets: dict[int, list[tuple[int, int]]] = {}
-        for sequence, token in decode:
-            blocks = -(-self._contexts[sequence] // self._cache.block_size)
-            buckets.setdefault(blocks.bit_length(), []).append((sequence, token))
-        return list(buckets.values())
+    def attend_qkv(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
+        window: int | None,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """`attend` straight from the fused projection, for serving: no gradient flows.
 
-    def _slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Cache slots of `positions` [n, S] of `sequences` [n]."""
-        size = self._cache.block_size
-        blocks = self._block_tables[sequences].gather(1, positions // size)
-        return blocks * size + positions % size
+        Args:
+            layer: index of the layer.
+            qkv: [T, (Hq + 2 Hkv) · D], neither normalised nor rotated; not changed.
+            rope: cos and sin [T, D], contiguous, in the type of qkv.
+            window: see `Attention.attend`.
+            norm: [Hq + Hkv, D], weights of the RMSNorm of each head of q and k; None if the model has none.
+            eps: of that norm.
 
-    def _plan_decode(self, bucket: list[tuple[int, int]], window: int | None) -> _DecodePlan:
-        device = self._block_tables.device
-        sequences = torch.tensor([sequence for sequence, _ in bucket], device=device)
-        contexts = [self._contexts[sequence] for sequence, _ in bucket]
-        span = max(contexts) if window is None else min(max(contexts), window)
-        # Right-aligned: column S - 1 is the newest position of every row, so one rule serves full and sliding layers.
-        positions = torch.arange(-span, 0, device=device) + torch.tensor(contexts, device=device)[:, None]
-        mask = None if min(contexts) >= span else (positions >= 0)[:, None, None, :]
-        # Padding reads position 0, which is written, so that no undefined memory (a NaN, say) meets the softmax.
-        slots = self._slots(sequences, positions.clamp(min=0))
-        tokens = [token for _, token in bucket]
-        contiguous = tokens == list(range(tokens[0], tokens[-1] + 1))
-        rows = slice(tokens[0], tokens[-1] + 1) if contiguous else torch.tensor(tokens, device=device)
-        return _DecodePlan(rows, slots, mask)
+        Returns:
+            [T, Hq · D].
+        """
+        kv_heads, dim = self._cache.k[layer].shape[2:]
+        heads = qkv.shape[1] // dim - 2 * kv_heads
+        rows = qkv.view(-1, heads + 2 * kv_heads, dim)
+        if self.step is not None:
+            q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
+            cache = (self._cache.k[layer], self._cache.v[layer])
+            return self.step.attend(q, k, v, cache, window, rope=Rope(*rope), norm=norm, eps=eps)
+        qk, v = torch.split(rows, [heads + kv_heads, kv_heads], dim=1)
+        if norm is not None:
+            wide = qk.float()
+            qk = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(qk.dtype) * norm
+        q, k = torch.split(rotate(qk, *rope), [heads, kv_heads], dim=1)
+        return self._torch.attend(layer, q, k, v, window)
 
-    def _plan_chunk(self, sequence: int, start: int, stop: int, window: int | None) -> _ChunkPlan:
-        device = self._block_tables.device
-        length, context = stop - start, self._contexts[sequence]
-        first = 0 if window is None else max(0, context - length - window + 1)
-        plain = window is None or context <= window
-        if length == context and plain:
-            return _ChunkPlan(start, stop, None, None)
-        mask = _causal_mask(length, context - first, window, device)
-        if length == context:
-            return _ChunkPlan(start, stop, None, mask)
-        positions = torch.arange(first, context, device=device)[None]
-        return _ChunkPlan(start, stop, self._slots(torch.tensor([sequence], device=device), positions)[0], mask)
+    @property
+    def caches(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of every layer."""
+        return self._cache.k, self._cache.v
 
-    def _attend_decode(self, layer: int, q: Tensor, plan: _DecodePlan) -> Tensor:
-        """q [n, Hq, D] against the n contexts of the plan; the query heads of a group are rows of one product."""
-        n, heads, dim = q.shape
-        keys, values = self._cache.read(layer, plan.slots.view(-1))
-        keys, values = (x.view(n, plan.slots.shape[1], -1, dim).transpose(1, 2) for x in (keys, values))
-        grouped = q.reshape(n, keys.shape[1], heads // keys.shape[1], dim)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask)
-        return out.reshape(n, heads, dim)
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodePlan:
-    """One call for n decode rows: `rows` of the stream, cache `slots` [n, S], `mask` [n, 1, 1, S] or None."""
-
-    rows: slice | Tensor
-    slots: Tensor
-    mask: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _ChunkPlan:
-    """A prefill chunk; `slots` None: all its keys are in the step itself; `mask` None: plain causal."""
-
-    start: int
-    stop: int
-    slots: Tensor | None
-    mask: Tensor | None
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One sequence: q [L, Hq, D], k and v [S, Hkv, D], mask bool [L, S] or None for plain causal; gives [L, Hq, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
-def _causal_mask(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [length, keys], true where a query sees a key; the queries are the last `length` of the `keys` positions."""
-    query = torch.arange(keys - length, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
+    @property
+    def _torch(self) -> GatheredAttention | VarlenAttention:
+        """The step in torch; made when it is first needed."""
+        if self._elsewhere is None:
+            kind = VarlenAttention if VarlenAttention.takes(self._cache) else GatheredAttention
+            self._elsewhere = kind(self._cache, *self._inputs)
+        return self._elsewhere
 
 
 def _host(values: Sequence[int] | Tensor) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tenora.model.spec import ModelSpec
+from tenora_kernels.cpu.attention import allocate_cache, takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class KVCache:
     nobody wrote is undefined.
 
     Attributes:
-        k, v: per layer [num_blocks, block_size, kv_heads, head_dim].
+        k, v: per layer [num_blocks, block_size, kv_heads, head_dim]. In memory they lie as the attention of their
+            device reads them; views, not to be flattened.
     """
 
     k: tuple[Tensor, ...]
@@ -37,6 +39,9 @@ class KVCache:
     ) -> KVCache:
         """Reserve `num_blocks · bytes_per_block` bytes; on CPU pages are touched only when they are written."""
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        if torch.device(device).type == "cpu" and takes(dtype, spec.head_dim):
+            keys, values = zip(*(allocate_cache(*shape, dtype) for _ in range(spec.num_layers)), strict=True)
+            return cls(keys, values)
         k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)) for _ in range(2))
         return cls(k, v)
 
@@ -55,15 +60,25 @@ class KVCache:
         """Positions in a block."""
         return self.k[0].shape[1]
 
+    @property
+    def panelled(self) -> bool:
+        """Whether the compiled attention of the CPU takes it."""
+        return self.k[0].device.type == "cpu" and not self.k[0].is_contiguous()
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [T, kv_heads, head_dim] of one layer at `slots` int64 [T]."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        for cached, new in ((self.k[layer], k), (self.v[layer], v)):
+            if cached.is_contiguous():
+                cached.flatten(0, 1).index_copy_(0, slots, new)
+            else:
+                cached[slots // self.block_size, slots % self.block_size] = new
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of k and v at `slots` int64 [n]: two tensors [n, kv_heads, head_dim]."""
-        # index_select copies whole rows; advanced indexing took 3 to 4 times as long on CPU.
-        return (
-            self.k[layer].flatten(0, 1).index_select(0, slots),
-            self.v[layer].flatten(0, 1).index_select(0, slots),
-        )
+        return self._rows(self.k[layer], slots), self._rows(self.v[layer], slots)
+
+    def _rows(self, cached: Tensor, slots: Tensor) -> Tensor:
+        if cached.is_contiguous():
+            # index_select copies whole rows; advanced indexing took 3 to 4 times as long.
+            return cached.flatten(0, 1).index_select(0, slots)
+        return cached[slots // self.block_size, slots % self.block_size]

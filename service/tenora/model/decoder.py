@@ -7,17 +7,22 @@ Mistral (sliding window), Qwen2 (q, k, v biases) and Qwen3 (normalised q and k).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenora.model.attention import PagedAttention
 from tenora.model.context import ForwardContext
+from tenora.model.packed import PackedLinear
 from tenora.model.projection import LayerSites, Projection, lora_sites
 from tenora.model.rotary import Rotary, rotate
 from tenora.model.spec import ModelSpec
+from tenora_kernels.cpu.attention import PagedStep, Rope
+from tenora_kernels.cpu.stack import PackedStack
+from tenora_kernels.cpu.team import Team
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -75,7 +80,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]."""
-        qkv = self.qkv_proj(hidden, context).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        qkv = self.qkv_proj(hidden, context)
+        if isinstance(context.attention, PagedAttention) and not torch.is_grad_enabled():
+            norm, eps = (None, 0.0) if self.qk_norm is None else (self.qk_norm.weight, self.qk_norm.eps)
+            attended = context.attention.attend_qkv(self.layer, qkv, context.rope, self.window, norm=norm, eps=eps)
+            return self.o_proj(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
@@ -129,8 +139,16 @@ class Decoder(nn.Module):
 
     Attributes:
         spec: its shape.
+        device: where the weights lie.
+        dtype: the compute type.
         layers: `DecoderLayer`s, called as `layer(hidden, context)`.
+        stack: the same weights packed for the CPU's kernels; None if they are not packed. A forward pass for serving
+            then runs there as a whole, and the modules remain for training.
+        team: threads of the CPU's kernels, for whatever else the step does there; None is the calling thread.
     """
+
+    embed_tokens: nn.Parameter  # neither is there if the weights are packed: the stack holds them
+    lm_head: nn.Parameter
 
     def __init__(
         self, spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -138,6 +156,7 @@ class Decoder(nn.Module):
         super().__init__()
         device = torch.device(device)
         self.spec = spec
+        self.device, self.dtype = device, dtype
         table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.embed_tokens = nn.Parameter(table, requires_grad=False)
         self.layers = nn.ModuleList(
@@ -149,16 +168,8 @@ class Decoder(nn.Module):
             head = nn.Parameter(torch.empty_like(table), requires_grad=False)
         self.lm_head = head
         self.rotary = Rotary(spec, dtype=dtype, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.embed_tokens.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute type."""
-        return self.embed_tokens.dtype
+        self.stack: PackedStack | None = None
+        self.team: Team | None = None
 
     def rope(self, positions: Tensor, lengths: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Cos and sin [T, head_dim] for `ForwardContext.rope`; see `Rotary.table` for `lengths`."""
@@ -166,6 +177,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens [T]."""
+        if self.stack is not None:
+            return self.stack.table.rows(input_ids)
         return F.embedding(input_ids, self.embed_tokens)
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -174,11 +187,25 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 [n, V] of finished hidden states [n, H]."""
+        if self.stack is not None:
+            return PackedLinear(self.stack.head, self.stack.team)(hidden)
         return F.linear(hidden, self.lm_head).float()
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [T, H] after the final norm."""
+        if self.stack is not None and (step := _for_the_stack(context)) is not None:
+            return self.stack.run(input_ids, Rope(*context.rope), *step, context.lora)
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = layer(hidden, context)
         return self.finish(hidden)
+
+
+def _for_the_stack(context: ForwardContext) -> tuple[PagedStep, tuple[Sequence[Tensor], Sequence[Tensor]]] | None:
+    """Attention and caches, if a packed stack can run the step: for serving, with rows that lie as it wants them."""
+    attention = context.attention
+    if torch.is_grad_enabled() or context.lora_dropout is not None or not isinstance(attention, PagedAttention):
+        return None
+    if attention.step is None or not PackedStack.takes(context.lora):
+        return None
+    return attention.step, attention.caches

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from tenora.errors import ConfigurationError, UnsupportedModelError
 from tenora.model.decoder import Decoder
+from tenora.model.packed import PackedLinear, can_pack, pack_stack
+from tenora.model.projection import Projection
 from tenora.model.spec import SUPPORTED, ModelSpec, read_json
+from tenora_kernels.cpu.gemm import PackedMatrix
+from tenora_kernels.cpu.team import Team
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FLOATS = frozenset({"BF16", "F16", "F32"})  # as safetensors spells them
@@ -50,11 +54,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
-def load_decoder(directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    team: Team | None = None,
+) -> Decoder:
     """Load a Hugging Face directory (`config.json` and one or several safetensors files).
 
     The files are memory-mapped and every tensor is copied once, into its place in a fused weight; bfloat16 and float16
     weights are exact in float32.
+
+    `team` is who computes on a CPU. With one, a decoder that computes in float32 there gets its matrices packed, if its
+    sizes allow it: bfloat16 weights then stay bfloat16 in memory, and the results are those of float32 ones.
 
     Raises:
         UnsupportedModelError: the configuration is unsupported, or a tensor is missing, unexpected, of another shape
@@ -65,12 +78,47 @@ def load_decoder(directory: Path, *, device: torch.device | str = "cpu", dtype: 
         tensors = {name: file for file in _open_files(directory, stack) for name in file.keys()}  # noqa: SIM118  # not a dict
         plan = list(_plan(spec))
         _check(directory, spec, plan, tensors)
-        decoder = Decoder(spec, dtype=dtype, device=device)
-        parameters = dict(decoder.named_parameters())
+        decoder = Decoder(spec, dtype=dtype, device=device)  # memory that nobody has touched yet costs nothing
+        packs = team is not None and decoder.device.type == "cpu" and dtype == torch.float32 and can_pack(spec)
+        narrow = packs and all(_kind(tensors, piece) == "BF16" for piece in plan if len(piece.shape) == 2)
+        matrices: dict[str, PackedMatrix] = {}
+        pieces_of: dict[str, list[_Piece]] = {}
         for piece in plan:
-            target = parameters[piece.parameter]
-            target[piece.rows].copy_(tensors[piece.source].get_tensor(piece.source).expand_as(target[piece.rows]))
+            pieces_of.setdefault(piece.parameter, []).append(piece)
+        for name, pieces in pieces_of.items():
+            target: Tensor = decoder.get_parameter(name)
+            packed = packs and target.dim() == 2 and not name.endswith("qk_norm.weight")
+            if packed and narrow:
+                target = torch.empty(target.shape, dtype=torch.bfloat16)
+            for piece in pieces:
+                target[piece.rows].copy_(tensors[piece.source].get_tensor(piece.source).expand_as(target[piece.rows]))
+            if packed:
+                matrices[name] = PackedMatrix.pack(target)
+                _drop(decoder, name)
+        decoder.team = team
+        if team is not None and matrices:
+            _attach(decoder, matrices, team)
     return decoder.eval()
+
+
+def _kind(tensors: dict[str, Any], piece: _Piece) -> str:
+    """The type of a tensor as its file spells it."""
+    return str(tensors[piece.source].get_slice(piece.source).get_dtype())
+
+
+def _drop(decoder: Decoder, name: str) -> None:
+    """Free a weight that was packed."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), attribute, None)
+
+
+def _attach(decoder: Decoder, matrices: dict[str, PackedMatrix], team: Team) -> None:
+    """Give the packed matrices to the modules and to the stack."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, Projection):
+            module.packed = PackedLinear(matrices[f"{name}.weight"], team)
+    _drop(decoder, "lm_head")
+    decoder.stack = pack_stack(decoder, matrices, team)
 
 
 @dataclass(frozen=True, slots=True)

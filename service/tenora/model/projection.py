@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenora.model.context import ForwardContext
+from tenora.model.packed import PackedLinear
 from tenora.model.spec import PROJECTIONS, ModelSpec
 from tenora_kernels.layout import LoraSite
 from tenora_kernels.ops import add_lora
@@ -44,12 +45,13 @@ class Projection(nn.Module):
     The weights are frozen: gradients flow to x (and to the adapters), never to W or b.
 
     Attributes:
-        weight: [out, in] in the compute type, the group's matrices one below the other.
+        weight: [out, in] in the compute type, the group's matrices one below the other; None if it is packed.
+        packed: the same, packed for the CPU's kernels; None if it is not.
         bias: [out] or None; a group where only some matrices have a bias holds zeros for the others.
         site: the columns of y that the group's adapters write.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -61,12 +63,21 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(empty, requires_grad=False)
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
+        self.packed: PackedLinear | None = None
         self.site = site
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Map x [T, in] to [T, out]."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self._multiply(x)
         if context.lora is None:
             return y
         adapted = x if context.lora_dropout is None else context.lora_dropout(x)
         return add_lora(y, adapted, self.site, context.lora)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            y = self.packed(x)
+            return y if self.bias is None else y + self.bias
+        if self.weight is None:
+            raise RuntimeError("the weight was taken away to be packed, and no packed one was put in its place.")
+        return F.linear(x, self.weight, self.bias)

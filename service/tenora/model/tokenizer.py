@@ -167,40 +167,53 @@ class Tokenizer:
 class Detokenizer:
     """Turns a stream of token ids into a stream of text.
 
-    No piece ends inside a character: a token that ends with part of one is held back until the rest arrives. The pieces
-    together equal `Tokenizer.decode` of all the ids. (With byte-fallback tokenizers one case differs: when *invalid*
-    bytes directly follow valid single-byte tokens, decode garbles both and the stream only the invalid ones.)
+    Characters are given out as soon as they are whole: of a token that ends inside a character only that end is held
+    back. The pieces together equal `Tokenizer.decode` of all the ids. (With byte-fallback tokenizers one case differs:
+    when *invalid* bytes directly follow valid single-byte tokens, decode garbles both and the stream only the invalid
+    ones.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        # Tokens of the last piece, and those held back. The former are decoded again as context, because decoders treat
-        # the first token of a text differently (SentencePiece strips its space).
+        # Tokens up to the last piece, and those that gave none yet. The former are decoded again as context, because
+        # decoders treat the first token of a text differently (SentencePiece strips its space), and because the last
+        # of them may end inside a character.
         self._context: list[int] = []
         self._held: list[int] = []
+        self._given = 0  # characters of the context's text that were given out
 
     def push(self, ids: Iterable[int]) -> str:
         """Add tokens and return the text that is now complete, which may be empty."""
-        self._held += [index for index in ids if not (self._skip and self._tokenizer.is_special(index))]
-        text = self._new_text()
-        # U+FFFD at the end is an unfinished character, or a real one that the next token will release.
-        return "" if text.endswith("\ufffd") else self._release(text)
+        return "".join(self._push(index) for index in ids if not (self._skip and self._tokenizer.is_special(index)))
 
     def flush(self) -> str:
         """Return what is held back, unfinished characters as U+FFFD. The stream may go on."""
-        return self._release(self._new_text())
+        text = self._new_text()
+        self._give(held_back=0)
+        return text
+
+    def _push(self, token_id: int) -> str:
+        self._held.append(token_id)
+        text = self._new_text()
+        # U+FFFD at the end is an unfinished character, or a real one that the next token will release.
+        whole = text.rstrip("\ufffd")
+        if whole:
+            self._give(held_back=len(text) - len(whole))
+        return whole
 
     def _new_text(self) -> str:
-        if not self._held:
-            return ""
-        before = self._tokenizer.decode(self._context, self._skip)
-        return self._tokenizer.decode(self._context + self._held, self._skip)[len(before) :]
+        return self._tokenizer.decode(self._context + self._held, self._skip)[self._given :]
 
-    def _release(self, text: str) -> str:
+    def _give(self, held_back: int) -> None:
+        """All but the last `held_back` characters are given out.
+
+        The held tokens alone are context enough, though they may begin inside a character: each byte of its rest then
+        counts as one U+FFFD here, and what follows decodes as before.
+        """
         if self._held:
             self._context, self._held = self._held, []
-        return text
+        self._given = len(self._tokenizer.decode(self._context, self._skip)) - held_back
 
 
 def _content(token: Any) -> str:

@@ -72,16 +72,24 @@ class Metrics:
         model: the base's id, the value of the label `model_name`.
         stats: gives the engine's latest statistics.
         last_step: gives the Unix time of the engine's last heartbeat.
+        leases_lost: gives the number of jobs that another process took from this one.
         block_size: tokens of a KV block.
     """
 
     def __init__(
-        self, model: str, *, stats: Callable[[], Stats], last_step: Callable[[], float], block_size: int
+        self,
+        model: str,
+        *,
+        stats: Callable[[], Stats],
+        last_step: Callable[[], float],
+        leases_lost: Callable[[], int],
+        block_size: int,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library does not annotate it
         self.registry = CollectorRegistry()
         self._model = model
         self.registry.register(_EngineCollector(model, stats, last_step, block_size))
+        self.registry.register(_JobCollector(leases_lost))
         ProcessCollector(registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -113,8 +121,8 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
-        self.job_lease_lost = Counter(
-            "tenora_job_lease_lost", "Jobs whose lease another runner took.", registry=self.registry
+        self._jobs = Gauge(
+            "tenora_jobs", "Fine-tuning jobs of all tenants, by status.", ["state"], registry=self.registry
         )
         self.draining = Gauge(
             "tenora_draining", "1 while the server refuses new requests to shut down.", registry=self.registry
@@ -128,8 +136,10 @@ class Metrics:
         """Count a choice that ended: stop, length, or abort if the client left."""
         self._success.labels(self._model, reason).inc()
 
-    def render(self) -> bytes:
-        """The text exposition that Prometheus scrapes."""
+    def render(self, jobs: Mapping[str, int]) -> bytes:
+        """The text exposition that Prometheus scrapes. `jobs` counts them by status, every status named."""
+        for status, count in jobs.items():
+            self._jobs.labels(status).set(count)
         return generate_latest(self.registry)
 
     def timer(self) -> RequestTimer:
@@ -146,13 +156,15 @@ class RequestTimer:
     first: float | None = None
     last: float = 0.0
 
-    def token(self) -> None:
-        """Note that output arrived."""
+    def token(self, queue_seconds: float | None = None) -> None:
+        """Note that output arrived. `queue_seconds`: how long the request had waited for the engine to begin with it."""
         self.last = time.monotonic()
         if self.first is None:
             self.first = self.last
+            waited = queue_seconds or 0.0
             self.metrics.first_token.observe(self.last - self.started)
-            self.metrics.prefill.observe(self.last - self.started)
+            self.metrics.queue.observe(waited)
+            self.metrics.prefill.observe(max(0.0, self.last - self.started - waited))
 
     def finish(self, prompt_tokens: int, generation_tokens: int, reasons: Iterable[str]) -> None:
         """Note the end. `generation_tokens` counts all choices; `reasons` has one finish reason for each."""
@@ -209,10 +221,22 @@ class _EngineCollector(Collector):
         load = SummaryMetricFamily("tenora_adapter_load_seconds", "Time to load an adapter version.")
         load.add_metric([], count_value=stats.adapter_loads, sum_value=stats.adapter_load_seconds)
         yield load
-        yield _gauge("tenora_jobs", "Fine-tuning jobs in the engine now.", stats.training_runs, {"state": "running"})
+        yield _gauge("tenora_training_runs", "Fine-tuning runs in the engine now.", stats.training_runs)
         yield _counter("tenora_train_tokens", "Tokens trained on.", stats.trained_tokens)
         yield _gauge(
             "tenora_engine_last_step_timestamp_seconds", "Last heartbeat of the engine's loop.", self.last_step()
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _JobCollector(Collector):
+    """Reads what the job runner counts at each scrape."""
+
+    leases_lost: Callable[[], int]
+
+    def collect(self) -> Iterator[Metric]:
+        yield _counter(
+            "tenora_job_lease_lost", "Jobs that another process took, their lease having run out.", self.leases_lost()
         )
 
 

@@ -61,7 +61,7 @@ class TrainingLoop:
         self.slots = TrainingSlots(target_modules(decoder.spec), [spec.lora], device=decoder.device)
         self.optimizer = AdamW(self.slots.weights(_SLOT), self.slots.grad(_SLOT), weight_decay=spec.weight_decay)
         self.dropout = LoraDropout(spec.lora.dropout, decoder.device) if spec.lora.dropout else None
-        per_token = activation_bytes_per_token(decoder.spec, decoder.embed_tokens.element_size())
+        per_token = activation_bytes_per_token(decoder.spec, decoder.dtype.itemsize)
         budget = _ACTIVATION_BYTES.get(decoder.device.type, _ACTIVATION_BYTES["cpu"])
         self.kept_tokens = max(1, budget // per_token)
         self.capacity = min(spec.tokens_per_microbatch, self.kept_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from tenora.api.dependencies import ControlDep, JsonRoute, ManageAdapters, SettingsDep
 from tenora.api.idempotency import once
-from tenora.api.multipart import read_form
+from tenora.api.multipart import BINARY, form_schema, read_form
 from tenora.api.schemas.adapters import AdapterObject, RollbackRequest
 from tenora.api.schemas.base import Deleted, ListResponse
 
@@ -19,24 +20,14 @@ router = APIRouter(tags=["adapters"], route_class=JsonRoute)
 ADAPTERS = "/v1/adapters"
 ONE = ADAPTERS + "/{name:path}"  # a canonical name, `tenant/name`, has a slash; so the longer paths are declared first
 MAX_CONFIG_BYTES = 2**20
-FORM_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name", "adapter_config", "adapter_model"],
-                    "properties": {
-                        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
-                        "adapter_config": {"type": "string", "format": "binary"},
-                        "adapter_model": {"type": "string", "format": "binary"},
-                    },
-                }
-            }
-        },
-    }
-}
+FORM_SCHEMA = form_schema(
+    required=("name", "adapter_config", "adapter_model"),
+    properties={
+        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
+        "adapter_config": BINARY,
+        "adapter_model": BINARY,
+    },
+)
 
 
 @router.post(ADAPTERS, response_model=AdapterObject, status_code=201, openapi_extra=FORM_SCHEMA)
@@ -49,11 +40,16 @@ async def import_adapter(
         name = form.text("name")
         config = await asyncio.to_thread(form.file("adapter_config").path.read_bytes)
         weights = form.file("adapter_model").path
-
-        async def store() -> AdapterObject:
-            return AdapterObject.of(await control.adapters.import_(caller, name=name, config=config, weights=weights))
-
-        return await once(request, control, caller, form.fingerprint(), store, status=201)
+        store = partial(control.adapters.import_, caller, name=name, config=config, weights=weights)
+        return await once(
+            request,
+            control,
+            caller,
+            form.fingerprint(),
+            lambda receipt: store(receipt=receipt),
+            AdapterObject.of,
+            status=201,
+        )
 
 
 @router.get(ADAPTERS)

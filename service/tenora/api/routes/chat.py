@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from tenora.api.attendance import EventStream, attended, closing
+from tenora.api.attendance import EventStream, attended
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
-from tenora.api.generation import Collected, Tally, check_token_ids, collect, generate, prompt_logprobs
+from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
 from tenora.api.schemas import chat as schema
+from tenora.control.closing import closing
 from tenora.control.inference import Inference
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
 
@@ -44,20 +45,11 @@ async def create_chat_completion(
 
 async def prepare(inference: Inference, body: schema.ChatCompletionRequest, target: Target) -> GenerationRequest:
     """Render and tokenize the conversation, and check that it fits the context."""
-    check_token_ids(inference, body.logit_bias or (), "logit_bias")
-    check_token_ids(inference, body.stop_token_ids or (), "stop_token_ids")
     # In a thread: a long conversation takes long enough to hold up every other stream.
     prompt = await asyncio.to_thread(inference.chat_prompt, [message.for_template() for message in body.messages])
     max_tokens = inference.fit_max_tokens(len(prompt), body.token_limit)
-    return GenerationRequest(
-        target=target,
-        prompt_token_ids=prompt,
-        sampling=body.sampling_params(max_tokens, logprobs=body.alternatives, prompt_logprobs=body.prompt_logprobs),
-        n=body.choices,
-        stop=body.stop or (),
-        include_stop=bool(body.include_stop_str_in_output),
-        priority=body.priority or 0,
-    )
+    sampling = body.sampling_params(max_tokens, logprobs=body.alternatives, prompt_logprobs=body.prompt_logprobs)
+    return generation_request(inference, body, target, prompt, sampling)
 
 
 @dataclass(slots=True)

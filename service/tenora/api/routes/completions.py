@@ -10,10 +10,20 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from tenora.api.attendance import EventStream, attended, closing
+from tenora.api.attendance import EventStream, attended
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
-from tenora.api.generation import Choice, Collected, Tally, check_token_ids, collect, generate, prompt_logprobs
+from tenora.api.generation import (
+    Choice,
+    Collected,
+    Tally,
+    check_token_ids,
+    collect,
+    generate,
+    generation_request,
+    prompt_logprobs,
+)
 from tenora.api.schemas import completions as schema
+from tenora.control.closing import closing
 from tenora.control.inference import Inference
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
 from tenora.errors import ContextLengthError, InvalidRequestError
@@ -72,23 +82,14 @@ def tokenize_all(inference: Inference, prompts: Sequence[schema.Prompt]) -> list
 
 def prepare(inference: Inference, body: schema.CompletionRequest, target: Target, ids: list[int]) -> GenerationRequest:
     """The generation of one prompt, checked against the context."""
-    check_token_ids(inference, body.logit_bias or (), "logit_bias")
-    check_token_ids(inference, body.stop_token_ids or (), "stop_token_ids")
     # The engine generates at least one token; where none was asked for it is thrown away.
     try:
         max_tokens = inference.fit_max_tokens(len(ids), max(1, body.token_limit))
     except ContextLengthError as error:
         param = "prompt" if error.param == "messages" else error.param
         raise ContextLengthError(error.message, param=param) from error
-    return GenerationRequest(
-        target=target,
-        prompt_token_ids=ids,
-        sampling=body.sampling_params(max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_alternatives),
-        n=body.choices,
-        stop=body.stop or (),
-        include_stop=bool(body.include_stop_str_in_output),
-        priority=body.priority or 0,
-    )
+    sampling = body.sampling_params(max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_alternatives)
+    return generation_request(inference, body, target, ids, sampling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,35 +12,26 @@ from fastapi.responses import FileResponse
 
 from tenora.api.dependencies import ControlDep, SettingsDep, Train
 from tenora.api.idempotency import once
-from tenora.api.multipart import Form, read_form
+from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
-from tenora.api.schemas.files import EXPIRES_MAX_SECONDS, EXPIRES_MIN_SECONDS, FileObject
-from tenora.control.control import Control
-from tenora.control.records import Principal
+from tenora.api.schemas.files import FileObject
+from tenora.control.files import LONGEST_LIFE, SHORTEST_LIFE
+from tenora.control.idempotency import Receipt
+from tenora.control.records import FileRecord
 from tenora.errors import InvalidRequestError
 
 router = APIRouter(tags=["files"])
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _CHUNK = 2**20
-FORM_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string"},
-                        _ANCHOR: {"type": "string", "enum": ["created_at"]},
-                        _SECONDS: {"type": "integer", "minimum": EXPIRES_MIN_SECONDS, "maximum": EXPIRES_MAX_SECONDS},
-                    },
-                }
-            }
-        },
-    }
-}
+FORM_SCHEMA = form_schema(
+    required=("file", "purpose"),
+    properties={
+        "file": BINARY,
+        "purpose": {"type": "string"},
+        _ANCHOR: {"type": "string", "enum": ["created_at"]},
+        _SECONDS: {"type": "integer", "minimum": SHORTEST_LIFE, "maximum": LONGEST_LIFE},
+    },
+)
 
 
 @router.post("/v1/files", response_model=FileObject, openapi_extra=FORM_SCHEMA)
@@ -51,25 +42,19 @@ async def upload_file(request: Request, caller: Train, control: ControlDep, sett
         request, settings.root / "staging", fields=fields, files={"file": settings.max_file_bytes}
     ) as form:
         expires_after = _expiry(form)
-        form.text("purpose")
-        form.file("file")
+        purpose, upload = form.text("purpose"), form.file("file")
 
-        async def store() -> FileObject:
-            return await _store(control, caller, form, expires_after)
+        async def store(receipt: Receipt[FileRecord] | None) -> FileRecord:
+            return await control.files.create(
+                caller,
+                filename=upload.filename,
+                purpose=purpose,
+                chunks=_chunks(upload.path),
+                expires_after=expires_after,
+                receipt=receipt,
+            )
 
-        return await once(request, control, caller, form.fingerprint(), store)
-
-
-async def _store(control: Control, caller: Principal, form: Form, expires_after: int | None) -> FileObject:
-    upload = form.file("file")
-    record = await control.files.create(
-        caller,
-        filename=upload.filename,
-        purpose=form.text("purpose"),
-        chunks=_chunks(upload.path),
-        expires_after=expires_after,
-    )
-    return FileObject.of(record)
+        return await once(request, control, caller, form.fingerprint(), store, FileObject.of)
 
 
 def _expiry(form: Form) -> int | None:
@@ -78,11 +63,9 @@ def _expiry(form: Form) -> int | None:
     if form.text(_ANCHOR) != "created_at":
         raise InvalidRequestError(f'{_ANCHOR} must be "created_at".', param=_ANCHOR)
     seconds = form.text(_SECONDS)
-    if not (
-        seconds.isascii() and seconds.isdecimal() and EXPIRES_MIN_SECONDS <= int(seconds[:10]) <= EXPIRES_MAX_SECONDS
-    ):
+    if not (seconds.isascii() and seconds.isdecimal() and SHORTEST_LIFE <= int(seconds[:10]) <= LONGEST_LIFE):
         raise InvalidRequestError(
-            f"{_SECONDS} must be a number of seconds from {EXPIRES_MIN_SECONDS} to {EXPIRES_MAX_SECONDS}.",
+            f"{_SECONDS} must be a number of seconds from {SHORTEST_LIFE} to {LONGEST_LIFE}.",
             param=_SECONDS,
         )
     return int(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -22,12 +23,8 @@ After = Annotated[str | None, Query(max_length=128)]
 @router.post(JOBS, response_model=JobObject)
 async def create_job(body: JobCreateRequest, request: Request, caller: Train, control: ControlDep) -> Response:
     """Train an adapter on an uploaded file; the job says what became of it."""
-    wanted = body.to_request()
-
-    async def create() -> JobObject:
-        return JobObject.of(await control.jobs.create(caller, wanted))
-
-    return await once(request, control, caller, await request.body(), create)
+    create = partial(control.jobs.create, caller, body.to_request())
+    return await once(request, control, caller, await request.body(), create, JobObject.of)
 
 
 @router.get(JOBS)

@@ -43,6 +43,6 @@ def readiness(control: Control, lifecycle: Lifecycle) -> JSONResponse:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(_: AnyKey, metrics: MetricsDep) -> Response:
+async def metrics(_: AnyKey, control: ControlDep, metrics: MetricsDep) -> Response:
     """Prometheus metrics."""
-    return Response(metrics.render(), media_type=CONTENT_TYPE)
+    return Response(metrics.render(await control.jobs.counts()), media_type=CONTENT_TYPE)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
-from tenora.control.records import AdapterRecord
 
 
 class AdapterObject(ResponseModel):
-    """An adapter: an alias with the version that it points at, or one of its versions."""
+    """An `AdapterRecord` of the control plane: an alias with the version that it points at, or one of its versions."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -33,30 +32,6 @@ class AdapterObject(ResponseModel):
     resident: Literal["device", "host", "disk"]
     pinned: bool
     evaluation: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, record: AdapterRecord) -> Self:
-        """The object of a record."""
-        return cls(
-            id=record.id,
-            name=record.name,
-            tenant=record.tenant,
-            version=record.version,
-            active=record.active,
-            digest=record.digest,
-            base_model=record.base_model,
-            method=record.method,
-            rank=record.rank,
-            target_modules=record.target_modules,
-            bytes=record.bytes,
-            created_at=record.created_at,
-            source=record.source,
-            job_id=record.job_id,
-            parent=record.parent,
-            resident=record.resident,
-            pinned=record.pinned,
-            evaluation=None if record.evaluation is None else dict(record.evaluation),
-        )
 
 
 class RollbackRequest(RequestModel):

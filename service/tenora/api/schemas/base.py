@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -21,6 +21,11 @@ class ResponseModel(BaseModel):
     """An answer or a part of one."""
 
     model_config = ConfigDict(protected_namespaces=())
+
+    @classmethod
+    def of(cls, record: Any) -> Self:
+        """The answer about a record of the control plane, whose attributes have the fields' names."""
+        return cls.model_validate(record, from_attributes=True)
 
 
 class ListResponse(ResponseModel, Generic[T]):

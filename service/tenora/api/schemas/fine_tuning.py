@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
-from tenora.control.records import CheckpointRecord, JobEventRecord, JobRecord, JobRequest, JobStatus
+from tenora.control.records import CheckpointRecord, JobRecord, JobRequest, JobStatus
 from tenora.errors import InvalidRequestError
 from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
 
@@ -207,7 +207,7 @@ def _method(record: JobRecord) -> dict[str, Any]:
 
 
 class JobEventObject(ResponseModel):
-    """A line of a job's log."""
+    """A line of a job's log: a `JobEventRecord` of the control plane."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -216,18 +216,6 @@ class JobEventObject(ResponseModel):
     message: str
     type: Literal["message", "metrics"]
     data: dict[str, Any]
-
-    @classmethod
-    def of(cls, record: JobEventRecord) -> Self:
-        """The object of a record."""
-        return cls(
-            id=record.id,
-            created_at=record.created_at,
-            level=record.level,
-            message=record.message,
-            type=record.type,
-            data=dict(record.data),
-        )
 
 
 class CheckpointObject(ResponseModel):

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, compiled by Numba at the first call: no compiler is needed where they run."""

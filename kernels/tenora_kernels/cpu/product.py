@@ -1,0 +1,288 @@
+"""The inner loops of matrix products, written as LLVM vectors so that nothing depends on an auto-vectoriser.
+
+Addresses and strides are int64 in bytes. Every number that they compute is one chain of fused multiply-adds in the
+order of the contracted index, whatever rows and columns share the call: a row's result does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types, uint16, uint32
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tenora_kernels.cpu.tile import LANES, Vectors
+from tenora_kernels.cpu.values import to_float
+
+__all__ = [
+    "FEW_PANELS", "MAX_ROWS", "PANEL", "bytes_of", "dots_for_one", "dots_for_three", "expand", "expand_few", "multiply",
+    "multiply_few", "packed_entry", "peek",
+]  # fmt: skip
+
+PANEL = 2 * LANES
+"""Columns of the output that one panel of packed weights makes."""
+
+MAX_ROWS = 6
+"""Rows that one call takes: 12 accumulators, 2 vectors of weights and 1 of x fill the 16 registers of AVX2."""
+
+FEW_PANELS = {1: 4, 2: 2, 3: 2}
+"""Panels at once for so few rows that one panel would leave the multipliers waiting for their own results."""
+
+_FLOAT, _WORD, _I64, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8)
+
+
+def _integer(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+@intrinsic
+def bytes_of(typing: Any, sample: Any) -> Any:  # numba's own signature
+    """Bytes of one weight: 2 for a bfloat16, alone (uint16) or in a pair (uint32), 4 for a float32."""
+
+    def codegen(_context: Any, _builder: Any, signature: Any, _args: Any) -> Any:
+        return _integer(4 if signature.args[0] == types.float32 else 2)
+
+    return types.int64(sample), codegen
+
+
+@intrinsic
+def peek(typing: Any, address: Any, index: Any, sample: Any) -> Any:
+    """Element `index` of the sample's own type at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_data_type(signature.args[2])
+        return builder.load(builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]]))
+
+    return sample(types.int64, types.int64, sample), codegen
+
+
+@intrinsic
+def packed_entry(typing: Any, address: Any, line: Any, column: Any, sample: Any) -> Any:
+    """The float32 in `column` of line `line` (panel · depth + k) of packed weights."""
+
+    def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start, line_value, column_value = args[:3]
+        if signature.args[3] == types.float32:
+            at = builder.add(builder.mul(line_value, _integer(PANEL)), column_value)
+            return builder.load(builder.gep(builder.inttoptr(start, _FLOAT.as_pointer()), [at]))
+        # Column j is the low half of pair j, column LANES + j the high one: 16-bit element 2 j and 2 j + 1.
+        pair = builder.urem(column_value, _integer(LANES))
+        at = builder.add(builder.mul(pair, _integer(2)), builder.udiv(column_value, _integer(LANES)))
+        at = builder.add(at, builder.mul(line_value, _integer(PANEL)))
+        half = ir.IntType(16)
+        value = builder.load(builder.gep(builder.inttoptr(start, half.as_pointer()), [at]))
+        return to_float(builder, value)
+
+    return types.float32(types.int64, types.int64, types.int64, sample), codegen
+
+
+class _Loop:
+    """Accumulators of `rows` rows by `columns` vectors, and the code that fills and empties them."""
+
+    def __init__(self, builder: Any, rows: int, columns: int) -> None:
+        self.builder = builder
+        self.vectors = Vectors(builder)
+        zero = self.vectors.constant(0.0)
+        self.sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(columns)] for _ in range(rows)]
+
+    def places(self, start: Any, step: Any, count: int) -> list[Any]:
+        """Addresses start, start + step, …"""
+        found = [start]
+        while len(found) < count:
+            found.append(self.builder.add(found[-1], step))
+        return found[:count]
+
+    def add_product(self, row: int, place: Any, weights: list[Any]) -> None:
+        """sums[row] += the float32 at `place` · weights."""
+        builder = self.builder
+        value = self.vectors.broadcast(builder.load(builder.inttoptr(place, _FLOAT.as_pointer())))
+        for weight, total in zip(weights, self.sums[row], strict=True):
+            builder.store(self.vectors.fma(value, weight, builder.load(total)), total)
+
+    def packed(self, place: Any, narrow: bool) -> list[Any]:
+        """The two vectors of a panel at one k.
+
+        Narrow ones are pairs of bfloat16, each the upper half of a float32: the low one moves up, the high one only
+        loses its neighbour.
+        """
+        builder, vectors = self.builder, self.vectors
+        if not narrow:
+            return [vectors.load(place), vectors.load(builder.add(place, _integer(4 * LANES)))]
+        pairs = builder.load(builder.inttoptr(place, vectors.integers.as_pointer()), align=4)
+        low = builder.shl(pairs, ir.Constant(vectors.integers, [16] * LANES))
+        high = builder.and_(pairs, ir.Constant(vectors.integers, [0xFFFF0000] * LANES))
+        return [builder.bitcast(half, vectors.kind) for half in (low, high)]
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for a line in the second-level cache."""
+        builder = self.builder
+        pointer = builder.inttoptr(address, _BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
+        name = "llvm.prefetch.p0" if getattr(pointer.type, "is_opaque", False) else "llvm.prefetch.p0i8"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        builder.call(function, [pointer, ir.Constant(_WORD, 0), ir.Constant(_WORD, 2), ir.Constant(_WORD, 1)])
+
+    def write(self, out: Any, out_step: Any, add: Any) -> None:
+        """Store the sums at `out`; on top of what is there if `add`, an integer, is not 0."""
+        builder, vectors = self.builder, self.vectors
+        adds = builder.icmp_signed("!=", add, ir.Constant(add.type, 0))
+        for start, totals in zip(self.places(out, out_step, len(self.sums)), self.sums, strict=True):
+            for column, total in enumerate(totals):
+                place = builder.add(start, _integer(column * LANES * 4))
+                with builder.if_else(adds) as (then, otherwise):
+                    with then:
+                        vectors.store(builder.fadd(vectors.load(place), builder.load(total)), place)
+                    with otherwise:
+                        vectors.store(builder.load(total), place)
+
+
+def _switch(builder: Any, number: Any, cases: range, emit: Callable[[int], None]) -> None:
+    """Run the code that `emit` writes for `number`."""
+    done = builder.append_basic_block("cases.done")
+    switch = builder.switch(number, done)
+    for case in cases:
+        block = builder.append_basic_block(f"case.{case}")
+        switch.add_case(_integer(case), block)
+        with builder.goto_block(block):
+            emit(case)
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
+    @intrinsic
+    def multiply(typing, rows, x, x_step, w, depth, ahead, out, out_step, add, sample):
+        del typing
+        narrow = sample == uint32
+        signature = types.void(*[types.int64] * 9, sample)
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            count, x_at, x_step_value, w_at, depth_value, ahead_at, out_at, out_step_value, add_value = args[:9]
+            line = _integer(PANEL * (2 if narrow else 4))
+
+            def emit(rows: int) -> None:
+                loop_code = _Loop(builder, rows, 2 * panels_of(rows))
+                starts = loop_code.places(x_at, x_step_value, rows)
+                panels = loop_code.places(w_at, builder.mul(depth_value, line), panels_of(rows))
+                with cgutils.for_range(builder, depth_value) as loop:
+                    offset = builder.mul(loop.index, line)
+                    loop_code.prefetch(builder.add(ahead_at, offset))
+                    weights = [v for panel in panels for v in loop_code.packed(builder.add(panel, offset), narrow)]
+                    for row, start in enumerate(starts):
+                        loop_code.add_product(row, builder.add(start, builder.mul(loop.index, _integer(4))), weights)
+                loop_code.write(out_at, out_step_value, add_value)
+
+            _switch(builder, count, cases, emit)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply
+
+
+multiply = _make_multiply(range(1, MAX_ROWS + 1), lambda _: 1)
+"""out[i, 0:PANEL] (+)= Σ_k x[i, k] · w[k, 0:PANEL] for 1 to 6 rows.
+
+Args: rows, x, x_step, w (a packed panel, see `gemm`), depth, ahead (from where a panel's bytes are fetched meanwhile),
+out, out_step, add (0 overwrites), sample (uint32: pairs of bfloat16; float32).
+"""
+
+multiply_few = _make_multiply(range(1, 4), FEW_PANELS.__getitem__)
+"""`multiply` for 1 to 3 rows and FEW_PANELS[rows] panels that lie one after the other."""
+
+
+def _make_expand(cases: range, panels_of: Callable[[int], int]) -> Any:
+    @intrinsic
+    def expand(typing, rows, s, s_step, b, b_step, depth, out, out_step, add, sample):
+        del typing
+        narrow = sample == uint16
+        signature = types.void(*[types.int64] * 9, sample)
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            count, s_at, s_step_value, b_at, b_step_value, depth_value, out_at, out_step_value, add_value = args[:9]
+            vector = _integer(LANES * (2 if narrow else 4))
+
+            def emit(rows: int) -> None:
+                code = _Loop(builder, rows, 2 * panels_of(rows))
+                starts = code.places(s_at, s_step_value, rows)
+                with cgutils.for_range(builder, depth_value) as loop:
+                    place = builder.add(b_at, builder.mul(loop.index, b_step_value))
+                    places = code.places(place, vector, 2 * panels_of(rows))
+                    weights = [code.vectors.load(place, narrow) for place in places]
+                    for row, start in enumerate(starts):
+                        code.add_product(row, builder.add(start, builder.mul(loop.index, _integer(4))), weights)
+                code.write(out_at, out_step_value, add_value)
+
+            _switch(builder, count, cases, emit)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return expand
+
+
+expand = _make_expand(range(1, MAX_ROWS + 1), lambda _: 1)
+"""out[i, 0:PANEL] (+)= Σ_j s[i, j] · b[j, 0:PANEL] for 1 to 6 rows; b as it lies, bfloat16 (uint16) or float32.
+
+Args: rows, s, s_step, b, b_step, depth, out, out_step, add (0 overwrites), sample.
+"""
+
+expand_few = _make_expand(range(1, 4), FEW_PANELS.__getitem__)
+"""`expand` for 1 to 3 rows and FEW_PANELS[rows] · PANEL columns."""
+
+
+def _make_dots(rows: int, many: int) -> Any:
+    @intrinsic
+    def dots(typing, x, x_step, a, a_step, depth, count, scale, out, out_step, sample):
+        del typing
+        narrow = sample == uint16
+        signature = types.void(*[types.int64] * 6, types.float32, *[types.int64] * 2, sample)
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            x_at, x_step_value, a_at, a_step_value, depth_value, count_value, factor, out_at, out_step_value = args[:9]
+            steps = builder.udiv(depth_value, _integer(LANES))
+
+            def emit(columns: int, first: Any) -> None:
+                code = _Loop(builder, rows, columns)
+                starts = code.places(x_at, x_step_value, rows)
+                lines = code.places(builder.add(a_at, builder.mul(first, a_step_value)), a_step_value, columns)
+                with cgutils.for_range(builder, steps) as loop:
+                    wide = builder.mul(loop.index, _integer(4 * LANES))
+                    offset = builder.mul(loop.index, _integer(2 * LANES)) if narrow else wide
+                    values = [code.vectors.load(builder.add(start, wide)) for start in starts]
+                    for column, line in enumerate(lines):
+                        weight = code.vectors.load(builder.add(line, offset), narrow)
+                        for row, value in enumerate(values):
+                            total = code.sums[row][column]
+                            builder.store(code.vectors.fma(value, weight, builder.load(total)), total)
+                for row, start in enumerate(code.places(out_at, out_step_value, rows)):
+                    for column in range(columns):
+                        number = code.vectors.fold(builder.load(code.sums[row][column]), builder.fadd)
+                        at = builder.add(start, builder.mul(builder.add(first, _integer(column)), _integer(4)))
+                        builder.store(builder.fmul(number, factor), builder.inttoptr(at, _FLOAT.as_pointer()))
+
+            blocks = builder.udiv(count_value, _integer(many))
+            with cgutils.for_range(builder, blocks) as loop:
+                emit(many, builder.mul(loop.index, _integer(many)))
+            done = builder.mul(blocks, _integer(many))
+            with cgutils.for_range(builder, builder.sub(count_value, done)) as loop:
+                emit(1, builder.add(done, loop.index))
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return dots
+
+
+dots_for_one = _make_dots(1, 8)
+"""out[0, j] = scale · Σ_k x[0, k] · a[j, k] for j < count.
+
+Args: x, x_step, a (bfloat16 as uint16, or float32, as it lies), a_step, depth (a multiple of LANES), count, scale, out,
+out_step, sample. The lanes' sums are added at the end, half against half.
+"""
+
+dots_for_three = _make_dots(3, 4)
+"""`dots_for_one` for 3 rows."""

@@ -1,0 +1,1 @@
+"""The low-rank ops on a GPU, in Triton. `backend` is the entry point for `ops`, `context` the one for an engine."""

@@ -1,0 +1,153 @@
+"""The low-rank op on a GPU: the functions of `tenora_kernels.torch_backend`, and the base projection with the term.
+
+Runs bf16, fp16 and float32, in any mix of the three; float64 is left to plain torch. Nothing waits for the device
+when the batch is a `GpuBatch`; a plain `LoraBatch` costs one copy of its tables to the device at its first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenora_kernels import torch_backend
+from tenora_kernels.gpu import configs, launch
+from tenora_kernels.gpu.context import GpuBatch, step_of
+from tenora_kernels.gpu.launch import Step
+from tenora_kernels.layout import LoraBatch, LoraSite
+
+DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
+"""Types of y, x and the arena that the kernels take."""
+
+
+def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
+    """Add the low-rank term to y in place: `y[t, slice] += c · (x[t]·Aᵀ)·Bᵀ` for every row that has an adapter.
+
+    Sums are float32; y is rounded once, at the end. Rows of the base and columns of modules that a row's adapter skips
+    are not written. Equal arguments give equal bits, and a row the same bits in every batch of up to
+    `configs.DECODE_ROWS` rows.
+
+    Args:
+        y: [T, out].
+        x: [T, in], not aliasing y.
+        site: the projection group.
+        batch: tables and rows of this step.
+
+    Raises:
+        TypeError: for float64 operands with a `GpuBatch`.
+    """
+    if _empty(batch):
+        return
+    if not _runs(batch, y, x):
+        torch_backend.forward(y, x, site, batch)
+        return
+    with _on(y):
+        step, x = step_of(batch), _unit_stride(x)
+        out = _unit_stride(y)
+        for part in launch.parts(site):
+            launch.launch_forward(out, x, part, step)
+        if out is not y:
+            y.copy_(out)
+
+
+def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor | None) -> None:
+    """Add the gradients of `forward` to dx and, if the tables train, to `tables.grad`.
+
+    With S = x·Aᵀ and dS = c·dY·B: dX += dS·A, dA += dSᵀ·X, dBᵀ += c·Sᵀ·dY. S is computed again rather than kept.
+
+    Args:
+        dy: [T, out], the gradient of y.
+        x: [T, in], the input of the forward pass.
+        site: the projection group.
+        batch: tables and rows of the forward pass, unchanged since.
+        dx: float32 [T, in], contiguous; only adapted rows are written. None if nobody wants it.
+
+    Raises:
+        TypeError: for float64 operands with a `GpuBatch`.
+    """
+    if _empty(batch):
+        return
+    if not _runs(batch, dy, x):
+        torch_backend.backward(dy, x, site, batch, dx)
+        return
+    with _on(dy):
+        step, x, dy = step_of(batch), _unit_stride(x), _unit_stride(dy)
+        for part in launch.parts(site):
+            _backward(dy, x, part, step, dx, batch.tables.grad)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, batch: LoraBatch | None) -> Tensor:
+    """`x·Wᵀ (+ bias)` and the low-rank term of the site; in one kernel where that pays, else one after the other.
+
+    Args:
+        x: [T, in].
+        weight: [out, in]; the modules of the site one below the other.
+        bias: [out] or None.
+        site: the projection group.
+        batch: tables and rows of this step; None if no row has an adapter.
+
+    Returns:
+        A new [T, out] tensor. No gradient flows through it.
+    """
+    if batch is not None and not _empty(batch) and fits_gemm(x, weight, site, batch):
+        with _on(x):
+            y = x.new_empty(x.shape[0], weight.shape[0])
+            launch.launch_gemm(y, _unit_stride(x), weight, bias, site, step_of(batch))
+            return y
+    y = F.linear(x, weight, bias)
+    if batch is not None:
+        forward(y, x, site, batch)
+    return y
+
+
+def fits_gemm(x: Tensor, weight: Tensor, site: LoraSite, batch: LoraBatch) -> bool:
+    """Whether `gemm_lora` computes this projection: many rows, one 2-byte type, slices that cover y without gaps.
+
+    Small batches read W once either way, and float32 products do not run on the tensor cores.
+    """
+    edges = [edge for pair in site.slices for edge in pair]
+    covered = edges[0] == 0 and edges[-1] == weight.shape[0] and edges[1:-1:2] == edges[2::2]
+    dtypes = {x.dtype, weight.dtype, batch.tables.arena.dtype}
+    return (
+        x.shape[0] > configs.DECODE_ROWS
+        and len(site.slices) <= configs.MAX_MODULES
+        and covered
+        and len(dtypes) == 1
+        and dtypes <= {torch.bfloat16, torch.float16}
+        and weight.is_contiguous()
+    )
+
+
+def _backward(dy: Tensor, x: Tensor, site: LoraSite, step: Step, dx: Tensor | None, grad: Tensor | None) -> None:
+    splits = launch.launch_shrink(dy, site, step, backward=True)
+    if dx is not None:
+        launch.launch_expand(dx, site, step, splits=splits, backward=True)
+    if grad is not None:
+        launch.launch_wgrad(grad, x, site, step, splits=splits, of_b=False)
+        splits = launch.launch_shrink(x, site, step, backward=False)
+        launch.launch_wgrad(grad, dy, site, step, splits=splits, of_b=True)
+
+
+def _empty(batch: LoraBatch) -> bool:
+    """No rows, or the host knows that none has an adapter."""
+    return batch.segments.rows == 0 or not (isinstance(batch, GpuBatch) or batch.segments.seg_slot)
+
+
+def _runs(batch: LoraBatch, y: Tensor, x: Tensor) -> bool:
+    if {y.dtype, x.dtype, batch.tables.arena.dtype} <= DTYPES:
+        return True
+    if isinstance(batch, GpuBatch):
+        raise TypeError(f"no GPU kernel for {y.dtype}, {x.dtype} and {batch.tables.arena.dtype}.")
+    return False
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the current device; make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,149 @@
+"""Tiles of every kernel by rank, shape and architecture, and the one place where launches are chosen.
+
+A table, not a search: equal arguments launch the same code on every machine of a kind, and nothing is timed at run
+time. `tests/kernels/gpu` compiles every entry ahead of time for every architecture and holds it to a budget.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
+
+SMALL_TILE = 16
+"""Rows of a decode tile: the smallest M of the tensor cores, and what one row per adapter wastes least of."""
+
+LARGE_TILE = 128
+"""Rows of a prefill tile."""
+
+DECODE_ROWS = 256
+"""Batches up to this many rows use decode tiles: weights are then most of the bytes, rows of one adapter few."""
+
+MAX_MODULES = 3
+"""Modules of one launch (q, k, v); a site of more is launched in parts."""
+
+_RESIDENT: dict[Arch, int] = {"sm80": 4, "sm90": 4, "sm100": 4, "gfx942": 1}
+"""Programs of `shrink_expand` that every multiprocessor holds at once; the budgets on its registers and shared memory
+(a quarter of a multiprocessor's) are what makes it true."""
+
+_ITEMS_PER_PROGRAM = 16
+"""Up to so many work items per program, one launch is used: 32 rows of 32 adapters of an 8B model still are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Block sizes of a kernel: rows bm, ranks rb, columns bn, inputs bk; 0 where the kernel has no such loop."""
+
+    bm: int
+    rb: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+RANK_BUCKETS = (16, 32)
+"""Ranks of one pass; a higher rank takes several, so that it costs the others in the batch nothing."""
+
+_WIDE = 1024
+"""From this many columns on, a program takes more of them."""
+
+
+def rank_bucket(max_rank: int) -> int:
+    """The ranks of one pass for a pool whose adapters have up to `max_rank`."""
+    return next((bucket for bucket in RANK_BUCKETS if max_rank <= bucket), RANK_BUCKETS[-1])
+
+
+def splits_of(k_size: int) -> int:
+    """Planes over which x·Aᵀ of `k_size` inputs is summed.
+
+    By k_size alone, never by the batch: a row then has the same bits in every batch.
+    """
+    return max(1, min(8, k_size // 1024))
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The type that decides tiles: float32 if there is one (its products do not run on the tensor cores), else fp16."""
+    return next((d for d in (torch.float32, torch.float16) if d in dtypes), torch.bfloat16)
+
+
+def decode_tiles(bucket: int, columns: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of `shrink_expand`, and of `shrink` and `expand` for small batches.
+
+    Args:
+        bucket: from `rank_bucket`.
+        columns: of the site's widest module.
+        dtype: from `widest`.
+    """
+    if dtype == torch.float32:
+        return Tiles(SMALL_TILE, 16, 64, 64, warps=4, stages=2)
+    return Tiles(SMALL_TILE, bucket, 128 if columns >= _WIDE else 64, 128, warps=4, stages=3)
+
+
+def prefill_tiles(bucket: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of `shrink` and `expand` for large batches."""
+    if dtype == torch.float32:
+        return Tiles(LARGE_TILE, 16, 32, 32, warps=8, stages=2)
+    if dtype == torch.float16:  # its weights too are split in two: half the columns fit the registers
+        return Tiles(LARGE_TILE, bucket, 64, 64, warps=8, stages=3)
+    return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=3)
+
+
+def gemm_tiles(bucket: int, columns: int, dtype: torch.dtype, arch: Arch) -> Tiles:
+    """Tiles of `gemm_lora`, for bf16 and fp16."""
+    if arch == "gfx942":  # 64 KiB of shared memory
+        return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=2)
+    if dtype == torch.float16:
+        return Tiles(LARGE_TILE, 16, 128, 64, warps=8, stages=3)
+    if columns >= _WIDE and arch != "sm100":  # there, two accumulators of 256 columns exceed the tensor memory
+        return Tiles(LARGE_TILE, bucket, 256, 64, warps=8, stages=3)
+    return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=3)
+
+
+def wgrad_tiles(bucket: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of `lora_wgrad`; bm is the number of rows added per step."""
+    if dtype == torch.float32:
+        return Tiles(32, 16, 64, 0, warps=4, stages=2)
+    return Tiles(32, bucket, 128, 0, warps=4, stages=2)
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether kernels run in Triton's interpreter: on the CPU they run nowhere else. Its bf16 products are wrong."""
+    return device.type == "cpu"
+
+
+@functools.cache
+def arch_of(device: torch.device) -> Arch:
+    """The table's name of a device's architecture; a newer or unknown one is treated as the nearest older one."""
+    if device.type != "cuda":
+        return "sm90"  # the interpreter
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1 << 20
+
+
+def grid_of_one_launch(items: int, device: torch.device) -> int | None:
+    """Programs of `shrink_expand` for `items` work items, all of them on the device at once; None: use two launches.
+
+    Programs that wait for others must not keep these from the device. With many items per program the wait is the
+    same as that between two launches, and two launches balance the load better.
+    """
+    resident = _RESIDENT[arch_of(device)] * _processors(device)
+    return min(items, resident) if items <= _ITEMS_PER_PROGRAM * resident else None
+
+
+def term_count(weight: torch.dtype, out: torch.dtype) -> int:
+    """Into how many bf16 parts a float32 S is split before it meets `weight`; 0: it is not (see `dot_planes`)."""
+    if weight == torch.float32:
+        return 0
+    return 3 if out == torch.float32 else 2

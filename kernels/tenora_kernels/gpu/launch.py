@@ -1,0 +1,326 @@
+"""Launches: from tensors and a site to the arguments and the grid of each kernel. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenora_kernels.gpu import configs
+from tenora_kernels.gpu.configs import MAX_MODULES, Tiles
+from tenora_kernels.gpu.gemm_kernel import gemm_lora as gemm_kernel
+from tenora_kernels.gpu.lowrank_kernels import expand, shrink, shrink_expand
+from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, TileTable, Workspace
+from tenora_kernels.gpu.wgrad_kernel import lora_wgrad
+from tenora_kernels.layout import LoraSite
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every launch of a step reads.
+
+    Attributes:
+        arena: where the weights lie; on the device of all the others.
+        tables: mirror of the pool's tables.
+        metadata: the step's rows, grouped.
+        workspace: scratch memory, one per stream.
+    """
+
+    arena: Tensor
+    tables: DeviceTables
+    metadata: StepMetadata
+    workspace: Workspace
+
+    @property
+    def bucket(self) -> int:
+        """Ranks of one pass."""
+        return configs.rank_bucket(self.tables.max_rank)
+
+    @property
+    def tiles(self) -> TileTable:
+        """The tile table for this step's number of rows."""
+        metadata = self.metadata
+        return metadata.small if metadata.rows <= configs.DECODE_ROWS else metadata.large
+
+    def strides(self) -> tuple[int, int, int]:
+        """Strides of the planes, as the kernels take them."""
+        return self.workspace.plane_stride, self.workspace.module_stride, self.workspace.width
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Column slices of up to three modules as kernel arguments: start and width of each, 0 for those not there."""
+
+    starts: tuple[int, int, int]
+    widths: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, slices: tuple[tuple[int, int], ...]) -> Columns:
+        """From `[start, stop)` pairs."""
+        padded = (*slices, *((0, 0),) * (MAX_MODULES - len(slices)))
+        (a, b), (c, d), (e, f) = padded
+        return cls((a, c, e), (b - a, d - c, f - e))
+
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` columns, none spanning two modules."""
+        return sum(-(-w // size) for w in self.widths)
+
+
+def parts(site: LoraSite) -> Iterator[LoraSite]:
+    """The site in groups of at most `MAX_MODULES` modules."""
+    if len(site.slices) <= MAX_MODULES:
+        yield site
+        return
+    for j in range(0, len(site.slices), MAX_MODULES):
+        yield LoraSite(site.row + j, site.in_features, site.slices[j : j + MAX_MODULES])
+
+
+def launch_forward(y: Tensor, x: Tensor, site: LoraSite, step: Step, *, fused: bool | None = None) -> None:
+    """Add the low-rank term of a site of at most three modules to y, in place.
+
+    Args:
+        y: [T, out], unit column stride.
+        x: [T, in], unit column stride, not aliasing y.
+        site: the projection group.
+        step: tables, metadata and scratch memory.
+        fused: one launch if the device can hold it, or two; None: one if it can and the batch is small.
+    """
+    columns = Columns.of(site.slices)
+    tiles = _tiles(step, columns, x)
+    bound = step.metadata.tile_bound(step.tiles)
+    splits = configs.splits_of(site.in_features)
+    grid = None
+    if fused or (fused is None and step.tiles is step.metadata.small):
+        grid = configs.grid_of_one_launch(bound * (len(site.slices) * splits + columns.blocks(tiles.bn)), y.device)
+    if grid is None:
+        launch_shrink(x, site, step, backward=False)
+        launch_expand(y, site, step, splits=splits, backward=False)
+        return
+    tables, workspace, table = step.tables, step.workspace, step.tiles
+    shrink_expand[(grid,)](
+        y,
+        x,
+        step.arena,
+        workspace.planes,
+        workspace.counters,
+        step.metadata.perm,
+        table.ptr,
+        table.slot,
+        tables.ranks,
+        tables.scaling,
+        tables.a_offset,
+        tables.b_offset,
+        site.row,
+        step.metadata.slots,
+        len(site.slices),
+        bound,
+        y.stride(0),
+        x.stride(0),
+        site.in_features,
+        *columns.starts,
+        *columns.widths,
+        *step.strides(),
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bn=tiles.bn,
+        bk=tiles.bk,
+        align=tables.align,
+        terms=configs.term_count(step.arena.dtype, y.dtype),
+        cast=_cast(x, step.arena),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool) -> int:
+    """Fill the planes with S_j = x·A_jᵀ, or with dY_j·B_j (not yet scaled) if `backward`.
+
+    Args:
+        source: x [T, in], or dY [T, out]; unit column stride.
+        site: the projection group.
+        step: tables, metadata and scratch memory.
+        backward: which.
+
+    Returns:
+        The number of planes.
+    """
+    columns = Columns.of(site.slices) if backward else Columns((0, 0, 0), (site.in_features,) * 3)
+    splits = configs.splits_of(max(columns.widths))
+    if splits > step.workspace.splits:
+        raise ValueError(f"{splits} planes do not fit scratch memory for {step.workspace.splits}.")
+    tiles, table, modules = _tiles(step, columns, source), step.tiles, len(site.slices)
+    shrink[step.metadata.tile_bound(table), modules * splits](
+        source,
+        step.arena,
+        step.workspace.planes,
+        step.metadata.perm,
+        table.ptr,
+        table.slot,
+        step.tables.ranks,
+        step.tables.b_offset if backward else step.tables.a_offset,
+        site.row,
+        step.metadata.slots,
+        source.stride(0),
+        *columns.starts,
+        *columns.widths,
+        *step.strides(),
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bk=tiles.bk,
+        align=step.tables.align,
+        cast=_cast(source, step.arena),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return splits
+
+
+def launch_expand(target: Tensor, site: LoraSite, step: Step, *, splits: int, backward: bool) -> None:
+    """Add what the planes hold to y through Bᵀ, or to dX through A of every module if `backward`.
+
+    Args:
+        target: y [T, out], or dX [T, in]; unit column stride, changed in place.
+        site: the projection group.
+        step: tables, metadata and scratch memory.
+        splits: number of planes.
+        backward: which.
+    """
+    columns = Columns.of(((0, site.in_features),) if backward else site.slices)
+    tiles, table, tables = _tiles(step, columns, step.arena), step.tiles, step.tables
+    expand[columns.blocks(tiles.bn), step.metadata.tile_bound(table)](
+        target,
+        step.arena,
+        step.workspace.planes,
+        step.metadata.perm,
+        table.ptr,
+        table.slot,
+        tables.ranks,
+        tables.scaling,
+        tables.a_offset if backward else tables.b_offset,
+        site.row,
+        step.metadata.slots,
+        len(site.slices),
+        target.stride(0),
+        *columns.starts,
+        *columns.widths,
+        *step.strides(),
+        joint=backward,
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bn=tiles.bn,
+        align=tables.align,
+        terms=configs.term_count(step.arena.dtype, target.dtype),
+        cast=configs.interpreted(target.device),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def launch_gemm(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, step: Step) -> None:
+    """y = x·Wᵀ (+ bias) with the low-rank term in it; x, W and the arena have one 2-byte type.
+
+    Args:
+        y: [T, out], written; unit column stride.
+        x: [T, in], unit column stride.
+        weight: [out, in], contiguous.
+        bias: [out] or None.
+        site: a projection group of at most three modules whose slices cover y without gaps.
+        step: tables, metadata and scratch memory.
+    """
+    splits = launch_shrink(x, site, step, backward=False)  # by position: whichever tiles wrote them
+    columns, table, tables = Columns.of(site.slices), step.metadata.large, step.tables
+    tiles = configs.gemm_tiles(step.bucket, max(columns.widths), y.dtype, configs.arch_of(y.device))
+    bound = step.metadata.tile_bound(table)
+    gemm_kernel[(bound * columns.blocks(tiles.bn),)](
+        y,
+        x,
+        weight,
+        y if bias is None else bias,
+        step.arena,
+        step.workspace.planes,
+        step.metadata.perm,
+        table.ptr,
+        table.slot,
+        tables.ranks,
+        tables.scaling,
+        tables.b_offset,
+        site.row,
+        step.metadata.slots,
+        bound,
+        y.stride(0),
+        x.stride(0),
+        site.in_features,
+        *columns.widths,
+        *step.strides(),
+        has_bias=bias is not None,
+        group=8,
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bn=tiles.bn,
+        bk=tiles.bk,
+        align=tables.align,
+        terms=configs.term_count(step.arena.dtype, y.dtype),
+        cast=configs.interpreted(y.device),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def launch_wgrad(grad: Tensor, dense: Tensor, site: LoraSite, step: Step, *, splits: int, of_b: bool) -> None:
+    """Add scaling · Sᵀ·dense to the gradient of A (S, in the planes, is dS; dense is x) or Bᵀ (S is x·Aᵀ; dense is dY).
+
+    Args:
+        grad: float32, like the arena; changed in place.
+        dense: x [T, in] or dY [T, out]; unit column stride.
+        site: the projection group.
+        step: tables, metadata and scratch memory.
+        splits: number of planes.
+        of_b: which.
+    """
+    modules = len(site.slices)
+    columns = Columns.of(site.slices if of_b else ((0, site.in_features),) * modules)
+    tiles = configs.wgrad_tiles(step.bucket, dense.dtype)
+    lora_wgrad[columns.blocks(tiles.bn), step.metadata.segments](
+        grad,
+        dense,
+        step.workspace.planes,
+        step.metadata.perm,
+        step.metadata.seg_ptr,
+        step.metadata.seg_slot,
+        step.tables.ranks,
+        step.tables.scaling,
+        step.tables.b_offset if of_b else step.tables.a_offset,
+        site.row,
+        step.metadata.slots,
+        dense.stride(0),
+        *columns.starts,
+        *columns.widths,
+        *step.strides(),
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bn=tiles.bn,
+        align=step.tables.align,
+        terms=configs.term_count(dense.dtype, torch.float32),
+        cast=configs.interpreted(dense.device),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def _tiles(step: Step, columns: Columns, source: Tensor) -> Tiles:
+    dtype = configs.widest(source.dtype, step.arena.dtype)
+    if step.tiles is step.metadata.small:
+        return configs.decode_tiles(step.bucket, max(columns.widths), dtype)
+    return configs.prefill_tiles(step.bucket, dtype)
+
+
+def _cast(source: Tensor, arena: Tensor) -> bool:
+    """Whether `dot_low` must bring its operands to float32: they differ, or the interpreter runs."""
+    return source.dtype != arena.dtype or configs.interpreted(source.device)

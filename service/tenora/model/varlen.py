@@ -1,0 +1,95 @@
+"""Paged attention on CUDA: one call of torch's flash attention for the whole step.
+
+Pages are read in place by the kernels that can (flash attention 3 and later, once it is activated with
+`torch.nn.attention.activate_flash_attention_impl`); torch's own flash attention 2 takes no block tables, so there the
+cached rows of the step are gathered first, with one copy per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import attention as flash
+from torch.nn.attention.varlen import varlen_attn
+
+from tenora.model.cache import KVCache
+
+__all__ = ["VarlenAttention"]
+
+_PAGED = frozenset({"FA3", "FA4"})
+_MOST_DIM = 256
+
+
+class VarlenAttention:
+    """Attention to everything that is cached of each sequence; arguments as those of `PagedAttention`.
+
+    Everything that a layer needs is on the device before the first one: a step has no synchronisation. Splits over the
+    keys are off, because their number would depend on the longest sequence of the batch, and with it a row's bits.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        slot_mapping: Tensor,
+        query_start: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Tensor,
+    ) -> None:
+        self._cache = cache
+        self._slot_mapping = slot_mapping
+        device = slot_mapping.device
+        self._longest_query = max((stop - start for start, stop in pairwise(query_start)), default=0)
+        self._longest_context = max(context_lens, default=0)
+        self._query_start = torch.tensor(query_start, dtype=torch.int32, device=device)
+        self._contexts = torch.tensor(context_lens, dtype=torch.int32, device=device)
+        self._block_tables = block_tables.int()
+        self._paged = flash.current_flash_attention_impl() in _PAGED
+        self._gathered: Tensor | None = None
+        self._key_start: Tensor | None = None
+        if not self._paged:
+            self._plan_gather(context_lens)
+
+    @staticmethod
+    def takes(cache: KVCache) -> bool:
+        """Whether the cache lies on a card, in a type and with heads that flash attention takes."""
+        keys = cache.k[0]
+        if keys.device.type != "cuda" or keys.dtype not in {torch.float16, torch.bfloat16} or keys.shape[3] > _MOST_DIM:
+            return False
+        return torch.cuda.get_device_capability(keys.device)[0] >= 8
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """See `Attention.attend`. The cache of `layer` is changed in place."""
+        self._cache.write(layer, self._slot_mapping, k, v)
+        reach = (-1 if window is None else window - 1, 0)
+        if self._gathered is None:
+            out = varlen_attn(
+                q, self._cache.k[layer], self._cache.v[layer], self._query_start, None, self._longest_query,
+                self._longest_context, window_size=reach, enable_gqa=True, seqused_k=self._contexts,
+                block_table=self._block_tables, num_splits=1,
+            )  # fmt: skip
+        else:
+            keys, values = self._cache.read(layer, self._gathered)
+            out = varlen_attn(
+                q, keys, values, self._query_start, self._key_start, self._longest_query, self._longest_context,
+                window_size=reach, enable_gqa=True,
+            )  # fmt: skip
+        return _rows(out)
+
+    def _plan_gather(self, context_lens: Sequence[int]) -> None:
+        """Cache slots of every cached position of the step, one sequence after the other."""
+        device, size = self._slot_mapping.device, self._cache.block_size
+        contexts = torch.tensor(context_lens, dtype=torch.int64)
+        ends = contexts.cumsum(0)
+        sequence = torch.arange(len(contexts)).repeat_interleave(contexts)
+        position = torch.arange(len(sequence)) - (ends - contexts)[sequence]
+        sequence, position = sequence.to(device), position.to(device)
+        self._gathered = self._block_tables[sequence, position // size].long() * size + position % size
+        self._key_start = torch.cat((ends.new_zeros(1), ends)).int().to(device)
+
+
+def _rows(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """[T, Hq · D]; a pair is what `varlen_attn` gives to those who ask for more than the result."""
+    return (out if isinstance(out, Tensor) else out[0]).flatten(1)

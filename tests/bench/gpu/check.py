@@ -1,0 +1,100 @@
+"""`python -m tests.bench.gpu.check`: tests on the device, then the benchmark; a JSON file with the card's name.
+
+Exit status: 0 when everything ran, 1 when a test failed (nothing is then measured), 3 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+NO_GPU = 3
+REPO = Path(__file__).resolve().parents[3]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the check; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("There is no GPU on this machine: nothing was tested and nothing measured.")
+        return NO_GPU
+    card = torch.cuda.get_device_name()
+    print(f"Testing on {card}.", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/gpu/test_cuda.py", "tests/kernels/test_add_lora.py"]
+    status = subprocess.run([*command, "tests/kernels/test_gradients.py"], cwd=REPO, check=False).returncode
+    if status:
+        print("The tests failed; nothing is measured.")
+        return 1
+    report = measured(card, seconds=options.seconds)
+    path = options.out or Path(f"gpu-{slug(card)}.json")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(summary(report))
+    print(f"Written to {path}.")
+    return 0
+
+
+def measured(card: str, *, seconds: float) -> dict[str, Any]:
+    """Everything that is measured, in order of importance, until `seconds` have passed."""
+    from tests.bench.gpu import decode_loop, groups, timing
+    from tests.bench.gpu.protocol import decode_cases, prefill_cases
+
+    started = time.monotonic()
+    bandwidth = timing.copy_bandwidth()
+    report: dict[str, Any] = {
+        "card": card,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "decode_loop": decode_loop.run(),
+        "groups": [],
+        "left_out": [],
+    }
+    torch.cuda.empty_cache()
+    for case in (*decode_cases(), *prefill_cases()):
+        if time.monotonic() - started > seconds:
+            report["left_out"].append(case.name)
+            continue
+        result = groups.run(case, bandwidth)
+        print(f"{result['case']}: " + ", ".join(f"{k} {v:.3f}" for k, v in result["ratio"].items()), flush=True)
+        report["groups"].append(result)
+        torch.cuda.empty_cache()
+    return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The decode loop as a table in Markdown."""
+    lines = [f"{report['card']}, copy {report['copy_gb_per_s']} GB/s", "", "| rows | adapters | ratio | ms | base ms |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in report["decode_loop"]:
+        if "skipped" in row:
+            return f"{lines[0]}\n{row['skipped']}"
+        adapters = f"{row['adapters']} ({row['distribution']})"
+        lines.append(f"| {row['rows']} | {adapters} | {row['ratio']} | {row['adapters_ms']} | {row['base_ms']} |")
+    return "\n".join(lines)
+
+
+def slug(card: str) -> str:
+    """A card's name for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu.check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, help="the file to write; default gpu-CARD.json")
+    parser.add_argument("--seconds", type=float, default=1500, help="begin no case after this time; default 1500")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The serving benchmark: servers of our own, cases by name."""

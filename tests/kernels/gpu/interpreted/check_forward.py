@@ -1,0 +1,133 @@
+"""The forward kernels against the float64 reference, on tiny shapes in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenora_kernels.gpu import backend, configs, launch
+from tenora_kernels.gpu.context import step_of
+from tenora_kernels.layout import LoraSite
+from tests.kernels.cases import DOWN, GATE_UP, QKV, Case, make_case, make_tables, worst
+from tests.kernels.gpu.cases import INTERPRETED, batch_of, edit, forward
+from tests.kernels.test_add_lora import LAYOUTS, MIXED, reference
+
+MIX = LAYOUTS["mixed, a quarter base"]
+SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
+DTYPES = list(INTERPRETED)
+
+
+def launched(case: Case, *, fused: bool) -> Tensor:
+    y = case.y.clone()
+    launch.launch_forward(y, case.x, case.site, step_of(batch_of(case)), fused=fused)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_reference(layout: str, dtype: torch.dtype) -> None:
+    slots, ranks = LAYOUTS[layout]
+    case = make_case(slots, ranks, dtype=dtype)
+    got = forward(case)
+    assert worst(got, reference(case)) <= INTERPRETED[dtype]
+    for t, slot in enumerate(slots):
+        for j, (start, stop) in enumerate(QKV.slices):
+            same = torch.equal(got[t, start:stop], case.y[t, start:stop])
+            assert same == (slot < 0 or ranks[slot][j] == 0)
+
+
+@pytest.mark.parametrize("site", [QKV, GATE_UP, DOWN], ids=["qkv", "gate_up", "down"])
+@pytest.mark.parametrize("fused", [True, False], ids=["one launch", "two launches"])
+def test_several_blocks_of_everything(site: LoraSite, fused: bool, small_blocks: None) -> None:
+    case = make_case(*SMALL, site=site)
+    assert worst(launched(case, fused=fused), reference(case)) <= INTERPRETED[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_launch_two_launches_and_a_repeat_give_equal_bits(dtype: torch.dtype) -> None:
+    case = make_case(*SMALL, dtype=dtype)
+    first = launched(case, fused=True)
+    assert not step_of(batch_of(case)).workspace.counters.any(), "the counters must be zero between launches"
+    assert torch.equal(first, launched(case, fused=True))
+    assert torch.equal(first, launched(case, fused=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefill_tiles(dtype: torch.dtype, prefill: None) -> None:
+    case = make_case([4] * 130 + [-1, 1], MIXED, site=DOWN, dtype=dtype)
+    assert worst(forward(case), reference(case)) <= INTERPRETED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
+    case = make_case(*SMALL, dtype=dtype)
+    wanted = reference(case)
+    assert worst(forward(case), wanted) <= INTERPRETED[dtype]
+    case.slots[3] = 4
+    assert worst(forward(case), wanted) > 2 * INTERPRETED[dtype], "a wrong slot went unseen"
+    case.slots[3] = 5
+    scale = case.tables.scale(1, 4)
+    edit(case, "scaling", 1, 4, scale * 1.25)
+    assert worst(forward(case), wanted) > 2 * INTERPRETED[dtype], "a wrong scale went unseen"
+    edit(case, "scaling", 1, 4, scale)
+    edit(case, "ranks", 2, 5, 63)
+    assert worst(forward(case), wanted) > 2 * INTERPRETED[dtype], "a missing rank went unseen"
+    edit(case, "ranks", 2, 5, 64)
+    assert worst(forward(case), wanted) <= INTERPRETED[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_program_takes_several_items(rows: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program does everything, its shrinks first. (More than one would wait for each other: they run in turn.)"""
+    case = make_case(SMALL[0][:rows], MIXED)
+    many = launched(case, fused=True)
+    monkeypatch.setattr(configs, "grid_of_one_launch", lambda items, device: 1)
+    assert torch.equal(launched(case, fused=True), many)
+
+
+def test_a_row_has_the_same_bits_in_every_batch() -> None:
+    case = make_case(*SMALL)
+    whole = forward(case)
+    for t in (0, 3, 4):
+        alone = Case(case.y[t : t + 1], case.x[t : t + 1], QKV, case.tables, [case.slots[t]])
+        assert torch.equal(forward(alone)[0], whole[t])
+
+
+def test_a_bad_adapter_stays_in_its_rows() -> None:
+    case = make_case(*SMALL)
+    clean = forward(case)
+    case.tables.a(0, 4).fill_(float("nan"))
+    got = forward(case)
+    rest = [t for t, slot in enumerate(case.slots) if slot != 4]
+    assert torch.equal(got[rest], clean[rest])
+    assert got[0].isnan().any()
+
+
+def test_views_and_mixed_types() -> None:
+    case = make_case(*SMALL)
+    case.tables = make_tables(MIXED, torch.bfloat16)
+    wide = torch.full((8, 200), 7.0)
+    wide[:, 60:140] = case.y
+    wanted = reference(case)
+    columns = torch.zeros(8, 96)
+    columns[:, ::2] = case.x
+    backend.forward(wide[:, 60:140], columns[:, ::2], QKV, batch_of(case))
+    assert worst(wide[:, 60:140], wanted) <= INTERPRETED[torch.float32]
+    assert (wide[:, :60] == 7).all()
+    assert (wide[:, 140:] == 7).all()
+    scattered = torch.zeros(8, 160)
+    scattered[:, ::2] = case.y
+    backend.forward(scattered[:, ::2], case.x, QKV, batch_of(case))
+    assert worst(scattered[:, ::2], wanted) <= INTERPRETED[torch.float32]
+
+
+def test_more_than_three_modules(small_blocks: None) -> None:
+    site = LoraSite(0, 48, ((0, 48), (48, 64), (64, 80), (80, 128)))
+    case = make_case([2, -1, 3], MIXED, site=site)
+    assert worst(forward(case), reference(case)) <= INTERPRETED[torch.float32]
+
+
+def test_float64_is_left_to_torch() -> None:
+    case = make_case(*SMALL, dtype=torch.float64)
+    assert worst(forward(case), reference(case)) <= 1e-12

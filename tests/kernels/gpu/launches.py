@@ -1,0 +1,219 @@
+"""Every launch of the GPU backend, recorded instead of run: the real launch functions on tensors without memory.
+
+What is compiled ahead of time is so what a device would compile, argument for argument: types, divisibility, constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tenora_kernels.gpu import backend, configs, launch, tables
+from tenora_kernels.gpu.context import GpuLora
+from tenora_kernels.layout import LoraSite, LoraTables
+
+_KERNELS = {
+    launch: ("shrink", "expand", "shrink_expand", "gemm_kernel", "lora_wgrad"),
+    tables: ("sort_rows", "find_tiles"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments that decide its machine code.
+
+    Attributes:
+        name: of the kernel.
+        label: what it was launched for.
+        kernel: the Triton function.
+        signature: type of each argument.
+        constants: value of each argument that is a constant.
+        divisible: indices of the arguments that are multiples of 16.
+        options: warps and stages.
+    """
+
+    name: str
+    label: str
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.label}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.name, self.signature, self.constants, self.divisible, self.options)
+
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Recorder:
+    """Stands in for a kernel: `recorder[grid](*args, **kwargs)` appends a `Launch`."""
+
+    def __init__(self, kernel: Any, label: str, log: list[Launch]) -> None:
+        self.kernel, self.label, self.log = kernel, label, log
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(size > 0 for size in grid), f"an empty grid for {self.kernel.__name__}"
+        return self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        signature, constants, divisible = {}, {}, []
+        values = dict(zip([p.name for p in self.kernel.params], args, strict=False)) | kwargs
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            signature[parameter.name], constant, aligned = _classify(value, parameter)
+            if constant:
+                constants[parameter.name] = value
+            if aligned:
+                divisible.append(i)
+        self.log.append(
+            Launch(
+                self.kernel.__name__,
+                self.label,
+                self.kernel,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple(divisible),
+                tuple(options.items()),
+            )
+        )
+
+
+def _classify(value: Any, parameter: Any) -> tuple[str, bool, bool]:
+    """(type, is constant, is a multiple of 16), as Triton's own specialisation has it."""
+    if parameter.is_constexpr:
+        return "constexpr", True, False
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype], False, True
+    assert isinstance(value, int)
+    assert not isinstance(value, bool)
+    if parameter.do_not_specialize:
+        return "i32", False, False
+    if value == 1:
+        return "constexpr", True, False
+    return "i32", False, value % 16 == 0
+
+
+@contextmanager
+def recording(label: str, arch: configs.Arch) -> Iterator[list[Launch]]:
+    """Launches of the block, recorded for `arch`."""
+    log: list[Launch] = []
+    with (
+        mock.patch.object(configs, "arch_of", return_value=arch),
+        mock.patch.object(configs, "interpreted", return_value=False),
+    ):
+        patches = [
+            mock.patch.object(module, name, Recorder(getattr(module, name), label, log))
+            for module, names in _KERNELS.items()
+            for name in names
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            yield log
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+@dataclass(frozen=True)
+class Model:
+    """Widths of one layer: q, k, v, o, gate, up, down."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def sites(self) -> dict[str, LoraSite]:
+        q, k, v, _, gate, up, _ = self.outputs
+        hidden = self.inputs[0]
+        return {
+            "qkv": LoraSite(0, hidden, ((0, q), (q, q + k), (q + k, q + k + v))),
+            "gate_up": LoraSite(4, hidden, ((0, gate), (gate, gate + up))),
+            "down": LoraSite(6, self.inputs[6], ((0, self.outputs[6]),)),
+        }
+
+
+LLAMA_8B = Model("8B", (4096,) * 6 + (14336,), (4096, 1024, 1024, 4096, 14336, 14336, 4096))
+ODD = Model("odd", (40,) * 6 + (72,), (40, 24, 24, 40, 72, 72, 40))  # nothing is a multiple of 16
+SMOL = Model("135M", (576,) * 6 + (1536,), (576, 192, 192, 576, 1536, 1536, 576))
+
+
+def _run(model: Model, site_name: str, max_rank: int, dtype: torch.dtype, rows: int, *, train: bool) -> None:
+    arena = torch.empty(1 << 20, dtype=dtype, device="meta")
+    grad = torch.empty(1 << 20, dtype=torch.float32, device="meta") if train else None
+    lora_tables = LoraTables.empty(arena, in_features=model.inputs, out_features=model.outputs, slots=64, grad=grad)
+    site = model.sites()[site_name]
+    x = torch.empty(rows, site.in_features, dtype=dtype, device="meta")
+    y = torch.empty(rows, site.slices[-1][1], dtype=dtype, device="meta")
+    batch = GpuLora(lora_tables, max_rows=rows, max_rank=max_rank).batch(
+        torch.empty(rows, dtype=torch.int32, device="meta")
+    )
+    if train:
+        dx = torch.empty(rows, site.in_features, dtype=torch.float32, device="meta")
+        backend.backward(y, x, site, batch, dx)
+        return
+    step = batch.step
+    if rows <= configs.DECODE_ROWS:
+        launch.launch_forward(y, x, site, step, fused=True)
+        launch.launch_forward(y, x, site, step, fused=False)
+        return
+    backend.forward(y, x, site, batch)
+    weight = torch.empty(y.shape[1], x.shape[1], dtype=dtype, device="meta")
+    if dtype != torch.float32:
+        backend.linear(x, weight, None, site, batch)
+
+
+EVERYTHING = ("sort_rows", "find_tiles", "shrink", "expand", "shrink_expand", "gemm_lora", "lora_wgrad")
+
+
+def _cases() -> Iterator[tuple[Model, str, int, torch.dtype, int, bool, tuple[str, ...]]]:
+    """(model, site, highest rank, type, rows, backward, kernels): every entry of the tables in `configs` once."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rank in (16, 64):
+        for rows in (32, 2048):
+            yield LLAMA_8B, "qkv", rank, bf16, rows, False, EVERYTHING
+        yield LLAMA_8B, "qkv", rank, bf16, 2048, True, EVERYTHING
+        yield SMOL, "qkv", rank, bf16, 32, False, EVERYTHING
+        yield SMOL, "qkv", rank, bf16, 2048, False, ("gemm_lora",)
+    yield LLAMA_8B, "down", 16, bf16, 32, False, ("shrink_expand",)  # most planes
+    for rows in (32, 2048):
+        yield ODD, "qkv", 16, bf16, rows, False, ("shrink", "expand", "shrink_expand")
+    for dtype in (fp16, fp32):
+        for rows in (32, 2048):
+            yield LLAMA_8B, "qkv", 64, dtype, rows, False, EVERYTHING
+        yield LLAMA_8B, "qkv", 64, dtype, 2048, True, EVERYTHING
+
+
+def all_launches(arch: configs.Arch) -> list[Launch]:
+    """Every kernel in every configuration of the tables, once each."""
+    found: dict[Any, Launch] = {}
+    for model, site, rank, dtype, rows, train, kernels in _cases():
+        kind = "backward" if train else "decode" if rows <= configs.DECODE_ROWS else "prefill"
+        label = f"{kind} {model.name} {site} r{rank} {str(dtype).removeprefix('torch.')}"
+        with recording(label, arch) as log:
+            _run(model, site, rank, dtype, rows, train=train)
+        for item in log:
+            if item.name in kernels:
+                found.setdefault(item.key, item)
+    launches = list(found.values())
+    assert len({item.title for item in launches}) == len(launches), "two configurations have one title"
+    return launches

@@ -1,0 +1,91 @@
+"""Every kernel in every configuration compiles for every architecture, within its budget. Needs no GPU.
+
+The interpreter accepts code that the compiler rejects; and a spill, or a register too many for four programs on a
+multiprocessor, costs more than most changes gain.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from tenora_kernels.gpu import configs
+from tests.bench.gpu import peers
+from tests.bench.gpu.peers import Sgmv
+from tests.kernels.gpu.aot import BUDGETS, TARGETS, compile_all, compile_launch, with_slack
+from tests.kernels.gpu.launches import EVERYTHING, Launch, Recorder, all_launches
+
+TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(BUDGETS.read_text())
+# Bytes of shared memory that one program may have, and registers and shared memory of one multiprocessor.
+LARGEST = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
+WHOLE = {"sm80": 167_936, "sm90": 233_472, "sm100": 233_472, "gfx942": 65_536}
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Triton keeps its output between runs; it knows by itself what has changed."""
+    kept = pytestconfig.cache
+    return tmp_path_factory.mktemp("triton") if kept is None else kept.mkdir("triton")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_everything_compiles_within_its_budget(arch: configs.Arch, cache: Path) -> None:
+    measured, budget = compile_all(arch, cache), TABLE[arch]
+    assert set(measured) == set(budget), "run `python -m tests.kernels.gpu.aot` and read the difference"
+    over = {
+        title: (taken, budget[title])
+        for title, taken in measured.items()
+        if any(taken[name] > budget[title][name] for name in taken)
+    }
+    assert not over, f"over budget (taken, budget): {over}"
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_budgets_are_ones_to_live_in(arch: configs.Arch) -> None:
+    for title, budget in TABLE[arch].items():
+        assert budget["shared"] <= LARGEST[arch], title
+        if "decode" in title:
+            assert budget["stack"] == 0, f"{title} spills"
+        if title.startswith("shrink_expand"):
+            # What `configs.grid_of_one_launch` counts on: so many programs on every multiprocessor at once.
+            resident = configs._RESIDENT[arch]
+            threads = 4 * TARGETS[arch].warp_size
+            registers = 65_536 if arch != "gfx942" else 4 * 512 * 64
+            assert budget["registers"] * threads * resident <= registers, title
+            assert (budget["shared"] + 1024) * resident <= WHOLE[arch], title
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_kernel_is_among_them(arch: configs.Arch) -> None:
+    launches = all_launches(arch)
+    assert {launch.name for launch in launches} == set(EVERYTHING)
+    assert {launch.title for launch in launches} == set(TABLE[arch])
+
+
+def test_a_budget_leaves_little() -> None:
+    assert with_slack({"registers": 96, "stack": 0, "shared": 100}) == {"registers": 104, "stack": 0, "shared": 100}
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_the_kernels_we_are_compared_with_compile(arch: configs.Arch) -> None:
+    launches: list[Launch] = []
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def indices(count: int) -> torch.Tensor:
+        return empty(count, dtype=torch.int32)
+
+    peer = Sgmv(empty(3, 8, 64, 4096), empty(3, 8, 4096, 64), indices(32), indices(9), indices(3), indices(3), 4)
+    with (
+        mock.patch.object(peers, "sgmv_shrink", Recorder(peers.sgmv_shrink, "peer", launches)),
+        mock.patch.object(peers, "sgmv_expand", Recorder(peers.sgmv_expand, "peer", launches)),
+    ):
+        peer.add(empty(32, 6144), empty(32, 4096), empty(3, 32, 64, dtype=torch.float32))
+    assert [launch.name for launch in launches] == ["sgmv_shrink", "sgmv_expand"]
+    for launch in launches:
+        assert compile_launch(launch, arch)["stack"] == 0

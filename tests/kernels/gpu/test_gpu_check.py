@@ -1,0 +1,123 @@
+"""`make gpu-check` as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bench.gpu import check, decode_loop, groups
+from tests.bench.gpu.protocol import DISTRIBUTIONS, LLAMA, Measurement, decode_cases, prefill_cases, spread
+from tests.bench.gpu.timing import summary
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_and_exits_3(repo_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.gpu.check"],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "There is no GPU" in done.stdout
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_distributions(distribution: str) -> None:
+    slots = Measurement(LLAMA[0], 64, distribution=distribution).slots()
+    assert slots == Measurement(LLAMA[0], 64, distribution=distribution).slots()
+    used = len(set(slots))
+    assert sorted(set(slots)) == list(range(used)), "slots must leave no gap"
+    wanted = {"distinct": (64, 64), "uniform": (8, 8), "identical": (1, 1), "zipf": (5, 40)}[distribution]
+    assert wanted[0] <= used <= wanted[1]
+
+
+def test_an_unknown_distribution_is_refused() -> None:
+    import random
+
+    with pytest.raises(ValueError, match="no distribution is called"):
+        spread("even", 4, random.Random(0))
+
+
+def test_the_protocol_is_complete() -> None:
+    decode, prefill = list(decode_cases()), list(prefill_cases())
+    names = [case.name for case in (*decode, *prefill)]
+    assert len(set(names)) == len(names)
+    assert {case.rows for case in decode} == {1, 8, 32, 64, 128, 256}
+    assert {case.rows for case in prefill} == {512, 2048, 8192, 2112}
+    assert {case.group.model for case in decode} == {"SmolLM2-135M", "Qwen3-0.6B", "Llama-3-8B"}
+    assert {case.ranks for case in decode} == {"16", "64", "8-64", "16+64"}
+    assert any(case.partial for case in decode)
+    assert sum(slot < 0 for slot in Measurement(LLAMA[0], 32, base_share=0.25).slots()) == 8
+
+
+def test_ranks_of_a_pool() -> None:
+    mixed = Measurement(LLAMA[0], 8, "8-64")
+    assert [mixed.rank_of(slot) for slot in range(5)] == [8, 16, 32, 64, 8]
+    odd = Measurement(LLAMA[0], 8, "16+64")
+    assert [odd.rank_of(slot) for slot in range(odd.pool())] == [16] * 8 + [64]
+    assert Measurement(LLAMA[0], 8, partial=True).module_ranks(0) == (16, 0, 0)
+
+
+def test_a_model_of_8b_and_its_adapters_have_their_size() -> None:
+    assert 13e9 < decode_loop.model_bytes() < 15e9
+    assert round(decode_loop.adapter_bytes() / 1e6, 1) == 83.9
+    assert Measurement(LLAMA[0], 1).true_bytes() == 2 * 16 * (3 * 4096 + 4096 + 1024 + 1024)
+    sites = decode_loop.sites()
+    assert [site.row for site in sites[1]] == [7, 10, 11, 13]
+    assert sites[0][2].slices == ((0, 14336), (14336, 28672))
+
+
+def test_what_is_reported() -> None:
+    case = Measurement(LLAMA[0], 32)
+    figures = groups.report(case, {"base": 10.0, "ours": 15.0, "sgmv": 20.0}, 3e12)
+    assert figures["ratio"] == {"base": 1.0, "ours": 1.5, "sgmv": 2.0}
+    assert figures["low_rank_gb_per_s"] == round(case.true_bytes() / 5e-6 / 1e9, 1)
+    assert groups.report(case, {"base": 10.0, "ours": 9.9}, 3e12)["low_rank_gb_per_s"] is None
+    assert summary([3.0, 1.0, 2.0]).median == 2.0
+
+
+class _Card:
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.commands: list[list[str]] = []
+
+    def run(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        return subprocess.CompletedProcess(command, self.status)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_it_measures_only_what_passed_the_tests(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = _Card(status)
+    loop = {
+        "rows": 1,
+        "distribution": "distinct",
+        "adapters": 1,
+        "ratio": 1.02,
+        "base_ms": 5.0,
+        "adapters_ms": 5.1,
+    }
+    report = {"card": "NVIDIA H100 80GB", "copy_gb_per_s": 3000.0, "decode_loop": [loop]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB")
+    monkeypatch.setattr(subprocess, "run", card.run)
+    monkeypatch.setattr(check, "measured", lambda name, seconds: report)
+    monkeypatch.chdir(tmp_path)
+    assert check.main([]) == status
+    assert "tests/kernels/gpu/test_cuda.py" in card.commands[0]
+    written = tmp_path / "gpu-nvidia-h100-80gb.json"
+    assert written.exists() == (status == 0)
+    if status == 0:
+        assert json.loads(written.read_text())["card"] == "NVIDIA H100 80GB"
+        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 |" in capsys.readouterr().out
