@@ -22,10 +22,10 @@ USABLE = [ ! -e $(UNFINISHED) ] && $(BIN)/python -m pip --version >/dev/null 2>&
 
 ARGS ?=
 
-.PHONY: help setup tools demo test lint fmt serve bench clean
+.PHONY: help setup tools demo test lint fmt serve bench bench-peers gpu-check clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with everything that developing needs (does nothing when nothing changed)
 	@:
@@ -85,10 +85,15 @@ fmt: setup ## format the code and fix what ruff can fix
 serve: setup ## start the service on this machine (ARGS="--port 8001")
 	@$(BIN)/tenora serve $(ARGS)
 
-bench: setup ## run the benchmarks, where there are any
-	@if [ -d tests/bench ]; then $(BIN)/python -m pytest tests/bench $(ARGS); \
-	else echo 'There are no benchmarks yet: tests/bench does not exist.'; fi
+bench: setup ## our own server against itself: adapters, ranks, slots, loading (ARGS="--help"; minutes)
+	@$(BIN)/python -m tests.bench.serving.cases $(ARGS)
+
+bench-peers: setup ## vLLM, PEFT and llama.cpp beside us, each in an environment of its own under .bench (an hour)
+	@$(BIN)/python -m tests.bench.peers all $(ARGS)
+
+gpu-check: setup ## the kernels' tests and benchmark on a GPU; exits 3 where there is none
+	@$(BIN)/python -m tests.bench.gpu.check $(ARGS)
 
 clean: ## remove .venv, the tools, caches and build outputs (the state in TENORA_HOME stays)
-	rm -rf $(VENV) $(TOOLS) .demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

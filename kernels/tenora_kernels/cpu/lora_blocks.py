@@ -23,7 +23,7 @@ from tenora_kernels.cpu.values import compiled
 MAX_BLOCK = 24
 """Rows that pass over A and Bᵀ together: they turn a read from memory into reads from the first cache."""
 
-MAX_LINES = 6
+MAX_LINES = 2
 """Cache lines fetched ahead per step at most; a core has some twenty requests under way."""
 
 SERIAL = 40_000

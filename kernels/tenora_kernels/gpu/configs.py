@@ -71,17 +71,19 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
     return next((d for d in (torch.float32, torch.float16) if d in dtypes), torch.bfloat16)
 
 
-def decode_tiles(bucket: int, columns: int, dtype: torch.dtype) -> Tiles:
+def decode_tiles(bucket: int, columns: int, dtype: torch.dtype, align: int) -> Tiles:
     """Tiles of `shrink_expand`, and of `shrink` and `expand` for small batches.
 
     Args:
         bucket: from `rank_bucket`.
         columns: of the site's widest module.
         dtype: from `widest`.
+        align: as in `DeviceTables`. Single elements take more registers to load than groups of 16 bytes.
     """
-    if dtype == torch.float32:
-        return Tiles(SMALL_TILE, 16, 64, 64, warps=4, stages=2)
-    return Tiles(SMALL_TILE, bucket, 128 if columns >= _WIDE else 64, 128, warps=4, stages=3)
+    if dtype == torch.float32 or align == 1:
+        return Tiles(SMALL_TILE, 16, 64, 32, warps=4, stages=2)
+    wide = columns >= _WIDE and dtype == torch.bfloat16
+    return Tiles(SMALL_TILE, bucket, 128 if wide else 64, 128, warps=4, stages=3)
 
 
 def prefill_tiles(bucket: int, dtype: torch.dtype) -> Tiles:

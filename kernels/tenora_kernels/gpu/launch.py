@@ -317,7 +317,7 @@ def launch_wgrad(grad: Tensor, dense: Tensor, site: LoraSite, step: Step, *, spl
 def _tiles(step: Step, columns: Columns, source: Tensor) -> Tiles:
     dtype = configs.widest(source.dtype, step.arena.dtype)
     if step.tiles is step.metadata.small:
-        return configs.decode_tiles(step.bucket, max(columns.widths), dtype)
+        return configs.decode_tiles(step.bucket, max(columns.widths), dtype, step.tables.align)
     return configs.prefill_tiles(step.bucket, dtype)
 
 

@@ -37,7 +37,8 @@ _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 def compile_launch(launch: Launch, arch: configs.Arch) -> dict[str, int]:
     """Registers, stack and shared memory of a program, in units of one thread and bytes.
 
-    On gfx942 registers are vector registers, and the stack is the private segment plus spilled registers.
+    On gfx942 registers are vector registers, and the stack is the private segment plus spilled vector registers; scalar
+    ones spill into vector registers, not into memory.
     """
     source = ASTSource(
         fn=launch.kernel,
@@ -72,8 +73,8 @@ def _hip(compiled: Any) -> dict[str, int]:
         assert found, name
         return int(found[1])
 
-    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return {"registers": field("vgpr_count"), "stack": field("private_segment_fixed_size") + spilled}
+    stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
+    return {"registers": field("vgpr_count"), "stack": stack}
 
 
 def compile_share(arch: configs.Arch, index: int, of: int) -> dict[str, dict[str, int]]:
@@ -115,15 +116,22 @@ def compile_all(arch: configs.Arch, cache: Path | None = None) -> dict[str, dict
     return result
 
 
-def with_slack(measured: dict[str, int]) -> dict[str, int]:
-    """A budget: registers may grow to the next multiple of 8 above 4 more; stack and shared memory not at all."""
-    return {**measured, "registers": min(512, (measured["registers"] + 4 + 7) // 8 * 8)}
+def with_slack(title: str, measured: dict[str, int]) -> dict[str, int]:
+    """A budget: registers may grow to the next multiple of 8 above 4 more; stack and shared memory not at all.
+
+    Where the number of programs on a multiprocessor hangs on them (`shrink_expand`), registers may not grow past 128.
+    """
+    registers = (measured["registers"] + 4 + 7) // 8 * 8
+    if title.startswith("shrink_expand") and measured["registers"] <= 128:
+        registers = min(128, registers)
+    return {**measured, "registers": registers}
 
 
 def write_budgets() -> None:
     """Measure everything and write the table: `python -m tests.kernels.gpu.aot`."""
     table = {
-        arch: {title: with_slack(measured) for title, measured in sorted(compile_all(arch).items())} for arch in TARGETS
+        arch: {title: with_slack(title, measured) for title, measured in sorted(compile_all(arch).items())}
+        for arch in TARGETS
     }
     lines = []
     for arch, rows in table.items():

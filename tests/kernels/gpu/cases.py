@@ -7,10 +7,31 @@ from torch import Tensor
 
 from tenora_kernels.gpu import backend
 from tenora_kernels.layout import LoraBatch, build_segments
-from tests.kernels.cases import TOLERANCE, Case
+from tenora_kernels.reference import add_lora_reference
+from tests.kernels.cases import PARTIAL, TOLERANCE, Case, shuffled
+
+MIXED = [[r] * 7 for r in (1, 4, 8, 16, 33, 64)]
+
+# Small enough for the interpreter, which takes milliseconds for every program.
+LAYOUTS = {
+    "mixed, a quarter base": (shuffled(40, 6, 1), MIXED),
+    "sorted run": (sorted(shuffled(40, 6, 2)), MIXED),
+    "one for all": ([4] * 17, MIXED),
+    "all distinct": ([5, 3, 1, 0, 4, 2], MIXED),
+    "all base": ([-1] * 9, MIXED),
+    "partial targets": (shuffled(32, 4, 3), PARTIAL),
+    "no module at all": ([3, 3, -1], PARTIAL),
+    "one row": ([2], MIXED),
+    "no rows": ([], MIXED),
+}
 
 # The interpreter truncates where a device rounds: one ulp of bf16 instead of half.
 INTERPRETED = {torch.float32: TOLERANCE[torch.float32], torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def reference(case: Case) -> Tensor:
+    """The float64 result of a case."""
+    return add_lora_reference(case.y, case.x, case.site, case.tables, case.slots)
 
 
 def batch_of(case: Case) -> LoraBatch:

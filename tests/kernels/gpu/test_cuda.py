@@ -11,9 +11,8 @@ from torch import Tensor
 from tenora_kernels.gpu import backend, launch
 from tenora_kernels.gpu.context import GpuLora, step_of
 from tenora_kernels.layout import LoraSite
-from tests.kernels.cases import DOWN, GATE_UP, QKV, TOLERANCE, Case, make_case, worst
-from tests.kernels.gpu.cases import batch_of, edit, forward
-from tests.kernels.test_add_lora import LAYOUTS, PARTIAL, reference, shuffled
+from tests.kernels.cases import DOWN, GATE_UP, PARTIAL, QKV, TOLERANCE, Case, make_case, shuffled, worst
+from tests.kernels.gpu.cases import LAYOUTS, batch_of, edit, forward, reference
 from tests.kernels.test_gradients import reference_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

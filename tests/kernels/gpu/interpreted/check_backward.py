@@ -9,8 +9,7 @@ from torch import Tensor
 from tenora_kernels.gpu import backend
 from tenora_kernels.layout import LoraSite
 from tests.kernels.cases import DOWN, QKV, Case, make_case, worst
-from tests.kernels.gpu.cases import INTERPRETED, batch_of
-from tests.kernels.test_add_lora import LAYOUTS, MIXED
+from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of
 from tests.kernels.test_gradients import reference_gradients
 
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)

@@ -10,8 +10,7 @@ from tenora_kernels.gpu import backend, configs, launch
 from tenora_kernels.gpu.context import step_of
 from tenora_kernels.layout import LoraSite
 from tests.kernels.cases import DOWN, GATE_UP, QKV, Case, make_case, make_tables, worst
-from tests.kernels.gpu.cases import INTERPRETED, batch_of, edit, forward
-from tests.kernels.test_add_lora import LAYOUTS, MIXED, reference
+from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of, edit, forward, reference
 
 MIX = LAYOUTS["mixed, a quarter base"]
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)

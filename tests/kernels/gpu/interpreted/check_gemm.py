@@ -11,8 +11,7 @@ from tenora_kernels.gpu.context import step_of
 from tenora_kernels.layout import LoraSite
 from tenora_kernels.reference import add_lora_reference
 from tests.kernels.cases import DOWN, QKV, Case, make_case, worst
-from tests.kernels.gpu.cases import INTERPRETED, batch_of
-from tests.kernels.test_add_lora import LAYOUTS, MIXED
+from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of
 
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
 TYPES = [torch.bfloat16, torch.float16]

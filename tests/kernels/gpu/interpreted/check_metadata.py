@@ -12,8 +12,7 @@ from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata
 from tenora_kernels.layout import LoraTables, build_segments
 from tests.kernels.cases import QKV, make_case, make_tables, worst
-from tests.kernels.gpu.cases import INTERPRETED
-from tests.kernels.test_add_lora import MIXED, reference
+from tests.kernels.gpu.cases import INTERPRETED, MIXED, reference
 
 CPU = torch.device("cpu")
 
