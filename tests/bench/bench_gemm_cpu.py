@@ -1,6 +1,6 @@
 """The packed product beside torch's, for the matrices of SmolLM2-135M: `python -m tests.bench.bench_gemm_cpu`.
 
-Weights come from memory, as in a model: each call takes the next of several copies. Medians; the ratio is torch to ours.
+Weights come from memory, as in a model: each call takes the next of several copies. Medians; ratios of torch to ours.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.bench.peers import __main__ as peers
 from tests.bench.peers import side_by_side, worker
 from tests.bench.peers.environments import ENVIRONMENTS, ready
 from tests.bench.peers.side_by_side import Result
-from tests.bench.serving import cases, fixture
+from tests.bench.serving import cases, fixture, quiet
 from tests.bench.serving.memory import memory
 
 ECHO = """
@@ -122,6 +123,22 @@ def test_memory_of_this_process() -> None:
     found = memory({"a": os.getpid()}, 0, adapter_bytes=2**20, kv_bytes=2**21)
     assert found["a_mib"] == found["total_mib"] > 20
     assert found["rest_beyond_float32_weights_mib"] == pytest.approx(found["total_mib"] - 3)
+
+
+def test_a_neighbour_is_noticed_and_a_child_is_not() -> None:
+    spin = "import time; end = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    with quiet.Quiet() as measured:
+        child = subprocess.Popen([sys.executable, "-c", spin])
+        time.sleep(1.0)
+        own = quiet.own_seconds() - measured._own
+    child.wait()
+    assert own > 0.2
+    assert measured.foreign >= 0
+    measured = quiet.Quiet()
+    with measured:
+        time.sleep(0.5)
+        measured._all -= 2.0  # as if others had taken two seconds
+    assert measured.foreign > 2.0
 
 
 def test_the_workers_need_nothing_of_ours(repo_root: Path) -> None:

@@ -56,7 +56,9 @@ def test_make_targets_exist(repo_root: Path) -> None:
     named = {words[1] for _, words in shell_lines(repo_root) if words[0] == "make"}
     assert {"demo", "test", "setup"} <= named
     assert named <= targets(repo_root)
-    inline = {name for document in DOCUMENTS for name in re.findall(r"`make ([\w-]+)", (repo_root / document).read_text())}
+    inline = {
+        name for document in DOCUMENTS for name in re.findall(r"`make ([\w-]+)", (repo_root / document).read_text())
+    }
     assert inline <= targets(repo_root)
 
 

@@ -145,8 +145,8 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="do not fit a batch of 2 rows"):
             add_lora(y, x, QKV, batch)
-    with pytest.raises(ValueError, match="slot 6 is not one of the tables' 6 slots"):
-        LoraBatch(tables, build_segments([6]))
+    with pytest.raises(ValueError, match="slot 7 is not one of the tables' 7 slots"):
+        LoraBatch(tables, build_segments([7]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

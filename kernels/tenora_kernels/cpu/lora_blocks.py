@@ -238,8 +238,9 @@ def forward_call(y, y_stride, x, x_stride, arena, wide, site, tables, segments, 
     # Small enough that every thread gets a few tasks, a whole number of tiles.
     blocks = (4 * threads + slices - 1) // slices
     tiles = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS
-    poke(record, BLOCK, min(MAX_BLOCK, max(1, tiles) * MAX_ROWS))
-    if threads > 1 and count * slices > 1 and _work(site, tables, segments) > SERIAL:
+    block = min(MAX_BLOCK, max(1, tiles) * MAX_ROWS)
+    poke(record, BLOCK, block)
+    if threads > 1 and (count * slices > 1 or rows > block) and _work(site, tables, segments) > SERIAL:
         call_parallel(run, job, record, threads)
     else:
         call(job, record)

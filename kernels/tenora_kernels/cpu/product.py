@@ -10,17 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types, uint16, uint32
+from numba import types, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tenora_kernels.cpu.tile import LANES, Vectors
 from tenora_kernels.cpu.values import to_float
 
-__all__ = [
-    "FEW_PANELS", "MAX_ROWS", "PANEL", "bytes_of", "dots_for_one", "dots_for_three", "expand", "expand_few", "multiply",
-    "multiply_few", "packed_entry", "peek",
-]  # fmt: skip
+__all__ = ["FEW_PANELS", "MAX_ROWS", "PANEL", "bytes_of", "multiply", "multiply_few", "packed_entry", "peek"]
 
 PANEL = 2 * LANES
 """Columns of the output that one panel of packed weights makes."""
@@ -192,97 +189,3 @@ out, out_step, add (0 overwrites), sample (uint32: pairs of bfloat16; float32).
 
 multiply_few = _make_multiply(range(1, 4), FEW_PANELS.__getitem__)
 """`multiply` for 1 to 3 rows and FEW_PANELS[rows] panels that lie one after the other."""
-
-
-def _make_expand(cases: range, panels_of: Callable[[int], int]) -> Any:
-    @intrinsic
-    def expand(typing, rows, s, s_step, b, b_step, depth, out, out_step, add, sample):
-        del typing
-        narrow = sample == uint16
-        signature = types.void(*[types.int64] * 9, sample)
-
-        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            count, s_at, s_step_value, b_at, b_step_value, depth_value, out_at, out_step_value, add_value = args[:9]
-            vector = _integer(LANES * (2 if narrow else 4))
-
-            def emit(rows: int) -> None:
-                code = _Loop(builder, rows, 2 * panels_of(rows))
-                starts = code.places(s_at, s_step_value, rows)
-                with cgutils.for_range(builder, depth_value) as loop:
-                    place = builder.add(b_at, builder.mul(loop.index, b_step_value))
-                    places = code.places(place, vector, 2 * panels_of(rows))
-                    weights = [code.vectors.load(place, narrow) for place in places]
-                    for row, start in enumerate(starts):
-                        code.add_product(row, builder.add(start, builder.mul(loop.index, _integer(4))), weights)
-                code.write(out_at, out_step_value, add_value)
-
-            _switch(builder, count, cases, emit)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return expand
-
-
-expand = _make_expand(range(1, MAX_ROWS + 1), lambda _: 1)
-"""out[i, 0:PANEL] (+)= Σ_j s[i, j] · b[j, 0:PANEL] for 1 to 6 rows; b as it lies, bfloat16 (uint16) or float32.
-
-Args: rows, s, s_step, b, b_step, depth, out, out_step, add (0 overwrites), sample.
-"""
-
-expand_few = _make_expand(range(1, 4), FEW_PANELS.__getitem__)
-"""`expand` for 1 to 3 rows and FEW_PANELS[rows] · PANEL columns."""
-
-
-def _make_dots(rows: int, many: int) -> Any:
-    @intrinsic
-    def dots(typing, x, x_step, a, a_step, depth, count, scale, out, out_step, sample):
-        del typing
-        narrow = sample == uint16
-        signature = types.void(*[types.int64] * 6, types.float32, *[types.int64] * 2, sample)
-
-        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            x_at, x_step_value, a_at, a_step_value, depth_value, count_value, factor, out_at, out_step_value = args[:9]
-            steps = builder.udiv(depth_value, _integer(LANES))
-
-            def emit(columns: int, first: Any) -> None:
-                code = _Loop(builder, rows, columns)
-                starts = code.places(x_at, x_step_value, rows)
-                lines = code.places(builder.add(a_at, builder.mul(first, a_step_value)), a_step_value, columns)
-                with cgutils.for_range(builder, steps) as loop:
-                    wide = builder.mul(loop.index, _integer(4 * LANES))
-                    offset = builder.mul(loop.index, _integer(2 * LANES)) if narrow else wide
-                    values = [code.vectors.load(builder.add(start, wide)) for start in starts]
-                    for column, line in enumerate(lines):
-                        weight = code.vectors.load(builder.add(line, offset), narrow)
-                        for row, value in enumerate(values):
-                            total = code.sums[row][column]
-                            builder.store(code.vectors.fma(value, weight, builder.load(total)), total)
-                for row, start in enumerate(code.places(out_at, out_step_value, rows)):
-                    for column in range(columns):
-                        number = code.vectors.fold(builder.load(code.sums[row][column]), builder.fadd)
-                        at = builder.add(start, builder.mul(builder.add(first, _integer(column)), _integer(4)))
-                        builder.store(builder.fmul(number, factor), builder.inttoptr(at, _FLOAT.as_pointer()))
-
-            blocks = builder.udiv(count_value, _integer(many))
-            with cgutils.for_range(builder, blocks) as loop:
-                emit(many, builder.mul(loop.index, _integer(many)))
-            done = builder.mul(blocks, _integer(many))
-            with cgutils.for_range(builder, builder.sub(count_value, done)) as loop:
-                emit(1, builder.add(done, loop.index))
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return dots
-
-
-dots_for_one = _make_dots(1, 8)
-"""out[0, j] = scale · Σ_k x[0, k] · a[j, k] for j < count.
-
-Args: x, x_step, a (bfloat16 as uint16, or float32, as it lies), a_step, depth (a multiple of LANES), count, scale, out,
-out_step, sample. The lanes' sums are added at the end, half against half.
-"""
-
-dots_for_three = _make_dots(3, 4)
-"""`dots_for_one` for 3 rows."""

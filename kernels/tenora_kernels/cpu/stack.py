@@ -144,12 +144,13 @@ class PackedStack:
         buffer_size = lowrank.ITEM_ROWS * _MAX_RANK
         buffers = torch.empty(self.team.size if lora is not None else 1, buffer_size)
         tables, pieces, base_rows = self._adapters(lora, rows)
+        numbers = np.arange(rows)
         record = np.array(
             (
                 rows, base_rows, len(self.layers), hidden, self.heads, self.kv_heads, self.head_dim, self.mlp,
                 ACTIVATIONS[self.activation], ids.data_ptr(), self.table.panels.data_ptr(), len(self.table.panels),
                 x.data_ptr(), normed.data_ptr(), qkv.data_ptr(), attended.data_ptr(), gate_up.data_ptr(),
-                buffers.data_ptr(), buffer_size * 4, self.final_norm.data_ptr(), len(pieces),
+                buffers.data_ptr(), buffer_size * 4, self.final_norm.data_ptr(), len(pieces), numbers.ctypes.data,
             ),
             dtype=np.int64,
         )  # fmt: skip

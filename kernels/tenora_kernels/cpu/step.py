@@ -15,7 +15,7 @@ from numba import float32
 from tenora_kernels.cpu import paged
 from tenora_kernels.cpu.activation import activate
 from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_block, row_blocks
-from tenora_kernels.cpu.lowrank import low_rank
+from tenora_kernels.cpu.lowrank import factor_of, low_rank
 from tenora_kernels.cpu.product import packed_entry, peek
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.values import FAST, compiled, load, store
@@ -25,12 +25,13 @@ __all__ = ["LAYER_SIZE", "MORE_PHASES", "PHASES_PER_LAYER", "STEP_SIZE", "run_st
 # Places in the array `step`. Addresses in bytes; buffers are float32 with rows of the sizes in brackets.
 (
     ROWS, BASE_ROWS, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, ACTIVATION,
-    IDS, TABLE, TABLE_PANELS, X, NORMED, QKV, ATTENDED, GATE_UP, BUFFERS, BUFFER_STEP, FINAL_NORM, ITEMS, STEP_SIZE,
-) = range(22)  # fmt: skip
+    IDS, TABLE, TABLE_PANELS, X, NORMED, QKV, ATTENDED, GATE_UP, BUFFERS, BUFFER_STEP, FINAL_NORM, ITEMS,
+    NUMBERS, STEP_SIZE,
+) = range(23)  # fmt: skip
 """X [hidden], NORMED [hidden], QKV, ATTENDED [q], GATE_UP [2 · mlp]; BUFFERS: one for each member.
 
 BASE_ROWS: rows before the first one that has an adapter; the rows from there on all have one. ITEMS: how many entries
-the array `adapted` has.
+the array `adapted` has. NUMBERS: int64 0, 1, … ROWS - 1.
 """
 
 # Places in a row of the array `layers`. A bias or a norm that does not exist is 0.
@@ -101,20 +102,27 @@ def _embed(control, step, sample):
 
 @compiled()
 def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, depth, out, out_step, add, buffer):
-    """Every adapted row's low-rank term for the modules of a group; `slices` int64 [n, 2]: first column and width."""
+    """Every adapted row's low-rank term for the modules of a group; `slices` int64 [n, 2]: first column and width.
+
+    A member claims its next task before it does the one at hand, whose arithmetic hides the fetching of that one's A.
+    """
     count = slices.shape[0]
     tasks = step[ITEMS] * count
-    while True:
-        task = claim(control, phase, tasks)
-        if task < 0:
-            break
-        item, j = task // count, task % count
-        slot, first, rows = adapted[item, 0], adapted[item, 1], adapted[item, 2]
+    task = claim(control, phase, tasks)
+    while task >= 0:
+        following = claim(control, phase, tasks)
+        ahead, ahead_size = 0, 0
+        if following >= 0:
+            rank, size, ahead = factor_of(lora, module + following % count, adapted[following // count, 0])
+            ahead_size = rank * size * depth
+        slot, first, rows = adapted[task // count]
+        column, width = slices[task % count]
         low_rank(
-            lora, module + j, slot, x + first * x_step, x_step, rows, depth,
-            out + first * out_step + slices[j, 0] * 4, out_step, slices[j, 1], add, buffer,
+            lora, module + task % count, slot, x, x_step, step[NUMBERS] + 8 * first, rows, depth, out + column * 4,
+            out_step, width, add, buffer, ahead, ahead_size,
         )  # fmt: skip
         complete(control, phase)
+        task = following
     join(control, phase, tasks)
 
 

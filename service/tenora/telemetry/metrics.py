@@ -157,7 +157,7 @@ class RequestTimer:
     last: float = 0.0
 
     def token(self, queue_seconds: float | None = None) -> None:
-        """Note that output arrived. `queue_seconds`: how long the request had waited for the engine to begin with it."""
+        """Note that output arrived. `queue_seconds`: how long the engine had let the request wait."""
         self.last = time.monotonic()
         if self.first is None:
             self.first = self.last

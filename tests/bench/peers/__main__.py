@@ -25,9 +25,10 @@ from tests.bench.peers.side_by_side import (
 )
 from tests.bench.peers.worker import WorkerError
 from tests.bench.serving.fixture import Base, default_threads, end_in_order, serve
+from tests.bench.serving.quiet import NOISY
 
 KINDS = {"distinct": (True,), "none": (False,), "both": (True, False)}
-COLUMNS = ("peer", "dtype", "streams", "adapters", "ratio", "peer tok/s", "tenora tok/s", "repeats")
+COLUMNS = ("peer", "dtype", "streams", "adapters", "ratio", "peer tok/s", "tenora tok/s", "repeats", "others")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -115,7 +116,8 @@ def cells(result: Result) -> tuple[Any, ...]:
     kind = "distinct" if result.adapters else "none"
     times = "extrapolated" if result.extrapolated else result.repeats
     rates = (f"{result.ratio:.2f}", f"{result.peer_tokens_per_s:.1f}", f"{result.tenora_tokens_per_s:.1f}")
-    return (result.peer, result.dtype, result.batch, kind, *rates, times)
+    others = f"{result.foreign_cores:.2f} cores" + (", NOISY" if result.foreign_cores > NOISY else "")
+    return (result.peer, result.dtype, result.batch, kind, *rates, times, others)
 
 
 def write(options: argparse.Namespace, plan: Plan, results: list[Result], failed: dict[str, str]) -> None:

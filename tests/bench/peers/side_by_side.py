@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tenora.cli.bench.subjects import write_random_adapter
 from tests.bench.peers.environments import gguf, python_of
 from tests.bench.peers.worker import Worker
 from tests.bench.serving.fixture import Base, Served
+from tests.bench.serving.quiet import Quiet
 
 PROBE_TOKENS = 4
 
@@ -54,6 +55,7 @@ class Result:
 
     Attributes:
         adapters: every row has one of its own; False is the base alone.
+        foreign_cores: cores that other programs kept busy meanwhile; above 0.1 the figures are noise.
         extrapolated: the peer is too slow to be waited for; its time was computed from two short runs.
     """
 
@@ -66,6 +68,7 @@ class Result:
     tenora_tokens_per_s: float
     repeats: int
     extrapolated: bool = False
+    foreign_cores: float = 0.0
 
     @property
     def row(self) -> dict[str, Any]:
@@ -143,8 +146,23 @@ def _compare(
     *,
     adapters: bool,
 ) -> Result:
-    """The peer and Tenora in turn, the same work each."""
+    """The peer and Tenora in turn, the same work each, and whether they had the machine to themselves."""
+    with Quiet() as quiet:
+        found = _in_turn(plan, served, names, worker, peer, dtype, batch, adapters=adapters)
+    return replace(found, foreign_cores=quiet.foreign)
 
+
+def _in_turn(
+    plan: Plan,
+    served: Served,
+    names: Sequence[str],
+    worker: Worker,
+    peer: str,
+    dtype: str,
+    batch: int,
+    *,
+    adapters: bool,
+) -> Result:
     def ask(new_tokens: int, seed: int) -> float:
         question = {"batch": batch, "adapters": adapters, "prompt_tokens": plan.prompt_tokens, "seed": seed}
         return float(worker.ask(new_tokens=new_tokens, **question)["seconds"])

@@ -31,6 +31,7 @@ from tests.bench.serving.fixture import (
 )
 from tests.bench.serving.forward import TransformersForward
 from tests.bench.serving.memory import memory
+from tests.bench.serving.quiet import NOISY, Quiet
 
 STREAMS = 32
 
@@ -268,11 +269,15 @@ def main(arguments: list[str]) -> int:
         for name in names:
             with contextlib.ExitStack() as stack:
                 run = Run(base, home / name, options.threads, options.repeats, options.registered, stack)
-                found = CASES[name](run)
+                with Quiet() as quiet:
+                    found = CASES[name](run)
+                found["foreign_cores"] = quiet.foreign
             report["cases"][name] = found
             print(f"{name}: {(CASES[name].__doc__ or '').splitlines()[0]}", flush=True)
             for label, value in found.items():
                 print(f"  {label:32} {value:.4g}" if isinstance(value, float) else f"  {label:32} {value}", flush=True)
+            if quiet.foreign > NOISY:
+                print(f"  NOISY: other programs kept {quiet.foreign:.2f} cores busy; measure again", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
