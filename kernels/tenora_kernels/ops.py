@@ -30,12 +30,12 @@ def select_backend(y: Tensor, x: Tensor, tables: LoraTables) -> Backend:
     Rank and shape choose further inside of each.
     """
     if y.is_cuda:
-        return gpu_backend() if x.dtype == y.dtype == tables.arena.dtype != torch.float64 else torch_backend
+        return torch_backend if accumulation_dtype(y.dtype, x.dtype, tables.arena.dtype) == torch.float64 else _triton()
     return lora if lora.supports(y, x, tables) else torch_backend
 
 
 @cache
-def gpu_backend() -> Backend:
+def _triton() -> Backend:
     """Imported when it is needed: Triton takes a second, and a machine without a GPU may lack it."""
     from tenora_kernels.gpu import backend  # noqa: PLC0415  # see above
 

@@ -210,7 +210,7 @@ def run_step(
         lora: int64 [lowrank.LORA_SIZE].
         adapted: int64 [n, 3]: slot, first row and number of rows (at most ITEM_ROWS) of a piece of the batch.
         qkv_slices, o_slices, gate_up_slices: int64 [modules, 2], first column and width. down has those of o.
-        call, slots, tables, items, panels: attention's, as `paged.attend_serially` takes them; `call` is copied.
+        call, slots, tables, items, panels: attention's, as `paged.attend_phases` takes them; `call` is copied.
         members: how many threads share the work.
         scale: of the scores.
         eps: of the norms.

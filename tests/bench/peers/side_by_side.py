@@ -176,8 +176,8 @@ def _in_turn(
     ask(PROBE_TOKENS, 0)  # the first one compiles and packs
     ours()
     short = ask(PROBE_TOKENS, 1)
-    longer = ask(2 * PROBE_TOKENS, 2)
-    step = max(0.0, (longer - short) / PROBE_TOKENS)
+    longer = ask(4 * PROBE_TOKENS, 2)
+    step = max(0.0, (longer - short) / (3 * PROBE_TOKENS))
     expected = short + step * (plan.new_tokens - PROBE_TOKENS)
     if expected > plan.limit:
         return Result(
