@@ -23,10 +23,10 @@ from tenora_kernels.cpu.values import compiled
 MAX_BLOCK = 24
 """Rows that pass over A and Bᵀ together: they turn a read from memory into reads from the first cache."""
 
-MAX_LINES = 2
+MAX_LINES = 4
 """Cache lines fetched ahead per step at most; a core has some twenty requests under way."""
 
-SERIAL = 40_000
+SERIAL = 150_000
 """Weights times rows (up to eight rows count as one) below which a second thread costs more than it saves."""
 
 # A call's record, int64; the counter of claimed tasks has a cache line for itself.

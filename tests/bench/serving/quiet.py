@@ -39,11 +39,11 @@ def busy_seconds() -> float:
 
 
 def own_seconds() -> float:
-    """Processor seconds of this process and all that descend from it and are still there."""
+    """Processor seconds of this process and all that descend from it, those included that ended and were waited for."""
     root = psutil.Process()
     total = 0.0
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            total += times.user + times.system
+            total += times.user + times.system + times.children_user + times.children_system
     return total
