@@ -156,15 +156,6 @@ def test_what_it_takes() -> None:
     assert not lora.supports(y.to("meta"), x.to("meta"), float32)
 
 
-def test_without_a_runtime_to_share_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    slots, ranks = LAYOUTS["long segments"]
-    case, other = make_case(slots, ranks), make_case(slots, ranks)
-    lora.forward(case.y, case.x, QKV, case.batch)
-    monkeypatch.setattr(lora, "gomp_parallel", lambda: 0)
-    lora.forward(other.y, other.x, QKV, other.batch)
-    assert torch.equal(case.y, other.y)
-
-
 def test_works_where_no_cache_can_be_written(tmp_path: Path, repo_root: Path) -> None:
     """A read-only installation run by a user without a home: it compiles for itself, and is right."""
     program = textwrap.dedent("""

@@ -7,18 +7,15 @@ the batch, nor their order, nor the number of threads change it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from numba import cfunc, types
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tenora_kernels.cpu.lora_backward import backward_call, input_tasks, weight_tasks
-from tenora_kernels.cpu.lora_blocks import BF16, F32, forward_call, forward_tasks
-from tenora_kernels.cpu.lora_threads import gomp_parallel
+from tenora_kernels.cpu import lora_backward, lora_blocks
+from tenora_kernels.cpu.lora_backward import input_job, weight_job
+from tenora_kernels.cpu.lora_blocks import RECORD_SIZE, forward_job, forward_tasks, plan_forward
+from tenora_kernels.cpu.team import Team
 from tenora_kernels.cpu.values import SAMPLES
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
@@ -47,14 +44,12 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
         site: the projection group.
         batch: tables and segments of this step; an arena of float32 or bfloat16.
     """
-    size, jobs = _jobs(y.dtype)
-    arena = batch.tables.arena
-    forward_call(
-        y.data_ptr(), y.stride(0) * size, x.data_ptr(), x.stride(0) * size,
-        arena.data_ptr(), arena.dtype == torch.float32,
-        site.record.address, batch.tables.record.address, batch.segments.record.address,
-        _threads(), gomp_parallel(), jobs[0],
-    )  # fmt: skip
+    record = _record(y, x, site, batch)
+    address, sample, team = record.ctypes.data, SAMPLES[y.dtype], Team.shared(torch.get_num_threads())
+    if plan_forward(address, team.size):
+        team.run(forward_job, 0, address, sample)
+    else:
+        forward_tasks(address, sample)
 
 
 def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor | None) -> None:
@@ -74,16 +69,19 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
     spans = ranks.max(axis=1).astype(np.int64)
     scratch = np.empty(2 * segments.adapted * int(spans.sum()), dtype=np.float32)
     identity = np.arange(int(spans.max()), dtype=np.int64)
-    size, jobs = _jobs(x.dtype)
-    arena, grad = tables.arena, tables.grad
-    backward_call(
-        dy.data_ptr(), dy.stride(0) * size, x.data_ptr(), x.stride(0) * size,
-        0 if dx is None else dx.data_ptr(), 0 if dx is None else dx.stride(0) * 4,
-        arena.data_ptr(), arena.dtype == torch.float32, 0 if grad is None else grad.data_ptr(),
-        site.record.address, tables.record.address, segments.record.address,
-        scratch.ctypes.data, spans.ctypes.data, identity.ctypes.data,
-        _threads(), gomp_parallel(), jobs[1], jobs[2],
-    )  # fmt: skip
+    record = _record(dy, x, site, batch)
+    record[lora_blocks.BLOCK] = lora_blocks.MAX_BLOCK
+    if dx is not None:
+        record[lora_backward.DX], record[lora_backward.DX_STRIDE] = dx.data_ptr(), dx.stride(0) * 4
+    if tables.grad is not None:
+        record[lora_backward.GRAD] = tables.grad.data_ptr()
+    record[lora_backward.SCRATCH] = scratch.ctypes.data
+    record[lora_backward.SPANS], record[lora_backward.IDENTITY] = spans.ctypes.data, identity.ctypes.data
+    team = Team.shared(torch.get_num_threads())
+    team.run(input_job, 0, record.ctypes.data, SAMPLES[x.dtype])
+    if tables.grad is not None:
+        record[lora_blocks.COUNTER] = 0
+        team.run(weight_job, 0, record.ctypes.data, SAMPLES[x.dtype])
 
 
 def warm_up(dtype: torch.dtype, *, train: bool = False) -> None:
@@ -106,54 +104,13 @@ def warm_up(dtype: torch.dtype, *, train: bool = False) -> None:
         backward(x, x, site, batch, torch.zeros(1, 2))
 
 
-def _threads() -> int:
-    return torch.get_num_threads() if gomp_parallel() else 1
-
-
-@functools.cache
-def _jobs(dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
-    """Bytes of an element, and the addresses of the code that each thread runs: forward and the backward phases."""
-    jobs = _FLOAT32 if dtype == torch.float32 else _BFLOAT16
-    return dtype.itemsize, tuple(_address(job) for job in jobs)
-
-
-def _address(function: Callable[..., Any]) -> int:
-    """Compile a job as a C function and keep it for the life of the process."""
-    signature = types.void(types.intp)
-    try:
-        code = cfunc(signature, nopython=True, cache=True)(function)
-    except RuntimeError:  # Numba knows of no directory that it may write to
-        code = cfunc(signature, nopython=True)(function)
-    _COMPILED.append(code)
-    return int(code.address)
-
-
-_COMPILED: list[Any] = []
-
-
-def _forward_float32(record: int) -> None:
-    forward_tasks(record, F32)
-
-
-def _forward_bfloat16(record: int) -> None:
-    forward_tasks(record, BF16)
-
-
-def _inputs_float32(record: int) -> None:
-    input_tasks(record, F32)
-
-
-def _inputs_bfloat16(record: int) -> None:
-    input_tasks(record, BF16)
-
-
-def _weights_float32(record: int) -> None:
-    weight_tasks(record, F32)
-
-
-def _weights_bfloat16(record: int) -> None:
-    weight_tasks(record, BF16)
-
-
-_FLOAT32 = (_forward_float32, _inputs_float32, _weights_float32)
-_BFLOAT16 = (_forward_bfloat16, _inputs_bfloat16, _weights_bfloat16)
+def _record(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> NDArray[np.int64]:
+    """What the compiled code reads; see the names in `lora_blocks`. 0 stands for what a call has not."""
+    record = np.zeros(RECORD_SIZE, dtype=np.int64)
+    arena, size = batch.tables.arena, x.dtype.itemsize
+    record[lora_blocks.Y : lora_blocks.BLOCK] = (
+        y.data_ptr(), y.stride(0) * size, x.data_ptr(), x.stride(0) * size,
+        arena.data_ptr(), arena.dtype == torch.float32,
+        site.record.address, batch.tables.record.address, batch.segments.record.address,
+    )  # fmt: skip
+    return record

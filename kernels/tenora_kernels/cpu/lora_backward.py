@@ -7,17 +7,12 @@ weights, dA += dSᵀ·X and dBᵀ += Sᵀ·dY, which are expands whose ranks and
 from __future__ import annotations
 
 from tenora_kernels.cpu.lora_blocks import (
-    ARENA,
     BF16,
-    BLOCK,
-    COUNTER,
     F32,
     I64,
-    MAX_BLOCK,
     SEGMENTS,
     SITE,
     TABLES,
-    WIDE,
     X_STRIDE,
     Y_STRIDE,
     X,
@@ -27,8 +22,7 @@ from tenora_kernels.cpu.lora_blocks import (
     shrink_rows,
     weights_of,
 )
-from tenora_kernels.cpu.lora_threads import call, call_parallel
-from tenora_kernels.cpu.lora_tile import LANES, fetch_add, peek, poke, size_of, stack
+from tenora_kernels.cpu.lora_tile import LANES, fetch_add, peek, size_of
 from tenora_kernels.cpu.values import compiled
 
 # Y and Y_STRIDE of the record are those of dY here; these come on top.
@@ -39,8 +33,6 @@ COLUMNS = 24 * LANES
 
 STEP = 24
 """Rows that the second phase sums before it adds them to the gradient."""
-
-_record = stack(24)
 
 
 @compiled()
@@ -159,34 +151,12 @@ def weight_tasks(record, sample):
 
 
 @compiled()
-def backward_call(
-    dy, dy_stride, x, x_stride, dx, dx_stride, arena, wide, grad, site, tables, segments, scratch, spans, identity,
-    threads, run, inputs, weights
-):  # fmt: skip
-    """Fill a call's record and run the two phases; 0 stands for a dx or a grad that nobody wants."""
-    record = _record()
-    poke(record, Y, dy)
-    poke(record, Y_STRIDE, dy_stride)
-    poke(record, X, x)
-    poke(record, X_STRIDE, x_stride)
-    poke(record, DX, dx)
-    poke(record, DX_STRIDE, dx_stride)
-    poke(record, ARENA, arena)
-    poke(record, WIDE, wide)
-    poke(record, GRAD, grad)
-    poke(record, SITE, site)
-    poke(record, TABLES, tables)
-    poke(record, SEGMENTS, segments)
-    poke(record, SCRATCH, scratch)
-    poke(record, SPANS, spans)
-    poke(record, IDENTITY, identity)
-    poke(record, BLOCK, MAX_BLOCK)
-    for phase in range(2):
-        job = inputs if phase == 0 else weights
-        poke(record, COUNTER, 0)
-        if phase == 1 and grad == 0:
-            continue
-        if threads > 1:
-            call_parallel(run, job, record, threads)
-        else:
-            call(job, record)
+def input_job(control, record, sample):
+    """`input_tasks` as a job of a `Team`."""
+    input_tasks(record, sample)
+
+
+@compiled()
+def weight_job(control, record, sample):
+    """`weight_tasks` as a job of a `Team`."""
+    weight_tasks(record, sample)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from tenora_kernels.cpu.lora_threads import call, call_parallel
 from tenora_kernels.cpu.lora_tile import (
     CACHE_LINE,
     LANES,
@@ -32,7 +31,8 @@ SERIAL = 150_000
 # A call's record, int64; the counter of claimed tasks has a cache line for itself.
 COUNTER, Y, Y_STRIDE, X, X_STRIDE, ARENA, WIDE, SITE, TABLES, SEGMENTS, BLOCK = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17
 
-_record, _scratch = stack(24), stack(STACK_FLOATS // 2)
+RECORD_SIZE = 24
+_scratch = stack(STACK_FLOATS // 2)
 
 I64, I32, F32, U8, BF16 = np.int64(0), np.int32(0), np.float32(0), np.uint8(0), np.uint16(0)
 
@@ -220,19 +220,15 @@ def _work(site, tables, segments):
 
 
 @compiled()
-def forward_call(y, y_stride, x, x_stride, arena, wide, site, tables, segments, threads, run, job):
-    """Fill a call's record and run its tasks, on the calling thread or on several."""
-    record = _record()
-    poke(record, COUNTER, 0)
-    poke(record, Y, y)
-    poke(record, Y_STRIDE, y_stride)
-    poke(record, X, x)
-    poke(record, X_STRIDE, x_stride)
-    poke(record, ARENA, arena)
-    poke(record, WIDE, wide)
-    poke(record, SITE, site)
-    poke(record, TABLES, tables)
-    poke(record, SEGMENTS, segments)
+def forward_job(control, record, sample):
+    """`forward_tasks` as a job of a `Team`; tasks are claimed from the record's own counter."""
+    forward_tasks(record, sample)
+
+
+@compiled()
+def plan_forward(record, threads):
+    """Cut a filled record's rows into blocks; tells whether several threads are worth waking."""
+    site, tables, segments = peek(record, SITE, I64), peek(record, TABLES, I64), peek(record, SEGMENTS, I64)
     slices, count = peek(site, 2, I64), peek(segments, 3, I64)
     rows = peek(peek(segments, 1, I64), count, I64)
     # Small enough that every thread gets a few tasks, a whole number of tiles.
@@ -240,7 +236,4 @@ def forward_call(y, y_stride, x, x_stride, arena, wide, site, tables, segments, 
     tiles = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS
     block = min(MAX_BLOCK, max(1, tiles) * MAX_ROWS)
     poke(record, BLOCK, block)
-    if threads > 1 and (count * slices > 1 or rows > block) and _work(site, tables, segments) > SERIAL:
-        call_parallel(run, job, record, threads)
-    else:
-        call(job, record)
+    return threads > 1 and (count * slices > 1 or rows > block) and _work(site, tables, segments) > SERIAL

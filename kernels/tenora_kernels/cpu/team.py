@@ -9,6 +9,7 @@ process on two cores a product took a scheduler's time slice, 8 ms, instead of 0
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def _close(control):
 class Team:
     """The calling thread and `size - 1` threads of its own, which sleep between jobs and end with the process.
 
-    `run` is for one thread at a time.
+    Any thread may call `run`. While one does, the jobs of others run on those others alone.
     """
 
     def __init__(self, size: int) -> None:
@@ -140,6 +141,13 @@ class Team:
         self._post = _Post()
         self._calls = [threading.Semaphore(0) for _ in range(size - 1)]
         self._started = False
+        self._busy = threading.Lock()
+
+    @staticmethod
+    @functools.cache
+    def shared(size: int) -> Team:
+        """The process's team of `size` members, for those who have no team of their own."""
+        return Team(size)
 
     def run(self, job: Callable[..., None], phases: int, *args: Any) -> None:
         """Run `job(control, *args)` on every member and return when all of it is done.
@@ -152,16 +160,22 @@ class Team:
         control = np.zeros(_FIRST + phases * _PHASE, dtype=np.int64)
         control[_OPEN] = 1
         address = control.ctypes.data
-        if self._calls:
-            if not self._started:
-                self._start()
-            self._post.job = (job, control, address, args)
-            for call in self._calls:
-                call.release()
+        helped = bool(self._calls) and self._busy.acquire(blocking=False)
         try:
+            if helped:
+                self._call((job, control, address, args))
             job(address, *args)
         finally:
             _close(address)
+            if helped:
+                self._busy.release()
+
+    def _call(self, job: tuple[Callable[..., None], Any, int, tuple[Any, ...]]) -> None:
+        if not self._started:
+            self._start()
+        self._post.job = job
+        for call in self._calls:
+            call.release()
 
     def _start(self) -> None:
         for number, call in enumerate(self._calls, 1):

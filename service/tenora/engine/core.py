@@ -119,7 +119,7 @@ class Engine:
         torch.set_num_threads(threads)
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device)
-        decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team(threads))
+        decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team.shared(threads))
         if decoder.stack is not None:
             decoder.stack.warm_up()
         return cls(decoder, settings, wake=wake)
