@@ -63,8 +63,19 @@ $(TOOLS)/bin/helm: deploy/tools/fetch_helm.py | $(READY)
 demo: setup ## the whole product in one run: serve, fine-tune on a sample file, compare base and adapter
 	@$(BIN)/python clients/demo/demo.py $(ARGS)
 
+# Two lanes when everything runs: the tests that compute, and the rest, which mostly wait for servers.
+COMPUTING := tests/kernels tests/model tests/training
+
 test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
+ifeq ($(strip $(ARGS)),)
+	@log=$$(mktemp); failed=0; \
+	$(BIN)/python -m pytest -p no:cacheprovider $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
+	$(BIN)/python -m pytest tests $(COMPUTING:%=--ignore=%) || failed=1; \
+	wait $$computing || failed=1; \
+	cat "$$log"; rm -f "$$log"; exit $$failed
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: setup tools ## ruff, mypy, import-linter, hadolint, helm
 	$(BIN)/ruff check .
