@@ -69,7 +69,7 @@ COMPUTING := tests/kernels tests/model tests/training
 test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
 ifeq ($(strip $(ARGS)),)
 	@log=$$(mktemp); failed=0; \
-	$(BIN)/python -m pytest -p no:cacheprovider $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/computing $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
 	$(BIN)/python -m pytest tests $(COMPUTING:%=--ignore=%) || failed=1; \
 	wait $$computing || failed=1; \
 	cat "$$log"; rm -f "$$log"; exit $$failed
