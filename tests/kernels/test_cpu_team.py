@@ -9,9 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from tenora_kernels.cpu.product import peek
 from tenora_kernels.cpu.team import Team, claim, complete, join
-from tenora_kernels.cpu.values import compiled
+from tenora_kernels.cpu.values import compiled, peek
 
 
 @compiled()

@@ -23,7 +23,7 @@ from tenora_kernels.cpu.team import Team
 from tenora_kernels.cpu.tile import MAX_ROWS, PANEL, PANELS
 from tenora_kernels.cpu.values import SAMPLES
 
-__all__ = ["AttentionPlan", "PagedStep", "Rope", "allocate_cache", "takes", "warm_up"]
+__all__ = ["UNLIMITED", "AttentionPlan", "PagedStep", "Rope", "allocate_cache", "takes", "warm_up"]
 
 _MOST_ROWS = 96  # of an item: 24 KiB of q and as much of sums stay in the second-level cache
 _ALONE_WORK = 250_000  # multiply-adds of the scores; below, waking the team costs more than it gains

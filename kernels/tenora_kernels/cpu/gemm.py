@@ -18,10 +18,21 @@ from torch import Tensor
 from tenora_kernels import memory
 from tenora_kernels.cpu.product import MAX_ROWS, PANEL, bytes_of, multiply, multiply_few, packed_entry
 from tenora_kernels.cpu.team import Team, claim, complete, join
-from tenora_kernels.cpu.tile import LANES
-from tenora_kernels.cpu.values import compiled, store
+from tenora_kernels.cpu.values import compiled, load, store
+from tenora_kernels.cpu.vectors import LANES
 
-__all__ = ["PANEL", "PackedMatrix", "group_of", "matmul", "multiply_block", "row_blocks", "unpack"]
+__all__ = [
+    "NARROW",
+    "PANEL",
+    "WIDE",
+    "PackedMatrix",
+    "group_of",
+    "matmul",
+    "multiply_rows",
+    "product_phase",
+    "row_blocks",
+    "unpack",
+]
 
 ROW_BLOCK = 96
 """Rows that share one pass over the weights: their inputs (K = 576: 216 KiB) stay in the second-level cache."""
@@ -71,14 +82,6 @@ class PackedMatrix:
     def padded(self) -> int:
         """N rounded up to whole panels: the columns that `multiply_block` writes."""
         return self.panels.shape[0] * PANEL
-
-    def unpack(self) -> Tensor:
-        """W as it was, [N, K], bfloat16 or float32."""
-        if not self.narrow:
-            return self.panels.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].contiguous()
-        halves = self.panels.view(torch.int16).view(-1, self.in_features, LANES, 2).permute(0, 3, 2, 1)
-        matrix = halves.reshape(-1, self.in_features)[: self.out_features].contiguous()
-        return matrix.view(torch.bfloat16)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` (int64 [T]) of W, float32 [T, K]: the lookup of an embedding that is also the head."""
@@ -130,22 +133,62 @@ def group_of(panels):
 
 
 @compiled()
-def _matmul_job(control, x, x_step, rows, w, panels, depth, out, out_step, sample):
+def _add_bias(bias, first, last, rows, out, out_step):
+    for row in range(rows):
+        at = out + row * out_step
+        for i in range(first, last):
+            store(at, i, load(at, i, float32(0)) + load(bias, i, float32(0)), float32(0))
+
+
+@compiled()
+def multiply_rows(
+    start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample
+):  # fmt: skip
+    """Some panels of x · Wᵀ + bias for the rows start … stop - 1; those from `fresh` on add to what is there."""
+    middle = min(max(fresh, start), stop)
+    for add in range(2):
+        low, high = (start, middle) if add == 0 else (middle, stop)
+        if low < high:
+            multiply_block(
+                x + low * x_step, x_step, high - low, w, first, last, panels, depth, out + low * out_step, out_step,
+                add, sample,
+            )  # fmt: skip
+    if bias != 0:
+        _add_bias(bias, first * PANEL, last * PANEL, stop - start, out + start * out_step, out_step)
+
+
+@compiled()
+def product_phase(control, phase, rows, fresh, x, x_step, w, panels, depth, out, out_step, bias, sample):
+    """A phase of a team's job: x · Wᵀ + bias for every row.
+
+    Args:
+        control, phase: see `team`.
+        rows: T.
+        fresh: rows before this one are written, the others added to what is there.
+        x, x_step: address and step in bytes of float32 [T, depth].
+        w: address of the first of `panels` packed panels.
+        out, out_step: of float32 [T, panels · PANEL].
+        bias: address of float32 [panels · PANEL]; 0 for none.
+        sample: NARROW or WIDE.
+    """
     group, blocks = group_of(panels), row_blocks(rows)
     groups = (panels + group - 1) // group
     tasks = blocks * groups
     while True:
-        task = claim(control, 0, tasks)
+        task = claim(control, phase, tasks)
         if task < 0:
             break
         block, first = task // groups, task % groups * group
         start, stop = rows * block // blocks, rows * (block + 1) // blocks
-        multiply_block(
-            x + start * x_step, x_step, stop - start, w, first, min(first + group, panels), panels, depth,
-            out + start * out_step, out_step, 0, sample,
-        )  # fmt: skip
-        complete(control, 0)
-    join(control, 0, tasks)
+        last = min(first + group, panels)
+        multiply_rows(start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample)
+        complete(control, phase)
+    join(control, phase, tasks)
+
+
+@compiled()
+def _matmul_job(control, x, x_step, rows, w, panels, depth, out, out_step, sample):
+    product_phase(control, 0, rows, rows, x, x_step, w, panels, depth, out, out_step, 0, sample)
 
 
 def matmul(x: Tensor, weight: PackedMatrix, team: Team) -> Tensor:

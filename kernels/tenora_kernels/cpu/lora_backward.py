@@ -22,8 +22,9 @@ from tenora_kernels.cpu.lora_blocks import (
     shrink_rows,
     weights_of,
 )
-from tenora_kernels.cpu.lora_tile import LANES, fetch_add, peek, size_of
-from tenora_kernels.cpu.values import compiled
+from tenora_kernels.cpu.lora_tile import fetch_add
+from tenora_kernels.cpu.values import compiled, peek, size_of
+from tenora_kernels.cpu.vectors import LANES
 
 # Y and Y_STRIDE of the record are those of dY here; these come on top.
 DX, DX_STRIDE, GRAD, SCRATCH, SPANS, IDENTITY = 18, 19, 20, 21, 22, 23

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tenora_kernels.cpu.lora_tile import (
-    CACHE_LINE,
-    LANES,
-    MAX_ROWS,
-    STACK_FLOATS,
-    expand,
-    fetch_add,
-    peek,
-    poke,
-    shrink,
-    size_of,
-    stack,
-)
-from tenora_kernels.cpu.values import compiled
+from tenora_kernels.cpu.lora_tile import CACHE_LINE, MAX_ROWS, STACK_FLOATS, expand, fetch_add, shrink, stack
+from tenora_kernels.cpu.values import compiled, peek, poke, size_of
+from tenora_kernels.cpu.vectors import LANES
 
 MAX_BLOCK = 24
 """Rows that pass over A and Bᵀ together: they turn a read from memory into reads from the first cache."""

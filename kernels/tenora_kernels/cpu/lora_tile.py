@@ -15,22 +15,10 @@ from numba import types, uint16
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tenora_kernels.cpu.tile import LANES, Vectors
 from tenora_kernels.cpu.values import to_float
+from tenora_kernels.cpu.vectors import LANES, Vectors, accumulators, float_at, integer, prefetch, switch
 
-__all__ = [
-    "CACHE_LINE",
-    "LANES",
-    "MAX_ROWS",
-    "STACK_FLOATS",
-    "expand",
-    "fetch_add",
-    "peek",
-    "poke",
-    "shrink",
-    "size_of",
-    "stack",
-]
+__all__ = ["CACHE_LINE", "MAX_ROWS", "STACK_FLOATS", "expand", "fetch_add", "shrink", "stack"]
 
 MAX_ROWS = 3
 """Rows of a tile: 3 times 4 accumulators, 3 operands of one side and 1 of the other fill the 16 registers of AVX2."""
@@ -42,26 +30,14 @@ _SHRINK_TILES = [(1, 8), (1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (3, 4),
 _EXPAND_TILES = [(1, 8), (1, 4), (1, 1), (1, 0), (2, 4), (2, 1), (2, 0), (3, 4), (3, 1), (3, 0)]
 
 _FLOAT, _HALF, _WORD, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_BYTES = ir.IntType(8).as_pointer()
 
 CACHE_LINE = 64
 
 
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _switch(builder: Any, first: Any, second: Any, cases: Iterable[tuple[int, int]], emit: Callable[..., None]) -> None:
-    """Run the code for the pair of numbers that `first` and `second` are at run time."""
-    done = builder.append_basic_block("tile.done")
-    switch = builder.switch(builder.add(builder.mul(first, _integer(16)), second), done)
-    for case in cases:
-        block = builder.append_basic_block(f"tile.{case[0]}.{case[1]}")
-        switch.add_case(_integer(case[0] * 16 + case[1]), block)
-        with builder.goto_block(block):
-            emit(*case)
-            builder.branch(done)
-    builder.position_at_end(done)
+def _switch(builder: Any, rows: Any, columns: Any, tiles: Iterable[tuple[int, int]], emit: Callable[..., None]) -> None:
+    """Run the code for the tile that `rows` and `columns` are at run time."""
+    number = builder.add(builder.mul(rows, integer(16)), columns)
+    switch(builder, number, [16 * tile[0] + tile[1] for tile in tiles], lambda case: emit(*divmod(case, 16)))
 
 
 class _Memory:
@@ -75,7 +51,7 @@ class _Memory:
 
     def at(self, start: Any, index: Any) -> Any:
         """The address of element `index`."""
-        return self.builder.add(start, self.builder.mul(index, _integer(self.size)))
+        return self.builder.add(start, self.builder.mul(index, integer(self.size)))
 
     def load(self, address: Any) -> Any:
         return self.vectors.load(address, self.narrow)
@@ -88,46 +64,22 @@ class _Memory:
         return self.builder.insert_element(ir.Constant(self.vectors.kind, None), value, ir.Constant(_WORD, 0))
 
     def store(self, value: Any, address: Any) -> None:
-        """Write a vector of float32, rounded to nearest even for bfloat16; what is not a number stays one."""
-        if not self.narrow:
-            self.vectors.store(value, address)
-            return
-        builder, integers = self.builder, self.vectors.integers
-
-        def constant(number: int) -> Any:
-            return ir.Constant(integers, [number] * self.vectors.lanes)
-
-        bits = builder.bitcast(value, integers)
-        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-        nearest = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
-        is_nan = builder.icmp_unsigned(">", builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F800000))
-        kind = ir.VectorType(_HALF, self.vectors.lanes)
-        half = builder.trunc(builder.select(is_nan, constant(0x7FC0), nearest), kind)
-        builder.store(half, builder.inttoptr(address, kind.as_pointer()), align=2)
+        self.vectors.store(value, address, self.narrow)
 
 
 def _rows(builder: Any, start: Any, stride: Any, index: Any, count: int) -> list[Any]:
     """Addresses of the rows that the int64 values at `index` name; `stride` is in bytes."""
     numbers = builder.inttoptr(index, _I64.as_pointer())
     return [
-        builder.add(start, builder.mul(builder.load(builder.gep(numbers, [_integer(i)])), stride)) for i in range(count)
+        builder.add(start, builder.mul(builder.load(builder.gep(numbers, [integer(i)])), stride)) for i in range(count)
     ]
 
 
-def _prefetch(builder: Any, ahead: Any, lines: Any, step: Any) -> None:
+def _fetch_lines(builder: Any, ahead: Any, lines: Any, step: Any) -> None:
     """Fetch the next `lines` cache lines of what lies at `ahead` into the cache; `step` counts the calls."""
-    kind = ir.FunctionType(ir.VoidType(), [_BYTES, _WORD, _WORD, _WORD])
-    name = "llvm.prefetch.p0" if getattr(_BYTES, "is_opaque", False) else "llvm.prefetch.p0i8"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    start = builder.add(ahead, builder.mul(builder.mul(step, lines), _integer(CACHE_LINE)))
+    start = builder.add(ahead, builder.mul(builder.mul(step, lines), integer(CACHE_LINE)))
     with cgutils.for_range(builder, lines) as loop:
-        place = builder.add(start, builder.mul(loop.index, _integer(CACHE_LINE)))
-        read, near, memory = (ir.Constant(_WORD, number) for number in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(place, _BYTES), read, near, memory])
-
-
-def _accumulators(builder: Any, zero: Any, rows: int, columns: int) -> list[list[Any]]:
-    return [[cgutils.alloca_once_value(builder, zero) for _ in range(columns)] for _ in range(rows)]
+        prefetch(builder, builder.add(start, builder.mul(loop.index, integer(CACHE_LINE))), near=True)
 
 
 def _sums(vectors: Vectors, values: list[Any]) -> Any:
@@ -172,9 +124,9 @@ def shrink(typing, rows, ranks, x, x_stride, index, a, depth, scale, out, out_st
 
         def tile(rows: int, ranks: int) -> None:
             zero = ir.Constant(vectors.kind, None)
-            sums = _accumulators(builder, zero, rows, ranks)
+            sums = accumulators(vectors, rows, ranks)
             x_rows = _rows(builder, x, x_stride, index, rows)
-            a_rows = [right.at(a, builder.mul(depth, _integer(j))) for j in range(ranks)]
+            a_rows = [right.at(a, builder.mul(depth, integer(j))) for j in range(ranks)]
 
             def step(k: Any, x_load: Any, a_load: Any) -> None:
                 values = [x_load(left.at(start, k)) for start in x_rows]
@@ -183,22 +135,22 @@ def shrink(typing, rows, ranks, x, x_stride, index, a, depth, scale, out, out_st
                     for i, value in enumerate(values):
                         builder.store(vectors.fma(value, weight, builder.load(sums[i][j])), sums[i][j])
 
-            whole = builder.udiv(depth, _integer(LANES))
+            whole = builder.udiv(depth, integer(LANES))
             with cgutils.for_range(builder, whole) as loop:
                 if rows == 1:
-                    _prefetch(builder, ahead, lines, loop.index)
-                step(builder.mul(loop.index, _integer(LANES)), left.load, right.load)
-            start = builder.mul(whole, _integer(LANES))
+                    _fetch_lines(builder, ahead, lines, loop.index)
+                step(builder.mul(loop.index, integer(LANES)), left.load, right.load)
+            start = builder.mul(whole, integer(LANES))
             with cgutils.for_range(builder, builder.sub(depth, start)) as loop:
                 step(builder.add(start, loop.index), left.first_lane, right.first_lane)
             for i in range(rows):
-                place = builder.add(out, builder.mul(out_stride, _integer(i)))
+                place = builder.add(out, builder.mul(out_stride, integer(i)))
                 for first in range(0, ranks, 4):
                     group = [builder.load(slot) for slot in sums[i][first : first + 4]]
                     total = _sums(vectors, group + [zero] * (4 - len(group)))
                     for j in range(len(group)):
                         value = builder.fmul(scale, builder.extract_element(total, ir.Constant(_WORD, j)))
-                        pointer = builder.inttoptr(builder.add(place, _integer(4 * (first + j))), _FLOAT.as_pointer())
+                        pointer = float_at(builder, builder.add(place, integer(4 * (first + j))))
                         builder.store(value, pointer)
 
         _switch(builder, rows, ranks, _SHRINK_TILES, tile)
@@ -228,23 +180,23 @@ def expand(
             lanes, columns = (LANES, width) if width else (1, 1)
             left, right = (_Memory(builder, kind == uint16, lanes) for kind in sig.args[-2:])
             vectors = left.vectors
-            sums = _accumulators(builder, ir.Constant(vectors.kind, None), rows, columns)
-            coefficients = [builder.add(s, builder.mul(s_row, _integer(i))) for i in range(rows)]
+            sums = accumulators(vectors, rows, columns)
+            coefficients = [builder.add(s, builder.mul(s_row, integer(i))) for i in range(rows)]
             with cgutils.for_range(builder, depth) as loop:
                 if rows == 1:
-                    _prefetch(builder, ahead, lines, loop.index)
+                    _fetch_lines(builder, ahead, lines, loop.index)
                 step, start = builder.mul(loop.index, s_step), builder.add(b, builder.mul(loop.index, b_stride))
                 values = []
                 for coefficient in coefficients:
-                    pointer = builder.inttoptr(builder.add(coefficient, step), _FLOAT.as_pointer())
-                    values.append(vectors.broadcast(builder.load(pointer)))
+                    value = builder.load(float_at(builder, builder.add(coefficient, step)))
+                    values.append(vectors.broadcast(value))
                 for c in range(columns):
-                    weight = right.load(right.at(start, _integer(c * lanes)))
+                    weight = right.load(right.at(start, integer(c * lanes)))
                     for i, value in enumerate(values):
                         builder.store(vectors.fma(value, weight, builder.load(sums[i][c])), sums[i][c])
             for i, row in enumerate(_rows(builder, y, y_stride, index, rows)):
                 for c in range(columns):
-                    place = left.at(row, _integer(c * lanes))
+                    place = left.at(row, integer(c * lanes))
                     left.store(builder.fadd(left.load(place), builder.load(sums[i][c])), place)
 
         _switch(builder, rows, width, _EXPAND_TILES, tile)
@@ -259,41 +211,9 @@ def fetch_add(typing: Any, address: Any) -> Any:
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, _integer(1), "monotonic")
+        return builder.atomic_rmw("add", pointer, integer(1), "monotonic")
 
     return types.int64(types.intp), codegen
-
-
-@intrinsic
-def peek(typing: Any, address: Any, index: Any, sample: Any) -> Any:
-    """Element `index` of the sample's type at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_value_type(signature.args[2])
-        return builder.load(builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]]))
-
-    return sample(types.intp, types.intp, sample), codegen
-
-
-@intrinsic
-def poke(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write int64 element `index` at an address."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[2], builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.int64), codegen
-
-
-@intrinsic
-def size_of(typing: Any, sample: Any) -> Any:
-    """Bytes of an element of the sample's type."""
-
-    def codegen(_context: Any, _builder: Any, signature: Any, _args: Any) -> Any:
-        return _integer(signature.args[0].bitwidth // 8)
-
-    return types.int64(sample), codegen
 
 
 def stack(words: int) -> Any:

@@ -6,8 +6,7 @@ import numpy as np
 from numba import float32, uint16
 
 from tenora_kernels.cpu.lora_blocks import expand_rows, shrink_rows
-from tenora_kernels.cpu.product import bytes_of, peek
-from tenora_kernels.cpu.values import compiled, store
+from tenora_kernels.cpu.values import compiled, peek, size_of, store
 
 __all__ = ["ITEM_ROWS", "LORA_SIZE", "factor_of", "low_rank"]
 
@@ -36,7 +35,7 @@ def _zero(out, out_step, rows, columns):
 
 @compiled()
 def _apply(x, x_step, index, rows, depth, a, b, rank, scale, out, out_step, width, buffer, ahead, ahead_size, sample):
-    size = bytes_of(sample)
+    size = size_of(sample)
     shrink_rows(
         x, x_step, index, rows, a, depth, rank, scale, buffer, b, rank * width * size, float32(0), sample
     )  # fmt: skip

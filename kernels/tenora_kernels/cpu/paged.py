@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import float32, types, uint16
-from numba.extending import intrinsic
+from numba import float32
 
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.tile import (
@@ -24,7 +20,7 @@ from tenora_kernels.cpu.tile import (
     weigh_pair,
     weigh_quad,
 )  # fmt: skip
-from tenora_kernels.cpu.values import FAST, compiled, load, rounded, store
+from tenora_kernels.cpu.values import FAST, compiled, load, rounded, size_of, store
 
 __all__ = ["CALL_SIZE", "KEY_BLOCK", "PHASES", "attend_job", "attend_phases", "workspace_floats"]
 
@@ -49,16 +45,6 @@ def workspace_floats(rows: int, dim: int) -> int:
     return rows * (2 * dim + KEY_BLOCK + 3) + 2 * KEY_BLOCK * dim
 
 
-@intrinsic
-def _size(typing: Any, sample: Any) -> Any:
-    """Bytes of the sample's type."""
-
-    def codegen(_context: Any, _builder: Any, signature: Any, _args: Any) -> Any:
-        return ir.Constant(ir.IntType(64), 2 if signature.args[0] == uint16 else 4)
-
-    return types.int64(sample), codegen
-
-
 @compiled(fastmath=FAST)
 def _inverse_norm(row, dim, eps, sample):
     """1 / √(mean(x²) + ε) of a row."""
@@ -79,7 +65,7 @@ def _prepare(row, token, head, call, eps, scale, target, sample):
     dim = call[DIM]
     if call[NORM] != 0:
         inverse = _inverse_norm(row, dim, eps, sample)
-        weight = call[NORM] + head * dim * _size(sample)
+        weight = call[NORM] + head * dim * size_of(sample)
         for i in range(dim):
             x = rounded(load(row, i, sample) * inverse, sample)
             store(target, i, rounded(x * load(weight, i, sample), sample), float32(0))
@@ -88,7 +74,7 @@ def _prepare(row, token, head, call, eps, scale, target, sample):
             store(target, i, load(row, i, sample), float32(0))
     if call[COS] != 0:
         half = dim // 2
-        cos, sin = call[COS] + token * dim * _size(sample), call[SIN] + token * dim * _size(sample)
+        cos, sin = call[COS] + token * dim * size_of(sample), call[SIN] + token * dim * size_of(sample)
         for i in range(half):
             a, b = load(target, i, float32(0)), load(target, half + i, float32(0))
             turned_a = rounded(b * load(sin, i, sample), sample)
@@ -105,7 +91,7 @@ def _prepare(row, token, head, call, eps, scale, target, sample):
 @compiled()
 def _write(token, head, slot, call, eps, buffer, sample):
     """Put the key and the value of one token and head into the cache."""
-    size, dim, block_size = _size(sample), call[DIM], call[BLOCK_SIZE]
+    size, dim, block_size = size_of(sample), call[DIM], call[BLOCK_SIZE]
     block, offset = slot // block_size, slot % block_size
     area = (block * call[KV_HEADS] + head) * dim * block_size
     at = token * call[STRIDE] + head * dim * size
@@ -136,7 +122,7 @@ def _find_panels(table, head, base, end, call, panels, packed, sample):
 
     panels int64 [3, 4]: addresses of the panels of keys, of values, and of keys of the next block (to fetch from).
     """
-    size, dim, block_size = _size(sample), call[DIM], call[BLOCK_SIZE]
+    size, dim, block_size = size_of(sample), call[DIM], call[BLOCK_SIZE]
     direct = block_size % PANEL == 0
     for panel in range(PANELS):
         first = base + panel * PANEL
@@ -188,7 +174,7 @@ def _weigh_rows(first, last, reach, keys, group, at, panels, call, sample):
     """Add the values of a block to the sums of the rows first … last - 1."""
     _, o, s, _, shrink = at
     dim, table = call[DIM], panels[1].ctypes.data
-    step, o_step, rows, column = call[DIM] * _size(sample), call[DIM] * 4, last - first, 0
+    step, o_step, rows, column = call[DIM] * size_of(sample), call[DIM] * 4, last - first, 0
     s_row, o_row, factor = s + first * KEY_BLOCK * 4, o + first * o_step, shrink + first * 4
     if rows <= 3:
         while rows == 1 and column + 64 <= dim:
@@ -237,7 +223,7 @@ def _attend_item(item, table, head, slots, call, scale, eps, at, panels, packed,
     """One key head of a run of queries of one sequence."""
     q, o, _, state, _ = at
     start, count, position = item
-    size, dim, group = _size(sample), call[DIM], call[HEADS] // call[KV_HEADS]
+    size, dim, group = size_of(sample), call[DIM], call[HEADS] // call[KV_HEADS]
     if call[WRITES_FIRST] == 0:
         _write(start, head, slots[start], call, eps, q, sample)
     rows = count * group

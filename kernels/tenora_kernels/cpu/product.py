@@ -14,10 +14,10 @@ from numba import types, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tenora_kernels.cpu.tile import LANES, Vectors
 from tenora_kernels.cpu.values import to_float
+from tenora_kernels.cpu.vectors import LANES, Vectors, accumulators, float_at, integer, multiply_add, prefetch, switch
 
-__all__ = ["FEW_PANELS", "MAX_ROWS", "PANEL", "bytes_of", "multiply", "multiply_few", "packed_entry", "peek"]
+__all__ = ["FEW_PANELS", "MAX_ROWS", "PANEL", "bytes_of", "multiply", "multiply_few", "packed_entry"]
 
 PANEL = 2 * LANES
 """Columns of the output that one panel of packed weights makes."""
@@ -28,32 +28,15 @@ MAX_ROWS = 6
 FEW_PANELS = {1: 4, 2: 2, 3: 2}
 """Panels at once for so few rows that one panel would leave the multipliers waiting for their own results."""
 
-_FLOAT, _WORD, _I64, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8)
-
-
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
 
 @intrinsic
-def bytes_of(typing: Any, sample: Any) -> Any:  # numba's own signature
-    """Bytes of one weight: 2 for a bfloat16, alone (uint16) or in a pair (uint32), 4 for a float32."""
+def bytes_of(typing: Any, sample: Any) -> Any:
+    """Bytes of one packed weight: 2 for one of a pair of bfloat16 (uint32), 4 for a float32."""
 
     def codegen(_context: Any, _builder: Any, signature: Any, _args: Any) -> Any:
-        return _integer(4 if signature.args[0] == types.float32 else 2)
+        return integer(4 if signature.args[0] == types.float32 else 2)
 
     return types.int64(sample), codegen
-
-
-@intrinsic
-def peek(typing: Any, address: Any, index: Any, sample: Any) -> Any:
-    """Element `index` of the sample's own type at `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_data_type(signature.args[2])
-        return builder.load(builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]]))
-
-    return sample(types.int64, types.int64, sample), codegen
 
 
 @intrinsic
@@ -63,12 +46,12 @@ def packed_entry(typing: Any, address: Any, line: Any, column: Any, sample: Any)
     def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
         start, line_value, column_value = args[:3]
         if signature.args[3] == types.float32:
-            at = builder.add(builder.mul(line_value, _integer(PANEL)), column_value)
-            return builder.load(builder.gep(builder.inttoptr(start, _FLOAT.as_pointer()), [at]))
+            at = builder.add(builder.mul(line_value, integer(PANEL)), column_value)
+            return builder.load(builder.gep(float_at(builder, start), [at]))
         # Column j is the low half of pair j, column LANES + j the high one: 16-bit element 2 j and 2 j + 1.
-        pair = builder.urem(column_value, _integer(LANES))
-        at = builder.add(builder.mul(pair, _integer(2)), builder.udiv(column_value, _integer(LANES)))
-        at = builder.add(at, builder.mul(line_value, _integer(PANEL)))
+        pair = builder.urem(column_value, integer(LANES))
+        at = builder.add(builder.mul(pair, integer(2)), builder.udiv(column_value, integer(LANES)))
+        at = builder.add(at, builder.mul(line_value, integer(PANEL)))
         half = ir.IntType(16)
         value = builder.load(builder.gep(builder.inttoptr(start, half.as_pointer()), [at]))
         return to_float(builder, value)
@@ -82,8 +65,7 @@ class _Loop:
     def __init__(self, builder: Any, rows: int, columns: int) -> None:
         self.builder = builder
         self.vectors = Vectors(builder)
-        zero = self.vectors.constant(0.0)
-        self.sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(columns)] for _ in range(rows)]
+        self.sums = accumulators(self.vectors, rows, columns)
 
     def places(self, start: Any, step: Any, count: int) -> list[Any]:
         """Addresses start, start + step, …"""
@@ -91,13 +73,6 @@ class _Loop:
         while len(found) < count:
             found.append(self.builder.add(found[-1], step))
         return found[:count]
-
-    def add_product(self, row: int, place: Any, weights: list[Any]) -> None:
-        """sums[row] += the float32 at `place` · weights."""
-        builder = self.builder
-        value = self.vectors.broadcast(builder.load(builder.inttoptr(place, _FLOAT.as_pointer())))
-        for weight, total in zip(weights, self.sums[row], strict=True):
-            builder.store(self.vectors.fma(value, weight, builder.load(total)), total)
 
     def packed(self, place: Any, narrow: bool) -> list[Any]:
         """The two vectors of a panel at one k.
@@ -107,20 +82,11 @@ class _Loop:
         """
         builder, vectors = self.builder, self.vectors
         if not narrow:
-            return [vectors.load(place), vectors.load(builder.add(place, _integer(4 * LANES)))]
+            return [vectors.load(place), vectors.load(builder.add(place, integer(4 * LANES)))]
         pairs = builder.load(builder.inttoptr(place, vectors.integers.as_pointer()), align=4)
         low = builder.shl(pairs, ir.Constant(vectors.integers, [16] * LANES))
         high = builder.and_(pairs, ir.Constant(vectors.integers, [0xFFFF0000] * LANES))
         return [builder.bitcast(half, vectors.kind) for half in (low, high)]
-
-    def prefetch(self, address: Any) -> None:
-        """Ask for a line in the second-level cache."""
-        builder = self.builder
-        pointer = builder.inttoptr(address, _BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
-        name = "llvm.prefetch.p0" if getattr(pointer.type, "is_opaque", False) else "llvm.prefetch.p0i8"
-        function = cgutils.get_or_insert_function(builder.module, kind, name)
-        builder.call(function, [pointer, ir.Constant(_WORD, 0), ir.Constant(_WORD, 2), ir.Constant(_WORD, 1)])
 
     def write(self, out: Any, out_step: Any, add: Any) -> None:
         """Store the sums at `out`; on top of what is there if `add`, an integer, is not 0."""
@@ -128,25 +94,12 @@ class _Loop:
         adds = builder.icmp_signed("!=", add, ir.Constant(add.type, 0))
         for start, totals in zip(self.places(out, out_step, len(self.sums)), self.sums, strict=True):
             for column, total in enumerate(totals):
-                place = builder.add(start, _integer(column * LANES * 4))
+                place = builder.add(start, integer(column * LANES * 4))
                 with builder.if_else(adds) as (then, otherwise):
                     with then:
                         vectors.store(builder.fadd(vectors.load(place), builder.load(total)), place)
                     with otherwise:
                         vectors.store(builder.load(total), place)
-
-
-def _switch(builder: Any, number: Any, cases: range, emit: Callable[[int], None]) -> None:
-    """Run the code that `emit` writes for `number`."""
-    done = builder.append_basic_block("cases.done")
-    switch = builder.switch(number, done)
-    for case in cases:
-        block = builder.append_basic_block(f"case.{case}")
-        switch.add_case(_integer(case), block)
-        with builder.goto_block(block):
-            emit(case)
-            builder.branch(done)
-    builder.position_at_end(done)
 
 
 def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
@@ -158,7 +111,7 @@ def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             count, x_at, x_step_value, w_at, depth_value, ahead_at, out_at, out_step_value, add_value = args[:9]
-            line = _integer(PANEL * (2 if narrow else 4))
+            line = integer(PANEL * (2 if narrow else 4))
 
             def emit(rows: int) -> None:
                 loop_code = _Loop(builder, rows, 2 * panels_of(rows))
@@ -166,13 +119,14 @@ def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
                 panels = loop_code.places(w_at, builder.mul(depth_value, line), panels_of(rows))
                 with cgutils.for_range(builder, depth_value) as loop:
                     offset = builder.mul(loop.index, line)
-                    loop_code.prefetch(builder.add(ahead_at, offset))
+                    prefetch(builder, builder.add(ahead_at, offset))
                     weights = [v for panel in panels for v in loop_code.packed(builder.add(panel, offset), narrow)]
-                    for row, start in enumerate(starts):
-                        loop_code.add_product(row, builder.add(start, builder.mul(loop.index, _integer(4))), weights)
+                    here = builder.mul(loop.index, integer(4))
+                    for start, sums in zip(starts, loop_code.sums, strict=True):
+                        multiply_add(loop_code.vectors, builder.add(start, here), weights, sums)
                 loop_code.write(out_at, out_step_value, add_value)
 
-            _switch(builder, count, cases, emit)
+            switch(builder, count, cases, emit)
             return context.get_dummy_value()
 
         return signature, codegen

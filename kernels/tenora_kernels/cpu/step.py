@@ -14,11 +14,11 @@ from numba import float32
 
 from tenora_kernels.cpu import paged
 from tenora_kernels.cpu.activation import activate
-from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_block, row_blocks
+from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_rows, product_phase, row_blocks
 from tenora_kernels.cpu.lowrank import factor_of, low_rank
-from tenora_kernels.cpu.product import packed_entry, peek
+from tenora_kernels.cpu.product import packed_entry
 from tenora_kernels.cpu.team import claim, complete, join
-from tenora_kernels.cpu.values import FAST, compiled, load, store
+from tenora_kernels.cpu.values import FAST, compiled, load, peek, store
 
 __all__ = ["LAYER_SIZE", "MORE_PHASES", "PHASES_PER_LAYER", "STEP_SIZE", "run_step"]
 
@@ -127,49 +127,6 @@ def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, de
 
 
 @compiled()
-def _add_bias(bias, first, last, rows, out, out_step):
-    for row in range(rows):
-        at = out + row * out_step
-        for i in range(first, last):
-            store(at, i, load(at, i, float32(0)) + load(bias, i, float32(0)), float32(0))
-
-
-@compiled()
-def _multiply(step, add, start, stop, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample):
-    """Some panels of a product for the rows start … stop - 1; `add`: onto what is there, as in any case where adapters
-    were."""
-    middle = stop if add else min(max(step[BASE_ROWS], start), stop)
-    for part in range(2):
-        low, high = (start, middle) if part == 0 else (middle, stop)
-        if low < high:
-            multiply_block(
-                x + low * x_step, x_step, high - low, w, first, last, panels, depth, out + low * out_step, out_step,
-                1 if add else part, sample,
-            )  # fmt: skip
-    if bias != 0:
-        _add_bias(bias, first * PANEL, last * PANEL, stop - start, out + start * out_step, out_step)
-
-
-@compiled()
-def _project(control, phase, step, add, x, x_step, w, panels, depth, out, out_step, bias, sample):
-    """out (+)= x · Wᵀ + bias."""
-    rows = step[ROWS]
-    group, blocks = group_of(panels), row_blocks(rows)
-    groups = (panels + group - 1) // group
-    tasks = blocks * groups
-    while True:
-        task = claim(control, phase, tasks)
-        if task < 0:
-            break
-        block, first = task // groups, task % groups * group
-        start, stop = rows * block // blocks, rows * (block + 1) // blocks
-        last = min(first + group, panels)
-        _multiply(step, add, start, stop, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample)
-        complete(control, phase)
-    join(control, phase, tasks)
-
-
-@compiled()
 def _gate_up(control, phase, step, w, bias, sample):
     """The gate's half of GATE_UP = act(gate) · up; a task makes the same columns of both."""
     rows, hidden, mlp = step[ROWS], step[HIDDEN], step[MLP]
@@ -185,8 +142,8 @@ def _gate_up(control, phase, step, w, bias, sample):
         start, stop = rows * block // blocks, rows * (block + 1) // blocks
         last = min(first + group, panels)
         for half in range(2):
-            _multiply(
-                step, False, start, stop, step[NORMED], x_step, w, half * panels + first, half * panels + last,
+            multiply_rows(
+                start, stop, step[BASE_ROWS], step[NORMED], x_step, w, half * panels + first, half * panels + last,
                 2 * panels, hidden, step[GATE_UP], out_step, bias, sample,
             )  # fmt: skip
         for row in range(start, stop):
@@ -233,9 +190,9 @@ def run_step(
                 control, phase + 1, step, lora, adapted, module, qkv_slices, normed, hidden * 4, hidden, step[QKV],
                 qkv_size * 4, False, buffer,
             )  # fmt: skip
-        _project(
-            control, phase + 2, step, False, normed, hidden * 4, layer[QKV_WEIGHT], qkv_size // PANEL, hidden,
-            step[QKV], qkv_size * 4, layer[QKV_BIAS], sample,
+        product_phase(
+            control, phase + 2, step[ROWS], step[BASE_ROWS], normed, hidden * 4, layer[QKV_WEIGHT], qkv_size // PANEL,
+            hidden, step[QKV], qkv_size * 4, layer[QKV_BIAS], sample,
         )  # fmt: skip
         own[paged.NORM], own[paged.WINDOW] = layer[QK_NORM], layer[WINDOW]
         own[paged.KEYS], own[paged.VALUES] = layer[KEYS], layer[VALUES]
@@ -245,8 +202,8 @@ def run_step(
                 control, phase + 5, step, lora, adapted, module + 3, o_slices, attended, q_size * 4, q_size, step[X],
                 hidden * 4, True, buffer,
             )  # fmt: skip
-        _project(
-            control, phase + 6, step, True, attended, q_size * 4, layer[O_WEIGHT], hidden // PANEL, q_size, step[X],
+        product_phase(
+            control, phase + 6, step[ROWS], 0, attended, q_size * 4, layer[O_WEIGHT], hidden // PANEL, q_size, step[X],
             hidden * 4, layer[O_BIAS], sample,
         )  # fmt: skip
         _norm(control, phase + 7, step, layer[MLP_NORM], eps)
@@ -261,8 +218,8 @@ def run_step(
                 control, phase + 10, step, lora, adapted, module + 6, o_slices, gate_up, 2 * mlp * 4, mlp, step[X],
                 hidden * 4, True, buffer,
             )  # fmt: skip
-        _project(
-            control, phase + 11, step, True, gate_up, 2 * mlp * 4, layer[DOWN_WEIGHT], hidden // PANEL, mlp, step[X],
+        product_phase(
+            control, phase + 11, step[ROWS], 0, gate_up, 2 * mlp * 4, layer[DOWN_WEIGHT], hidden // PANEL, mlp, step[X],
             hidden * 4, layer[DOWN_BIAS], sample,
         )  # fmt: skip
     _norm(control, _FIRST_PHASES + step[LAYERS] * PHASES_PER_LAYER, step, step[FINAL_NORM], eps)

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from tenora_kernels.cpu.values import compiled
 
-__all__ = ["Team", "claim", "complete"]
+__all__ = ["Team", "claim", "complete", "join"]
 
 # The control block: int64, a cache line (8) for each counter.
 _INSIDE, _OPEN, _FIRST = 0, 8, 16

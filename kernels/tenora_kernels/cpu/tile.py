@@ -7,19 +7,26 @@ tile: hence a row's result depends on nothing but its own sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types, uint16
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tenora_kernels.cpu.values import to_float
+from tenora_kernels.cpu.vectors import (
+    LANES,
+    Vectors,
+    accumulators,
+    float_at,
+    integer,
+    multiply_add,
+    prefetch,
+    switch,
+)  # fmt: skip
 
 __all__ = [
-    "LANES", "LOWEST", "MAX_ROWS", "PANEL", "PANELS", "Vectors", "score", "score_pair", "score_quad", "softmax",
+    "LOWEST", "MAX_ROWS", "PANEL", "PANELS", "score", "score_pair", "score_quad", "softmax",
     "weigh", "weigh_half", "weigh_pair", "weigh_quad",
 ]  # fmt: skip
 
@@ -32,137 +39,19 @@ PANELS = 4
 MAX_ROWS = 6
 """Rows that one step takes: 12 accumulators, 2 vectors of keys and 1 of queries fill the 16 registers of AVX2."""
 
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
-"""float32 values in a vector."""
-
 LOWEST = -1.0e30
 """The largest of no scores: finite, so that the difference of two of them is a number."""
 
 _FLOAT, _WORD, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
-class Vectors:
-    """Writes vector code of one width into a function that Numba is building."""
-
-    def __init__(self, builder: Any, lanes: int = LANES) -> None:
-        self.builder = builder
-        self.lanes = lanes
-        self.kind = ir.VectorType(_FLOAT, lanes)
-        self.integers = ir.VectorType(_WORD, lanes)
-
-    def load(self, address: Any, narrow: bool = False) -> Any:
-        """A vector from an address that need not be aligned to it."""
-        kind = ir.VectorType(ir.IntType(16), self.lanes) if narrow else self.kind
-        place = self.builder.inttoptr(address, kind.as_pointer())
-        return to_float(self.builder, self.builder.load(place, align=2 if narrow else 4))
-
-    def store(self, value: Any, address: Any) -> None:
-        """A vector to an address that need not be aligned to it."""
-        self.builder.store(value, self.builder.inttoptr(address, self.kind.as_pointer()), align=4)
-
-    def constant(self, value: float) -> Any:
-        """One number in every lane, known now."""
-        return ir.Constant(self.kind, [value] * self.lanes)
-
-    def broadcast(self, value: Any) -> Any:
-        """The same number in every lane."""
-        kind = ir.VectorType(value.type, self.lanes)
-        undefined = ir.Constant(kind, ir.Undefined)
-        first = self.builder.insert_element(undefined, value, ir.Constant(_WORD, 0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(self.integers, None))
-
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a · b + c, rounded once; llvmlite's own builder does it for scalars only."""
-        kind = ir.FunctionType(self.kind, [self.kind] * 3)
-        name = f"llvm.fma.v{self.lanes}f32"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
-
-    def larger(self, a: Any, b: Any) -> Any:
-        """The larger one in every lane; b where a is not a number."""
-        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
-
-    def fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
-        """One number from all the lanes, half against half."""
-        count = self.lanes
-        undefined = ir.Constant(self.kind, ir.Undefined)
-        while count > 1:
-            count //= 2
-            upper = [count + lane if lane < count else 0 for lane in range(self.lanes)]
-            moved = self.builder.shuffle_vector(value, undefined, ir.Constant(self.integers, upper))
-            value = combine(value, moved)
-        return self.builder.extract_element(value, ir.Constant(_WORD, 0))
-
-    def exp(self, x: Any) -> Any:
-        """e^x for x ≤ 88, within 2 ulp; 0 … 1.2e-38 below -87. Method and coefficients: Cephes (Moshier), expf.c."""
-        builder = self.builder
-        floor = self.constant(-87.0)
-        x = builder.select(builder.fcmp_ordered("<", x, floor), floor, x)
-        # Adding 1.5 · 2^23 leaves the nearest integer in the low bits.
-        magic = self.constant(12582912.0)
-        shifted = self.fma(x, self.constant(1.44269504088896341), magic)
-        power = builder.fsub(shifted, magic)
-        r = self.fma(power, self.constant(-0.693359375), x)
-        r = self.fma(power, self.constant(2.12194440e-4), r)
-        series = self.constant(1.9875691500e-4)
-        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            series = self.fma(series, r, self.constant(term))
-        series = builder.fadd(self.fma(builder.fmul(r, r), series, r), self.constant(1.0))
-        bits = builder.shl(builder.bitcast(shifted, self.integers), ir.Constant(self.integers, [23] * self.lanes))
-        # The low bits of 1.5 · 2^23 are zero, so the shift leaves n · 2^23: what makes 2^n of the exponent's 1.
-        two_to_n = builder.bitcast(builder.add(bits, ir.Constant(self.integers, [127 << 23] * self.lanes)), self.kind)
-        return builder.fmul(series, two_to_n)
-
-
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
 def _after(builder: Any, address: Any, size: int) -> Any:
-    return builder.add(address, _integer(size))
-
-
-def _float_at(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _FLOAT.as_pointer())
+    return builder.add(address, integer(size))
 
 
 def _table_entry(builder: Any, table: Any, index: int) -> Any:
     """An address from a table of addresses."""
     return builder.load(builder.inttoptr(_after(builder, table, 8 * index), _I64.as_pointer()))
-
-
-def _switch_rows(builder: Any, rows: Any, most: int, emit: Callable[[int], None]) -> None:
-    """Run the code for 1 … `most` rows that `rows` asks for."""
-    done = builder.append_basic_block("rows.done")
-    switch = builder.switch(rows, done)
-    for count in range(1, most + 1):
-        block = builder.append_basic_block(f"rows.{count}")
-        switch.add_case(_integer(count), block)
-        with builder.goto_block(block):
-            emit(count)
-            builder.branch(done)
-    builder.position_at_end(done)
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line in the second-level cache."""
-    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
-    name = "llvm.prefetch.p0" if getattr(pointer.type, "is_opaque", False) else "llvm.prefetch.p0i8"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    builder.call(function, [pointer, ir.Constant(_WORD, 0), ir.Constant(_WORD, 2), ir.Constant(_WORD, 1)])
-
-
-def _accumulators(vectors: Vectors, rows: int, columns: int) -> list[list[Any]]:
-    zero = vectors.constant(0.0)
-    return [[cgutils.alloca_once_value(vectors.builder, zero) for _ in range(columns)] for _ in range(rows)]
-
-
-def _multiply_add(vectors: Vectors, row: Any, weights: list[Any], accumulators: list[Any]) -> None:
-    """accumulators += the float at address `row` · weights."""
-    builder = vectors.builder
-    value = vectors.broadcast(builder.load(_float_at(builder, row)))
-    for weight, accumulator in zip(weights, accumulators, strict=True):
-        builder.store(vectors.fma(value, weight, builder.load(accumulator)), accumulator)
 
 
 def _rows_with(vectors_per_row: int) -> int:
@@ -194,27 +83,27 @@ def _make_score(width: int) -> Any:
             per_panel = PANEL // LANES
 
             def emit(rows: int) -> None:
-                accumulators = _accumulators(vectors, rows, per_panel * width)
-                starts = [builder.add(q_at, builder.mul(q_step, _integer(row))) for row in range(rows)]
+                sums = accumulators(vectors, rows, per_panel * width)
+                starts = [builder.add(q_at, builder.mul(q_step, integer(row))) for row in range(rows)]
                 panels = [_table_entry(builder, table, panel) for panel in range(width)]
                 ahead = [_table_entry(builder, table, PANELS + panel) for panel in range(width)]
                 with cgutils.for_range(builder, depth_value) as loop:
                     moved = builder.mul(loop.index, key_step)
                     weights = []
                     for panel, fetched in zip(panels, ahead, strict=True):
-                        _prefetch(builder, builder.add(fetched, builder.mul(loop.index, _integer(PANEL * item))))
+                        prefetch(builder, builder.add(fetched, builder.mul(loop.index, integer(PANEL * item))))
                         at = builder.add(panel, moved)
                         lanes = [_after(builder, at, c * LANES * item) for c in range(per_panel)]
                         weights += [vectors.load(lane, narrow) for lane in lanes]
-                    offset = builder.mul(loop.index, _integer(4))
-                    for start, row in zip(starts, accumulators, strict=True):
-                        _multiply_add(vectors, builder.add(start, offset), weights, row)
-                for index, row in enumerate(accumulators):
-                    place = builder.add(s_at, builder.mul(s_step, _integer(index)))
+                    offset = builder.mul(loop.index, integer(4))
+                    for start, row in zip(starts, sums, strict=True):
+                        multiply_add(vectors, builder.add(start, offset), weights, row)
+                for index, row in enumerate(sums):
+                    place = builder.add(s_at, builder.mul(s_step, integer(index)))
                     for column, accumulator in enumerate(row):
                         vectors.store(builder.load(accumulator), _after(builder, place, column * LANES * 4))
 
-            _switch_rows(builder, count, _rows_with(2 * width), emit)
+            switch(builder, count, range(1, _rows_with(2 * width) + 1), emit)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -250,7 +139,7 @@ def _make_weigh(width: int) -> Any:
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             emit = _Weighing(Vectors(builder, lanes), width // lanes, narrow, args)
-            _switch_rows(builder, args[0], _rows_with(max(2, width // 8)), emit)
+            switch(builder, args[0], range(1, _rows_with(max(2, width // 8)) + 1), emit)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -270,19 +159,19 @@ class _Weighing:
         vectors, builder = self._vectors, self._vectors.builder
         _, p_at, p_step, shrink_at, table, total, first, _, o_at, o_step = self._args[:10]
         lane_bytes = 4 * vectors.lanes
-        sums = _accumulators(vectors, rows, self._columns)
-        o_first = builder.add(o_at, builder.mul(first, _integer(4)))
+        sums = accumulators(vectors, rows, self._columns)
+        o_first = builder.add(o_at, builder.mul(first, integer(4)))
         places = []
         for index in range(rows):
-            row = builder.add(o_first, builder.mul(o_step, _integer(index)))
+            row = builder.add(o_first, builder.mul(o_step, integer(index)))
             places.append([_after(builder, row, c * lane_bytes) for c in range(self._columns)])
-            factor = vectors.broadcast(builder.load(_float_at(builder, _after(builder, shrink_at, 4 * index))))
+            factor = vectors.broadcast(builder.load(float_at(builder, _after(builder, shrink_at, 4 * index))))
             for place, total_place in zip(places[index], sums[index], strict=True):
                 builder.store(builder.fmul(vectors.load(place), factor), total_place)
-        starts = [builder.add(p_at, builder.mul(p_step, _integer(row))) for row in range(rows)]
-        panels = builder.sdiv(builder.add(total, _integer(PANEL - 1)), _integer(PANEL))
+        starts = [builder.add(p_at, builder.mul(p_step, integer(row))) for row in range(rows)]
+        panels = builder.sdiv(builder.add(total, integer(PANEL - 1)), integer(PANEL))
         with cgutils.for_range(builder, panels) as panel:
-            self._panel(builder.add(table, builder.mul(panel.index, _integer(8))), panel.index, starts, sums)
+            self._panel(builder.add(table, builder.mul(panel.index, integer(8))), panel.index, starts, sums)
         for row_places, row in zip(places, sums, strict=True):
             for place, total_place in zip(row_places, row, strict=True):
                 vectors.store(builder.load(total_place), place)
@@ -291,23 +180,23 @@ class _Weighing:
         """The values of one panel."""
         vectors, builder = self._vectors, self._vectors.builder
         total, first, value_step = self._args[5:8]
-        done = builder.mul(number, _integer(PANEL))
+        done = builder.mul(number, integer(PANEL))
         left = builder.sub(total, done)
-        count = builder.select(builder.icmp_signed("<", left, _integer(PANEL)), left, _integer(PANEL))
-        values = builder.add(_table_entry(builder, entry, 0), builder.mul(first, _integer(self._item)))
+        count = builder.select(builder.icmp_signed("<", left, integer(PANEL)), left, integer(PANEL))
+        values = builder.add(_table_entry(builder, entry, 0), builder.mul(first, integer(self._item)))
         line = PANEL * self._item
-        ahead = builder.add(_table_entry(builder, entry, PANELS), builder.mul(first, _integer(line)))
+        ahead = builder.add(_table_entry(builder, entry, PANELS), builder.mul(first, integer(line)))
         lane_bytes = vectors.lanes * self._item
         lines = max(1, self._columns * vectors.lanes // PANEL)
         with cgutils.for_range(builder, count) as key:
-            fetched = builder.add(ahead, builder.mul(key.index, _integer(line)))
+            fetched = builder.add(ahead, builder.mul(key.index, integer(line)))
             for number_of_line in range(lines):
-                _prefetch(builder, _after(builder, fetched, number_of_line * PANEL * line))
+                prefetch(builder, _after(builder, fetched, number_of_line * PANEL * line))
             at = builder.add(values, builder.mul(key.index, value_step))
             weights = [vectors.load(_after(builder, at, c * lane_bytes), self._narrow) for c in range(self._columns)]
-            moved = builder.mul(builder.add(done, key.index), _integer(4))
+            moved = builder.mul(builder.add(done, key.index), integer(4))
             for start, row in zip(starts, sums, strict=True):
-                _multiply_add(vectors, builder.add(start, moved), weights, row)
+                multiply_add(vectors, builder.add(start, moved), weights, row)
 
 
 weigh = _make_weigh(16)
@@ -333,24 +222,24 @@ def softmax(typing: Any, s: Any, panels: Any, first: Any, last: Any, state: Any,
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s_at, panel_count, first_value, last_value, state_at, shrink_at = args
         vectors = Vectors(builder)
-        steps = builder.mul(panel_count, _integer(PANEL // LANES))
+        steps = builder.mul(panel_count, integer(PANEL // LANES))
         low, high = (vectors.broadcast(builder.trunc(value, _WORD)) for value in (first_value, last_value))
         lane_numbers = ir.Constant(vectors.integers, list(range(LANES)))
         lowest = vectors.constant(LOWEST)
 
         def at_step(step: Any) -> tuple[Any, Any]:
             """The address of a vector of scores and which of its lanes count."""
-            number = builder.trunc(builder.mul(step, _integer(LANES)), _WORD)
+            number = builder.trunc(builder.mul(step, integer(LANES)), _WORD)
             numbers = builder.add(vectors.broadcast(number), lane_numbers)
             counts = builder.and_(builder.icmp_signed(">=", numbers, low), builder.icmp_signed("<", numbers, high))
-            return builder.add(s_at, builder.mul(step, _integer(4 * LANES))), counts
+            return builder.add(s_at, builder.mul(step, integer(4 * LANES))), counts
 
         largest = cgutils.alloca_once_value(builder, lowest)
         with cgutils.for_range(builder, steps) as loop:
             place, counts = at_step(loop.index)
             scores = builder.select(counts, vectors.load(place), lowest)
             builder.store(vectors.larger(scores, builder.load(largest)), largest)
-        m_place, sum_place = _float_at(builder, state_at), _float_at(builder, _after(builder, state_at, 4))
+        m_place, sum_place = float_at(builder, state_at), float_at(builder, _after(builder, state_at, 4))
         before = vectors.broadcast(builder.load(m_place))
         top = vectors.broadcast(vectors.fold(builder.load(largest), vectors.larger))
         now = vectors.larger(top, before)
@@ -365,7 +254,7 @@ def softmax(typing: Any, s: Any, panels: Any, first: Any, last: Any, state: Any,
         added = vectors.fold(builder.load(total), builder.fadd)
         builder.store(builder.extract_element(now, ir.Constant(_WORD, 0)), m_place)
         builder.store(builder.fadd(builder.fmul(builder.load(sum_place), factor), added), sum_place)
-        builder.store(factor, _float_at(builder, shrink_at))
+        builder.store(factor, float_at(builder, shrink_at))
         return context.get_dummy_value()
 
     return signature, codegen
