@@ -12,17 +12,15 @@ from torch import Tensor
 
 from tenora_kernels.cpu import lowrank, paged, step
 from tenora_kernels.cpu.activation import ACTIVATIONS
-from tenora_kernels.cpu.attention import PagedStep, Rope, allocate_cache
-from tenora_kernels.cpu.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul
+from tenora_kernels.cpu.attention import UNLIMITED, PagedStep, Rope, allocate_cache, takes
+from tenora_kernels.cpu.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul, unpack
 from tenora_kernels.cpu.team import Team
 from tenora_kernels.layout import LoraBatch
 
 __all__ = ["PackedLayer", "PackedStack", "packable"]
 
 _Integers = NDArray[np.int64]
-_UNLIMITED = 1 << 40
 _NO_PIECES: _Integers = np.zeros((0, 3), np.int64)
-_MAX_RANK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +60,14 @@ class PackedLayer:
         }  # fmt: skip
         for place, tensor in places.items():
             row[place] = 0 if tensor is None else tensor.data_ptr()
-        row[step.WINDOW] = _UNLIMITED if self.window is None else self.window
+        row[step.WINDOW] = UNLIMITED if self.window is None else self.window
         return row
 
 
 def packable(*, hidden: int, q_size: int, kv_size: int, mlp: int, head_dim: int, activation: str) -> bool:
     """Whether `PackedStack` takes a decoder of these sizes: every module has whole panels of PANEL columns."""
     whole = all(size % PANEL == 0 for size in (hidden, q_size, kv_size, mlp))
-    return whole and head_dim % 8 == 0 and activation in ACTIVATIONS
+    return whole and takes(torch.float32, head_dim) and activation in ACTIVATIONS
 
 
 @dataclass(slots=True)
@@ -141,9 +139,9 @@ class PackedStack:
         qkv_size = q_size + 2 * self.kv_heads * self.head_dim
         x, normed, attended = (torch.empty(rows, size) for size in (hidden, hidden, q_size))
         qkv, gate_up = torch.empty(rows, qkv_size), torch.empty(rows, 2 * self.mlp)
-        buffer_size = lowrank.ITEM_ROWS * _MAX_RANK
-        buffers = torch.empty(self.team.size if lora is not None else 1, buffer_size)
-        tables, pieces, base_rows = self._adapters(lora, rows)
+        tables, pieces, base_rows, rank = self._adapters(lora, rows)
+        buffer_size = lowrank.ITEM_ROWS * rank
+        buffers = torch.empty(self.team.size, buffer_size)
         numbers = np.arange(rows)
         record = np.array(
             (
@@ -176,8 +174,12 @@ class PackedStack:
         """Scores float32 [n, vocabulary] of hidden states [n, hidden]."""
         return matmul(hidden, self.head, self.team)
 
-    def warm_up(self) -> None:
-        """Compile, or read the compiled code from the cache on disk: seconds that the first request would wait."""
+    def warm_up(self, *, train: bool) -> None:
+        """Compile, or read the compiled code from the cache on disk: seconds that the first request would wait.
+
+        Args:
+            train: what gradients need, too.
+        """
         dim = self.head_dim
         caches = allocate_cache(1, 16, self.kv_heads, dim, torch.float32)
         rope = Rope(torch.ones(1, dim), torch.zeros(1, dim))
@@ -185,6 +187,8 @@ class PackedStack:
         everything = ((caches[0],) * count, (caches[1],) * count)
         hidden = self.run(torch.zeros(1, dtype=torch.int64), rope, PagedStep([0], [0, 1], [1], [[0]]), everything, None)
         self.logits(hidden)
+        if train:
+            unpack(self.layers[0].o, self.team)
 
     @staticmethod
     def takes(lora: LoraBatch | None) -> bool:
@@ -193,18 +197,19 @@ class PackedStack:
             return True
         segments = lora.segments
         whole = segments.first is not None and segments.first + segments.adapted == segments.rows
-        return whole and lora.tables.arena.dtype == torch.float32 and lora.tables.arrays.ranks.max() <= _MAX_RANK
+        return whole and lora.tables.arena.dtype == torch.float32
 
-    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[_Integers, _Integers, int]:
-        """The array `lora` of `lowrank`, the pieces of the batch, and the rows before the first adapted one."""
+    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[_Integers, _Integers, int, int]:
+        """The array `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
         if lora is None or not lora.segments.adapted:
-            return np.zeros(lowrank.LORA_SIZE, np.int64), _NO_PIECES, rows
+            return np.zeros(lowrank.LORA_SIZE, np.int64), _NO_PIECES, rows, 0
         if not self.takes(lora):
             raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
         segments, tables = lora.segments, lora.tables
         record = np.append(tables.record.values, tables.arena.data_ptr())
         first = segments.first or 0
-        return record, _pieces(segments.arrays.seg_ptr + first, segments.arrays.seg_slot), first
+        slots = segments.arrays.seg_slot
+        return record, _pieces(segments.arrays.seg_ptr + first, slots), first, int(tables.arrays.ranks[:, slots].max())
 
 
 def _pieces(bounds: _Integers, slots: _Integers) -> _Integers:

@@ -120,8 +120,7 @@ class Engine:
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device)
         decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team.shared(threads))
-        if decoder.stack is not None:
-            decoder.stack.warm_up()
+        decoder.warm_up(train=settings.role != "serve")
         return cls(decoder, settings, wake=wake)
 
     @property

@@ -20,7 +20,8 @@ from tenora.model.packed import PackedLinear
 from tenora.model.projection import LayerSites, Projection, lora_sites
 from tenora.model.rotary import Rotary, rotate
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu.attention import PagedStep, Rope
+from tenora_kernels.cpu import attention, lora
+from tenora_kernels.cpu.attention import PagedStep, Rope, takes
 from tenora_kernels.cpu.stack import PackedStack
 from tenora_kernels.cpu.team import Team
 
@@ -174,6 +175,21 @@ class Decoder(nn.Module):
     def rope(self, positions: Tensor, lengths: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Cos and sin [T, head_dim] for `ForwardContext.rope`; see `Rotary.table` for `lengths`."""
         return self.rotary.table(positions, lengths)
+
+    def warm_up(self, *, train: bool) -> None:
+        """Compile what the CPU's kernels do for this decoder, or read it from their cache, before a request waits for it.
+
+        Args:
+            train: what training needs, too.
+        """
+        if self.device.type != "cpu":
+            return
+        if self.stack is not None:
+            self.stack.warm_up(train=train)
+        elif takes(self.dtype, self.spec.head_dim):
+            attention.warm_up(self.dtype)
+        if train or self.stack is None:
+            lora.warm_up(self.dtype, train=train)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens [T]."""
