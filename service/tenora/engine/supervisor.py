@@ -165,8 +165,8 @@ def _private_directory() -> Path:
 
 async def _spawn(settings: Settings) -> asyncio.subprocess.Process:
     threads = str(settings.threads or available_cpus())
-    # OpenMP and Numba size their pools when they are imported, before the child could say how many threads it wants.
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    # OpenMP sizes its pool when it is imported, before the child could say how many threads it wants.
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
     # After each operation of torch its idle threads spin, by default for milliseconds, on cores that our own kernels
     # want next: a forward pass of 512 tokens took half as long again.
     environment.setdefault("GOMP_SPINCOUNT", "2000")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tenora.adapters.atomic import fsync
 from tenora.adapters.peft_format import write_adapter
 from tenora.errors import TrainingError
 from tenora.training.dataset import TokenizedDataset
@@ -91,9 +92,9 @@ def save_state(workdir: Path, optimizer: AdamW, progress: Progress, belongs_to: 
     temporary = Path(name)
     try:
         save_file(tensors, temporary, metadata=metadata)
-        _sync(temporary)
+        fsync(temporary)
         temporary.replace(workdir / "resume.safetensors")
-        _sync(workdir)
+        fsync(workdir)
     except SafetensorError as error:  # the library's own wrapping of a failed write
         raise OSError(f"The training state cannot be written: {error}") from error
     finally:
@@ -163,11 +164,3 @@ def prune_checkpoints(workdir: Path, best_step: int) -> None:
 
 def _tensors(optimizer: AdamW) -> dict[str, Tensor]:
     return {"weights": optimizer.weights, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
