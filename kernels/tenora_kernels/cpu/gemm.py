@@ -16,7 +16,7 @@ from numba import float32
 from torch import Tensor
 
 from tenora_kernels import memory
-from tenora_kernels.cpu.product import MAX_ROWS, PANEL, bytes_of, multiply, multiply_few, packed_entry
+from tenora_kernels.cpu.product import FEW_PANELS, MAX_ROWS, PANEL, bytes_of, multiply, multiply_few, packed_entry
 from tenora_kernels.cpu.team import Team, claim, complete, join
 from tenora_kernels.cpu.values import compiled, load, store
 from tenora_kernels.cpu.vectors import LANES
@@ -99,7 +99,7 @@ def multiply_block(x, x_step, rows, w, first, last, panels, depth, out, out_step
     size = depth * PANEL * bytes_of(sample)
     panel = first
     if rows <= 3:
-        many = 4 if rows == 1 else 2
+        many = FEW_PANELS[rows]
         while panel + many <= last:
             ahead = w + min(panel + many, panels - 1) * size
             multiply_few(

@@ -25,8 +25,8 @@ PANEL = 2 * LANES
 MAX_ROWS = 6
 """Rows that one call takes: 12 accumulators, 2 vectors of weights and 1 of x fill the 16 registers of AVX2."""
 
-FEW_PANELS = {1: 4, 2: 2, 3: 2}
-"""Panels at once for so few rows that one panel would leave the multipliers waiting for their own results."""
+FEW_PANELS = (0, 4, 2, 2)
+"""Panels at once for 1, 2 and 3 rows: so few that one panel would leave the multipliers waiting for their own results."""
 
 
 @intrinsic

@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return self.rotary.table(positions, lengths)
 
     def warm_up(self, *, train: bool) -> None:
-        """Compile what the CPU's kernels do for this decoder, or read it from their cache, before a request waits for it.
+        """Compile what the CPU's kernels do for this decoder, or read it from their cache: no request shall wait.
 
         Args:
             train: what training needs, too.
