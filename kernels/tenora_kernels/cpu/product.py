@@ -26,7 +26,7 @@ MAX_ROWS = 6
 """Rows that one call takes: 12 accumulators, 2 vectors of weights and 1 of x fill the 16 registers of AVX2."""
 
 FEW_PANELS = (0, 4, 2, 2)
-"""Panels at once for 1, 2 and 3 rows: so few that one panel would leave the multipliers waiting for their own results."""
+"""Panels at once for 1, 2 and 3 rows, with which one panel would leave the multipliers waiting for their results."""
 
 
 @intrinsic

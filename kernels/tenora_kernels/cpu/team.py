@@ -3,8 +3,8 @@
 A *job* is a compiled function that every member runs at the same time. It is a sequence of *phases*, each a number of
 equal tasks. A member claims the next task of a phase with an atomic counter, and leaves the phase when every task of it
 is done. Whoever comes late finds nothing left to claim: on a machine that is busy with other processes the members that
-do run do all the work. (Threads of OpenMP get fixed shares and spin until the slowest has done its own: beside one busy
-process on two cores a product took a scheduler's time slice, 8 ms, instead of 0.3.)
+do run do all the work. (Threads of OpenMP get fixed shares and spin until the slowest has done its own, which may be a
+scheduler's time slice later.)
 """
 
 from __future__ import annotations
