@@ -1,4 +1,4 @@
-"""The specification of the low-rank op: one token at a time, differentiable, float64 by default."""
+"""The specifications of the ops: one token at a time, in plain torch, float64 by default."""
 
 from __future__ import annotations
 
@@ -41,3 +41,53 @@ def add_lora_reference(
             shrunk = tables.a(row, slot).to(dtype) @ x[t].to(dtype)
             out[t, start:stop] += tables.scale(row, slot) * (shrunk @ tables.bt(row, slot).to(dtype))
     return out
+
+
+def write_pages(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Store new keys and values in a paged cache, row by row; a row with a negative slot stores nothing.
+
+    Args:
+        keys, values: [blocks, block_size, Hkv, D]; changed in place.
+        slots: int [rows], block · block_size + offset.
+        k, v: [rows, Hkv, D].
+    """
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, keys.shape[1])
+            keys[block, offset], values[block, offset] = k[row], v[row]
+
+
+def attend_pages(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    window: int | None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Attention of one new token per row to the last `window` keys of its context, row by row.
+
+    Args:
+        q: [rows, Hq, D]; query head h reads key head h // (Hq / Hkv).
+        keys, values: [blocks, block_size, Hkv, D].
+        tables: int [rows, width], the blocks of each row.
+        contexts: int [rows], keys of each row, the new token's own included; 0 gives zeros.
+        window: how many keys a token sees, itself included; None is all.
+        dtype: every operand is cast to it first.
+
+    Returns:
+        [rows, Hq · D] in the type of q.
+    """
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // keys.shape[2]
+    for row, context in enumerate(contexts.tolist()):
+        if context == 0:
+            continue
+        position = torch.arange(0 if window is None else max(0, context - window), context, device=q.device)
+        block, offset = tables[row][position // keys.shape[1]].long(), position % keys.shape[1]
+        k, v = (x[block, offset].to(dtype).repeat_interleave(group, dim=1) for x in (keys, values))
+        scores = torch.einsum("hd,shd->hs", q[row].to(dtype), k) / q.shape[2] ** 0.5
+        out[row] = torch.einsum("hs,shd->hd", scores.softmax(dim=1), v).to(q.dtype)
+    return out.flatten(1)

@@ -26,8 +26,10 @@ __all__ = [
     "PANEL",
     "WIDE",
     "PackedMatrix",
+    "add_bias",
     "group_of",
     "matmul",
+    "multiply_block",
     "multiply_rows",
     "product_phase",
     "row_blocks",
@@ -133,7 +135,8 @@ def group_of(panels):
 
 
 @compiled()
-def _add_bias(bias, first, last, rows, out, out_step):
+def add_bias(bias, first, last, rows, out, out_step):
+    """out[0:rows, first:last] += bias[first:last]."""
     for row in range(rows):
         at = out + row * out_step
         for i in range(first, last):
@@ -154,7 +157,7 @@ def multiply_rows(
                 add, sample,
             )  # fmt: skip
     if bias != 0:
-        _add_bias(bias, first * PANEL, last * PANEL, stop - start, out + start * out_step, out_step)
+        add_bias(bias, first * PANEL, last * PANEL, stop - start, out + start * out_step, out_step)
 
 
 @compiled()

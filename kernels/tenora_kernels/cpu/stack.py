@@ -15,6 +15,7 @@ from tenora_kernels.cpu.activation import ACTIVATIONS
 from tenora_kernels.cpu.attention import UNLIMITED, PagedStep, Rope, allocate_cache, takes
 from tenora_kernels.cpu.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul, unpack
 from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.workspace import Workspace
 from tenora_kernels.layout import LoraBatch
 
 __all__ = ["PackedLayer", "PackedStack", "packable"]
@@ -83,6 +84,7 @@ class PackedStack:
         layers: in order.
         final_norm: float32 [hidden].
         team: who computes.
+        workspace: buffers of training passes.
     """
 
     heads: int
@@ -96,6 +98,7 @@ class PackedStack:
     layers: Sequence[PackedLayer]
     final_norm: Tensor
     team: Team
+    workspace: Workspace = field(default_factory=Workspace, repr=False)
     _layers: _Integers = field(init=False, repr=False)
     _slices: tuple[_Integers, _Integers, _Integers] = field(init=False, repr=False)
     _keys: Sequence[Tensor] | None = field(init=False, repr=False, default=None)  # whose addresses `_layers` holds
@@ -169,6 +172,11 @@ class PackedStack:
             self.team.size, plan.scale, np.float32(self.eps), NARROW if self.table.narrow else WIDE,
         )  # fmt: skip
         return normed
+
+    @property
+    def records(self) -> _Integers:
+        """int64 [layers, step.LAYER_SIZE]: addresses of the layers' weights, for other jobs of the team."""
+        return self._layers
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 [n, vocabulary] of hidden states [n, hidden]."""

@@ -6,9 +6,6 @@ when the batch is a `GpuBatch`; a plain `LoraBatch` costs one copy of its tables
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +41,7 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     if not _runs(batch, y, x):
         torch_backend.forward(y, x, site, batch)
         return
-    with _on(y):
+    with launch.on(y):
         step, x = step_of(batch), _unit_stride(x)
         out = _unit_stride(y)
         for part in launch.parts(site):
@@ -73,7 +70,7 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
     if not _runs(batch, dy, x):
         torch_backend.backward(dy, x, site, batch, dx)
         return
-    with _on(dy):
+    with launch.on(dy):
         step, x, dy = step_of(batch), _unit_stride(x), _unit_stride(dy)
         for part in launch.parts(site):
             _backward(dy, x, part, step, dx, batch.tables.grad)
@@ -93,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, batch
         A new [T, out] tensor. No gradient flows through it.
     """
     if batch is not None and not _empty(batch) and fits_gemm(x, weight, site, batch):
-        with _on(x):
+        with launch.on(x):
             y = x.new_empty(x.shape[0], weight.shape[0])
             launch.launch_gemm(y, _unit_stride(x), weight, bias, site, step_of(batch))
             return y
@@ -146,8 +143,3 @@ def _runs(batch: LoraBatch, y: Tensor, x: Tensor) -> bool:
 
 def _unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the current device; make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

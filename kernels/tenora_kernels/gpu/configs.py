@@ -34,6 +34,16 @@ _ITEMS_PER_PROGRAM = 16
 """Up to so many work items per program, one launch is used: 32 rows of 32 adapters of an 8B model still are."""
 
 
+SPLIT_KEYS = 256
+"""Keys of a split of paged attention. A sequence of that length takes one program per key head and no second pass."""
+
+MAX_SPLITS = 32
+"""Splits of one sequence at most; a longer one has larger splits. Scratch memory is proportional to it."""
+
+_PAGED_PROGRAMS = 8192
+"""Programs of paged attention at most, about: one that finds nothing to do still costs a few nanoseconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """Block sizes of a kernel: rows bm, ranks rb, columns bn, inputs bk; 0 where the kernel has no such loop."""
@@ -111,6 +121,35 @@ def wgrad_tiles(bucket: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 16, 64, 0, warps=4, stages=2)
     return Tiles(32, bucket, 128, 0, warps=4, stages=2)
+
+
+def paged_tiles(group: int, dim: int, dtype: torch.dtype, arch: Arch) -> Tiles:
+    """Tiles of `paged_decode`: bm query heads of a key head, bn keys per step, bk columns of a head.
+
+    Of five stages two hold keys and values; the others prefetch the block tables that say where these lie.
+
+    Args:
+        group: query heads of a key head.
+        dim: of a head.
+        dtype: of the cache.
+        arch: of the device.
+    """
+    bm, bd = (max(16, 1 << (size - 1).bit_length()) for size in (group, dim))
+    bn = 64
+    for costly in (dtype == torch.float32, bd > 128, bm > 16):
+        bn //= 1 + costly
+    stages = 2 if arch == "gfx942" else 3 if dtype == torch.float32 else 5
+    return Tiles(bm, 0, max(16, bn), bd, warps=4, stages=stages)
+
+
+def programs_per_row(most: int, rows: int) -> int:
+    """Programs of `paged_decode` that share the splits of a row and key head; changes no bit of the result.
+
+    Args:
+        most: splits that a row can have.
+        rows: rows times key heads.
+    """
+    return min(most, max(4, _PAGED_PROGRAMS // rows))
 
 
 def interpreted(device: torch.device) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +68,11 @@ class Columns:
     def blocks(self, size: int) -> int:
         """Blocks of `size` columns, none spanning two modules."""
         return sum(-(-w // size) for w in self.widths)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the current device; make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def parts(site: LoraSite) -> Iterator[LoraSite]:

@@ -20,7 +20,7 @@ from tenora.model.packed import PackedLinear
 from tenora.model.projection import LayerSites, Projection, lora_sites
 from tenora.model.rotary import Rotary, rotate
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu import attention, lora
+from tenora_kernels.cpu import attention, layers, lora, losses
 from tenora_kernels.cpu.attention import PagedStep, Rope, takes
 from tenora_kernels.cpu.stack import PackedStack
 from tenora_kernels.cpu.team import Team
@@ -186,6 +186,9 @@ class Decoder(nn.Module):
             return
         if self.stack is not None:
             self.stack.warm_up(train=train)
+            if train and layers.takes(self.stack, None):
+                layers.warm_up(self.stack)
+                losses.warm_up(self.stack)
         elif takes(self.dtype, self.spec.head_dim):
             attention.warm_up(self.dtype)
         if train or self.stack is None:

@@ -1,4 +1,4 @@
-"""Paged attention on CUDA: one call of torch's flash attention for the whole step.
+"""Paged attention on CUDA for chunks of prompts: one call of torch's flash attention for all of a step's.
 
 Pages are read in place by the kernels that can (flash attention 3 and later, once it is activated with
 `torch.nn.attention.activate_flash_attention_impl`); torch's own flash attention 2 takes no block tables, so there the
@@ -16,6 +16,7 @@ from torch.nn import attention as flash
 from torch.nn.attention.varlen import varlen_attn
 
 from tenora.model.cache import KVCache
+from tenora.model.transfer import to_device
 
 __all__ = ["VarlenAttention"]
 
@@ -40,11 +41,10 @@ class VarlenAttention:
     ) -> None:
         self._cache = cache
         self._slot_mapping = slot_mapping
-        device = slot_mapping.device
         self._longest_query = max((stop - start for start, stop in pairwise(query_start)), default=0)
         self._longest_context = max(context_lens, default=0)
-        self._query_start = torch.tensor(query_start, dtype=torch.int32, device=device)
-        self._contexts = torch.tensor(context_lens, dtype=torch.int32, device=device)
+        self._query_start = to_device(torch.tensor(query_start, dtype=torch.int32), slot_mapping.device)
+        self._contexts = to_device(torch.tensor(context_lens, dtype=torch.int32), slot_mapping.device)
         self._block_tables = block_tables.int()
         self._paged = flash.current_flash_attention_impl() in _PAGED
         self._gathered: Tensor | None = None
@@ -85,9 +85,9 @@ class VarlenAttention:
         ends = contexts.cumsum(0)
         sequence = torch.arange(len(contexts)).repeat_interleave(contexts)
         position = torch.arange(len(sequence)) - (ends - contexts)[sequence]
-        sequence, position = sequence.to(device), position.to(device)
+        sequence, position = to_device(sequence, device), to_device(position, device)
         self._gathered = self._block_tables[sequence, position // size].long() * size + position % size
-        self._key_start = torch.cat((ends.new_zeros(1), ends)).int().to(device)
+        self._key_start = to_device(torch.cat((ends.new_zeros(1), ends)).int(), device)
 
 
 def _rows(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:

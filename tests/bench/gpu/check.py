@@ -18,6 +18,13 @@ import torch
 import triton
 
 NO_GPU = 3
+TESTS = (
+    "tests/kernels/gpu/test_cuda.py",
+    "tests/kernels/gpu/test_cuda_paged.py",
+    "tests/kernels/test_add_lora.py",
+    "tests/kernels/test_gradients.py",
+    "tests/engine/test_decode_graphs.py",
+)
 REPO = Path(__file__).resolve().parents[3]
 
 
@@ -29,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_GPU
     card = torch.cuda.get_device_name()
     print(f"Testing on {card}.", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/gpu/test_cuda.py", "tests/kernels/test_add_lora.py"]
-    status = subprocess.run([*command, "tests/kernels/test_gradients.py"], cwd=REPO, check=False).returncode
+    status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPO, check=False).returncode
     if status:
         print("The tests failed; nothing is measured.")
         return 1
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measured(card: str, *, seconds: float) -> dict[str, Any]:
     """Everything that is measured, in order of importance, until `seconds` have passed."""
-    from tests.bench.gpu import decode_loop, groups, timing
+    from tests.bench.gpu import decode_loop, engine_loop, groups, timing
     from tests.bench.gpu.protocol import decode_cases, prefill_cases
 
     started = time.monotonic()
@@ -56,11 +62,12 @@ def measured(card: str, *, seconds: float) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "decode_loop": decode_loop.run(),
         "groups": [],
         "left_out": [],
     }
-    torch.cuda.empty_cache()
+    for name, loop in (("decode_loop", decode_loop), ("engine_loop", engine_loop)):
+        report[name] = loop.run()
+        torch.cuda.empty_cache()
     for case in (*decode_cases(), *prefill_cases()):
         if time.monotonic() - started > seconds:
             report["left_out"].append(case.name)
@@ -73,14 +80,17 @@ def measured(card: str, *, seconds: float) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The decode loop as a table in Markdown."""
-    lines = [f"{report['card']}, copy {report['copy_gb_per_s']} GB/s", "", "| rows | adapters | ratio | ms | base ms |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for row in report["decode_loop"]:
-        if "skipped" in row:
-            return f"{lines[0]}\n{row['skipped']}"
-        adapters = f"{row['adapters']} ({row['distribution']})"
-        lines.append(f"| {row['rows']} | {adapters} | {row['ratio']} | {row['adapters_ms']} | {row['base_ms']} |")
+    """The two loops as tables in Markdown."""
+    lines = [f"{report['card']}, copy {report['copy_gb_per_s']} GB/s"]
+    columns = ("ratio", "adapters_ms", "base_ms")
+    for name, shown in (("decode_loop", columns), ("engine_loop", (*columns, "launched_ms", "tokens_per_s"))):
+        lines += ["", f"| {name}: rows | adapters | {' | '.join(shown)} |", "| --- " * (len(shown) + 2) + "|"]
+        for row in report[name]:
+            if "skipped" in row:
+                lines.append(row["skipped"])
+                continue
+            figures = " | ".join(str(row[column]) for column in shown)
+            lines.append(f"| {row['rows']} | {row['adapters']} ({row['distribution']}) | {figures} |")
     return "\n".join(lines)
 
 

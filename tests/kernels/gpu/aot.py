@@ -61,7 +61,7 @@ def _cuda(compiled: Any) -> dict[str, int]:
     assert found, out
     # A kernel that does not fit the tensor memory compiles to nothing, without an error.
     assert compiled.metadata.tmem_size <= 512, f"{compiled.metadata.tmem_size} columns of tensor memory"
-    assert int(found[1]) >= 16, "the compiler gave up"
+    assert int(found[1]) >= 12, "the compiler gave up"  # `write_pages` takes 14
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 

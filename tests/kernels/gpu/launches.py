@@ -5,6 +5,7 @@ What is compiled ahead of time is so what a device would compile, argument for a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from unittest import mock
 
 import torch
 
-from tenora_kernels.gpu import backend, configs, launch, tables
+from tenora_kernels.gpu import backend, configs, launch, paged, tables
 from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.layout import LoraSite, LoraTables
 
 _KERNELS = {
     launch: ("shrink", "expand", "shrink_expand", "gemm_kernel", "lora_wgrad"),
     tables: ("sort_rows", "find_tiles"),
+    paged: ("paged_decode", "combine_decode", "write_kernel"),
 }
 
 
@@ -182,7 +184,23 @@ def _run(model: Model, site_name: str, max_rank: int, dtype: torch.dtype, rows: 
         backend.linear(x, weight, None, site, batch)
 
 
-EVERYTHING = ("sort_rows", "find_tiles", "shrink", "expand", "shrink_expand", "gemm_lora", "lora_wgrad")
+def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """One layer's decode attention of 32 rows with up to 8,192 tokens each, on what a CUDA graph is captured over."""
+    q, k, v = torch.empty(32, heads + 2 * kv_heads, dim, dtype=dtype, device="meta").split(
+        (heads, kv_heads, kv_heads), 1
+    )
+    cache = torch.empty(64, 16, kv_heads, dim, dtype=dtype, device="meta")
+    fields = torch.empty(5 + 512, 32, dtype=torch.int32, device="meta")
+    paged.write_pages(cache, cache, fields[2], k, v)
+    paged.attend_pages(q, cache, cache, fields[5:].t(), fields[3], None)
+
+
+LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "shrink_expand", "gemm_lora", "lora_wgrad")
+PAGED = ("paged_decode", "combine_decode", "write_pages")
+EVERYTHING = LOW_RANK + PAGED
+
+# Query heads, key heads, columns of a head: Llama-3-8B, SmolLM2-135M, Gemma-like, Phi-3, and one key head for 32.
+_HEADS = ((32, 8, 128), (9, 3, 64), (8, 4, 256), (32, 32, 96), (32, 1, 128))
 
 
 def _cases() -> Iterator[tuple[Model, str, int, torch.dtype, int, bool, tuple[str, ...]]]:
@@ -190,17 +208,17 @@ def _cases() -> Iterator[tuple[Model, str, int, torch.dtype, int, bool, tuple[st
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rank in (16, 64):
         for rows in (32, 2048):
-            yield LLAMA_8B, "qkv", rank, bf16, rows, False, EVERYTHING
-        yield LLAMA_8B, "qkv", rank, bf16, 2048, True, EVERYTHING
-        yield SMOL, "qkv", rank, bf16, 32, False, EVERYTHING
+            yield LLAMA_8B, "qkv", rank, bf16, rows, False, LOW_RANK
+        yield LLAMA_8B, "qkv", rank, bf16, 2048, True, LOW_RANK
+        yield SMOL, "qkv", rank, bf16, 32, False, LOW_RANK
         yield SMOL, "qkv", rank, bf16, 2048, False, ("gemm_lora",)
     yield LLAMA_8B, "down", 16, bf16, 32, False, ("shrink_expand",)  # most planes
     for rows in (32, 2048):
         yield ODD, "qkv", 16, bf16, rows, False, ("shrink", "expand", "shrink_expand")
     for dtype in (fp16, fp32):
         for rows in (32, 2048):
-            yield LLAMA_8B, "qkv", 64, dtype, rows, False, EVERYTHING
-        yield LLAMA_8B, "qkv", 64, dtype, 2048, True, EVERYTHING
+            yield LLAMA_8B, "qkv", 64, dtype, rows, False, LOW_RANK
+        yield LLAMA_8B, "qkv", 64, dtype, 2048, True, LOW_RANK
 
 
 def all_launches(arch: configs.Arch) -> list[Launch]:
@@ -214,6 +232,11 @@ def all_launches(arch: configs.Arch) -> list[Launch]:
         for item in log:
             if item.name in kernels:
                 found.setdefault(item.key, item)
+    for (heads, kv_heads, dim), dtype in itertools.product(_HEADS, (torch.bfloat16, torch.float16, torch.float32)):
+        with recording(f"decode {heads}/{kv_heads} x {dim} {str(dtype).removeprefix('torch.')}", arch) as log:
+            _attend(heads, kv_heads, dim, dtype)
+        for item in log:
+            found.setdefault(item.key, item)
     launches = list(found.values())
     assert len({item.title for item in launches}) == len(launches), "two configurations have one title"
     return launches

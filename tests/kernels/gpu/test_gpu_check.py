@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from tenora.model.spec import ModelSpec, target_modules
 from tests.bench.gpu import check, decode_loop, groups
+from tests.bench.gpu.engine_loop import EngineLoop, compare, llama_8b
 from tests.bench.gpu.protocol import DISTRIBUTIONS, LLAMA, Measurement, decode_cases, prefill_cases, spread
 from tests.bench.gpu.timing import summary
+from tests.engine.graphs import HostRows, Rerun
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -108,7 +111,13 @@ def test_it_measures_only_what_passed_the_tests(
         "base_ms": 5.0,
         "adapters_ms": 5.1,
     }
-    report = {"card": "NVIDIA H100 80GB", "copy_gb_per_s": 3000.0, "decode_loop": [loop]}
+    engine = {**loop, "launched_ms": 20.5, "tokens_per_s": 196.1}
+    report = {
+        "card": "NVIDIA H100 80GB",
+        "copy_gb_per_s": 3000.0,
+        "decode_loop": [loop],
+        "engine_loop": [engine, {"skipped": "16 GB do not fit."}],
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB")
     monkeypatch.setattr(subprocess, "run", card.run)
@@ -120,4 +129,30 @@ def test_it_measures_only_what_passed_the_tests(
     assert written.exists() == (status == 0)
     if status == 0:
         assert json.loads(written.read_text())["card"] == "NVIDIA H100 80GB"
-        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 |" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 |\n" in out
+        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 | 20.5 | 196.1 |\n16 GB do not fit." in out
+
+
+def test_every_file_of_the_check_is_there(repo_root: Path) -> None:
+    assert [name for name in check.TESTS if not (repo_root / name).is_file()] == []
+
+
+def test_the_engines_loop_on_a_tiny_base() -> None:
+    config = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 64}
+    spec = ModelSpec.from_config({**config, **heads})
+    loop = EngineLoop(spec, torch.device("cpu"), torch.float32, rows=4, adapters=3, context=21)
+    rows = HostRows(loop.tables)
+    graphs = loop.graphs(rows, Rerun)
+    assert loop.step(graphs, [0, 1, 2]) != loop.step(graphs, [-1, -1, -1])
+    figures = compare(loop, graphs, loop.graphs(rows, Rerun), [0, 1, 2], rounds=2)
+    assert (figures["rows"], figures["adapters"], figures["context"]) == (3, 3, 21)
+    assert all(figures[name] > 0 for name in ("base_ms", "adapters_ms", "launched_ms", "ratio", "tokens_per_s"))
+
+
+def test_the_engines_loop_has_the_shape_of_8b() -> None:
+    spec = llama_8b()
+    assert (spec.head_dim, spec.q_size, spec.kv_size) == (128, 4096, 1024)
+    adapted = sum(2 * 16 * (target.in_features + target.out_features) for target in target_modules(spec))
+    assert adapted == decode_loop.adapter_bytes()

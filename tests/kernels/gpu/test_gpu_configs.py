@@ -36,3 +36,16 @@ def test_terms_keep_the_bits_that_the_result_has() -> None:
     assert configs.widest(bf16, fp16) == fp16
     assert configs.widest(bf16, fp32) == fp32
     assert configs.widest(bf16, bf16) == bf16
+
+
+@pytest.mark.parametrize(
+    ("most", "rows", "programs"), [(1, 8, 1), (32, 8, 32), (32, 512, 16), (32, 100_000, 4), (2, 100_000, 2)]
+)
+def test_programs_that_share_a_row(most: int, rows: int, programs: int) -> None:
+    assert configs.programs_per_row(most, rows) == programs
+
+
+def test_tiles_of_paged_attention_hold_the_group_and_the_head() -> None:
+    assert configs.paged_tiles(4, 128, torch.bfloat16, "sm90") == configs.Tiles(16, 0, 64, 128, warps=4, stages=5)
+    assert configs.paged_tiles(17, 80, torch.float16, "sm80") == configs.Tiles(32, 0, 32, 128, warps=4, stages=5)
+    assert configs.paged_tiles(1, 256, torch.float32, "gfx942") == configs.Tiles(16, 0, 16, 256, warps=4, stages=2)

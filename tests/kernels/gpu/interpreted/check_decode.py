@@ -1,0 +1,85 @@
+"""An engine whose decode steps run all the GPU's kernels in Triton's interpreter: tokens are those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.decode_graphs import DecodeGraphs
+from tenora.model import attention, cache, pages
+from tenora.model.loading import load_decoder
+from tenora_kernels import ops
+from tenora_kernels.gpu import backend, paged
+from tenora_kernels.gpu.context import GpuLora
+from tests.engine.driver import Driver, make_adapter
+from tests.engine.graphs import Rerun
+from tests.engine.requests import generate, prompt, sampling
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Driver]]:
+    """`card(directory)`: an engine as on a card, but for the graphs, which do their work again."""
+    made: list[Driver] = []
+
+    def make(directory: Path, **settings: Any) -> Driver:
+        monkeypatch.setattr(cache, "takes", lambda *given: False)  # blocks as they lie on a card
+        monkeypatch.setattr(attention, "GatheredAttention", pages.SplitAttention)
+        monkeypatch.setattr(pages, "_kernels_for", lambda device: paged)
+        monkeypatch.setattr(ops, "select_backend", lambda *given: backend)
+        made.append(Driver(load_decoder(directory), **settings))
+        runner = made[-1].engine.runner
+        lora = GpuLora(runner.tables, max_rows=64, max_rank=16)
+        runner.graphs = DecodeGraphs(runner.decoder, runner.cache, lora, Rerun, max_rows=4, max_context=64)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
+    directory = tmp_path_factory.mktemp("adapters")
+    targets = (("q_proj", "v_proj"), ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    return [
+        make_adapter(tiny_base, directory / f"a{index}", rank=rank, targets=targets[index], seed=index)
+        for index, rank in enumerate((3, 16))
+    ]
+
+
+@pytest.mark.parametrize("family", ["smollm2", "llama", "mistral", "qwen3", "dynamic_rope"])
+def test_every_family(family: str, make_tiny: Callable[[str], Path], card: Callable[..., Driver]) -> None:
+    """Two of three rows decode while the third one's chunk comes in; one row in four is padding."""
+    directory = make_tiny(family)
+    requests = [generate(prompt(length, length), sampling(max_tokens=3)) for length in (3, 7, 15)]
+    plain = Driver(load_decoder(directory), max_num_batched_tokens=16)
+    wanted = [answer.tokens for answer in plain.run(*requests)]
+    plain.close()
+    assert [answer.tokens for answer in card(directory, max_num_batched_tokens=16).run(*requests)] == wanted
+
+
+def test_adapters(tiny_base: Path, adapters: list[AdapterRef], card: Callable[..., Driver]) -> None:
+    """They are read after the first steps, and one slot is for both of them."""
+    requests = [
+        generate(prompt(4, index), sampling(max_tokens=4 - index), adapter=kind)
+        for index, kind in enumerate((None, *adapters))
+    ]
+    plain = Driver(load_decoder(tiny_base), max_adapters=1)
+    wanted = [answer.tokens for answer in plain.run(*requests)]
+    bare = [plain.tokens(request.token_ids, request.sampling) for request in requests[1:]]
+    plain.close()
+    assert bare != wanted[1:], "the adapters change nothing, so this shows nothing"
+    tiny = card(tiny_base, max_adapters=1)
+    assert [answer.tokens for answer in tiny.run(*requests)] == wanted
+    assert tiny.engine.stats().adapter_evictions == 1
+
+
+def test_the_blocks_of_a_card_are_whole(tiny_base: Path, card: Callable[..., Driver]) -> None:
+    runner = card(tiny_base).engine.runner
+    assert all(part.is_contiguous() for part in (*runner.cache.k, *runner.cache.v))
+    assert runner.decoder.dtype == torch.float32
