@@ -64,7 +64,10 @@ class Settings(BaseSettings):
     )
 
     # training
-    max_running_jobs: int = Field(default=2, ge=1, description="Jobs that train at the same time; others queue.")
+    max_running_jobs: int = Field(default=16, ge=1, description="Jobs that train at the same time; others queue.")
+    training_share: float = Field(
+        default=0.5, ge=0.05, le=0.95, description="Share of the engine's time that training has beside generation."
+    )
     max_training_rows: int = Field(default=1_000_000, ge=1, description="Rows of one training file.")
     train_tokens_per_microbatch: int = Field(default=2048, ge=64, description="Packed tokens of a training microbatch.")
 

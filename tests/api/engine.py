@@ -22,7 +22,7 @@ from tenora.engine.messages import (
     TokenLogprob,
     Training,
 )
-from tenora.training.spec import StoppedEvent
+from tenora.training.spec import StoppedEvent, TrainEvent, TrainSpec
 
 CONTEXT = 512
 
@@ -36,12 +36,14 @@ class Script:
         hold_after: a sequence stops giving tokens after this many, and goes on only when this changes.
         fail_after: a sequence fails with `fail_code` after this many tokens.
         hang: while set, the loop hangs inside a step.
+        training: the events of a training run; without them a run starts and waits to be stopped.
     """
 
     tokens: Sequence[int] = (5,)
     hold_after: int | None = None
     fail_after: int | None = None
     fail_code: str = "engine_error"
+    training: Callable[[TrainSpec], Sequence[TrainEvent]] | None = None
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
@@ -96,6 +98,8 @@ class ScriptedEngine:
             case Abort(request_id=request_id):
                 self.script.aborted.append(request_id)
                 self.running.pop(request_id, None)
+            case StartTraining(spec=spec) if self.script.training is not None:
+                self.pending += [Training(event) for event in self.script.training(spec)]
             case StartTraining(spec=spec):
                 self.runs.add(spec.run_id)
             case StopTraining(run_id=run_id, pause=pause) if run_id in self.runs:
@@ -136,7 +140,7 @@ class ScriptedEngine:
         token = self.script.tokens[done % len(self.script.tokens)]
         sampling = request.sampling
         self.generated += 1
-        ended = done + 1 == sampling.max_tokens
+        ended = sampling.max_tokens is not None and done + 1 >= sampling.max_tokens
         self.running[request.request_id] = (request, done + 1)
         if ended:
             del self.running[request.request_id]
@@ -146,7 +150,7 @@ class ScriptedEngine:
             prompt = [None, *scored]
         return SequenceOutput(
             request_id=request.request_id,
-            token_ids=[token],
+            token_ids=[token] if sampling.max_tokens != 0 else [],  # 0 scores the prompt
             logprobs=None if sampling.logprobs is None else [_logprob(token, sampling.logprobs)],
             prompt_logprobs=prompt,
             cached_tokens=3 if done == 0 else 0,

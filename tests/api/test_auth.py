@@ -20,6 +20,8 @@ SCOPE_OF = {
         "/v1/files",
         "/v1/files/{file_id}",
         "/v1/files/{file_id}/content",
+        "/v1/files/{file_id}/preview",
+        "/v1/fine_tuning/estimate",
         "/v1/fine_tuning/jobs",
         "/v1/fine_tuning/jobs/{job_id}",
         "/v1/fine_tuning/jobs/{job_id}/cancel",

@@ -34,7 +34,8 @@ async def test_a_job_has_every_field_of_the_sdk(service: Service, base_id: str, 
         name="fox",
         metadata={"a": "b"},
         lora={"rank": 8, "target_modules": ["q_proj"]},
-        training={"learning_rate": 1e-3, "truncate": True},
+        learning_rate=1e-3,
+        truncate=True,
     )
     job = response.json()
     assert response.status_code == 200, response.text
@@ -109,9 +110,16 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"hyperparameters": {"n_epochs": "many"}}, 400, "hyperparameters.n_epochs"),
     ({"hyperparameters": {"batch_size": 1.5}}, 400, "hyperparameters.batch_size"),
     ({"hyperparameters": {"n_epochs": True}}, 400, "hyperparameters.n_epochs"),
-    ({"training": {"scheduler": "magic"}}, 400, "training.scheduler"),
-    ({"training": {"learning_rate": 0}}, 400, "training.learning_rate"),
-    ({"method": {"type": "dpo"}}, 400, "method.type"),
+    ({"training": {"learning_rate": 1e-3}}, 400, "training"),
+    ({"scheduler": "magic"}, 400, "scheduler"),
+    ({"learning_rate": 0}, 400, "learning_rate"),
+    ({"packing": 1}, 400, "packing"),
+    ({"early_stopping": "soon"}, 400, "early_stopping"),
+    ({"n_epochs": 0}, 400, "n_epochs"),
+    ({"n_epochs": 2, "hyperparameters": {"n_epochs": 3}}, 400, "n_epochs"),
+    ({"method": {"type": "ppo"}}, 400, "method.type"),
+    ({"method": {"type": "supervised", "dpo": {}}}, 400, "method.dpo"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, "method.dpo.hyperparameters.beta"),
     ({"suffix": "x" * 65}, 400, "suffix"),
     ({"suffix": "a b"}, 400, "suffix"),
     ({"name": "Not A Name"}, 400, "name"),
@@ -119,7 +127,18 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"metadata": {str(i): "x" for i in range(17)}}, 400, "metadata"),
     ({"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
     ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
-    ({"model": "other"}, 400, "model"),
+    ({"model": "other"}, 404, "model"),
+    ({"lora": {"init_from": "other"}}, 404, "lora.init_from"),
+    ({"lora": {"init_from": ""}}, 400, "lora.init_from"),
+    ({"training_file": None}, 400, "training_file"),
+    ({"training_files": [{"file": "file-x"}]}, 400, "training_file"),
+    ({"training_file": None, "training_files": []}, 400, "training_files"),
+    ({"training_file": None, "training_files": [{"file": "a", "wait": 1}]}, 400, "training_files[0].wait"),
+    ({"training_file": None, "training_files": [{"file": "file-none"}]}, 404, "training_files[0].file"),
+    ({"sweep": {}}, 400, "sweep"),
+    ({"sweep": {"alpha": [1, 2]}}, 400, "sweep.alpha"),
+    ({"sweep": {"rank": "8"}}, 400, "sweep.rank"),
+    ({"sweep": {"rank": [8, 16], "sampler": "tpe"}}, 400, "sweep.sampler"),
     ({"training_file": "file-none"}, 404, "training_file"),
     ({"validation_file": "file-none"}, 404, "validation_file"),
 ]
@@ -137,7 +156,7 @@ async def test_refused_fields_are_named(service: Service, base_id: str, file_id:
 async def test_hyperparameters_in_two_places_must_agree(service: Service, base_id: str, file_id: str) -> None:
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}
     clash = await create(service, base_id, file_id, method=method, hyperparameters={"n_epochs": 3})
-    assert clash.json()["error"]["param"] == "hyperparameters"
+    assert clash.json()["error"]["param"] == "hyperparameters.n_epochs"
     assert (await create(service, base_id, file_id, method=method, hyperparameters={"n_epochs": 2})).status_code == 200
 
 

@@ -19,6 +19,7 @@ BODIES: dict[str, Any] = {
     "/v1/chat/completions": {"model": "{model}", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
     "/v1/completions": {"model": "{model}", "prompt": "hi", "max_tokens": 1},
     "/v1/fine_tuning/jobs": {"model": "{base}", "training_file": "{file_id}"},
+    "/v1/fine_tuning/estimate": {"model": "{base}", "training_file": "{file_id}"},
 }
 
 

@@ -45,6 +45,18 @@ async def test_completions(sdk: openai.AsyncOpenAI, base_id: str) -> None:
     assert len(answer.choices[0].logprobs.token_logprobs) == 2
 
 
+async def test_preview_and_estimate_by_raw_calls(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    file = await sdk.files.create(file=("train.jsonl", TRAINING_ROWS.encode()), purpose="fine-tune")
+    preview = await sdk.post(f"/files/{file.id}/preview", body={"limit": 1}, cast_to=object)
+    assert [span["trained"] for span in preview["data"][0]["spans"]] == [False, True, False]
+    body = {"model": base_id, "training_file": file.id, "n_epochs": 4}
+    estimate = await sdk.post("/fine_tuning/estimate", body=body, cast_to=object)
+    assert (estimate["rows"], estimate["n_epochs"], estimate["measured"]) == (12, 4, False)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await sdk.post("/fine_tuning/estimate", body={**body, "n_epochs": 99}, cast_to=object)
+    assert caught.value.param == "n_epochs"
+
+
 async def test_files_and_jobs(sdk: openai.AsyncOpenAI, base_id: str) -> None:
     file = await sdk.files.create(file=("train.jsonl", TRAINING_ROWS.encode()), purpose="fine-tune")
     assert file.status == "processed"

@@ -41,11 +41,19 @@ async def test_files(shell: Shell, tmp_path: Path) -> None:
     listed = await shell.ok("files", "list")
     assert listed.splitlines()[0].split() == ["ID", "CREATED_AT", "BYTES", "PURPOSE", "STATUS", "FILENAME"]
     assert uploaded["id"] in listed
+    shown = await shell.ok("files", "preview", uploaded["id"], "--limit", "2")
+    assert shown.startswith("line 1: ")
+    assert "A quick one.<|im_end|>" in shown
+    assert "form chat; 2 rows shown, 0 of them unusable" in shown
+    page = json.loads(await shell.ok("files", "preview", uploaded["id"], "--after", "11", "--json"))
+    assert ([row["line"] for row in page["data"]], page["has_more"]) == ([12], False)
     assert "is deleted" in await shell.ok("files", "delete", uploaded["id"])
     path.write_text("{}\n")
     bad = await shell("files", "upload", str(path))
     assert bad.exit_code == 1
     assert "missing" in bad.stdout
+    listed = json.loads((await shell.ok("files", "list", "--json")).splitlines()[0])
+    assert "missing_messages_list: The row" in await shell.ok("files", "preview", listed["id"])
 
 
 async def test_train_and_jobs(shell: Shell, tmp_path: Path) -> None:
@@ -54,12 +62,33 @@ async def test_train_and_jobs(shell: Shell, tmp_path: Path) -> None:
     arguments = ("--name", "fox", "--epochs", "2", "--rank", "8", "--learning-rate", "0.001", "--no-wait", "--json")
     job = json.loads(await shell.ok("train", str(path), *arguments))
     assert (job["name"], job["hyperparameters"]["n_epochs"], job["lora"]["rank"]) == ("fox", 2, 8)
-    assert job["training"]["learning_rate"] == 0.001
+    assert job["learning_rate"] == 0.001
     assert job["id"] in await shell.ok("jobs", "list")
     assert "training_file" in await shell.ok("jobs", "show", job["id"])
     assert "cancelled" in await shell.ok("jobs", "cancel", job["id"])
     assert (await shell("jobs", "resume", job["id"])).exit_code == 1
     assert "info" in await shell.ok("jobs", "events", job["id"])
+
+
+async def test_train_takes_tasks_sweeps_and_a_start(
+    shell: Shell, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    await shell.ok("adapters", "import", "fox", str(make_adapter(1)))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(TRAINING_ROWS)
+    files = (str(tmp_path / "a.jsonl"), f"{tmp_path / 'b.jsonl'}=0.5")
+    sweep = ("--sweep", "rank=8,16", "--sweep", "learning_rate=1e-4..1e-3", "--trials", "4")
+    made = await shell.ok("train", *files, *sweep, "--init-from", "fox", "--early-stopping", "--no-wait", "--json")
+    job = json.loads(made)
+    assert [(one["name"], one["weight"]) for one in job["training_files"]] == [("a", 1.0), ("b", 0.5)]
+    assert job["sweep"] == {"trials": 4, "rank": [8, 16], "learning_rate": {"min": 1e-4, "max": 1e-3}}
+    assert (job["parent"], job["early_stopping"], job["lora"]["init_from"]) == ("fox", 3, "fox")
+    assert "cancelled" in await shell.ok("jobs", "cancel", job["id"])
+    dpo = await shell("train", files[0], "--method", "ppo", "--no-wait")
+    assert (dpo.exit_code, "method" in dpo.stderr) == (1, True)
+    for entry in ("rank", "rank=", "rank=8,x", "rank=1..", "rank=[1]"):
+        wrong = await shell("train", files[0], "--sweep", entry)
+        assert (wrong.exit_code, "not understood" in wrong.stderr) == (1, True), entry
 
 
 async def test_train_refuses_what_is_no_file(shell: Shell, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -95,6 +96,89 @@ def test_a_job_is_created_on_the_servers_base() -> None:
         "hyperparameters": {"n_epochs": 2},
     }
     assert len(script.requests[1].headers["idempotency-key"]) == 32
+
+
+PREVIEW = {
+    "object": "file.preview",
+    "file_id": "file-1",
+    "format": "text",
+    "data": [
+        {
+            "line": 3,
+            "part": None,
+            "tokens": 2,
+            "trained_tokens": 1,
+            "truncated": False,
+            "truncated_tokens": 0,
+            "spans": [{"text": "a", "trained": False}, {"text": "b", "trained": True}],
+            "issues": [],
+        }
+    ],
+    "totals": {"rows": 1, "tokens": 2, "trained_tokens": 1, "truncated": 0, "unusable": 0},
+    "has_more": True,
+    "last_line": 3,
+}
+ESTIMATE = {
+    "object": "fine_tuning.estimate",
+    "rows": 9,
+    "held_out_rows": 1,
+    "tokens": 90,
+    "trained_tokens": 30,
+    "truncated": 0,
+    "n_epochs": "auto",
+    "batch_size": 4,
+    "steps": 9,
+    "read_tokens": 240,
+    "tokens_per_second": None,
+    "seconds": None,
+    "measured": False,
+}
+
+
+def test_a_preview_sends_what_was_given_and_is_retried_like_a_read() -> None:
+    script = Script(httpx.ReadError("cut"), reply(PREVIEW), reply(PREVIEW))
+    with script.client() as client:
+        found = client.files.preview("file-1", limit=1, after=2, truncate=True)
+        client.files.preview("file-1")
+    assert [(span.text, span.trained) for span in found.data[0].spans] == [("a", False), ("b", True)]
+    assert (found.last_line, found.totals.tokens) == (3, 2)
+    assert [request.url.path for request in script.requests] == ["/v1/files/file-1/preview"] * 3
+    assert script.sent(1) == {"limit": 1, "after": 2, "truncate": True}
+    assert script.sent(2) == {}
+
+
+async def test_an_estimate_sends_what_a_job_would() -> None:
+    script = Script(reply(BASE_CARDS), reply(ESTIMATE), reply(ESTIMATE))
+    with script.client() as client:
+        found = client.jobs.estimate("file-1", n_epochs=3, lora={"rank": 4})
+    assert (found.rows, found.n_epochs, found.seconds) == (9, "auto", None)
+    body = {"model": "smollm2-135m", "training_file": "file-1", "n_epochs": 3, "lora": {"rank": 4}}
+    assert (script.requests[1].url.path, script.sent(1)) == ("/v1/fine_tuning/estimate", body)
+    assert "idempotency-key" not in script.requests[1].headers
+    async with script.async_client() as other:
+        assert (await other.jobs.estimate(model="m", training_files=[{"file": "a"}])).steps == 9
+    assert script.sent() == {"model": "m", "training_files": [{"file": "a"}]}
+
+
+def test_a_job_says_what_its_owner_asked_for() -> None:
+    answer = job(sweep_results=[{"trial": 0, "winner": True}], parent="mine", lora={"rank": 8}, result_files=["file-9"])
+    script = Script(reply(answer))
+    files = [{"file": "file-1", "weight": 2}, {"file": "file-2"}]
+    asked: dict[str, Any] = {
+        "training_files": files,
+        "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+        "lora": {"init_from": "mine"},
+        "n_epochs": "auto",
+        "learning_rate": 1e-3,
+        "early_stopping": True,
+        "packing": False,
+        "sweep": {"rank": [8, 16]},
+    }
+    with script.client() as client:
+        created = client.jobs.create(model="mine", **asked)
+    assert script.sent() == {"model": "mine", **asked}
+    assert (created.parent, created.lora, created.result_files) == ("mine", {"rank": 8}, ["file-9"])
+    assert created.sweep_results == [{"trial": 0, "winner": True}]
 
 
 def test_an_upload_streams_the_file_and_reports_progress(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ ROWS = [
     for i in range(20)
 ]
 
+MANY_ROWS = [
+    {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]}
+    for i in range(60)
+]  # too many for the few-shot recipe
+
 
 @pytest.fixture(scope="session")
 def targets(tiny_base: Path) -> Sequence[TargetModule]:

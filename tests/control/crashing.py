@@ -50,7 +50,7 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
     elif deed == "keyed-upload":
         await upload(control, who, receipt=receipt)
     else:
-        config, weights = adapter_files(control.settings.root.parent, control._blobs._targets, seed=2)
+        config, weights = adapter_files(control.settings.root.parent, control._blobs.targets, seed=2)
         await control.adapters.import_(who, name="desk", config=config, weights=weights, receipt=receipt)
 
 

@@ -9,7 +9,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from tenora.adapters.peft_format import write_adapter
@@ -22,10 +24,12 @@ from tenora.training.spec import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    Rewards,
     StepEvent,
     StoppedEvent,
     TrainEvent,
     TrainSpec,
+    TrialEvent,
 )
 
 
@@ -46,10 +50,14 @@ class ScriptedEngine:
         self._up = asyncio.Event()
         self.alive = True
         self.healthy = True
+        self.open_requests = 0
         self.last_heartbeat = time.monotonic()
         self.steps = 4
+        self.winner = 1  # of a sweep
         self.reply: Callable[[Generate], list[SequenceOutput]] = lambda request: []
+        self.score: Callable[[Generate], list[SequenceOutput]] = scores
         self.generated: list[Generate] = []
+        self.scored: list[Generate] = []  # those that ask for no token
         self.aborted: list[str] = []
         self.pins: dict[str, bool] = {}
         self.evicted: list[str] = []
@@ -78,10 +86,11 @@ class ScriptedEngine:
         await self._up.wait()
 
     async def generate(self, request: Generate) -> AsyncIterator[SequenceOutput]:
-        self.generated.append(request)
+        scoring = request.sampling.max_tokens == 0
+        (self.scored if scoring else self.generated).append(request)
         finished = False
         try:
-            for output in self.reply(request):
+            for output in self.score(request) if scoring else self.reply(request):
                 await asyncio.sleep(0)
                 finished = output.finish_reason is not None
                 yield output
@@ -93,7 +102,7 @@ class ScriptedEngine:
         self.specs.append(spec)
         self._requested.pop(spec.run_id, None)
         for event in self._events(spec):
-            if isinstance(event, StepEvent) and event.step == self.hold_at:
+            if isinstance(event, StepEvent | TrialEvent) and event.step == self.hold_at:
                 self.held.set()
                 await self.release.wait()
             if isinstance(event, StepEvent) and event.step == self.die_at:
@@ -113,7 +122,12 @@ class ScriptedEngine:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write(path, spec)
-        evaluation = {"valid_loss": 1.5, "valid_accuracy": 0.6, "base_loss": 3.0}
+        evaluation: dict[str, Any] = {"valid_loss": 1.5, "valid_accuracy": 0.6, "base_loss": 3.0}
+        if len(spec.tasks) > 1:
+            evaluation["tasks"] = {task.name: 1.0 + index for index, task in enumerate(spec.tasks)}
+        if spec.trials:
+            return [*self._trials(spec), self._finished(spec, path, evaluation)]
+        rewards = Rewards(chosen=0.5, rejected=-0.5, margin=1.0) if spec.method == "dpo" else None
         events: list[TrainEvent] = [EvalEvent(run_id=run, step=0, best=False, **{**evaluation, "valid_loss": 3.0})]
         events += [
             StepEvent(
@@ -127,6 +141,7 @@ class ScriptedEngine:
                 grad_norm=float("nan") if step == 1 else 1.0,
                 trained_tokens=step * 10,
                 tokens_per_second=100.0,
+                rewards=rewards,
             )
             for step in range(1, total + 1)
         ]
@@ -134,7 +149,7 @@ class ScriptedEngine:
             return [*events, self.fail_with]
         return [
             *events,
-            EvalEvent(run_id=run, step=total, best=True, **evaluation),
+            EvalEvent(run_id=run, step=total, best=True, rewards=rewards, **evaluation),
             CheckpointEvent(
                 run_id=run,
                 step=total,
@@ -144,20 +159,51 @@ class ScriptedEngine:
                 valid_loss=1.5,
                 valid_accuracy=0.6,
             ),
-            FinishedEvent(
-                run_id=run,
-                path=str(path),
-                step=total,
-                steps=total,
-                trained_tokens=total * 10,
-                seconds=1.0,
-                **evaluation,
-            ),
+            self._finished(spec, path, evaluation),
+        ]
+
+    def _finished(self, spec: TrainSpec, path: Path, evaluation: dict[str, Any]) -> FinishedEvent:
+        return FinishedEvent(
+            run_id=spec.run_id,
+            path=str(path),
+            step=self.steps,
+            steps=self.steps,
+            trained_tokens=self.steps * 10,
+            seconds=1.0,
+            trial=self.winner if spec.trials else None,
+            **evaluation,
+        )
+
+    def _trials(self, spec: TrainSpec) -> list[TrialEvent]:
+        """The first half of each trial's steps; then trial 0 fails, the winner finishes, the others are stopped."""
+        total, last = self.steps, len(spec.trials) - 1
+        losses = {trial: 1.5 if trial == self.winner else 2.0 + trial for trial in range(last + 1)}
+        half = [
+            TrialEvent(
+                run_id=spec.run_id, trial=trial, status="running", step=total // 2, total_steps=total, valid_loss=loss
+            )
+            for trial, loss in losses.items()
+        ]
+        return half + [
+            TrialEvent(
+                run_id=spec.run_id,
+                trial=trial,
+                status="finished" if trial == self.winner else "failed" if trial == 0 else "stopped",
+                step=total if trial == self.winner else total // 2,
+                total_steps=total,
+                valid_loss=float("nan") if trial == 0 else loss,
+                reason="The loss is not finite." if trial == 0 else "",
+            )
+            for trial, loss in losses.items()
         ]
 
     def write(self, path: Path, spec: TrainSpec) -> None:
-        modules = random_modules(self.targets, spec.lora.target_modules, spec.lora.rank, spec.seed)
-        write_adapter(path, base_model=spec.base_model, lora=spec.lora, modules=modules)
+        lora = spec.lora
+        if spec.trials:
+            won = spec.trials[self.winner]
+            lora = msgspec.structs.replace(lora, rank=won.rank, alpha=won.alpha)
+        modules = random_modules(self.targets, lora.target_modules, lora.rank, spec.seed)
+        write_adapter(path, base_model=spec.base_model, lora=lora, modules=modules)
         if self.broken:
             (path / "adapter_model.safetensors").chmod(0o600)
             (path / "adapter_model.safetensors").write_bytes(b"not tensors")
@@ -187,6 +233,17 @@ def random_modules(
         for target in targets
         if target.name in names
     }
+
+
+def scores(request: Generate, logprob: float | None = None) -> list[SequenceOutput]:
+    """Every token of the prompt at `logprob`, by default -2 under the base and -1 under any adapter."""
+    value = logprob if logprob is not None else -2.0 if request.adapter is None else -1.0
+    found: list[TokenLogprob | None] = [TokenLogprob(token, value) for token in request.token_ids]
+    return [
+        SequenceOutput(
+            request_id=request.request_id, token_ids=[], prompt_logprobs=[None, *found[1:]], finish_reason="length"
+        )
+    ]
 
 
 def outputs(

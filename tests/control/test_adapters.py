@@ -15,6 +15,7 @@ import pytest
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
+from tenora.control.model_card import README_NAME
 from tenora.control.records import Principal
 from tenora.engine.messages import EngineStats
 from tenora.errors import (
@@ -179,7 +180,7 @@ async def test_the_archive_is_the_adapter(
     await import_adapter(control, acme, "desk", seed=5)
     archive = await control.adapters.archive(acme, "desk")
     with zipfile.ZipFile(archive) as file:
-        assert sorted(file.namelist()) == [CONFIG_NAME, WEIGHTS_NAME]
+        assert sorted(file.namelist()) == sorted([CONFIG_NAME, WEIGHTS_NAME, README_NAME])
         file.extractall(tmp_path / "out")
     archive.unlink()
     got = read_adapter(tmp_path / "out", targets, max_rank=64)

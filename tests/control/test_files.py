@@ -51,6 +51,18 @@ async def test_unusable_rows_are_named_by_line(control: Control, acme: Principal
     assert "bad_json" in record.status_details
 
 
+async def test_a_table_is_a_training_file_too_whatever_it_is_called(control: Control, acme: Principal) -> None:
+    record = await control.files.create(
+        acme, filename="x.jsonl", purpose="fine-tune", chunks=pieces(b'id,prompt,completion\n1,"a, b",c\n2,d,e\n')
+    )
+    assert (record.status, record.status_details) == ("processed", None)
+    record = await control.files.create(
+        acme, filename="x.csv", purpose="fine-tune", chunks=pieces(b"prompt,answer\na,b\n")
+    )
+    assert record.status == "error"
+    assert "`completion` (prompt and completion)" in str(record.status_details)
+
+
 async def test_other_purposes_are_not_read(control: Control, acme: Principal) -> None:
     record = await control.files.create(acme, filename="a.bin", purpose="user_data", chunks=pieces(b"\x00\xff"))
     assert record.status == "uploaded"

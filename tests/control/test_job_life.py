@@ -63,14 +63,14 @@ async def test_cancel_while_it_publishes_wins(
 ) -> None:
     """The blob is stored and the cancellation commits before the publishing transaction: nothing is published."""
     reached, go_on = asyncio.Event(), asyncio.Event()
-    write = publication._write_metrics
+    write = publication.write_results
 
     async def slow(*args: Any) -> Any:
         reached.set()
         await go_on.wait()
         return await write(*args)
 
-    monkeypatch.setattr(publication, "_write_metrics", slow)
+    monkeypatch.setattr(publication, "write_results", slow)
     job = await create_job(control, acme, name="desk")
     await reached.wait()
     await control.jobs.cancel(acme, job.id)

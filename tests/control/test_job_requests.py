@@ -27,10 +27,17 @@ from tests.control.conftest import (
 from tests.control.scripted import ScriptedEngine
 
 
+def supervised(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def dpo(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"model": "gpt-4o"}, "model"),
         ({"suffix": "a:b"}, "suffix"),
         ({"suffix": "a" * 65}, "suffix"),
         ({"suffix": BASE}, "suffix"),
@@ -56,13 +63,31 @@ from tests.control.scripted import ScriptedEngine
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
         ({"lora": {"use_rslora": "yes"}}, "lora.use_rslora"),
         ({"lora": {"use_dora": True}}, "lora.use_dora"),
-        ({"training": {"scheduler": "step"}}, "training.scheduler"),
-        ({"training": {"warmup_ratio": 2}}, "training.warmup_ratio"),
-        ({"training": {"max_seq_length": 4096}}, "training.max_seq_length"),
-        ({"training": {"optimizer": "sgd"}}, "training.optimizer"),
-        ({"training": {"learning_rate": 2}}, "learning_rate"),
-        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"lora": {"init_from": 3}}, "lora.init_from"),
+        ({"scheduler": "step"}, "scheduler"),
+        ({"warmup_ratio": 2}, "warmup_ratio"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"max_grad_norm": 0}, "max_grad_norm"),
+        ({"max_seq_length": 4096}, "max_seq_length"),
+        ({"max_steps": 0.5}, "max_steps"),
+        ({"eval_interval": -1}, "eval_interval"),
+        ({"truncate": 1}, "truncate"),
+        ({"packing": "no"}, "packing"),
+        ({"early_stopping": -1}, "early_stopping"),
+        ({"early_stopping": 1.5}, "early_stopping"),
+        ({"learning_rate": 2}, "learning_rate"),
+        ({"learning_rate": 1e-3, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate_multiplier"),
+        ({"n_epochs": 51}, "n_epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"n_epochs": 2, "hyperparameters": {"n_epochs": 3}}, "n_epochs"),
+        ({"batch_size": 2, "method": supervised(batch_size="auto")}, "batch_size"),
+        ({"hyperparameters": {"n_epochs": 2}, "method": supervised(n_epochs=3)}, "hyperparameters.n_epochs"),
+        ({"method": {"type": "ppo"}}, "method.type"),
         ({"method": {"type": "supervised", "supervised": {"x": 1}}}, "method.supervised.x"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+        ({"method": supervised(beta=0.1)}, "method.supervised.hyperparameters.beta"),
+        ({"method": dpo(beta=0)}, "beta"),
+        ({"method": dpo(beta="much")}, "beta"),
     ],
 )
 async def test_bad_requests_name_the_field(

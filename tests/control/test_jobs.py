@@ -21,6 +21,7 @@ from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import CheckpointEvent, FailedEvent
 from tests.control.conftest import (
     BASE,
+    MANY_ROWS,
     ROWS,
     ImportAdapter,
     create_job,
@@ -39,12 +40,14 @@ async def test_a_job_becomes_a_callable_adapter(
     job = await create_job(
         control,
         acme,
+        training_file=(await upload(control, acme, MANY_ROWS)).id,
         suffix="Desk",
         seed=7,
         metadata={"team": "a"},
         lora={"rank": 8},
         hyperparameters={"n_epochs": 2, "batch_size": "auto"},
-        training={"scheduler": "linear", "learning_rate": 1e-3},
+        scheduler="linear",
+        learning_rate=1e-3,
     )
     assert (job.status, job.name, job.seed, job.tenant) == ("validating_files", "desk", 7, "acme")
     assert job.hyperparameters == {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto"}
@@ -72,7 +75,7 @@ async def test_a_job_becomes_a_callable_adapter(
     said = await messages(control, acme, job.id)
     assert said[0] == f"Created fine-tuning job: {job.id}"
     assert said[1] == f"Validating training file: {job.training_file}"
-    assert "18 rows to train on, 2 held out" in said[2]
+    assert "54 rows to train on, 6 held out" in said[2]
     assert said[3] == "Fine-tuning job started"
     assert "Step 1/4: training loss=2.75" in said
     assert "Step 4/4: validation loss=1.50 (base 3.00)" in said
@@ -112,17 +115,22 @@ async def test_the_rows_are_split_by_seed_or_by_file(control: Control, acme: Pri
     seen: list[tuple[int, int]] = []
     write = engine.write
 
+    def load(path: str) -> int:
+        return len(TokenizedDataset.load(Path(path)))
+
     def look(path: Path, spec: Any) -> None:
-        train, valid = (TokenizedDataset.load(Path(one)) for one in (spec.train_path, spec.valid_path))
-        seen.append((len(train), len(valid)))
+        (task,) = spec.tasks
+        seen.append((load(task.train_path), load(task.valid_path) if task.valid_path else 0))
         write(path, spec)
 
     engine.write = look  # type: ignore[method-assign]  # looks at what the run is given
-    await until(control, acme, (await create_job(control, acme)).id)
+    for rows in (ROWS, MANY_ROWS):
+        file = await upload(control, acme, rows)
+        await until(control, acme, (await create_job(control, acme, training_file=file.id)).id)
     valid = await upload(control, acme, ROWS[:5])
     job = await create_job(control, acme, validation_file=valid.id)
     await until(control, acme, job.id)
-    assert seen == [(18, 2), (20, 5)]
+    assert seen == [(20, 0), (54, 6), (20, 5)]
     assert f"Validating validation file: {valid.id}" in await messages(control, acme, job.id)
 
 
@@ -151,12 +159,12 @@ async def test_a_job_with_rows_that_do_not_fit_fails_with_their_lines(
     assert "line 4" in job.error["message"]
     assert engine.specs == []
     assert (await messages(control, acme, job.id))[-1].startswith("The job failed: ")
-    cut = await create_job(control, acme, training_file=file.id, training={"truncate": True, "max_seq_length": 64})
+    cut = await create_job(control, acme, training_file=file.id, truncate=True, max_seq_length=64)
     failed = await until(control, acme, cut.id)
     assert failed.error is not None  # its answer would be cut off whole
     short = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long " * 400}]}
     file = await upload(control, acme, [*ROWS[:3], short])
-    cut = await create_job(control, acme, training_file=file.id, training={"truncate": True, "max_seq_length": 64})
+    cut = await create_job(control, acme, training_file=file.id, truncate=True, max_seq_length=64)
     assert (await until(control, acme, cut.id)).status == "succeeded"
     assert "1 rows were cut to fit the sequence length" in await messages(control, acme, cut.id)
 

@@ -17,7 +17,7 @@ from tenora.engine.core import Engine
 from tenora.engine.messages import SamplingParams
 from tenora.model.catalog import ResolvedModel
 from tenora.model.tokenizer import Tokenizer
-from tests.control.conftest import BASE, ImportAdapter, create_job, tenant, until
+from tests.control.conftest import BASE, ROWS, ImportAdapter, create_job, tenant, until, upload
 
 
 class Service:
@@ -91,8 +91,17 @@ def scores(deltas: Sequence[Delta]) -> list[tuple[int, float]]:
 async def test_a_job_is_trained_served_and_survives(service: Service) -> None:
     control = service.control
     acme = await tenant(control, "acme")
+    train, valid = [await upload(control, acme, rows) for rows in (ROWS[:18], ROWS[18:])]
     job = await create_job(
-        control, acme, name="desk", seed=3, lora={"rank": 4}, hyperparameters={"n_epochs": 6, "batch_size": 6}
+        control,
+        acme,
+        training_file=train.id,
+        validation_file=valid.id,
+        name="desk",
+        seed=3,
+        lora={"rank": 4},
+        n_epochs=6,
+        batch_size=6,
     )
     await until(control, acme, job.id, "running", messages=["Step 2/18"])
     await service.stop()

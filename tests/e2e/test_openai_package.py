@@ -13,7 +13,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tests.e2e.material import ask, write_rows
 from tests.e2e.serving import Server
 
-ROWS = 24
+ROWS = 56
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", train_path="", valid_path="", workdir="", base_model="")
+    return TrainSpec(run_id=run_id, group="", tasks=(), workdir="", base_model="")
 
 
 async def test_requests_run_side_by_side(engine: AsyncEngine) -> None:

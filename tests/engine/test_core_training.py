@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from tenora.engine.messages import (
     Outputs,
@@ -13,7 +13,9 @@ from tenora.engine.messages import (
     StopTraining,
     Training,
 )
+from tenora.engine.trainer import STEPS_BETWEEN_BURSTS, Trainer
 from tenora.model.decoder import Decoder
+from tenora.training.fusion import FusedTraining
 from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tests.engine.driver import MakeDriver
 from tests.engine.fake import _step_event
@@ -45,7 +47,7 @@ class FakeRun:
 
 
 def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", train_path="", valid_path="", workdir="", base_model="")
+    return TrainSpec(run_id=run_id, group="", tasks=(), workdir="", base_model="")
 
 
 class TestTraining:
@@ -66,7 +68,6 @@ class TestTraining:
             2,
             3,
         ]
-        assert tiny.engine.stats().trained_tokens == 6
 
     def test_a_run_that_cannot_start_says_why(self, driver: MakeDriver) -> None:
         def start(_: Decoder, spec: TrainSpec) -> Any:
@@ -77,19 +78,32 @@ class TestTraining:
         tiny.step()
         assert isinstance(tiny.training[0], FailedEvent)
 
-    def test_decode_steps_alternate_with_training(self, driver: MakeDriver) -> None:
+    def test_training_has_bursts_between_decode_steps(self, driver: MakeDriver) -> None:
         log: list[str] = []
-        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**6))
+        tiny = driver(start_run=lambda _, spec: FakeRun(spec, log, steps=10**7))
         tiny.engine.add(StartTraining(spec("a")))
-        answer = tiny.add(generate(prompt(5), sampling(max_tokens=10)))
-        progress = []
+        answer = tiny.add(generate(prompt(5), sampling(max_tokens=100)))
+        trained = []
         while not answer.done:
             tiny.step()
-            progress.append((len(answer.tokens), len(log)))
-        assert [tokens for tokens, _ in progress] == list(range(1, 11))  # a token with every step
-        trained = [items for _, items in progress]
-        assert all(later > earlier for earlier, later in pairwise(trained))
-        assert answer.tokens == driver().tokens(prompt(5), sampling(max_tokens=10))
+            trained.append(len(log))
+        assert len(trained) == 100  # a token with every step
+        bursts = [step for step, (before, after) in enumerate(pairwise(trained)) if after > before]
+        assert len(bursts) == 4
+        assert {later - earlier for earlier, later in pairwise(bursts)} == {STEPS_BETWEEN_BURSTS}
+        assert answer.tokens == driver().tokens(prompt(5), sampling(max_tokens=100))
+
+    def test_a_command_ends_a_burst(self) -> None:
+        class Endless:
+            active, advanced = 1, 0
+
+            def advance(self) -> None:
+                self.advanced += 1
+
+        endless = Endless()
+        trainer = Trainer(cast("FusedTraining", endless), commands_wait=lambda: endless.advanced >= 3)
+        trainer.beside(10.0)
+        assert endless.advanced == 3
 
     def test_stop_pause_and_shutdown(self, driver: MakeDriver) -> None:
         log: list[str] = []

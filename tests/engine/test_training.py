@@ -11,7 +11,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import StartTraining, StopTraining
 from tenora.model.decoder import Decoder
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TrainSpec
+from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
 from tests.engine.driver import Driver, greedy, load_peft
 from tests.engine.requests import generate, sampling
 
@@ -36,8 +36,9 @@ def make_spec(directory: Path, n_epochs: int) -> TrainSpec:
     return TrainSpec(
         run_id="run",
         group="tenant",
-        train_path=str(directory / "train.npz"),
-        valid_path=str(directory / "valid.npz"),
+        tasks=(
+            TaskSpec(name="rows", train_path=str(directory / "train.npz"), valid_path=str(directory / "valid.npz")),
+        ),
         workdir=str(directory / "work"),
         base_model="tiny",
         lora=LoraSpec(rank=8),

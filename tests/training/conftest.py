@@ -12,7 +12,7 @@ import torch
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import TrainingRun
 from tenora.training.spec import TrainEvent
 
 from .runs import MakeSpec, default_spec, write_rows

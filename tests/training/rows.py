@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset
 from tests.support.tiny import VOCAB
 
@@ -40,3 +41,10 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 def chat(question: str = "What?", answer: str = "That.", **extra: Any) -> dict[str, Any]:
     """A two-message row."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
+
+
+def learned_text(dataset: TokenizedDataset, tokenizer: Tokenizer, row: int = 0) -> list[str]:
+    """The learned runs of a row, as text."""
+    tokens, weights = dataset.row(row)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], weights, [0]])))
+    return [tokenizer.decode(tokens[start:stop].tolist(), False) for start, stop in edges.reshape(-1, 2)]

@@ -10,13 +10,14 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import TrainingRun
 from tenora.training.spec import (
     CheckpointEvent,
     FailedEvent,
     FinishedEvent,
     LoraSpec,
     StepEvent,
+    TaskSpec,
     TrainEvent,
     TrainSpec,
 )
@@ -31,8 +32,9 @@ def default_spec(directory: Path, workdir: str, **changes: Any) -> TrainSpec:
     settings = {
         "run_id": "run-1",
         "group": "g",
-        "train_path": str(directory / "train.npz"),
-        "valid_path": str(directory / "valid.npz"),
+        "tasks": (
+            TaskSpec(name="rows", train_path=str(directory / "train.npz"), valid_path=str(directory / "valid.npz")),
+        ),
         "workdir": str(directory / workdir),
         "base_model": "tiny",
         "lora": LoraSpec(rank=4, alpha=8.0, dropout=0.1),
@@ -66,7 +68,7 @@ def comparable(events: list[TrainEvent]) -> list[TrainEvent]:
         elif isinstance(event, CheckpointEvent):
             found.append(msgspec.structs.replace(event, path=Path(event.path).name))
         elif isinstance(event, FinishedEvent):
-            found.append(msgspec.structs.replace(event, path=Path(event.path).name, seconds=0.0))
+            found.append(msgspec.structs.replace(event, path=Path(event.path).name, seconds=0.0, probe=None))
         else:
             found.append(event)
     return found

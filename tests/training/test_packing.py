@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenora.training.corpus import Corpus
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.packing import epoch_batches, microbatches, pack, plan_microbatches, steps_per_epoch, stream_length
+from tenora.training.packing import microbatches, pack, plan_microbatches, shared_prefix, stream_length
 
 from .rows import random_rows
 
@@ -68,10 +69,20 @@ def test_a_row_without_a_learned_token_takes_no_room() -> None:
     assert pack(dataset, [0]).tokens == 0
 
 
+def corpus_of(*rows: int, weights: tuple[float, ...] = (1.0,)) -> Corpus:
+    """Tasks of so many rows."""
+    dataset = random_rows(sum(rows), seed=1)
+    task = np.repeat(np.arange(len(rows)), rows)
+    names = tuple(f"task-{number}" for number in range(len(rows)))
+    return Corpus(dataset, dataset, names, weights, task, task)
+
+
 @given(rows=st.integers(1, 60), batch_size=st.integers(1, 20), epoch=st.integers(0, 5), seed=st.integers(0, 99))
 def test_an_epoch_sees_every_row_once_in_even_steps(rows: int, batch_size: int, epoch: int, seed: int) -> None:
-    batches = epoch_batches(rows, batch_size, seed=seed, epoch=epoch)
-    assert len(batches) == steps_per_epoch(rows, batch_size) == -(-rows // batch_size)
+    corpus = corpus_of(rows)
+    steps = corpus.steps_per_epoch(batch_size)
+    assert steps == -(-rows // batch_size)
+    batches = [corpus.batch(step, batch_size, seed=seed) for step in range(epoch * steps, (epoch + 1) * steps)]
     assert sorted(np.concatenate(batches)) == list(range(rows))
     sizes = [len(batch) for batch in batches]
     assert max(sizes) <= batch_size
@@ -80,7 +91,41 @@ def test_an_epoch_sees_every_row_once_in_even_steps(rows: int, batch_size: int, 
 
 def test_order_differs_between_epochs_and_seeds() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(epoch_batches(50, 8, seed=seed, epoch=epoch)).tolist()
+        return [row for step in range(7) for row in corpus_of(50).batch(7 * epoch + step, 8, seed=seed)]
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_a_task_with_half_the_weight_gives_half_of_its_rows() -> None:
+    corpus = corpus_of(40, 20, weights=(0.5, 1.0))
+    seen = [set(corpus.batch(step, 40, seed=3)) for step in range(3)]
+    assert [(len([row for row in batch if row < 40]), len([row for row in batch if row >= 40])) for batch in seen] == [
+        (20, 20)
+    ] * 3
+    assert len({frozenset(batch) for batch in seen}) == 3, "every epoch draws others"
+    assert "2 of task-0" in corpus.where([1])
+
+
+def test_what_all_rows_begin_with_is_laid_down_once() -> None:
+    tokens, weights = [], []
+    for row in range(3):
+        own = np.array([50 + row, 60, 70 + row, 80], dtype=np.int32)
+        tokens.append(np.concatenate([np.arange(5, dtype=np.int32), own]))
+        weights.append(np.array([0, 0, 0, 0, 0, 0, 0, 1, 1], dtype=np.uint8))
+    offsets = np.arange(4, dtype=np.int64) * 9
+    dataset = TokenizedDataset(np.concatenate(tokens), np.concatenate(weights), offsets, np.arange(1, 4))
+    assert shared_prefix(dataset) == 5
+    packed = pack(dataset, [2, 0], shared=5)
+    assert packed.input_ids.tolist() == [0, 1, 2, 3, 4, 52, 60, 72, 50, 60, 70]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7]
+    assert packed.cu_seqlens.tolist() == [0, 5, 8, 11]
+    assert packed.prefixes == (-1, 0, 0)
+    assert packed.predict_at.tolist() == [6, 7, 9, 10]
+    assert packed.targets.tolist() == [72, 80, 70, 80]
+    assert packed.row_tokens == 16
+    # The token that predicts the first learned one is each row's own.
+    early = np.tile(np.array([0, 0, 0, 1, 1, 1, 1, 1, 1], np.uint8), 3)
+    learned_early = TokenizedDataset(dataset.tokens, early, offsets, dataset.lines)
+    assert shared_prefix(learned_early) == 2
+    assert len(microbatches(dataset, range(3), 5 + 6, shared=5)) == 2, "the prefix is counted once a microbatch"

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, tokenize_file
-from tenora.training.run import TrainingRun
-from tenora.training.spec import EvalEvent, FinishedEvent, TrainSpec
+from tenora.training.fusion import TrainingRun
+from tenora.training.spec import EvalEvent, FinishedEvent, TaskSpec, TrainSpec
 
 pytestmark = pytest.mark.real
 
@@ -51,8 +51,7 @@ def test_a_slice_of_pubmedqa(real_base: Path, shared_data: Path, tmp_path: Path)
     spec = TrainSpec(
         run_id="real",
         group="",
-        train_path=str(tmp_path / "train.npz"),
-        valid_path=str(tmp_path / "valid.npz"),
+        tasks=(TaskSpec(name="rows", train_path=str(tmp_path / "train.npz"), valid_path=str(tmp_path / "valid.npz")),),
         workdir=str(tmp_path / "work"),
         base_model="smollm2-135m",
         n_epochs=1,

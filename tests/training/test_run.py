@@ -19,10 +19,10 @@ import transformers
 from torch.nn import functional as F
 
 from tenora.model.decoder import Decoder
-from tenora.training import loop
+from tenora.training import learner
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.evaluation import Evaluation
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import FusedTraining, TrainingRun
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
@@ -61,7 +61,7 @@ def test_events_of_a_run(decoder: Decoder, make_spec: MakeSpec) -> None:
     best = min(later, key=lambda event: event.valid_loss)
     assert (finished.step, finished.valid_loss, finished.steps) == (best.step, best.valid_loss, 8)
     assert [event.step for event in later if event.best][-1] == best.step
-    trained = TokenizedDataset.load(Path(spec.train_path)).num_trained
+    trained = TokenizedDataset.load(Path(spec.tasks[0].train_path)).num_trained
     assert finished.trained_tokens == steps[-1].trained_tokens == 2 * trained
     # The window of a checkpoint is the steps since the one before, weighted by their tokens.
     counts = np.diff([0, *[event.trained_tokens for event in steps]])
@@ -117,12 +117,12 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(
 import os, signal, msgspec, torch
 from pathlib import Path
 from tenora.model.loading import load_decoder
-from tenora.training import loop
+from tenora.training import learner
 from tenora.training.evaluation import Evaluation
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import FusedTraining, TrainingRun
 from tenora.training.spec import StepEvent, TrainSpec
 torch.set_num_threads(1)
-loop.STATE_INTERVAL_SECONDS = 0.0
+learner.STATE_INTERVAL_SECONDS = 0.0
 spec = msgspec.json.decode(Path({str(tmp_path / "spec.json")!r}).read_bytes(), type=TrainSpec)
 decoder = load_decoder(Path({str(tiny_base)!r}), device=torch.device("cpu"), dtype=torch.float32)
 countdown = -1
@@ -164,17 +164,17 @@ def test_cancelling_gives_up_the_step(decoder: Decoder, make_spec: MakeSpec) -> 
 def test_only_the_best_and_the_latest_checkpoints_stay(
     decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([3.0, 2.5, 1.5, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5])
+    losses = iter([13.0, 12.5, 11.5, 12.0, 12.1, 12.2, 12.3, 12.4, 12.5])
 
     def told(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
-        return Evaluation(next(losses), 0.5)
+        return Evaluation(next(losses), 0.5, [1.0], [1], [[-1.0]])
 
-    monkeypatch.setattr(loop, "evaluate", told)
+    monkeypatch.setattr(learner, "measure", told)
     spec = make_spec(eval_interval=1)
     finished = events_of(TrainingRun(decoder, spec))[-1]
     assert isinstance(finished, FinishedEvent)
-    assert (finished.step, finished.valid_loss, finished.base_loss) == (2, 1.5, 3.0)
+    assert (finished.step, finished.valid_loss, finished.base_loss) == (2, 11.5, 13.0)
     assert Path(finished.path).name == "step-000002"
     kept = sorted(path.name for path in (Path(spec.workdir) / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000006", "step-000007", "step-000008"]
@@ -189,7 +189,7 @@ def test_the_exported_adapter_gives_peft_the_loss_that_was_told(
     assert isinstance(finished, FinishedEvent)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, finished.path)
-    valid, losses, hits = TokenizedDataset.load(Path(spec.valid_path)), [], []
+    valid, losses, hits = TokenizedDataset.load(Path(spec.tasks[0].valid_path)), [], []
     for row in range(len(valid)):
         tokens, weights = valid.row(row)
         ids, learned = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(weights[1:].astype(bool))
@@ -213,12 +213,14 @@ def test_the_callers_modes_and_random_numbers_are_left_alone(decoder: Decoder, m
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-def test_an_abandoned_run_lets_go_of_its_loop(decoder: Decoder, make_spec: MakeSpec) -> None:
-    run = TrainingRun(decoder, make_spec())
-    items = iter(run)
+def test_a_run_that_ended_has_given_its_room_back(decoder: Decoder, make_spec: MakeSpec) -> None:
+    training = FusedTraining(decoder)
+    training.start(make_spec())
     for _ in range(20):
-        next(items)
-    held = weakref.ref(run._loop)
-    assert held() is not None
-    items.close()
+        training.advance()
+    held = weakref.ref(training.host.arena.tables.arena)
+    assert held().numel() > 0
+    training.stop_all(pause=False)
+    assert isinstance([event for event in training if event is not None][-1], StoppedEvent)
     assert held() is None
+    assert len(training.host.arena) == 0

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from tenora.model.decoder import Decoder
-from tenora.training import loop
+from tenora.training import learner
+from tenora.training.corpus import Corpus
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import TrainingRun
 from tenora.training.spec import (
     FinishedEvent,
     LoraSpec,
     StepEvent,
+    TaskSpec,
 )
 
 from .rows import random_rows
@@ -54,12 +56,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_lines(
 def test_a_gradient_that_is_not_finite_names_the_lines_of_its_step(
     decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "clip_grad_norm", lambda grad, max_norm: float("inf"))
+    monkeypatch.setattr(learner, "clip_grad_norm", lambda grad, max_norm: float("inf"))
     spec = make_spec()
     failed = failure(TrainingRun(decoder, spec))
     assert (failed.code, "gradient of step 1" in failed.message) == ("non_finite", True)
-    rows = loop.epoch_batches(14, 4, seed=11, epoch=0)[0]
-    assert ", ".join(str(row + 1) for row in sorted(rows.tolist())) in failed.message
+    rows = Corpus.load(spec.tasks, rows_per_example=1).batch(0, 4, seed=11)
+    assert ", ".join(str(row + 1) for row in sorted(rows)) in failed.message
 
 
 def test_a_loss_of_exactly_zero_stops_and_explains(
@@ -70,7 +72,7 @@ def test_a_loss_of_exactly_zero_stops_and_explains(
         certain, "logits", lambda hidden: (hidden @ certain.lm_head.t()).mul(0.0).index_fill(1, torch.tensor([9]), 1e4)
     )
     spec = make_spec()
-    for path in (spec.train_path, spec.valid_path):
+    for path in (spec.tasks[0].train_path, spec.tasks[0].valid_path):
         rows = TokenizedDataset.load(Path(path))
         replace(rows, tokens=np.full_like(rows.tokens, 9)).save(Path(path))
     assert failure(TrainingRun(certain, spec)).code == "zero_loss"
@@ -78,8 +80,8 @@ def test_a_loss_of_exactly_zero_stops_and_explains(
 
 def test_rows_without_a_learned_token_are_an_error_that_explains(decoder: Decoder, make_spec: MakeSpec) -> None:
     spec = make_spec()
-    rows = TokenizedDataset.load(Path(spec.train_path))
-    replace(rows, weights=np.zeros_like(rows.weights)).save(Path(spec.train_path))
+    rows = TokenizedDataset.load(Path(spec.tasks[0].train_path))
+    replace(rows, weights=np.zeros_like(rows.weights)).save(Path(spec.tasks[0].train_path))
     failed = failure(TrainingRun(decoder, spec))
     assert (failed.code, "14 rows" in failed.message) == ("no_trainable_tokens", True)
 
@@ -104,7 +106,7 @@ def test_no_error_of_a_run_reaches_the_engine(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "save_state", fail)
+    monkeypatch.setattr(learner, "save_state", fail)
     assert failure(TrainingRun(decoder, make_spec())).code == code
 
 
@@ -139,7 +141,15 @@ def test_a_state_of_another_run_or_a_torn_one_is_refused(decoder: Decoder, make_
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train_path": "/nonexistent.npz"}, {"lora": LoraSpec(target_modules=("w1",))}, {"n_epochs": 0}]
+    "changes",
+    [
+        {"tasks": (TaskSpec(name="rows", train_path="/nonexistent.npz", valid_path="/nonexistent.npz"),)},
+        {"tasks": ()},
+        {"lora": LoraSpec(target_modules=("w1",))},
+        {"n_epochs": 0},
+        {"method": "dpo"},
+        {"init_path": "/nonexistent"},
+    ],
 )
 def test_what_cannot_start_fails_as_an_event(decoder: Decoder, make_spec: MakeSpec, changes: dict[str, Any]) -> None:
     assert failure(TrainingRun(decoder, make_spec(**changes))).message

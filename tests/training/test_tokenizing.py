@@ -16,7 +16,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
 from tenora.training.encoding import encode_spans
 
-from .rows import chat, random_rows, write_lines
+from .rows import chat, learned_text, random_rows, write_lines
 
 TURNS = {
     "messages": [
@@ -29,13 +29,6 @@ TURNS = {
         {"role": "assistant", "content": "Three\nlines."},
     ]
 }
-
-
-def learned_text(dataset: TokenizedDataset, tokenizer: Tokenizer, row: int = 0) -> list[str]:
-    """The learned runs of a row, as text."""
-    tokens, weights = dataset.row(row)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], weights, [0]])))
-    return [tokenizer.decode(tokens[start:stop].tolist(), False) for start, stop in edges.reshape(-1, 2)]
 
 
 def test_chat_learns_the_answers_and_their_end_token_and_nothing_else(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -9,12 +9,22 @@ from typing import Any
 
 import pytest
 
-from tenora.training import reading
+from tenora.training import containers
 from tenora.training.dataset import validate_file
 
 from .rows import chat, write_lines
 
 GOOD = chat()
+
+
+def openai_pair(**changes: Any) -> dict[str, Any]:
+    """A preference row of OpenAI's form."""
+    return {
+        "input": {"messages": [{"role": "user", "content": "Why?"}]},
+        "preferred_output": [{"role": "assistant", "content": "So."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Because."}],
+        **changes,
+    }
 
 
 def one(message: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def one(message: dict[str, Any]) -> dict[str, Any]:
         ({"messages": []}, "missing_messages_list"),
         ({"messages": "hello"}, "missing_messages_list"),
         ({"question": "a"}, "missing_messages_list"),
-        ({"text": "plain"}, "missing_messages_list"),
+        ({"messages": None, "system": "a"}, "missing_messages_list"),
         (one({"content": "a"}), "message_missing_key"),
         (one({"role": "user"}), "message_missing_key"),
         (one({"role": "user", "content": "a", "weight": 1}), "message_unrecognized_key"),
@@ -54,8 +64,40 @@ def one(message: dict[str, Any]) -> dict[str, Any]:
         ({**GOOD, "prompt": "a", "completion": "b"}, "ambiguous_format"),
         ({**GOOD, "label": "yes"}, "ambiguous_format"),
         ({"prompt": "a", "completion": "b", "label": True}, "ambiguous_format"),
+        ({**GOOD, "text": "a"}, "ambiguous_format"),
+        ({**GOOD, "system": "a"}, "ambiguous_format"),
+        ({"text": "a", "label": 1}, "ambiguous_format"),
+        ({"prompt": "a", "completion": "b", "chosen": "b"}, "ambiguous_format"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "ambiguous_format"),
+        ({"system": "a", "conversations": [{"from": "system", "value": "b"}]}, "ambiguous_format"),
+        ({"instruction": "a"}, "missing_content"),
+        ({"instruction": "", "output": "b"}, "missing_content"),
+        ({"instruction": "a", "output": 3}, "data_type"),
+        ({"text": ""}, "missing_content"),
+        ({"text": ["a"]}, "data_type"),
+        ({"conversations": "a"}, "missing_messages_list"),
+        ({"conversations": [{"from": "human"}]}, "message_missing_key"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "message_missing_key"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "unrecognized_role"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "example_missing_assistant_message"),
+        ({"chosen": "a", "rejected": "b"}, "missing_content"),
+        ({"prompt": "a", "chosen": "b"}, "missing_content"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "missing_content"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "no_trainable_tokens"),
+        ({"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, "data_type"),
+        (openai_pair(preferred_output=[]), "missing_messages_list"),
+        (openai_pair(preferred_output=[{"role": "user", "content": "a"}]), "unrecognized_role"),
+        (openai_pair(input="Why?"), "data_type"),
+        (openai_pair(input={"messages": GOOD["messages"], "colour": 1}), "message_unrecognized_key"),
+        (
+            openai_pair(non_preferred_output=[{"role": "assistant", "content": "a", "weight": 1}]),
+            "message_unrecognized_key",
+        ),
+        (openai_pair(non_preferred_output=openai_pair()["preferred_output"]), "no_trainable_tokens"),
+        # Fine by themselves, but the others are conversations.
+        ({"prompt": "a", "completion": "b"}, "ambiguous_format"),
+        ({"text": "plain"}, "ambiguous_format"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "ambiguous_format"),
-        ({"prompt": "a", "completion": "b"}, "ambiguous_format"),  # fine by itself, but the others are conversations
     ],
 )
 def test_a_bad_row_is_reported_with_its_line_and_code(tmp_path: Path, row: Any, code: str) -> None:
@@ -114,6 +156,53 @@ def test_rows_that_are_fine(tmp_path: Path, row: Any) -> None:
     assert report.format == "chat"
 
 
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"prompt": "", "completion": "b"}, "prompt_completion"),
+        ({"text": "a", "chosen": None}, "text"),
+        ({"instruction": "a", "input": "", "output": "b", "history": []}, "alpaca"),
+        ({"instruction": "a", "output": "b", "system": "c"}, "alpaca"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": "x"}, "sharegpt"),
+        (openai_pair(), "preference"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl_preference"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": "c"}],
+            },
+            "trl_preference",
+        ),
+    ],
+)
+def test_every_form_is_detected_by_its_keys(tmp_path: Path, row: Any, form: str) -> None:
+    report = validate_file(write_lines(tmp_path / "rows.jsonl", [row, row]))
+    assert report.ok, report.summary()
+    assert report.format == form
+    assert report.rows_per_example == (2 if "preference" in form else 1)
+
+
+def test_a_mixture_names_the_forms_that_meet_in_it(tmp_path: Path) -> None:
+    row = {**GOOD, "prompt": "a", "completion": "b", "colour": "c"}
+    (issue,) = validate_file(write_lines(tmp_path / "rows.jsonl", [GOOD, row])).issues
+    assert "prompt and completion (`completion` and `prompt`)" in issue.message
+    assert "chat (`messages`)" in issue.message
+    assert "colour" not in issue.message
+
+
+def test_an_incomplete_row_says_what_each_possible_form_needs(tmp_path: Path) -> None:
+    (issue,) = validate_file(write_lines(tmp_path / "rows.jsonl", [GOOD, {"prompt": "a"}])).issues
+    assert "`completion` (prompt and completion)" in issue.message
+    assert "`chosen` and `rejected` (TRL preference)" in issue.message
+
+
+def test_a_row_of_another_form_says_which_form_the_file_has(tmp_path: Path) -> None:
+    (issue,) = validate_file(write_lines(tmp_path / "rows.jsonl", [GOOD, {"text": "a"}, GOOD])).issues
+    assert (issue.line, issue.code) == (2, "ambiguous_format")
+    assert "has the form text, and those before it chat" in issue.message
+
+
 def test_all_issues_are_counted_and_a_hundred_are_listed(tmp_path: Path) -> None:
     report = validate_file(write_lines(tmp_path / "rows.jsonl", [{}] * 250))
     assert (len(report.issues), report.issue_count) == (100, 250)
@@ -143,7 +232,7 @@ def test_too_many_examples_stop_the_reading(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_one_issue_and_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 4096)
+    monkeypatch.setattr(containers, "MAX_ROW_BYTES", 4096)
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode() + b"\n"
     path.write_bytes(good + b"x" * 4_000_000 + b"\n" + good)

@@ -1,4 +1,4 @@
-"""Directories that appear on disk complete or not at all. Free of torch."""
+"""Files and directories that appear on disk complete or not at all. Free of torch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def rename_into_place(source: Path, target: Path) -> None:
             raise FileExistsError(errno.EEXIST, "The directory exists and is not replaced", str(target)) from error
         raise
     fsync(target.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content, durably: a reader, or a process that was killed, finds the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

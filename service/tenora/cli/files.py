@@ -10,8 +10,10 @@ import typer
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_objects
 
-app = typer.Typer(no_args_is_help=True, help="Training files: upload, list, delete.")
-Existing = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A JSONL file.")]
+app = typer.Typer(no_args_is_help=True, help="Training files: upload, preview, list, delete.")
+Existing = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A JSONL, CSV or Parquet file.")
+]
 
 
 @app.command()
@@ -34,6 +36,42 @@ def list_(as_json: AsJson = False) -> None:
     with connect() as client:
         columns = ("id", "created_at", "bytes", "purpose", "status", "filename")
         show_objects(client.files.list(), columns, as_json=as_json)
+
+
+@app.command()
+def preview(
+    file_id: str,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=100, help="How many rows.")] = 5,
+    after: Annotated[int, typer.Option("--after", min=0, help="Begin after this line.")] = 0,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", min=8, help="Tokens that fit.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model would see them: what is learned, what is cut, what is wrong."""
+    with connect() as client:
+        found = client.files.preview(
+            file_id, limit=limit, after=after, max_seq_length=max_seq_length, truncate=truncate
+        )
+    if as_json:
+        typer.echo(found.model_dump_json())
+        return
+    for row in found.data:
+        cut = f", {row.truncated_tokens} more are cut off" if row.truncated else ""
+        part = "" if row.part is None else f" ({row.part})"
+        typer.secho(f"line {row.line}{part}: {row.tokens} tokens, {row.trained_tokens} learned{cut}", bold=True)
+        for span in row.spans:
+            typer.secho(span.text, nl=False, fg=typer.colors.GREEN if span.trained else None)
+        if row.spans:
+            typer.echo()
+        for issue in row.issues:
+            typer.secho(f"{issue.code}: {issue.message}", fg=typer.colors.RED)
+    totals = found.totals
+    typer.echo(
+        f"form {found.format or '-'}; {totals.rows} rows shown, {totals.unusable} of them unusable, "
+        f"{totals.truncated} cut; {totals.tokens} tokens, {totals.trained_tokens} learned"
+    )
+    if found.has_more:
+        typer.echo(f"more: tenora files preview {file_id} --after {found.last_line}", err=True)
 
 
 @app.command()

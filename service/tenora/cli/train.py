@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tenora.cli.connection import connect
-from tenora.cli.output import AsJson, show_object
+from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
 from tenora_client import Client, Job
 
+_TABLE = ("trial", "rank", "learning_rate", "n_epochs", "batch_size", "status", "step", "valid_loss", "winner")
+
 
 def train(
-    training: Annotated[str, typer.Argument(help="A JSONL file, or the id of an uploaded one.")],
+    training: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="A training file, or the id of an uploaded one. Several are tasks; FILE=2 has its rows seen twice as "
+            "often.",
+        ),
+    ],
     name: Annotated[str | None, typer.Option("--name", help="What to call the adapter.")] = None,
     validation: Annotated[
         str | None, typer.Option("--validation", help="A file or id to measure on; rows are held out if absent.")
     ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="supervised, or dpo for preference rows.")] = None,
+    init_from: Annotated[str | None, typer.Option("--init-from", help="An adapter of yours to start from.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the file.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", min=0, help="Peak of the schedule.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of the adapter.")] = None,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="End when three evaluations in a row were no better.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="Values to try, as rank=8,16 or learning_rate=1e-4..1e-3; may be repeated."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=2, help="How many settings the sweep tries.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
     suffix: Annotated[str | None, typer.Option("--suffix", help="Part of the result's full name.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end, with a progress bar.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Upload a file, train an adapter on it and wait until it can be called."""
-    hyperparameters = _given(n_epochs=epochs, batch_size=batch_size)
-    optional = _given(name=name, seed=seed, suffix=suffix)
+    fields = _given(
+        name=name,
+        seed=seed,
+        suffix=suffix,
+        n_epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        early_stopping=early_stopping or None,
+        method=None if method is None else {"type": method},
+        lora=_given(rank=rank, init_from=init_from) or None,
+        sweep=sweep_of(sweep or [], trials),
+    )
     with connect() as client:
-        training_file = file_id(client, training)
+        fields |= training_fields(client, training)
         validation_file = None if validation is None else file_id(client, validation)
-        job = client.jobs.create(
-            training_file,
-            validation_file=validation_file,
-            hyperparameters=hyperparameters,
-            lora=_given(rank=rank),
-            training=_given(learning_rate=learning_rate),
-            **optional,
-        )
+        job = client.jobs.create(validation_file=validation_file, **fields)
         if not wait:
             show_object(job, as_json=as_json)
             return
@@ -56,6 +79,53 @@ def train(
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def training_fields(client: Client, training: Sequence[str]) -> dict[str, Any]:
+    """`training_file` for one file, `training_files` for several or with a weight; uploads what is a path."""
+    if len(training) == 1 and _weighted(training[0])[1] is None:
+        return {"training_file": file_id(client, training[0])}
+    files = []
+    for entry in training:
+        path, weight = _weighted(entry)
+        files.append(_given(file=file_id(client, path), weight=weight))
+    return {"training_files": files}
+
+
+def sweep_of(values: Sequence[str], trials: int | None) -> dict[str, Any] | None:
+    """The request's `sweep` from `name=value,value` and `name=low..high`; None if nothing is to be tried.
+
+    Raises:
+        ConfigurationError: an entry of another form.
+    """
+    if not values and trials is None:
+        return None
+    found: dict[str, Any] = _given(trials=trials)
+    for entry in values:
+        name, equals, text = entry.partition("=")
+        low, dots, high = text.partition("..")
+        try:
+            numbers = [json.loads(part) for part in ([low, high] if dots else text.split(","))]
+        except json.JSONDecodeError:
+            numbers = []
+        if not equals or not numbers or not all(isinstance(number, int | float) for number in numbers):
+            raise ConfigurationError(
+                f"--sweep {entry!r} is not understood. Write rank=8,16 for a list, or learning_rate=1e-4..1e-3 for a "
+                "range."
+            )
+        found[name] = {"min": numbers[0], "max": numbers[1]} if dots else numbers
+    return found
+
+
+def _weighted(entry: str) -> tuple[str, float | None]:
+    """`rows.jsonl=2` as a path and a weight; a file that has such a name is a path."""
+    path, equals, text = entry.rpartition("=")
+    if not equals or Path(entry).is_file():
+        return entry, None
+    try:
+        return path, float(text)
+    except ValueError:
+        return entry, None
 
 
 def file_id(client: Client, path_or_id: str) -> str:
@@ -77,10 +147,13 @@ def file_id(client: Client, path_or_id: str) -> str:
 
 def report(job: Job) -> None:
     """Print what came of a job, and how to go on."""
+    if job.sweep_results:
+        show_table(_TABLE, ([trial.get(column) for column in _TABLE] for trial in job.sweep_results))
     evaluation: Mapping[str, Any] = job.evaluation or {}
     base, adapter = evaluation.get("base_loss"), evaluation.get("valid_loss")
     if isinstance(base, int | float) and isinstance(adapter, int | float):
-        typer.echo(f"held-out loss  {base:.3f} (base)  ->  {adapter:.3f} (adapter)")
+        start = "base" if job.parent is None else job.parent
+        typer.echo(f"held-out loss  {base:.3f} ({start})  ->  {adapter:.3f} (adapter)")
     typer.echo(f"model          {job.fine_tuned_model}")
     name = job.name or job.fine_tuned_model
     typer.echo(f'try it         tenora chat {name} -m "..."')

@@ -18,6 +18,7 @@ from tenora.control.blobs import Blobs
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
 from tenora.control.idempotency import Receipt
+from tenora.control.model_card import README_NAME, model_card
 from tenora.control.names import check_name
 from tenora.control.peft_upload import check_loadable, stage_upload
 from tenora.control.records import AdapterRecord, Principal
@@ -180,11 +181,11 @@ class Adapters:
             await self._unpin(old)
 
     async def archive(self, principal: Principal, name: str) -> Path:
-        """A zip of the active version's PEFT directory; the caller removes it after sending it."""
+        """A zip of the active version's PEFT directory with its card; the caller removes it after sending it."""
         record = await self.get(principal, name)
         archive = self._storage.stage(".zip")
         try:
-            await asyncio.to_thread(_zip, self._blobs.store.path(record.digest), archive)
+            await asyncio.to_thread(_zip, self._blobs.store.path(record.digest), model_card(record), archive)
         except BaseException as error:
             await asyncio.to_thread(remove, archive)
             if isinstance(error, FileNotFoundError):
@@ -315,11 +316,14 @@ def _pinned_digests() -> Select[Any]:
     )
 
 
-def _zip(directory: Path, archive: Path) -> None:
+def _zip(directory: Path, card: str, archive: Path) -> None:
+    readme = zipfile.ZipInfo(README_NAME)  # its time is a constant: equal cards make equal archives
+    readme.external_attr = 0o644 << 16
     # Stored, not deflated: trained weights are noise to a compressor.
     with full_disk(), zipfile.ZipFile(archive, "x", zipfile.ZIP_STORED) as file:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             file.write(directory / name, name)
+        file.writestr(readme, card)
 
 
 def _missing(name: str) -> NotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from tenora.adapters.peft_format import WEIGHTS_NAME, read_config, validate_file
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.database import Database
-from tenora.control.schema import AdapterVersionRow, CheckpointRow
+from tenora.control.records import TERMINAL
+from tenora.control.schema import AdapterVersionRow, CheckpointRow, JobRow
 from tenora.control.storage import full_disk
 
 if TYPE_CHECKING:
@@ -36,8 +38,13 @@ class Blob:
 class Blobs:
     """The adapter store together with the rule that a blob lives as long as a row names it.
 
-    A blob is stored before the row that names it and deleted after the last one is gone. `publishing` and `release`
-    exclude each other, so that no blob is deleted between being stored and being named.
+    A blob is stored before the row that names it and deleted after the last one is gone. One that is being published is
+    not deleted between being stored and being named.
+
+    Attributes:
+        store: where they lie.
+        targets: the base's modules.
+        max_rank: highest rank that is accepted.
     """
 
     def __init__(
@@ -49,28 +56,37 @@ class Blobs:
         max_rank: int,
     ) -> None:
         self.store = store
+        self.targets = targets
+        self.max_rank = max_rank
         self._database = database
         self._engine = engine
-        self._targets = targets
-        self._max_rank = max_rank
-        self._lock = asyncio.Lock()
+        self._lock = asyncio.Lock()  # of storing and deleting
+        self._publishing: Counter[str] = Counter()  # digest → blocks of `publishing` that may still name it
+        self._postponed: set[str] = set()  # digests that were to be freed meanwhile
 
     @contextlib.asynccontextmanager
     async def publishing(self, directory: Path) -> AsyncIterator[Blob]:
         """Check and store the PEFT directory; the block must commit a row that names the blob.
 
-        If the block raises, a blob that no row names is removed again.
+        If the block raises, a blob that no row names is removed again. Blocks may take their time: others publish
+        meanwhile.
 
         Raises:
             AdapterFormatError: not an adapter of this base; nothing was stored.
         """
         async with self._lock:
             blob = await asyncio.to_thread(self._put, directory)
-            try:
-                yield blob
-            except BaseException:
-                await self._delete_unnamed([blob.digest])
-                raise
+            self._publishing[blob.digest] += 1
+        try:
+            yield blob
+        except BaseException:
+            self._postponed.add(blob.digest)
+            raise
+        finally:
+            self._publishing -= Counter([blob.digest])
+            if blob.digest in self._postponed:
+                self._postponed.discard(blob.digest)
+                await self.release([blob.digest])
 
     async def release(self, digests: Iterable[str]) -> None:
         """Rows that named these digests were deleted: free those that no row of any tenant names any more."""
@@ -96,9 +112,7 @@ class Blobs:
             return await asyncio.to_thread(remove_orphans)
 
     def _put(self, directory: Path) -> Blob:
-        summary = validate_files(
-            read_config(directory), directory / WEIGHTS_NAME, self._targets, max_rank=self._max_rank
-        )
+        summary = validate_files(read_config(directory), directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank)
         with full_disk():
             digest = self.store.put(directory)
         return Blob(digest=digest, rank=summary.rank, target_modules=summary.target_modules, bytes=summary.nbytes)
@@ -107,6 +121,9 @@ class Blobs:
         async with self._database.read() as session:
             named = await _named(session, set(digests))
         for digest in set(digests) - named:
+            if self._publishing[digest]:
+                self._postponed.add(digest)
+                continue
             await self._engine.evict(digest)
             await asyncio.to_thread(self.store.delete, digest)
 
@@ -114,7 +131,12 @@ class Blobs:
 async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:
     """Digests that a row of any tenant names; the only query across tenants besides those at start."""
     versions, checkpoints = select(AdapterVersionRow.digest), select(CheckpointRow.digest)
+    # What an unfinished job starts from is read when its run begins, and again when it goes on after a restart.
+    parents = select(JobRow.parent_digest).where(
+        JobRow.parent_digest.is_not(None), JobRow.status.not_in(sorted(TERMINAL))
+    )
     if among is not None:
         versions = versions.where(AdapterVersionRow.digest.in_(among))
         checkpoints = checkpoints.where(CheckpointRow.digest.in_(among))
-    return set(await session.scalars(union(versions, checkpoints)))
+        parents = parents.where(JobRow.parent_digest.in_(among))
+    return set(await session.scalars(union(versions, checkpoints, parents)))

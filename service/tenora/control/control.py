@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
+from tenora.control.adapter_shape import Limits
 from tenora.control.adapters import Adapters
 from tenora.control.blobs import Blobs
+from tenora.control.estimates import Estimates
 from tenora.control.failpoints import Failpoints
 from tenora.control.files import Files
 from tenora.control.idempotency import Idempotency
 from tenora.control.inference import Inference
 from tenora.control.job_context import JobContext
-from tenora.control.job_requests import Limits
 from tenora.control.jobs import Jobs
 from tenora.control.models import Models
 from tenora.control.names import new_id
+from tenora.control.previews import Previews
 from tenora.control.registry import Bootstrap, Registry
 from tenora.control.runner import JobRunner
 from tenora.errors import TenoraError, UnavailableError
@@ -79,6 +81,8 @@ class Control:
         store = AdapterStore(storage.adapters)
         self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
         self.files = Files(settings, database, storage, failpoints)
+        self.previews = Previews(database, storage, tokenizer, self._limits)
+        self.estimates = Estimates(database, storage, self._blobs, tokenizer, self._limits)
         self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
         self.inference = Inference(database, store, engine, tokenizer, model.id, self._admit)
@@ -86,7 +90,7 @@ class Control:
             settings, database, storage, self._blobs, self.adapters, engine, tokenizer, self._limits, failpoints
         )
         self._runner = JobRunner(context, owner=new_id("boot"))
-        self.jobs = Jobs(database, self._runner, self._limits, self._admit, failpoints)
+        self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)
 
     @classmethod
     async def open(

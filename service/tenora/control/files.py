@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy import ColumnElement, Select, String, cast, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.config import Settings
@@ -285,7 +285,12 @@ def _unfinished_user(tenant_id: str, file_id: str) -> Select[Any]:
         .where(
             JobRow.tenant_id == tenant_id,
             JobRow.status.not_in(sorted(TERMINAL)),
-            or_(JobRow.training_file == file_id, JobRow.validation_file == file_id),
+            or_(
+                JobRow.training_file == file_id,
+                JobRow.validation_file == file_id,
+                # Ids have no character that JSON escapes or LIKE interprets.
+                cast(JobRow.training_files, String).contains(f'"{file_id}"'),
+            ),
         )
         .limit(1)
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tenora.config import Settings
+from tenora.control.adapter_shape import Limits
 from tenora.control.adapters import Adapters
 from tenora.control.blobs import Blobs
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
-from tenora.control.job_requests import Limits
 from tenora.control.job_rows import Claim, end, log, owned
 from tenora.control.storage import Storage
 from tenora.errors import TenoraError

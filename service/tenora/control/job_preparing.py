@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+from tenora.control.baselines import note_rows
+from tenora.control.blobs import Blobs
 from tenora.control.job_context import JobContext
+from tenora.control.job_requests import Asked
 from tenora.control.job_rows import Claim, drop_lease, log, owned
-from tenora.control.preparation import Preparation, prepare
+from tenora.control.preparation import Preparation, Prepared, prepare
+from tenora.control.schema import JobRow
+from tenora.control.starting_point import parent_shape
+from tenora.control.storage import Storage
+from tenora.control.training_sources import sources_of
 from tenora.errors import TenoraError
+
+_LISTED_PAIRS = 5
 
 
 async def prepare_job(context: JobContext, claim: Claim) -> None:
@@ -18,18 +27,10 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
     """
     async with context.database.read() as session:
         row = await owned(session, claim)
-    work = Preparation.of(
-        row,
-        training_path=context.storage.file(row.tenant_id, row.training_file),
-        validation_path=None
-        if row.validation_file is None
-        else context.storage.file(row.tenant_id, row.validation_file),
-        workdir=context.storage.workdir(row.tenant_id, row.id),
-    )
     try:
         prepared = await asyncio.to_thread(
             prepare,
-            work,
+            await preparation_of(context.storage, context.blobs, row),
             context.tokenizer,
             context.limits(),
             tokens_per_microbatch=context.settings.train_tokens_per_microbatch,
@@ -42,13 +43,79 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
         row = await owned(session, claim)
         row.plan = prepared.plan
         row.hyperparameters = prepared.hyperparameters
+        row.lora = prepared.lora
+        row.settings = prepared.settings
+        row.sweep_results = prepared.sweep_results
+        duplicates = None if prepared.folds else sum(task.near_duplicates.count for task in prepared.tasks)
+        await note_rows(session, row, duplicates)
         row.status = "queued"
         drop_lease(row)
-        if prepared.truncated:
-            log(session, row, f"{prepared.truncated} rows were cut to fit the sequence length", level="warn")
-        log(
-            session,
-            row,
-            f"Files validated ({prepared.train_rows} rows to train on, {prepared.valid_rows} held out), "
-            "moving job to queued state",
+        for warning in _warnings(prepared):
+            log(session, row, warning, level="warn")
+            await session.flush()
+        for line in _described(row, prepared):
+            log(session, row, line)
+            await session.flush()  # keeps the order of the lines
+
+
+async def preparation_of(storage: Storage, blobs: Blobs, row: JobRow) -> Preparation:
+    """What is needed to prepare a job, which need not be stored."""
+    sources = sources_of(row.training_file, row.training_files)
+    return Preparation(
+        job_id=row.id,
+        tenant_id=row.tenant_id,
+        workdir=storage.workdir(row.tenant_id, row.id),
+        sources=sources,
+        paths=[storage.file(row.tenant_id, source.file) for source in sources],
+        validation_path=None if row.validation_file is None else storage.file(row.tenant_id, row.validation_file),
+        asked=Asked.stored(row.requested),
+        parent=None if row.parent_digest is None else await parent_shape(blobs, row.parent_digest),
+        seed=row.seed,
+    )
+
+
+def _warnings(prepared: Prepared) -> list[str]:
+    """What the owner should know of the rows."""
+    lines: list[str] = []
+    if truncated := sum(task.truncated for task in prepared.tasks):
+        lines.append(f"{truncated} rows were cut to fit the sequence length")
+    for task in prepared.tasks:
+        found = task.near_duplicates
+        if not found.count:
+            continue
+        where = f"Task {task.source.name}: " if len(prepared.tasks) > 1 else ""
+        pairs = [f"{pair.held_out_line} and {pair.train_line}" for pair in found.pairs[:_LISTED_PAIRS]]
+        more = ["…"] if found.count > _LISTED_PAIRS else []
+        lines.append(
+            f"{where}{found.count} of {found.held_out} held-out rows are near-duplicates of training rows, "
+            f"{found.exact} of them equal to one, so the held-out loss will look better than it is. Their lines, held "
+            f"out and trained on: {', '.join(pairs + more)}"
         )
+    return lines
+
+
+def _described(row: JobRow, prepared: Prepared) -> list[str]:
+    """What will be done, line by line."""
+    lines: list[str] = []
+    tasks = prepared.tasks
+    if len(tasks) > 1:
+        lines += [
+            f"Task {task.source.name}: {task.train.examples} rows to train on, "
+            f"{0 if task.valid is None else task.valid.examples} held out, weight {task.source.weight:g}"
+            for task in tasks
+        ]
+    if row.parent is not None:
+        lines.append(f"Training starts from {row.parent} (version {str(row.parent_digest)[:12]})")
+    if prepared.sweep_results is not None:
+        lines.append(f"The sweep tries {len(prepared.sweep_results)} settings at once and stops the worse ones early")
+    train = sum(task.train.examples for task in tasks)
+    if prepared.folds:
+        lines.append(
+            f"Few rows: none is held out; {prepared.folds}-fold cross-validation chooses the number of steps, "
+            "then all rows are learned"
+        )
+        lines.append(f"Files validated ({train} rows to train on), moving job to queued state")
+    else:
+        valid = sum(0 if task.valid is None else task.valid.examples for task in tasks)
+        lines.append(f"Files validated ({train} rows to train on, {valid} held out), moving job to queued state")
+    return lines

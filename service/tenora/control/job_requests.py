@@ -2,80 +2,91 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+import msgspec
+
+from tenora.control.adapter_shape import LORA, Limits, lora_spec
+from tenora.control.field_checks import flag, is_int, known_fields, one_of, real, whole
 from tenora.control.names import SUFFIX_PATTERN, check_name, check_suffix
-from tenora.control.records import JobRequest
+from tenora.control.records import SETTINGS, JobRequest
+from tenora.control.sweeps import check_sweep
+from tenora.control.training_sources import check_sources
 from tenora.errors import InvalidRequestError
-from tenora.training.recipes import resolve_hyperparameters
-from tenora.training.spec import ALL_LINEAR, LoraSpec, Scheduler
+from tenora.training.recipes import EARLY_STOPPING_EVALUATIONS, resolve_hyperparameters
+from tenora.training.spec import Method, Scheduler
 
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
-LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora")
-TRAINING = (
-    "learning_rate",
-    "scheduler",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "max_seq_length",
-    "max_steps",
-    "eval_interval",
-    "truncate",
-)
+OF_METHOD: Mapping[Method, tuple[str, ...]] = {"supervised": HYPERPARAMETERS, "dpo": (*HYPERPARAMETERS, "beta")}
 MAX_SEED = 2**31 - 1
 METADATA_KEY = re.compile(r'[^"\\\x00-\x1f]{1,64}')
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a request on this service."""
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job asks for, checked: as it is stored, so that preparing it again gives the same.
 
-    base_id: str
-    max_rank: int
-    max_model_len: int
-    target_modules: frozenset[str]  # short names of the base's modules
+    Attributes:
+        model: the base's id, or the adapter of the tenant that was named instead.
+        hyperparameters: those of the method, each a number or "auto".
+        settings: the given ones of `SETTINGS`.
+        lora: the given ones of `tenora.control.adapter_shape.LORA`.
+        sweep: the object as sent.
+    """
+
+    model: str
+    method: Method
+    hyperparameters: dict[str, Any]
+    settings: dict[str, Any]
+    lora: dict[str, Any]
+    sweep: dict[str, Any] | None = None
+
+    @classmethod
+    def stored(cls, requested: Mapping[str, Any]) -> Asked:
+        """From the JSON of `to_json`."""
+        return msgspec.convert(requested, cls)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
 
 
-def check_request(request: JobRequest, limits: Limits) -> Mapping[str, Any]:
-    """The hyperparameters with "auto" for absent ones. InvalidRequestError names the first field at fault."""
-    if request.model != limits.base_id:
-        raise InvalidRequestError(f"Jobs start from the base model; set model to {limits.base_id!r}.", param="model")
+def check_request(request: JobRequest, limits: Limits) -> Asked:
+    """The request with "auto" for absent hyperparameters. InvalidRequestError names the first field at fault.
+
+    That files and adapters exist is not looked at here.
+    """
     if request.name is not None:
         check_name(request.name, reserved=limits.base_id)
     if request.suffix is not None:
         check_suffix(request.suffix)
-    if request.seed is not None and not _is_int(request.seed, 0, MAX_SEED):
-        raise InvalidRequestError(f"seed must be a whole number from 0 to {MAX_SEED}.", param="seed")
+    if request.seed is not None:
+        whole(request.seed, "seed", 0, MAX_SEED)
     _check_metadata(request.metadata)
-    hyperparameters = _hyperparameters(request)
-    lora_spec(request.lora, limits)
-    _check_training(request.training, limits)
-    # Ranges do not depend on the rows: these numbers stand in for them until the files are read.
-    resolve_hyperparameters(1000, 100_000, {**hyperparameters, "learning_rate": request.training.get("learning_rate")})
-    return hyperparameters
-
-
-def lora_spec(lora: Mapping[str, Any], limits: Limits) -> LoraSpec:
-    """The adapter's shape with defaults filled in: alpha is twice the rank, all linear modules of the base."""
-    _known(lora, LORA, "lora")
-    rank = lora.get("rank")
-    if rank is None:
-        rank = min(LoraSpec().rank, limits.max_rank)
-    if not _is_int(rank, 1, limits.max_rank):
-        raise InvalidRequestError(f"lora.rank must be a whole number from 1 to {limits.max_rank}.", param="lora.rank")
-    alpha = lora.get("alpha")
-    return LoraSpec(
-        rank=rank,
-        alpha=2.0 * rank if alpha is None else _real(alpha, "lora.alpha", above=0.0, most=4096.0),
-        dropout=_real(lora.get("dropout") or 0.0, "lora.dropout", least=0.0, most=0.9),
-        target_modules=_target_modules(lora.get("target_modules"), limits),
-        use_rslora=_flag(lora.get("use_rslora"), "lora.use_rslora"),
+    check_sources(request)
+    method = _method(request)
+    asked = Asked(
+        model=request.model,
+        method=method,
+        hyperparameters=_hyperparameters(request, method),
+        settings=_settings(request, limits),
+        lora=_given(known_fields(request.lora, LORA, "lora"), LORA),
+        sweep=None if request.sweep is None else dict(request.sweep),
     )
+    starts_from = {name: asked.lora[name] for name in ("init_from",) if name in asked.lora}
+    if not all(isinstance(name, str) and name for name in starts_from.values()):
+        raise InvalidRequestError("lora.init_from must be the name of an adapter.", param="lora.init_from")
+    if not starts_from and request.model == limits.base_id:
+        lora_spec(asked.lora, limits)
+    # Ranges do not depend on the rows: these numbers stand in for them until the files are read.
+    resolve_hyperparameters(
+        1000, 100_000, {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}, method=method
+    )
+    if asked.sweep is not None:
+        _check_sweep(asked, limits)
+    return asked
 
 
 def alias_of(request: JobRequest, job_id: str, limits: Limits) -> str:
@@ -94,44 +105,103 @@ def model_name(base_id: str, tenant: str, suffix: str | None, job_id: str) -> st
     return f"ft:{base_id}:{tenant}:{suffix or ''}:{job_id.rpartition('-')[2]}"
 
 
-def _hyperparameters(request: JobRequest) -> dict[str, Any]:
-    given: Mapping[str, Any] = request.hyperparameters
-    if request.method is not None:
-        kind = request.method.get("type")
-        if kind != "supervised":
-            raise InvalidRequestError(
-                f"method.type must be supervised; {kind!r} is not available.", param="method.type"
-            )
-        _known(request.method, ("type", "supervised"), "method")
-        supervised = request.method.get("supervised") or {}
-        _known(supervised, ("hyperparameters",), "method.supervised")
-        given = {**given, **(supervised.get("hyperparameters") or {})}
-    _known(given, HYPERPARAMETERS, "hyperparameters")
-    return {name: "auto" if given.get(name) is None else given[name] for name in HYPERPARAMETERS}
-
-
-def _check_training(training: Mapping[str, Any], limits: Limits) -> None:
-    _known(training, TRAINING, "training")
-    schedulers = get_args(Scheduler)
-    if training.get("scheduler") is not None and training["scheduler"] not in schedulers:
+def _method(request: JobRequest) -> Method:
+    if request.method is None:
+        return "supervised"
+    methods: tuple[Method, ...] = get_args(Method)
+    named = request.method.get("type")
+    kind = next((method for method in methods if method == named), None)
+    if kind is None:
         raise InvalidRequestError(
-            f"training.scheduler must be one of {', '.join(schedulers)}.", param="training.scheduler"
+            f"method.type must be {' or '.join(methods)}; {named!r} is not available.", param="method.type"
         )
+    # Options of another method than the one that is named would be ignored.
+    known_fields(request.method, ("type", kind), "method")
+    return kind
+
+
+def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
+    """Merge the places in which a hyperparameter may stand; two different values for one are refused."""
+    names = OF_METHOD[method]
+    options = known_fields((request.method or {}).get(method) or {}, ("hyperparameters",), f"method.{method}")
+    inner = known_fields(options.get("hyperparameters") or {}, names, f"method.{method}.hyperparameters")
+    older = known_fields(request.hyperparameters, HYPERPARAMETERS, "hyperparameters")
+    found: dict[str, Any] = {}
+    for name in names:
+        places = {
+            name: getattr(request, name, None),
+            f"hyperparameters.{name}": older.get(name),
+            f"method.{method}.hyperparameters.{name}": inner.get(name),
+        }
+        given = {place: value for place, value in places.items() if value is not None}
+        if any(value != next(iter(given.values())) for value in given.values()):
+            raise InvalidRequestError(
+                f"{' and '.join(given)} differ; send the value in one place.", param=next(iter(given))
+            )
+        found[name] = next(iter(given.values()), "auto")
+    return found
+
+
+def _settings(request: JobRequest, limits: Limits) -> dict[str, Any]:
+    """The given settings, each within its bounds; `early_stopping` as a number of evaluations."""
+    given = _given({name: getattr(request, name) for name in SETTINGS}, SETTINGS)
+    if "scheduler" in given:
+        one_of(given["scheduler"], "scheduler", get_args(Scheduler))
     for name, most in (("warmup_ratio", 1.0), ("weight_decay", 10.0)):
-        if training.get(name) is not None:
-            _real(training[name], f"training.{name}", least=0.0, most=most)
-    if training.get("max_grad_norm") is not None:
-        _real(training["max_grad_norm"], "training.max_grad_norm", above=0.0, most=1e6)
-    for name, least, most in (
+        if name in given:
+            real(given[name], name, least=0.0, most=most)
+    for name, most in (("learning_rate", 1.0), ("max_grad_norm", 1e6)):
+        if name in given:
+            real(given[name], name, above=0.0, most=most)
+    for name, least, highest in (
         ("max_seq_length", 8, limits.max_model_len),
         ("max_steps", 0, 1_000_000),
         ("eval_interval", 0, 1_000_000),
     ):
-        if training.get(name) is not None and not _is_int(training[name], least, most):
+        if name in given:
+            whole(given[name], name, least, highest)
+    for name in ("truncate", "packing"):
+        if name in given:
+            flag(given[name], name)
+    if "early_stopping" in given:
+        given["early_stopping"] = _early_stopping(given["early_stopping"])
+    return given
+
+
+def _early_stopping(value: Any) -> int:
+    if isinstance(value, bool):
+        return EARLY_STOPPING_EVALUATIONS if value else 0
+    if not is_int(value, 0, 1000):
+        raise InvalidRequestError(
+            f"early_stopping must be true ({EARLY_STOPPING_EVALUATIONS} evaluations without a better one), false, or "
+            "a number of evaluations from 0 to 1000.",
+            param="early_stopping",
+        )
+    return value
+
+
+def _check_sweep(asked: Asked, limits: Limits) -> None:
+    swept = check_sweep(asked.sweep or {}, limits)
+    fixed = {**asked.hyperparameters, **asked.settings, **asked.lora}
+    for name in swept:
+        if fixed.get(name) not in (None, "auto"):
             raise InvalidRequestError(
-                f"training.{name} must be a whole number from {least} to {most}.", param=f"training.{name}"
+                f"sweep.{name} tries several values, but {name} is given too; leave it out.", param=f"sweep.{name}"
             )
-    _flag(training.get("truncate"), "training.truncate")
+    if "learning_rate" in swept and fixed["learning_rate_multiplier"] != "auto":
+        raise InvalidRequestError(
+            "sweep.learning_rate tries several rates, but learning_rate_multiplier is given too; leave it out.",
+            param="sweep.learning_rate",
+        )
+    if "n_epochs" in swept and asked.settings.get("max_steps"):
+        raise InvalidRequestError(
+            "max_steps says how long every trial trains, so sweep.n_epochs would change nothing; give one of them.",
+            param="sweep.n_epochs",
+        )
+
+
+def _given(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
@@ -145,44 +215,3 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
                 "metadata maps keys of 1 to 64 characters (no quotes or backslashes) to strings of at most 512.",
                 param="metadata",
             )
-
-
-def _target_modules(given: Any, limits: Limits) -> tuple[str, ...]:
-    available = tuple(name for name in ALL_LINEAR if name in limits.target_modules)
-    if given is None or given == "all-linear":
-        return available
-    if not isinstance(given, list | tuple) or not given or any(name not in available for name in given):
-        raise InvalidRequestError(
-            f'lora.target_modules must be "all-linear" or a list of {", ".join(available)}.',
-            param="lora.target_modules",
-        )
-    return tuple(name for name in available if name in given)
-
-
-def _known(given: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    if not isinstance(given, Mapping):
-        raise InvalidRequestError(f"{where} must be an object.", param=where)
-    for name in given:
-        if name not in allowed:
-            raise InvalidRequestError(
-                f"{where}.{name} is not known; {where} takes {', '.join(allowed)}.",
-                code="unknown_parameter",
-                param=f"{where}.{name}",
-            )
-
-
-def _is_int(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _real(value: Any, param: str, *, most: float, least: float = -math.inf, above: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (above < value and least <= value <= most):
-        low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        raise InvalidRequestError(f"{param} must be a number, {low} and at most {most:g}.", param=param)
-    return float(value)
-
-
-def _flag(value: Any, param: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise InvalidRequestError(f"{param} must be true or false.", param=param)
-    return bool(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,6 +21,7 @@ from tenora.control.records import (
 from tenora.control.schema import CheckpointRow, JobEventRow, JobRow
 from tenora.errors import NotFoundError, TenoraError
 
+T = TypeVar("T")
 LEASE_SECONDS = 30
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 
@@ -142,7 +143,7 @@ def log(
     message: str,
     *,
     level: Literal["info", "warn", "error"] = "info",
-    metrics: Mapping[str, float | int | None] | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Append a line to the job's log; with `metrics` it is of the type "metrics"."""
     session.add(
@@ -159,9 +160,9 @@ def log(
     )
 
 
-def finite(value: float | int | None) -> float | int | None:
+def finite(value: T) -> T | None:
     """`value`, or None for what JSON cannot carry (NaN and infinities)."""
-    return value if value is None or math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def job_record(row: JobRow, tenant: str) -> JobRecord:
@@ -170,14 +171,19 @@ def job_record(row: JobRow, tenant: str) -> JobRecord:
         id=row.id,
         tenant_id=row.tenant_id,
         tenant=tenant,
-        model=row.model,
+        model=row.requested["model"],
         status=row.status,  # type: ignore[arg-type]  # a column of strings; only JobStatus is written
         training_file=row.training_file,
+        training_files=row.training_files,
         validation_file=row.validation_file,
         hyperparameters=row.hyperparameters,
         lora=row.lora,
-        training=row.training,
+        settings=row.settings,
         method=row.method,
+        sweep=row.sweep,
+        sweep_results=row.sweep_results,
+        parent=row.parent,
+        parent_digest=row.parent_digest,
         suffix=row.suffix,
         name=row.name,
         seed=row.seed,

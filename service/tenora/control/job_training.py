@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 
+from tenora.control.baselines import Measuring, measuring
 from tenora.control.closing import closing
 from tenora.control.database import RegistryBusyError
 from tenora.control.job_context import JobContext
 from tenora.control.job_rows import Claim, LeaseLostError, drop_lease, log, owned
+from tenora.control.pace import Pace
 from tenora.control.preparation import is_prepared, spec_of
 from tenora.control.publication import keep_checkpoint, publish_result
-from tenora.control.training_log import Metrics, Pace, eval_line, step_line
+from tenora.control.sweep_table import choose_winner, record_trial, shares_done
+from tenora.control.training_log import Metrics, eval_line, step_line, trial_line
 from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
 from tenora.training.spec import (
     CheckpointEvent,
@@ -22,6 +27,7 @@ from tenora.training.spec import (
     StoppedEvent,
     TrainEvent,
     TrainSpec,
+    TrialEvent,
 )
 
 _log = logging.getLogger(__name__)
@@ -45,7 +51,8 @@ class JobTraining:
         self._claim = claim
         self._closing = closing_down
         self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
-        self._pace = Pace()
+        self._pace: Pace | None = None  # of the attempt that is under way
+        self._before: dict[int, float] = {}  # how far the trials of its sweep were when it began
         self._lost: LeaseLostError | None = None
 
     async def run(self) -> None:
@@ -79,8 +86,9 @@ class JobTraining:
         async with context.database.read() as session:
             row = await owned(session, self._claim)
         workdir = context.storage.workdir(row.tenant_id, row.id)
-        if row.plan is not None and await asyncio.to_thread(is_prepared, workdir):
-            return spec_of(row.plan, workdir)
+        if row.plan is not None and await asyncio.to_thread(is_prepared, row.plan, workdir):
+            parent = None if row.parent_digest is None else context.blobs.store.path(row.parent_digest)
+            return spec_of(row.plan, workdir, parent)
         async with context.database.write() as session:
             row = await owned(session, self._claim)
             row.status = "validating_files"
@@ -107,19 +115,23 @@ class JobTraining:
             row = await owned(session, self._claim)
             resumed = row.status == "running" or row.trained_tokens is not None
             row.status = "running"
+            self._before = shares_done(row)
             log(
                 session,
                 row,
                 "Fine-tuning job resumed from its last saved state" if resumed else "Fine-tuning job started",
             )
-        self._pace = Pace()
 
     async def _attempt(self, spec: TrainSpec) -> bool:
         """Follow the run; False if the engine died and it should be tried again."""
+        self._pace = Pace(spec, self._before)
         try:
-            async with closing(self._context.engine.train(spec)) as events:
+            async with (
+                measuring(self._context, self._claim, spec) as base,
+                closing(self._context.engine.train(spec)) as events,
+            ):
                 async for event in events:
-                    await self._record(event)
+                    await self._record(event, spec, base)
         except UnavailableError as error:
             if self._closing.is_set() or self._left.is_set():
                 return True
@@ -127,14 +139,14 @@ class JobTraining:
             return False
         return True
 
-    async def _record(self, event: TrainEvent) -> None:
+    async def _record(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
         """Put one event of the run into the registry, unless the job is in other hands.
 
         A busy registry is no matter of the engine's: the run goes on, and its events wait until they can be recorded.
         """
         while not self._left.is_set():
             try:
-                await self._write(event)
+                await self._write(event, spec, base)
             except LeaseLostError as error:
                 # Cancelled or paused elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
                 # so that its state is whole when another run of this job begins.
@@ -149,29 +161,41 @@ class JobTraining:
             else:
                 return
 
-    async def _write(self, event: TrainEvent) -> None:
+    async def _write(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
         match event:
             case StepEvent():
-                message, metrics = step_line(event)
-                await self._line(message, metrics, event)
+                await self._line(event, *step_line(event))
             case EvalEvent():
-                await self._line(*eval_line(event, self._pace.total_steps))
+                await self._line(event, *eval_line(event, 0 if self._pace is None else self._pace.total_steps))
+            case TrialEvent():
+                await self._line(event, *trial_line(event, len(spec.trials)))
             case CheckpointEvent():
                 await self._keep(event)
             case FinishedEvent():
-                await publish_result(self._context, self._claim, event)
+                await self._choose(event)
+                await publish_result(self._context, self._claim, spec, event, base)
             case FailedEvent():
                 raise TrainingError(event.message, code=event.code)
             case StoppedEvent():
                 await self._stopped(event)
 
-    async def _line(self, message: str, metrics: Metrics, step: StepEvent | None = None) -> None:
+    async def _line(self, event: StepEvent | EvalEvent | TrialEvent, message: str, metrics: Metrics) -> None:
+        left = None if self._pace is None else self._pace.left(event)
         async with self._context.database.write() as session:
             row = await owned(session, self._claim)
-            if step is not None:
-                row.trained_tokens = step.trained_tokens
-                row.estimated_finish = self._pace.estimate(step)
+            if isinstance(event, StepEvent):
+                row.trained_tokens = event.trained_tokens
+            if isinstance(event, TrialEvent):
+                record_trial(row, event)
+            if left is not None:
+                row.estimated_finish = math.ceil(time.time() + left)
             log(session, row, message, metrics=metrics)
+
+    async def _choose(self, event: FinishedEvent) -> None:
+        """Of a sweep: the winner's settings are the job's from now on."""
+        if event.trial is not None:
+            async with self._context.database.write() as session:
+                choose_winner(await owned(session, self._claim), event.trial)
 
     async def _keep(self, event: CheckpointEvent) -> None:
         try:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from sqlalchemy import false, select
-from sqlalchemy.ext.asyncio import AsyncSession
 
+from tenora.control.adapter_shape import Limits
+from tenora.control.blobs import Blobs
 from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
-from tenora.control.files import TRAINING_PURPOSE, find_file
 from tenora.control.idempotency import Receipt
-from tenora.control.job_requests import MAX_SEED, METADATA_KEY, Limits, alias_of, check_request
+from tenora.control.job_creation import find_sources, new_job
+from tenora.control.job_requests import METADATA_KEY, check_request
 from tenora.control.job_rows import (
     UNFINISHED,
     checkpoint_record,
@@ -26,11 +26,11 @@ from tenora.control.job_rows import (
     job_record,
     log,
 )
-from tenora.control.names import new_id, unix_now
 from tenora.control.paging import page
 from tenora.control.records import CheckpointRecord, JobEventRecord, JobRecord, JobRequest, Page, Principal
 from tenora.control.schema import CheckpointRow, JobEventRow, JobRow
-from tenora.errors import ConflictError, InvalidRequestError
+from tenora.control.starting_point import find_parent
+from tenora.errors import ConflictError
 
 if TYPE_CHECKING:
     from tenora.control.runner import JobRunner
@@ -42,12 +42,14 @@ class Jobs:
     def __init__(
         self,
         database: Database,
+        blobs: Blobs,
         runner: JobRunner,
         limits: Callable[[], Limits],
         admit: Callable[[], None],
         failpoints: Failpoints,
     ) -> None:
         self._database = database
+        self._blobs = blobs
         self._runner = runner
         self._limits = limits
         self._admit = admit
@@ -63,43 +65,24 @@ class Jobs:
 
         Raises:
             InvalidRequestError: a field is unknown or out of bounds; `param` names it. Also a file of another purpose
-                or with unusable rows.
+                or with unusable rows, or an adapter to start from that does not fit the shape asked for.
             NotFoundError: no such file.
+            ModelNotFoundError: no such adapter to start from.
             UnavailableError: the server drains.
         """
         principal.require("train")
         self._admit()
         limits = self._limits()
-        hyperparameters = check_request(request, limits)
-        job_id = new_id("ftjob")
-        row = JobRow(
-            id=job_id,
-            tenant_id=principal.tenant_id,
-            model=request.model,
-            status="validating_files",
-            training_file=request.training_file,
-            validation_file=request.validation_file,
-            hyperparameters=dict(hyperparameters),
-            lora=dict(request.lora),
-            training=dict(request.training),
-            method=None if request.method is None else dict(request.method),
-            suffix=request.suffix,
-            name=alias_of(request, job_id, limits),
-            seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
-            labels=None if request.metadata is None else dict(request.metadata),
-            created_at=unix_now(),
-            result_files=[],
-            attempts=0,
-            lease_token=0,
-        )
+        asked = check_request(request, limits)
         async with self._database.write() as session:
-            await _check_file(session, principal.tenant_id, request.training_file, "training_file")
-            if request.validation_file is not None:
-                await _check_file(session, principal.tenant_id, request.validation_file, "validation_file")
+            sources = await find_sources(session, principal.tenant_id, request)
+            parent = await find_parent(session, principal, asked, limits, self._blobs)
+            row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
             session.add(row)
             await session.flush()
-            log(session, row, f"Created fine-tuning job: {job_id}")
-            log(session, row, f"Validating training file: {request.training_file}")
+            log(session, row, f"Created fine-tuning job: {row.id}")
+            for source in sources:
+                log(session, row, f"Validating training file: {source.file}")
             if request.validation_file is not None:
                 log(session, row, f"Validating validation file: {request.validation_file}")
             if receipt is not None:
@@ -204,14 +187,3 @@ class Jobs:
         async with self._database.read() as session:
             await find_job(session, principal.tenant_id, job_id)
             return await page(session, query, CheckpointRow, checkpoint_record, after=after, limit=limit)
-
-
-async def _check_file(session: AsyncSession, tenant_id: str, file_id: str, param: str) -> None:
-    row = await find_file(session, tenant_id, file_id, param=param)
-    if row.purpose != TRAINING_PURPOSE:
-        raise InvalidRequestError(
-            f"The file {file_id} has the purpose {row.purpose!r}; upload it with the purpose {TRAINING_PURPOSE!r}.",
-            param=param,
-        )
-    if row.status != "processed":
-        raise InvalidRequestError(f"The file {file_id} cannot be used: {row.status_details}", param=param)

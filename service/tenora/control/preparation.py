@@ -2,67 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tenora.control.job_requests import Limits, lora_spec
-from tenora.control.schema import JobRow
+from tenora.control.adapter_shape import Limits, ParentShape
+from tenora.control.job_plan import (
+    Resolved,
+    RowCounts,
+    resolve,
+    shown_hyperparameters,
+    shown_lora,
+    shown_settings,
+    shown_trials,
+)
+from tenora.control.job_requests import Asked
 from tenora.control.storage import full_disk, remove
+from tenora.control.training_sources import Source
 from tenora.errors import DatasetError
 from tenora.training.dataset import TokenizedDataset, tokenize_file
-from tenora.training.recipes import held_out_fraction, resolve_hyperparameters
-from tenora.training.spec import TrainSpec
+from tenora.training.duplicates import NearDuplicates, near_duplicates
+from tenora.training.recipes import held_out_fraction, is_few_shot
+from tenora.training.spec import TaskSpec, TrainSpec
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
 
-TRAIN_NAME = "train.npz"
-VALID_NAME = "valid.npz"
-
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What a job needs to be prepared, taken from its row so that a thread needs no session."""
+    """What a job needs to be prepared, taken from its row so that a thread needs no session.
+
+    Attributes:
+        sources: the training files, with the paths of their bytes beside them in `paths`.
+        validation_path: None holds rows of each source out, or none at all (few-shot).
+        parent: shape of the adapter to start from, if there is one.
+    """
 
     job_id: str
     tenant_id: str
-    training_path: Path
-    validation_path: Path | None
     workdir: Path
-    hyperparameters: Mapping[str, Any]
-    lora: Mapping[str, Any]
-    training: Mapping[str, Any]
+    sources: Sequence[Source]
+    paths: Sequence[Path]
+    validation_path: Path | None
+    asked: Asked
+    parent: ParentShape | None
     seed: int
 
-    @classmethod
-    def of(cls, row: JobRow, *, training_path: Path, validation_path: Path | None, workdir: Path) -> Preparation:
-        """The preparation of a job whose files and work directory lie at these paths."""
-        return cls(
-            job_id=row.id,
-            tenant_id=row.tenant_id,
-            training_path=training_path,
-            validation_path=validation_path,
-            workdir=workdir,
-            hyperparameters=dict(row.hyperparameters),
-            lora=dict(row.lora),
-            training=dict(row.training),
-            seed=row.seed,
-        )
+
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """The tokenized rows of a source.
+
+    Attributes:
+        valid: None if no rows are held out.
+        truncated: rows that were cut to fit.
+        near_duplicates: held-out examples that training all but shows.
+    """
+
+    source: Source
+    train: TokenizedDataset
+    valid: TokenizedDataset | None
+    truncated: int
+    near_duplicates: NearDuplicates = field(default=NearDuplicates())
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The outcome: `plan` is a TrainSpec without paths, as JSON; `hyperparameters` has numbers where "auto" stood."""
+    """The outcome.
+
+    Attributes:
+        plan: a TrainSpec whose paths are relative to the work directory, as JSON.
+        hyperparameters, lora, settings: of the job, with numbers where "auto" stood.
+        sweep_results: the table of a sweep before it begins; None without one.
+        tasks: what each source holds.
+        folds: of cross-validation; 0 if rows are held out.
+    """
 
     plan: dict[str, Any]
     hyperparameters: dict[str, Any]
-    train_rows: int
-    valid_rows: int
-    truncated: int
+    lora: dict[str, Any]
+    settings: dict[str, Any]
+    sweep_results: list[dict[str, Any]] | None
+    tasks: Sequence[TaskRows]
+    folds: int
 
 
 def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_per_microbatch: int) -> Prepared:
@@ -70,77 +96,146 @@ def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_pe
 
     Raises:
         DatasetError: rows that cannot be used, with their lines; `param` is the file at fault.
-        InvalidRequestError: values that do not fit these rows.
+        InvalidRequestError: values that do not fit these rows, or the adapter to start from.
         StorageFullError: the disk is full.
     """
-    train, valid, truncated = _read(job, tokenizer, limits)
-    chosen = resolve_hyperparameters(
-        len(train), train.num_tokens, {**job.hyperparameters, "learning_rate": job.training.get("learning_rate")}
-    )
+    tasks = read_tasks(job, tokenizer, limits)
+    counts = count_rows(tasks)
+    found = resolve(job.asked, limits, job.parent, counts, job.seed)
+    spec = _plan(job, tasks, found, limits.base_id, tokens_per_microbatch)
     with full_disk():
         remove(job.workdir)
         job.workdir.mkdir(mode=0o700, parents=True)
-        train.save(job.workdir / TRAIN_NAME)
-        valid.save(job.workdir / VALID_NAME)
-    optional = ("scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "eval_interval", "max_steps")
-    plan = TrainSpec(
+        for task, stored in zip(tasks, spec.tasks, strict=True):
+            task.train.save(job.workdir / stored.train_path)
+            if task.valid is not None:
+                task.valid.save(job.workdir / stored.valid_path)
+    return Prepared(
+        plan=msgspec.to_builtins(spec),
+        hyperparameters=shown_hyperparameters(job.asked, spec, found.hyperparameters.learning_rate_multiplier),
+        lora=shown_lora(job.asked, spec),
+        settings=shown_settings(job.asked, spec, _max_length(job, limits)),
+        sweep_results=shown_trials(spec.trials) or None,
+        tasks=tasks,
+        folds=spec.folds,
+    )
+
+
+def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequence[TaskRows]:
+    """Tokenize every source and divide its rows; raises as `prepare` does."""
+    valid = None
+    if job.validation_path is not None:
+        valid = _tokenize(job, job.validation_path, "validation_file", "validation file", tokenizer, limits)
+    tasks: list[TaskRows] = []
+    for source, path in zip(job.sources, job.paths, strict=True):
+        rows = _tokenize(job, path, source.param, "training file", tokenizer, limits)
+        if valid is not None:
+            duplicates = near_duplicates(rows, valid)
+            tasks.append(TaskRows(source, rows, valid, rows.truncated + valid.truncated, duplicates))
+            continue
+        few_shot = is_few_shot(
+            rows.examples,
+            method=job.asked.method,
+            tasks=len(job.sources),
+            has_validation=False,
+            sweeps=job.asked.sweep is not None,
+        )
+        if few_shot:
+            tasks.append(TaskRows(source, rows, None, rows.truncated))
+        else:
+            train, held_out = rows.split(held_out_fraction(rows.examples), job.seed)
+            tasks.append(TaskRows(source, train, held_out, rows.truncated, near_duplicates(train, held_out)))
+    return tasks
+
+
+def count_rows(tasks: Sequence[TaskRows]) -> RowCounts:
+    """What an epoch sees: of each task a share by its weight, as `tenora.training.spec.TaskSpec` says."""
+    largest = max(task.source.weight for task in tasks)
+    shares = [task.source.weight / largest for task in tasks]
+    return RowCounts(
+        examples=sum(max(1, round(share * task.train.examples)) for share, task in zip(shares, tasks, strict=True)),
+        tokens=sum(round(share * task.train.num_tokens) for share, task in zip(shares, tasks, strict=True)),
+        few_shot=tasks[0].valid is None,
+    )
+
+
+def is_prepared(plan: Mapping[str, Any], workdir: Path) -> bool:
+    """Whether all tokenized files of a stored plan are there."""
+    paths = [path for task in plan["tasks"] for path in (task["train_path"], task["valid_path"]) if path]
+    return all((workdir / path).is_file() for path in paths)
+
+
+def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> TrainSpec:
+    """The run of a stored plan in this work directory (the state directory may have moved since).
+
+    Args:
+        parent: PEFT directory of the adapter to start from.
+    """
+    spec = msgspec.convert(plan, TrainSpec)
+    tasks = tuple(
+        msgspec.structs.replace(
+            task,
+            train_path=str(workdir / task.train_path),
+            valid_path=str(workdir / task.valid_path) if task.valid_path else "",
+        )
+        for task in spec.tasks
+    )
+    init_path = "" if parent is None else str(parent)
+    return msgspec.structs.replace(spec, tasks=tasks, workdir=str(workdir), init_path=init_path)
+
+
+def _plan(
+    job: Preparation, tasks: Sequence[TaskRows], found: Resolved, base_id: str, tokens_per_microbatch: int
+) -> TrainSpec:
+    chosen = found.hyperparameters
+    return TrainSpec(
         run_id=job.job_id,
         group=job.tenant_id,
-        train_path="",
-        valid_path="",
+        tasks=tuple(
+            TaskSpec(
+                name=task.source.name,
+                train_path=f"train-{number}.npz",
+                valid_path="" if task.valid is None else f"valid-{number}.npz",
+                weight=task.source.weight,
+            )
+            for number, task in enumerate(tasks)
+        ),
         workdir="",
-        base_model=limits.base_id,
-        lora=lora_spec(job.lora, limits),
+        base_model=base_id,
+        method=job.asked.method,
+        beta=chosen.beta,
+        lora=found.lora,
         n_epochs=chosen.n_epochs,
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
+        folds=found.folds,
+        trials=found.trials,
         tokens_per_microbatch=tokens_per_microbatch,
         seed=job.seed,
-        **{name: job.training[name] for name in optional if job.training.get(name) is not None},
-    )
-    return Prepared(
-        plan=msgspec.to_builtins(plan),
-        hyperparameters={
-            "n_epochs": chosen.n_epochs,
-            "batch_size": chosen.batch_size,
-            "learning_rate_multiplier": chosen.learning_rate_multiplier,
-        },
-        train_rows=len(train),
-        valid_rows=len(valid),
-        truncated=truncated,
+        **found.spec_fields,
     )
 
 
-def is_prepared(workdir: Path) -> bool:
-    """Whether both tokenized files are there."""
-    return (workdir / TRAIN_NAME).is_file() and (workdir / VALID_NAME).is_file()
+def _max_length(job: Preparation, limits: Limits) -> int:
+    length: int = job.asked.settings.get("max_seq_length") or limits.max_model_len
+    return length
 
 
-def spec_of(plan: Mapping[str, Any], workdir: Path) -> TrainSpec:
-    """The run of a stored plan in this work directory (the state directory may have moved since)."""
-    return msgspec.convert(
-        {
-            **plan,
-            "train_path": str(workdir / TRAIN_NAME),
-            "valid_path": str(workdir / VALID_NAME),
-            "workdir": str(workdir),
-        },
-        TrainSpec,
-    )
-
-
-def _read(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> tuple[TokenizedDataset, TokenizedDataset, int]:
-    """Rows to train on, rows to measure on, and how many were cut to fit."""
-    length = job.training.get("max_seq_length") or limits.max_model_len
-    truncate = bool(job.training.get("truncate"))
-    rows = tokenize_file(job.training_path, tokenizer, max_length=length, truncate=truncate)
-    if job.validation_path is None:
-        train, valid = rows.split(held_out_fraction(len(rows)), job.seed)
-        return train, valid, rows.truncated
+def _tokenize(
+    job: Preparation, path: Path, param: str, what: str, tokenizer: Tokenizer, limits: Limits
+) -> TokenizedDataset:
+    """Read one file; an error names it by its place in the request."""
     try:
-        valid = tokenize_file(job.validation_path, tokenizer, max_length=length, truncate=truncate)
+        rows = tokenize_file(
+            path,
+            tokenizer,
+            max_length=_max_length(job, limits),
+            truncate=bool(job.asked.settings.get("truncate")),
+            rows_per_example=2 if job.asked.method == "dpo" else 1,
+        )
     except DatasetError as error:
-        raise DatasetError(
-            error.message.replace("training file", "validation file"), param="validation_file"
-        ) from error
-    return rows, valid, rows.truncated + valid.truncated
+        message = error.message.replace("training file", what)
+        if len(job.sources) > 1:
+            message = f"{param}: {message}"
+        raise DatasetError(message, param=param) from error
+    return rows

@@ -3,57 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tenora.control.baselines import Measuring
 from tenora.control.blobs import Blob
-from tenora.control.files import RESULT_PURPOSE
+from tenora.control.examination import WITHHELD, examine
 from tenora.control.job_context import JobContext
 from tenora.control.job_requests import model_name
 from tenora.control.job_rows import Claim, end, finite, log, owned
 from tenora.control.names import new_id, unix_now
 from tenora.control.resolution import active_version, one_pair
-from tenora.control.schema import CheckpointRow, FileRow, JobEventRow, JobRow, TenantRow
-from tenora.control.storage import remove, write_file
-from tenora.control.training_log import evaluation_of, metrics_csv
+from tenora.control.result_files import ResultFile, discard_results, write_results
+from tenora.control.schema import CheckpointRow, JobRow, TenantRow
+from tenora.control.training_log import evaluation_of
 from tenora.control.versions import NewVersion, add_version
-from tenora.training.spec import CheckpointEvent, FinishedEvent
+from tenora.errors import TrainingError
+from tenora.training.spec import CheckpointEvent, FinishedEvent, TrainSpec
 
 KEPT_CHECKPOINTS = 3  # callable ones of a job, as OpenAI keeps
 
 
-@dataclass(frozen=True, slots=True)
-class _ResultFile:
-    """The job's metrics as a file that has its name already and awaits its row."""
-
-    id: str
-    path: Path
-    content: bytes
-
-
-async def publish_result(context: JobContext, claim: Claim, event: FinishedEvent) -> None:
+async def publish_result(
+    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, measuring: Measuring
+) -> None:
     """Make the run's best adapter callable and end the job as succeeded, all at once or not at all.
+
+    Args:
+        spec: of the run.
+        measuring: of the base's figures, for the card.
 
     Raises:
         AdapterFormatError: the run wrote no adapter that this base can serve.
+        TrainingError: it did not pass the gate (see `examine`); its checkpoints are withdrawn too.
         LeaseLostError: the job was cancelled or paused meanwhile; nothing is published.
+        UnavailableError: the engine is gone; nothing is published, and the run can be resumed.
     """
     context.failpoints.hit("publish.before_blob")
+    try:
+        await _publish(context, claim, spec, event, measuring)
+    except TrainingError as error:
+        if error.code in WITHHELD:
+            await _withdraw_checkpoints(context, claim)
+        raise
+
+
+async def _publish(
+    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, measuring: Measuring
+) -> None:
     async with context.blobs.publishing(Path(event.path)) as blob:
         context.failpoints.hit("publish.after_blob")
-        result = await _write_metrics(context, claim)
+        card = await examine(context, claim, spec, event, blob, measuring)
+        evaluation = {name: finite(value) for name, value in evaluation_of(event).items()} | card.as_json()
+        results = await write_results(context, claim)
         try:
             context.failpoints.hit("publish.after_result_file")
             async with context.database.write() as session:
-                moved = await _record_result(session, claim, event, blob, result)
+                moved = await _record_result(session, claim, event, blob, results, evaluation)
                 await session.flush()
                 context.failpoints.hit("publish.before_commit")
         except BaseException:
-            await asyncio.to_thread(remove, result.path)
+            await discard_results(results)
             raise
     context.failpoints.hit("publish.after_commit")
     if moved is not None:
@@ -76,12 +90,15 @@ async def keep_checkpoint(context: JobContext, claim: Claim, event: CheckpointEv
 
 
 async def _record_result(
-    session: AsyncSession, claim: Claim, event: FinishedEvent, blob: Blob, result: _ResultFile
+    session: AsyncSession,
+    claim: Claim,
+    event: FinishedEvent,
+    blob: Blob,
+    results: Sequence[ResultFile],
+    evaluation: Mapping[str, Any],
 ) -> str | None:
     """Write every row of a published job; the digest that a pinned alias pointed at before."""
     row = await owned(session, claim)
-    now = unix_now()
-    evaluation = {name: finite(value) for name, value in evaluation_of(event).items()}
     before = await one_pair(session, active_version(row.tenant_id, row.name))
     model = await _model_name(session, row)
     new = NewVersion(
@@ -92,29 +109,30 @@ async def _record_result(
         job_id=row.id,
         model_name=model,
         evaluation=evaluation,
+        parent=row.parent,
+        parent_digest=row.parent_digest,
     )
     alias, _ = await add_version(session, new, blob)
-    session.add(
-        FileRow(
-            id=result.id,
-            tenant_id=row.tenant_id,
-            bytes=len(result.content),
-            created_at=now,
-            filename="step_metrics.csv",
-            purpose=RESULT_PURPOSE,
-            status="processed",
-            sha256=hashlib.sha256(result.content).hexdigest(),
-        )
-    )
+    session.add_all([result.row(row.tenant_id) for result in results])
     row.fine_tuned_model = model
     row.trained_tokens = event.trained_tokens
-    row.evaluation = evaluation
-    row.result_files = [result.id]
+    row.evaluation = dict(evaluation)
+    row.result_files = [result.id for result in results]
     end(row, "succeeded")
     log(session, row, f"New fine-tuned model created: {model}")
     await session.flush()  # keeps the order of the two lines
     log(session, row, "The job has successfully completed")
     return before[1].digest if before is not None and alias.pinned else None
+
+
+async def _withdraw_checkpoints(context: JobContext, claim: Claim) -> None:
+    """Make the job's checkpoints callable no more: they would be served as wrongly as the result."""
+    async with context.database.write() as session:
+        row = await owned(session, claim)
+        of_job = (CheckpointRow.tenant_id == row.tenant_id, CheckpointRow.job_id == row.id)
+        digests = set(await session.scalars(select(CheckpointRow.digest).where(*of_job)))
+        await session.execute(delete(CheckpointRow).where(*of_job))
+    await context.blobs.release(digests)
 
 
 async def _record_checkpoint(session: AsyncSession, row: JobRow, event: CheckpointEvent, blob: Blob) -> set[str]:
@@ -156,18 +174,3 @@ async def _record_checkpoint(session: AsyncSession, row: JobRow, event: Checkpoi
 async def _model_name(session: AsyncSession, row: JobRow) -> str:
     tenant = await session.get_one(TenantRow, row.tenant_id)
     return model_name(row.model, tenant.name, row.suffix, row.id)
-
-
-async def _write_metrics(context: JobContext, claim: Claim) -> _ResultFile:
-    query = (
-        select(JobEventRow.data)
-        .where(JobEventRow.tenant_id == claim.tenant_id, JobEventRow.job_id == claim.job_id)
-        .where(JobEventRow.type == "metrics")
-        .order_by(JobEventRow.seq)
-    )
-    async with context.database.read() as session:
-        content = metrics_csv(await session.scalars(query))
-    file_id = new_id("file")
-    path = context.storage.file(claim.tenant_id, file_id)
-    await asyncio.to_thread(write_file, context.storage, path, content)
-    return _ResultFile(file_id, path, content)

@@ -15,6 +15,11 @@ Scope = Literal["infer", "train", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+SETTINGS = (
+    *("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "max_seq_length", "max_steps"),
+    *("truncate", "packing", "eval_interval", "early_stopping"),
+)
+"""Fields of a job that belong to no other object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +95,43 @@ class JobRequest:
     """A fine-tuning job as asked for; values None or "auto" are resolved when the files are read.
 
     Attributes:
-        model: the base's id, or nothing else for now (other adapters as starting points are refused by name).
-        hyperparameters: n_epochs, batch_size, learning_rate_multiplier (each a number or "auto").
-        lora: rank, alpha, dropout, target_modules (list or "all-linear"), use_rslora.
-        training: learning_rate, scheduler, warmup_ratio, weight_decay, max_grad_norm, max_seq_length, eval_interval,
-            truncate.
+        model: the base's id, or an adapter of the tenant to go on from (the same as `lora["init_from"]`).
+        training_file: id; or `training_files` for several: objects of file, weight and name, each a task of its own.
+        method: `{"type": "supervised" | "dpo", <type>: {"hyperparameters": {…}}}`, echoed in the job.
+        hyperparameters: the older place for those of the method: n_epochs, batch_size, learning_rate_multiplier (each a
+            number or "auto"); `n_epochs` and `batch_size` may also stand by themselves.
+        lora: rank, alpha, dropout, target_modules (list or "all-linear"), use_rslora, init_from.
+        learning_rate: peak of the schedule, instead of the multiplier.
+        max_seq_length: tokens of a row; longer ones are an error, or are cut with `truncate`.
+        max_steps: optimizer steps, instead of epochs; 0 lets the epochs decide.
+        packing: False gives each row a pass of its own.
+        eval_interval: optimizer steps between evaluations; 0 is once an epoch.
+        early_stopping: evaluations without a better one after which to end; True is 3, False and 0 never do.
+        sweep: values to try; see `tenora.control.sweeps`.
         name: alias under which the result is callable; made from `suffix` or the job's id if absent.
-        method: the method object as sent (`{"type": "supervised", ...}`), echoed in the job.
     """
 
     model: str
-    training_file: str
+    training_file: str | None = None
+    training_files: Sequence[Mapping[str, Any]] | None = None
     validation_file: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    n_epochs: int | str | None = None
+    batch_size: int | str | None = None
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    scheduler: str | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    max_seq_length: int | None = None
+    max_steps: int | None = None
+    truncate: bool | None = None
+    packing: bool | None = None
+    eval_interval: int | None = None
+    early_stopping: bool | int | None = None
+    sweep: Mapping[str, Any] | None = None
     suffix: str | None = None
     name: str | None = None
     seed: int | None = None
@@ -114,7 +140,15 @@ class JobRequest:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A fine-tuning job. `hyperparameters` holds resolved numbers once they are known, "auto" before."""
+    """A fine-tuning job. `hyperparameters`, `lora` and `settings` hold numbers once the files were read.
+
+    Attributes:
+        model: as asked for: the base, or the adapter that the job goes on from.
+        training_files: all of them, if the job named a list; `training_file` is the first one.
+        settings: the fields of `SETTINGS`.
+        sweep_results: a row per trial, with the keys of `tenora.control.sweeps.TRIAL_COLUMNS`.
+        parent, parent_digest: name and digest of the adapter that it started from.
+    """
 
     id: str
     tenant_id: str
@@ -122,11 +156,16 @@ class JobRecord:
     model: str
     status: JobStatus
     training_file: str
+    training_files: Sequence[Mapping[str, Any]] | None
     validation_file: str | None
     hyperparameters: Mapping[str, Any]
     lora: Mapping[str, Any]
-    training: Mapping[str, Any]
+    settings: Mapping[str, Any]
     method: Mapping[str, Any] | None
+    sweep: Mapping[str, Any] | None
+    sweep_results: Sequence[Mapping[str, Any]] | None
+    parent: str | None
+    parent_digest: str | None
     suffix: str | None
     name: str
     seed: int
@@ -184,7 +223,8 @@ class AdapterRecord:
     created_at: int
     source: Literal["job", "upload"]
     job_id: str | None
-    parent: str
+    parent: str  # what it was trained from: another adapter, or the base
+    parent_digest: str | None
     resident: Literal["device", "host", "disk"]
     pinned: bool
     evaluation: Mapping[str, Any] | None

@@ -87,7 +87,7 @@ class JobRunner:
         if work is not None and work.training is not None:
             await work.training.leave(pause=pause)
         elif work is None and not pause:
-            await asyncio.to_thread(remove, self._context.storage.workdir(tenant_id, job_id))
+            await self._forget(tenant_id, job_id)
 
     async def _run(self) -> None:
         renewed = time.monotonic()
@@ -174,7 +174,17 @@ class JobRunner:
                 select(JobRow.status).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id)
             )
         if status in TERMINAL:
-            await asyncio.to_thread(remove, self._context.storage.workdir(claim.tenant_id, claim.job_id))
+            await self._forget(claim.tenant_id, claim.job_id)
+
+    async def _forget(self, tenant_id: str, job_id: str) -> None:
+        """Let go of what only an unfinished job needs: its files, and the adapter that it started from."""
+        await asyncio.to_thread(remove, self._context.storage.workdir(tenant_id, job_id))
+        async with self._context.database.read() as session:
+            parent = await session.scalar(
+                select(JobRow.parent_digest).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id)
+            )
+        if parent is not None:
+            await self._context.blobs.release([parent])
 
     async def _sweep_workdirs(self) -> None:
         """At start: remove the work directories of jobs that have ended or were never recorded."""

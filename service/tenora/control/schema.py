@@ -19,7 +19,12 @@ Id = String(64)
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
-    type_annotation_map = {int: BigInteger, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012 (SQLAlchemy reads it so)
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it so)
+        int: BigInteger,
+        dict[str, Any]: JSON,
+        list[str]: JSON,
+        list[dict[str, Any]]: JSON,
+    }
 
 
 class TenantRow(Base):
@@ -68,8 +73,10 @@ class JobRow(Base):
     """A fine-tuning job with its lease.
 
     `lease_token` is a fencing token: it grows whenever the job changes hands (claimed, cancelled, paused), and every
-    write of a worker names the token that it holds, so that a worker which lost the job can write nothing more. `plan`
-    holds the resolved TrainSpec fields once the files were read.
+    write of a worker names the token that it holds, so that a worker which lost the job can write nothing more.
+    `requested` is what was asked for (`tenora.control.job_requests.Asked`) and never changes; `hyperparameters`, `lora`
+    and `settings` are what is shown, with numbers once the files were read; `plan` holds the resolved TrainSpec then.
+    While the job is not over, the blob `parent_digest` is kept for it.
     """
 
     __tablename__ = "jobs"
@@ -79,11 +86,17 @@ class JobRow(Base):
     model: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(16))
     training_file: Mapped[str] = mapped_column(Id)
+    training_files: Mapped[list[dict[str, Any]] | None]  # {file, weight, name}; the first one is `training_file`
     validation_file: Mapped[str | None] = mapped_column(Id)
+    requested: Mapped[dict[str, Any]]
     hyperparameters: Mapped[dict[str, Any]]
     lora: Mapped[dict[str, Any]]
-    training: Mapped[dict[str, Any]]
+    settings: Mapped[dict[str, Any]]
     method: Mapped[dict[str, Any] | None]
+    sweep: Mapped[dict[str, Any] | None]
+    sweep_results: Mapped[list[dict[str, Any]] | None]
+    parent: Mapped[str | None] = mapped_column(String(600))
+    parent_digest: Mapped[str | None] = mapped_column(String(64), index=True)
     suffix: Mapped[str | None] = mapped_column(String(64))
     name: Mapped[str] = mapped_column(String(63))
     seed: Mapped[int]
@@ -98,6 +111,7 @@ class JobRow(Base):
     result_files: Mapped[list[str]]
     evaluation: Mapped[dict[str, Any] | None]
     plan: Mapped[dict[str, Any] | None]
+    baselines: Mapped[dict[str, Any] | None]  # `tenora.control.baselines.Baselines`, as far as it was measured
     attempts: Mapped[int]  # runs that ended because the engine died
     lease_owner: Mapped[str | None] = mapped_column(String(64))
     lease_token: Mapped[int]
@@ -177,6 +191,8 @@ class AdapterVersionRow(Base):
     job_id: Mapped[str | None] = mapped_column(Id)
     model_name: Mapped[str | None] = mapped_column(String(512))  # ft:<base>:<tenant>:<suffix>:<id>
     evaluation: Mapped[dict[str, Any] | None]
+    parent: Mapped[str | None] = mapped_column(String(600))  # the adapter that its training started from
+    parent_digest: Mapped[str | None] = mapped_column(String(64))
     __table_args__ = (
         UniqueConstraint("adapter_id", "version", name="uq_adapter_versions_adapter_version"),
         UniqueConstraint("tenant_id", "model_name", name="uq_adapter_versions_tenant_model"),

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from tenora.training.spec import EvalEvent, FinishedEvent, StepEvent
+from tenora.training.spec import EvalEvent, FinishedEvent, Rewards, StepEvent, TrialEvent
 
 CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _CSV_SOURCES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
-Metrics = dict[str, float | int | None]
-
-
-@dataclass(slots=True)
-class Pace:
-    """When the run will end, from the steps seen since it was started or resumed."""
-
-    first_step: int | None = None
-    total_steps: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def estimate(self, event: StepEvent) -> int | None:
-        """Unix time of the end; None until two steps were seen."""
-        self.total_steps = event.total_steps
-        if self.first_step is None:
-            self.first_step, self.started = event.step, time.monotonic()
-            return None
-        per_step = (time.monotonic() - self.started) / max(event.step - self.first_step, 1)
-        return int(time.time() + per_step * (event.total_steps - event.step))
+_TASK = "valid_loss/"  # and the name of a task: its held-out loss
+Metrics = dict[str, float | int | str | None]
 
 
 def step_line(event: StepEvent) -> tuple[str, Metrics]:
@@ -46,6 +27,7 @@ def step_line(event: StepEvent) -> tuple[str, Metrics]:
         "grad_norm": event.grad_norm,
         "trained_tokens": event.trained_tokens,
         "tokens_per_second": event.tokens_per_second,
+        **_reward_metrics(event.rewards),
     }
 
 
@@ -61,6 +43,38 @@ def eval_line(event: EvalEvent, total_steps: int) -> tuple[str, Metrics]:
         "full_valid_mean_token_accuracy": event.valid_accuracy,
         "base_loss": event.base_loss,
         "best": int(event.best),
+        **{f"{_TASK}{name}": loss for name, loss in event.tasks.items()},
+        **_reward_metrics(event.rewards),
+    }
+
+
+def trial_line(event: TrialEvent, trials: int) -> tuple[str, Metrics]:
+    """Message and numbers of a trial of a sweep; `trial` counts from 0, as in the job's `sweep_results`."""
+    where = f"Trial {event.trial + 1} of {trials}, step {event.step}/{event.total_steps}"
+    loss = "" if event.valid_loss is None else f": best validation loss={event.valid_loss:.3f}"
+    said = {
+        "running": "",
+        "stopped": "; stopped, others are better",
+        "finished": "; finished",
+        "failed": f"; failed: {event.reason}",
+    }[event.status]
+    return f"{where}{loss}{said}", {
+        "trial": event.trial,
+        "status": event.status,
+        "step": event.step,
+        "total_steps": event.total_steps,
+        "valid_loss": event.valid_loss,
+    }
+
+
+def _reward_metrics(rewards: Rewards | None) -> Metrics:
+    """Under the names that TRL gives them."""
+    if rewards is None:
+        return {}
+    return {
+        "rewards/chosen": rewards.chosen,
+        "rewards/rejected": rewards.rejected,
+        "rewards/margins": rewards.margin,
     }
 
 
@@ -77,19 +91,24 @@ def evaluation_of(event: FinishedEvent) -> Metrics:
     }
 
 
-def metrics_csv(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    """The numbers of a log, oldest first, as a CSV file with a row per step.
+def metrics_csv(lines: Iterable[Mapping[str, Any]], *, winner: int | None = None) -> bytes:
+    """The numbers of a log, oldest first, as a CSV file with a row per step: OpenAI's columns, then one per task.
 
-    A step that was done again after a crash appears once, with its last numbers.
+    A step that was done again after a crash appears once, with its last numbers. Of a sweep's trials only the winner's
+    count.
     """
     by_step: dict[int, dict[str, Any]] = {}
+    tasks: dict[str, None] = {}
     for line in lines:
-        if line.get("step") is not None:
-            row = by_step.setdefault(int(line["step"]), {})
-            row.update({name: line[name] for name in _CSV_SOURCES if line.get(name) is not None})
+        if line.get("step") is None or line.get("trial", winner) != winner:
+            continue
+        found = [name for name in line if name.startswith(_TASK)]
+        tasks.update(dict.fromkeys(found))
+        row = by_step.setdefault(int(line["step"]), {})
+        row.update({name: line[name] for name in (*_CSV_SOURCES, *found) if line.get(name) is not None})
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow((*CSV_COLUMNS, *tasks))
     for step, row in sorted(by_step.items()):
-        writer.writerow([step, *(row.get(name, "") for name in _CSV_SOURCES)])
+        writer.writerow([step, *(row.get(name, "") for name in (*_CSV_SOURCES, *tasks))])
     return out.getvalue().encode()

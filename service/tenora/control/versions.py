@@ -27,6 +27,8 @@ class NewVersion:
     job_id: str | None = None
     model_name: str | None = None
     evaluation: Mapping[str, Any] | None = None
+    parent: str | None = None
+    parent_digest: str | None = None
 
 
 async def add_version(session: AsyncSession, new: NewVersion, blob: Blob) -> tuple[AdapterRow, AdapterVersionRow]:
@@ -60,6 +62,8 @@ async def add_version(session: AsyncSession, new: NewVersion, blob: Blob) -> tup
         job_id=new.job_id,
         model_name=new.model_name,
         evaluation=None if new.evaluation is None else dict(new.evaluation),
+        parent=new.parent,
+        parent_digest=new.parent_digest,
     )
     session.add(row)
     alias.version = row.version
@@ -103,7 +107,8 @@ def adapter_record(
         created_at=row.created_at,
         source=row.source,  # type: ignore[arg-type]  # a column of strings; only these two are written
         job_id=row.job_id,
-        parent=row.base_model,
+        parent=row.parent or row.base_model,
+        parent_digest=row.parent_digest,
         resident="device" if row.digest in on_device else "disk",
         pinned=alias.pinned,
         evaluation=row.evaluation,

@@ -98,6 +98,11 @@ class AsyncEngine:
         return self._keeper.restarts
 
     @property
+    def open_requests(self) -> int:
+        """Requests that have not ended, waiting ones included."""
+        return len(self._sequences)
+
+    @property
     def queued(self) -> int:
         """Requests that have not had their first token."""
         return sum(1 for stream in self._sequences.values() if not stream.started)

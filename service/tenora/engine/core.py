@@ -16,6 +16,7 @@ from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
+from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.engine.loader import AdapterLoader
 from tenora.engine.messages import (
     Abort,
@@ -36,13 +37,15 @@ from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
 from tenora.engine.sequence import Sequence
 from tenora.engine.supervisor import available_cpus
-from tenora.engine.trainer import Run, Trainer
+from tenora.engine.trainer import Trainer
 from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.spec import target_modules
-from tenora.training.run import TrainingRun
+from tenora.training.fusion import FusedTraining, Run
+from tenora.training.host import TrainingHost
+from tenora.training.run import JobRun
 from tenora.training.spec import TrainSpec
 from tenora_kernels.cpu.team import Team
 
@@ -60,7 +63,8 @@ class Engine:
         settings: Settings,
         *,
         wake: Callable[[], None] = lambda: None,
-        start_run: Callable[[Decoder, TrainSpec], Run] = TrainingRun,
+        commands_wait: Callable[[], bool] = lambda: False,
+        start_run: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
     ) -> None:
         """Take its memory. Raises ConfigurationError if the KV memory does not hold one block.
 
@@ -68,6 +72,7 @@ class Engine:
             decoder: the resident base.
             settings: block size, KV and adapter memory, limits.
             wake: called from a background thread when an adapter has been read, so that an idle loop takes a step.
+            commands_wait: whether a command has arrived that was not added yet; training makes room for it.
             start_run: makes a training run.
         """
         spec = decoder.spec
@@ -100,8 +105,18 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )
-        self.runner = ModelRunner(decoder, cache, self.pool.tables)
-        self.trainer = Trainer(lambda train: start_run(decoder, train))
+        graphs = DecodeGraphs.on_card(
+            decoder,
+            cache,
+            self.pool.tables,
+            max_rows=self.scheduler.max_num_seqs,
+            max_tokens=settings.max_num_batched_tokens,
+            max_context=self.max_model_len,
+            max_rank=settings.max_lora_rank,
+        )
+        self.runner = ModelRunner(decoder, cache, self.pool.tables, graphs)
+        training = FusedTraining(decoder, tokens_per_pass=settings.train_tokens_per_microbatch, start=start_run)
+        self.trainer = Trainer(training, share=settings.training_share, commands_wait=commands_wait)
         self._doomed: set[str] = set()  # deleted versions that a sequence may still use
         self._rejected: list[Item] = []
         self._arrivals = 0
@@ -109,7 +124,14 @@ class Engine:
         self._steps = self._prompt_tokens = self._generation_tokens = 0
 
     @classmethod
-    def load(cls, settings: Settings, model_dir: Path, *, wake: Callable[[], None] = lambda: None) -> Engine:
+    def load(
+        cls,
+        settings: Settings,
+        model_dir: Path,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        commands_wait: Callable[[], bool] = lambda: False,
+    ) -> Engine:
         """Load the base and take the memory that `settings` name.
 
         Raises:
@@ -121,7 +143,9 @@ class Engine:
         dtype = resolve_dtype(settings.dtype, device)
         decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team.shared(threads))
         decoder.warm_up(train=settings.role != "serve")
-        return cls(decoder, settings, wake=wake)
+        engine = cls(decoder, settings, wake=wake, commands_wait=commands_wait)
+        engine.runner.warm_up(settings.max_num_batched_tokens)
+        return engine
 
     @property
     def ready(self) -> Ready:
@@ -159,7 +183,7 @@ class Engine:
                 self._doomed.add(digest)
 
     def step(self) -> list[Event]:
-        """Schedule, run, emit; then train for as long as that took, or for a moment if there was nothing to do."""
+        """Schedule, run, emit; then train if it is training's turn, or for a moment if there was nothing to do."""
         started = time.monotonic()
         self.loader.read_ahead(self.scheduler.upcoming_adapters())
         self.loader.settle_pins()
@@ -170,7 +194,7 @@ class Engine:
             items += self._run(batch)
         self._collect_adapters()
         events: list[Event] = [Outputs(items)] if items else []
-        events += self.trainer.slice(time.monotonic() - started if batch else IDLE_SLICE_SECONDS)
+        events += self.trainer.beside(time.monotonic() - started) if batch else self.trainer.slice(IDLE_SLICE_SECONDS)
         self._worked = bool(batch or events or self.trainer.active)
         return events
 

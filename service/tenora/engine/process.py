@@ -55,6 +55,10 @@ class SocketChannel:
         """Queue an event; the socket has no high-water mark, so this never blocks."""
         self._socket.send(encode(event))
 
+    def waits(self) -> bool:
+        """Whether a command has arrived that `receive` has not handed out."""
+        return self._socket.poll(0, zmq.POLLIN) != 0
+
     def wake(self) -> None:
         """End an idle wait; from any thread."""
         try:
@@ -94,7 +98,7 @@ def serve(settings: Settings, model_dir: Path, channel: SocketChannel, parent: i
         # Here and not above: torch takes seconds to import, and signals must be ignored before.
         from tenora.engine.core import Engine  # noqa: PLC0415
 
-        engine = Engine.load(settings, model_dir, wake=channel.wake)
+        engine = Engine.load(settings, model_dir, wake=channel.wake, commands_wait=channel.waits)
     except Exception as error:  # noqa: BLE001 — whatever it is, the parent is told
         if not isinstance(error, TenoraError):
             _log.exception("the engine could not start")

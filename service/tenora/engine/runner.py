@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tenora.engine.messages import TokenLogprob
+from tenora.engine.decode_graphs import DecodeGraphs, DecodeRows
+from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
 from tenora.engine.sampler import describe, sample
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import Sequence
@@ -20,11 +21,13 @@ from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
+from tenora.model.transfer import to_device
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 Integers = npt.NDArray[np.integer[Any]]
 
 _WIDTH = 8  # block tables grow by so many blocks at a time
+_FEW_ROWS = 256  # steps of up to so many tokens, and those of more, take other kernels on a card
 _SCORED_ROWS = 64  # prompt positions whose logits exist at the same time: 64 rows of 150k tokens are 37 MiB
 
 
@@ -75,12 +78,22 @@ class BlockTables:
 
 
 class ModelRunner:
-    """One decoder with its KV cache and adapter tables."""
+    """One decoder with its KV cache and adapter tables.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, tables: LoraTables) -> None:
+    On a card nothing of a step waits for it until the tokens are read: steps with one new token per sequence are
+    replayed as graphs, the others are launched one kernel after the other, with the same adapters and attention.
+
+    Attributes:
+        graphs: of the card; None where the decoder is on the CPU.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, tables: LoraTables, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.tables = tables
+        self.graphs = graphs
         self._block_tables = BlockTables()
         self._lora: tuple[object, LoraBatch | None] = (None, None)  # of the last step, and what it was made for
 
@@ -90,7 +103,7 @@ class ModelRunner:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].sequence.slot)  # rows of a slot lie together
         items = [batch[index] for index in order]
-        hidden = self.decoder(*self._inputs(items))
+        hidden = self._hidden(items)
         results = [Result() for _ in batch]
         rows: list[int] = []  # of hidden, whose logits are sampled
         chosen: list[int] = []  # their places in the batch
@@ -111,8 +124,25 @@ class ModelRunner:
                 results[index].logprob = logprob
         return results
 
-    def _inputs(self, items: Rows[Scheduled]) -> tuple[Tensor, ForwardContext]:
-        """The stream of token ids [T] and its context."""
+    def warm_up(self, max_tokens: int) -> None:
+        """Capture and compile what steps of up to `max_tokens` do on a card, while nothing runs: no request shall wait.
+
+        Two prompts of nothing, in the first blocks of the empty cache, are what compiles the kernels for chunks.
+        """
+        if self.graphs is None:
+            return
+        self.graphs.warm_up()
+        size = self.cache.block_size
+        most = min(max_tokens, self.cache.num_blocks * size, self.decoder.spec.max_position_embeddings)
+        for length in (most, min(most, _FEW_ROWS)):
+            sampling = SamplingParams(temperature=0.0, max_tokens=1)
+            prompt = Sequence.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=0)
+            prompt.slot = 0  # of an empty pool: it adapts nothing
+            prompt.block_table = list(range(-(-length // size)))
+            self.run([Scheduled(prompt, 0, length)])
+
+    def _hidden(self, items: Rows[Scheduled]) -> Tensor:
+        """Hidden states [T, H] of the stream of the items' tokens."""
         sequences = [item.sequence for item in items]
         starts = np.array([item.start for item in items])
         counts = np.array([item.count for item in items])
@@ -122,25 +152,35 @@ class ModelRunner:
         positions = np.arange(len(row)) - query_start[row] + starts[row]
         block_tables = self._block_tables.update([sequence.block_table for sequence in sequences])
         block, offset = np.divmod(positions, self.cache.block_size)
+        cache_slots = block_tables[row, block] * np.int64(self.cache.block_size) + offset
+        lengths = self._lengths(sequences, row, positions)
+        token_ids: list[int] = []
+        for item in items:
+            token_ids += item.sequence.token_ids[item.start : item.start + item.count]
+        if self.graphs is not None:
+            self.graphs.lora.refresh()
+            if len(row) == len(items) <= self.graphs.sizes[-1]:
+                adapters = np.array([sequence.slot for sequence in sequences])
+                return self.graphs.run(DecodeRows(token_ids, positions, cache_slots, adapters, block_tables, lengths))
         where = self._tensor(positions)
         attention = PagedAttention(
             self.cache,
-            self._tensor(block_tables[row, block] * np.int64(self.cache.block_size) + offset),
+            self._tensor(cache_slots),
             query_start.tolist(),
             (starts + counts).tolist(),
             self._tensor(block_tables),
             team=self.decoder.team,
         )
-        rope = self.decoder.rope(where, self._lengths(sequences, row, positions))
-        token_ids: list[int] = []
-        for item in items:
-            token_ids += item.sequence.token_ids[item.start : item.start + item.count]
+        rope = self.decoder.rope(where, None if lengths is None else torch.from_numpy(lengths))
         context = ForwardContext(where, rope, attention, self._adapters(sequences, row))
-        return self._tensor(np.array(token_ids)), context
+        hidden: Tensor = self.decoder(self._tensor(np.array(token_ids)), context)
+        return hidden
 
     def _adapters(self, sequences: Rows[Sequence], row: Integers) -> LoraBatch | None:
         """Which rows use which slot. Kept from step to step while only decoding goes on, with the same rows."""
         slots = [sequence.slot for sequence in sequences]
+        if self.graphs is not None:
+            return self.graphs.lora.batch(self._tensor(np.array(slots)[row])) if max(slots) >= 0 else None
         made_for = (slots, len(row), self.tables.version) if len(row) == len(slots) else None
         if made_for is None or self._lora[0] != made_for:
             lora = None
@@ -150,12 +190,13 @@ class ModelRunner:
             self._lora = (made_for, lora)
         return self._lora[1]
 
-    def _lengths(self, sequences: Rows[Sequence], row: Integers, positions: Integers) -> Tensor | None:
+    def _lengths(self, sequences: Rows[Sequence], row: Integers, positions: Integers) -> Integers | None:
         """What each token is rotated for (see `Rotary.table`): the prompt as a whole, then one more with each token."""
         if not self.decoder.rotary.depends_on_length:
             return None
         prompts = np.array([sequence.num_prompt for sequence in sequences])
-        return self._tensor(np.maximum(prompts[row], positions + 1))
+        lengths: Integers = np.maximum(prompts[row], positions + 1)
+        return lengths
 
     def _score_prompt(self, item: Scheduled, hidden: Tensor) -> list[TokenLogprob]:
         """Log-probabilities of the prompt tokens after this chunk's positions that were not scored before."""
@@ -173,4 +214,4 @@ class ModelRunner:
         return scored
 
     def _tensor(self, values: Integers) -> Tensor:
-        return torch.from_numpy(values).to(self.decoder.device)
+        return to_device(torch.from_numpy(values), self.decoder.device)

@@ -1,127 +1,87 @@
-"""Hosts training runs inside the engine: a few items at a time, between decode steps."""
+"""Hosts training beside serving: events come out as messages, work is done in slices of time."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 from tenora.engine.messages import Training
-from tenora.errors import TenoraError
-from tenora.training.spec import FailedEvent, FinishedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.fusion import FusedTraining
+from tenora.training.spec import TrainSpec
 
-_log = logging.getLogger(__name__)
-
-
-class Run(Protocol):
-    """What is hosted; `tenora.training.run.TrainingRun` is one."""
-
-    def __iter__(self) -> Iterator[TrainEvent | None]:
-        """Events, and None where something else may be done in between."""
-        ...
-
-    def stop(self, *, pause: bool) -> None:
-        """End at the next item; a StoppedEvent is the last one then."""
-        ...
+STEPS_BETWEEN_BURSTS = 24
+"""Of generation: fewer than 5 % of the gaps between tokens then hold a burst."""
+LONGEST_BURST_SECONDS = 0.6
 
 
 class Trainer:
-    """Runs take turns, one item each. A run that raises ends with a FailedEvent; the others never notice.
+    """All runs of the engine, trained together on the resident base.
 
-    Attributes:
-        trained_tokens: tokens with a loss over all runs since start.
+    Beside generation, training has its share of the time in bursts, not after every step: 19 of 20 gaps between two
+    tokens are then those of an idle server, at the same speed of both. A command that arrives ends a burst at the next
+    layer boundary.
     """
 
-    def __init__(self, start: Callable[[TrainSpec], Run]) -> None:
-        self.trained_tokens = 0
-        self._start = start
-        self._runs: dict[str, Run] = {}
-        self._items: dict[str, Iterator[TrainEvent | None]] = {}
-        self._counted: dict[str, int] = {}
-        self._turns: deque[str] = deque()
-        self._events: list[Training] = []
+    def __init__(
+        self, training: FusedTraining, *, share: float = 0.5, commands_wait: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Nothing trains yet.
+
+        Args:
+            training: what is hosted.
+            share: of the time while sequences generate, above 0 and below 1.
+            commands_wait: whether a command has arrived that nobody has taken yet.
+        """
+        self._training = training
+        self._owed_per_second = share / (1.0 - share)
+        self._commands_wait = commands_wait
+        self._owed, self._steps = 0.0, 0  # since the last burst
 
     @property
     def active(self) -> int:
         """Runs that have not ended."""
-        return len(self._runs)
+        return self._training.active
+
+    @property
+    def trained_tokens(self) -> int:
+        """Learned tokens that had a gradient, over all runs since the start."""
+        return self._training.trained_tokens
 
     def start(self, spec: TrainSpec) -> None:
         """Begin or resume a run. Ignored if it is in progress."""
-        if spec.run_id in self._runs:
-            return
-        try:
-            run = self._start(spec)
-            items = iter(run)
-        except Exception as error:  # noqa: BLE001 — concerns this run alone, which reports it
-            self._events.append(Training(_failed(spec.run_id, error)))
-            return
-        self._runs[spec.run_id] = run
-        self._items[spec.run_id] = items
-        self._turns.append(spec.run_id)
+        self._training.start(spec)
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile."""
-        if (run := self._runs.get(run_id)) is not None:
-            run.stop(pause=pause)
+        self._training.stop(run_id, pause=pause)
+
+    def beside(self, seconds: float) -> list[Training]:
+        """After a step of generation that took so long: a burst of training, if one is due."""
+        if not self._training.active:
+            self._owed, self._steps = 0.0, 0
+            return []
+        self._owed += seconds * self._owed_per_second
+        self._steps += 1
+        if self._steps < STEPS_BETWEEN_BURSTS and self._owed < LONGEST_BURST_SECONDS:
+            return []
+        started = time.monotonic()
+        events = self.slice(self._owed)
+        self._owed, self._steps = max(0.0, self._owed - (time.monotonic() - started)), 0
+        return events
 
     def slice(self, seconds: float) -> list[Training]:
         """Work for about `seconds`: at least one item if there is a run, and items are not interrupted."""
         deadline = time.monotonic() + seconds
-        while self._turns:
-            self._turns.rotate(-1)
-            self._advance(self._turns[-1])
-            if time.monotonic() >= deadline:
+        events: list[Training] = []
+        while self._training.active:
+            event = self._training.advance()
+            if event is not None:
+                events.append(Training(event))
+            if time.monotonic() >= deadline or self._commands_wait():
                 break
-        return self._take_events()
+        return events
 
     def shutdown(self) -> list[Training]:
         """Pause every run and see it to its end."""
-        for run in self._runs.values():
-            run.stop(pause=True)
-        while self._turns:
-            self._advance(self._turns[0])
-        return self._take_events()
-
-    def _advance(self, run_id: str) -> None:
-        """One item of the run whose turn it is."""
-        try:
-            event = next(self._items[run_id])
-        except StopIteration:
-            self._end(run_id)
-            return
-        except Exception as error:  # noqa: BLE001 — concerns this run alone, which reports it
-            event = _failed(run_id, error)
-        if event is None:
-            return
-        self._events.append(Training(event))
-        if isinstance(event, StepEvent):
-            self._count(event)
-        if isinstance(event, FinishedEvent | StoppedEvent | FailedEvent):
-            self._end(run_id)
-
-    def _count(self, event: StepEvent) -> None:
-        """A run's own count spans its whole life; what it trained before it was resumed here is not ours."""
-        before = self._counted.get(event.run_id, 0 if event.step == 1 else event.trained_tokens)
-        self.trained_tokens += max(event.trained_tokens - before, 0)
-        self._counted[event.run_id] = event.trained_tokens
-
-    def _end(self, run_id: str) -> None:
-        del self._runs[run_id], self._items[run_id]
-        self._counted.pop(run_id, None)
-        self._turns.remove(run_id)
-
-    def _take_events(self) -> list[Training]:
-        events, self._events = self._events, []
-        return events
-
-
-def _failed(run_id: str, error: Exception) -> FailedEvent:
-    _log.warning("a training run failed", extra={"run": run_id}, exc_info=error)
-    if isinstance(error, TenoraError):
-        return FailedEvent(run_id=run_id, code=error.code or "training_failed", message=error.message)
-    return FailedEvent(
-        run_id=run_id, code="training_failed", message=f"The run failed: {type(error).__name__}: {error}"
-    )
+        self._training.stop_all(pause=True)
+        return [Training(event) for event in iter(self._training) if event is not None]

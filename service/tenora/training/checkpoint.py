@@ -13,9 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,9 +27,9 @@ from torch import Tensor
 from tenora.adapters.atomic import fsync
 from tenora.adapters.peft_format import write_adapter
 from tenora.errors import TrainingError
+from tenora.training.arena import TrainedAdapter
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.optimizer import AdamW
-from tenora.training.slots import TrainingSlots
 from tenora.training.spec import TrainSpec
 
 _KEPT = 3  # latest checkpoints that stay beside the best one
@@ -34,12 +37,29 @@ _STEP_DIRECTORY = re.compile(r"step-(\d+)")
 
 
 class Best(msgspec.Struct, frozen=True, kw_only=True):
-    """The evaluation with the lowest held-out loss so far, and where its adapter lies."""
+    """The evaluation with the lowest held-out loss so far, and where its adapter lies.
+
+    Attributes:
+        rows, probe: see `tenora.training.evaluation.Evaluation`.
+        tasks: held-out loss of each task, if there are several.
+    """
 
     step: int
     valid_loss: float
     valid_accuracy: float
     path: str
+    rows: list[float]
+    probe: list[list[float]]
+    tasks: dict[str, float]
+
+
+class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation row by row, for cross-validation."""
+
+    step: int
+    valid_loss: float
+    valid_accuracy: float
+    rows: list[float]
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +68,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step: optimizer steps done.
         evaluated_step: the step of the last complete evaluation, -1 before the first.
+        base_loss, start_rows: held-out loss of what training starts from, as a mean and per row.
+        last_loss: of the last evaluation.
+        row_tokens: learned tokens of each held-out row.
+        stale: evaluations since the best one.
+        curve: all evaluations, where they are asked for.
         trained_tokens: learned tokens seen so far, every epoch counted.
         seconds: time spent in the run, over all its resumptions.
         window_loss, window_correct, window_tokens: sums over the steps since the last evaluation.
@@ -56,17 +81,49 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     evaluated_step: int = -1
     base_loss: float = 0.0
+    last_loss: float = 0.0
+    start_rows: list[float] = []  # msgspec copies empty literals
+    row_tokens: list[int] = []
     best: Best | None = None
+    stale: int = 0
+    curve: list[Evaluated] = []
     trained_tokens: int = 0
     seconds: float = 0.0
     window_loss: float = 0.0
-    window_correct: int = 0
+    window_correct: float = 0.0
     window_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What goes on from where it was.
+
+    Attributes:
+        optimizer: weights and moments, restored in place.
+        reference: float32 [rows], what DPO measures against; restored in place.
+        belongs_to: `fingerprint` of the run.
+    """
+
+    optimizer: AdamW
+    reference: npt.NDArray[np.float32]
+    progress: Progress
+    belongs_to: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name in the file."""
+        own = self.optimizer
+        return {
+            "weights": own.parameters.weights,
+            "exp_avg": own.exp_avg,
+            "exp_avg_sq": own.exp_avg_sq,
+            "reference": torch.from_numpy(self.reference),
+        }
 
 
 def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDataset) -> str:
     """Names what a state belongs to: settings and data, but not where they lie."""
-    settings = msgspec.structs.replace(spec, run_id="", group="", train_path="", valid_path="", workdir="")
+    start = Path(spec.init_path).name  # a digest
+    settings = msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
     digest = hashlib.sha256(msgspec.json.encode(settings))
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):
@@ -74,17 +131,17 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
     return digest.hexdigest()
 
 
-def save_state(workdir: Path, optimizer: AdamW, progress: Progress, belongs_to: str) -> None:
+def save_state(workdir: Path, state: State) -> None:
     """Replace the run's state atomically and durably.
 
     Raises:
         OSError: the disk is full, for one; the old state is then still there.
     """
-    tensors = {name: tensor.cpu() for name, tensor in _tensors(optimizer).items()}
+    tensors = {name: tensor.cpu() for name, tensor in state.tensors().items()}
     metadata = {
-        "fingerprint": belongs_to,
-        "optimizer_steps": str(optimizer.steps),
-        "progress": msgspec.json.encode(progress).decode(),
+        "fingerprint": state.belongs_to,
+        "optimizer_steps": str(state.optimizer.steps),
+        "progress": msgspec.json.encode(state.progress).decode(),
     }
     workdir.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=workdir, prefix=".resume-", suffix=".safetensors")
@@ -101,8 +158,8 @@ def save_state(workdir: Path, optimizer: AdamW, progress: Progress, belongs_to: 
         temporary.unlink(missing_ok=True)
 
 
-def load_state(workdir: Path, optimizer: AdamW, belongs_to: str) -> Progress | None:
-    """Restore weights and moments into `optimizer`; None, and nothing changed, if there is no state.
+def load_state(workdir: Path, state: State) -> Progress | None:
+    """Restore weights and moments into `state`; its progress, or None, and nothing changed, if there is none saved.
 
     Raises:
         TrainingError: the state is of another run or cannot be read.
@@ -113,12 +170,12 @@ def load_state(workdir: Path, optimizer: AdamW, belongs_to: str) -> Progress | N
     try:
         with safe_open(path, framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
-            if metadata.get("fingerprint") != belongs_to:
+            if metadata.get("fingerprint") != state.belongs_to:
                 raise TrainingError(
                     "The saved state belongs to a run with other settings or rows; start a new job.",
                     code="resume_mismatch",
                 )
-            loaded: dict[str, Tensor] = {name: stored.get_tensor(name) for name in _tensors(optimizer)}
+            loaded: dict[str, Tensor] = {name: stored.get_tensor(name) for name in state.tensors()}
             progress = msgspec.json.decode(metadata["progress"], type=Progress)
             steps = int(metadata["optimizer_steps"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -126,18 +183,18 @@ def load_state(workdir: Path, optimizer: AdamW, belongs_to: str) -> Progress | N
             f"The saved state cannot be read ({error}); start a new job.", code="resume_unreadable"
         ) from error
     with torch.no_grad():
-        for name, tensor in _tensors(optimizer).items():
+        for name, tensor in state.tensors().items():
             tensor.copy_(loaded[name])
-    optimizer.steps = steps
+    state.optimizer.steps = steps
     return progress
 
 
-def write_checkpoint(spec: TrainSpec, slots: TrainingSlots, step: int) -> Path:
+def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int) -> Path:
     """Write the adapter as it is after `step` as a PEFT directory, replacing what an earlier attempt may have left."""
     directory = checkpoint_path(Path(spec.workdir), step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
-    write_adapter(directory, base_model=spec.base_model, lora=spec.lora, modules=slots.export(0))
+    write_adapter(directory, base_model=spec.base_model, lora=spec.lora, modules=adapter.export())
     return directory
 
 
@@ -160,7 +217,3 @@ def prune_checkpoints(workdir: Path, best_step: int) -> None:
     for step, path in found.items():
         if step not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    return {"weights": optimizer.weights, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}

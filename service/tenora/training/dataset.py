@@ -1,6 +1,6 @@
-"""Training files: validated line by line, then tokenized into one flat array. Free of torch.
+"""Training files: validated row by row, then tokenized into one flat array. Free of torch.
 
-`validate_file` looks at structure only and needs no model; it holds one line at a time. `tokenize_file` renders every
+`validate_file` looks at structure only and needs no model; it holds one row at a time. `tokenize_file` renders every
 row as the serving path would, so that the model is trained on the very tokens it will see, and marks the tokens that
 are learned. Nothing is dropped or cut in silence: an unusable row is an error, and truncation happens only when asked
 for and is counted.
@@ -12,6 +12,7 @@ import os
 import tempfile
 import zipfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,20 @@ import numpy.typing as npt
 
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.encoding import encode_row
+from tenora.training.encoding import Example, encode_example
 from tenora.training.reading import MIN_EXAMPLES, ValidationReport, usable_rows
 from tenora.training.rows import RowChecker, RowIssue
 
 __all__ = ["RowIssue", "TokenizedDataset", "UnusableRowsError", "ValidationReport", "tokenize_file", "validate_file"]
+
+
+_WRONG_KIND = {
+    1: "The training file cannot be used: method dpo needs preference rows (input, preferred_output and "
+    "non_preferred_output; or prompt, chosen and rejected). Send such rows, or use method supervised.",
+    2: "The training file cannot be used: it holds preference rows, which method supervised does not learn from. "
+    'Send method {"type": "dpo"}, or rows with one answer each.',
+}
+"""By the sequences that a row of the file becomes."""
 
 
 class UnusableRowsError(DatasetError):
@@ -36,10 +46,11 @@ class UnusableRowsError(DatasetError):
 
 
 def validate_file(path: Path, *, max_rows: int | None = None, min_rows: int = MIN_EXAMPLES) -> ValidationReport:
-    """Check the structure of a JSON Lines training file, one line at a time.
+    """Check the structure of a training file, one row at a time.
 
     Args:
-        path: the file; a BOM, CRLF line ends and blank lines are accepted.
+        path: JSON Lines, CSV or Parquet with rows of one form (`tenora.training.forms`); in text a BOM, CRLF line ends
+            and blank lines are accepted.
         max_rows: more rows than this are an issue (`too_many_examples`), and reading stops there.
         min_rows: fewer rows than this are an issue (`too_few_examples`).
 
@@ -53,9 +64,15 @@ def validate_file(path: Path, *, max_rows: int | None = None, min_rows: int = MI
 
 
 def tokenize_file(
-    path: Path, tokenizer: Tokenizer, *, max_length: int, truncate: bool = False, min_rows: int = 1
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncate: bool = False,
+    min_rows: int = 1,
+    rows_per_example: int | None = None,
 ) -> TokenizedDataset:
-    """Render and tokenize every row.
+    """Render and tokenize every row; one of a preference file becomes two, the chosen and the rejected.
 
     Args:
         tokenizer: the base model's (`tenora.model.tokenizer.Tokenizer`).
@@ -63,35 +80,26 @@ def tokenize_file(
         truncate: cut longer rows at their right end, so that what remains starts as a served prompt does, and count
             them in `truncated`; otherwise they are an error. A row whose learned tokens are all cut off is an error in
             either case.
+        rows_per_example: 1 wants rows with one answer, 2 preferences; None takes either.
 
     Raises:
         UnusableRowsError: a DatasetError that names the lines and carries the report.
+        DatasetError: the rows are of the other kind than `rows_per_example` wants.
     """
     report = ValidationReport()
     builder = _Builder()
     for line, row in usable_rows(path, report, max_rows=None, min_rows=min_rows):
+        if rows_per_example is not None and rows_per_example != report.rows_per_example:
+            raise DatasetError(_WRONG_KIND[report.rows_per_example], param="training_file")
         checker = RowChecker(line)
-        encoded = encode_row(row, tokenizer, checker)
-        if encoded is not None:
-            tokens, weights = encoded
-            if len(tokens) > max_length and truncate:
-                builder.truncated += 1
-                tokens, weights = tokens[:max_length], weights[:max_length]
-            if len(tokens) > max_length:
-                checker.report(
-                    "too_long",
-                    f"The row has {len(tokens)} tokens and may have {max_length}; shorten it or ask for truncation.",
-                )
-            elif not any(weights):
-                checker.report(
-                    "no_trainable_tokens", "No learned token is left in the row after truncation; shorten its prompt."
-                )
-            builder.add(line, tokens, weights)
+        example = encode_example(row, tokenizer, checker, max_length=max_length, truncate=truncate)
+        if example is not None and not checker.issues:
+            builder.add(line, example)
         for issue in checker.issues:
             report.add(issue)
     if not report.ok:
         raise UnusableRowsError(report)
-    return builder.build()
+    return builder.build(report.rows_per_example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,7 @@ class TokenizedDataset:
         offsets: int64 [rows + 1].
         lines: int64 [rows], the one-based line of each row in its file.
         truncated: how many rows were cut to fit.
+        rows_per_example: 1; 2 for preference pairs, whose rows 2i and 2i + 1 are the chosen and the rejected answer.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -112,9 +121,16 @@ class TokenizedDataset:
     offsets: npt.NDArray[np.int64]
     lines: npt.NDArray[np.int64]
     truncated: int = 0
+    rows_per_example: int = 1
 
     def __len__(self) -> int:
+        """Number of rows."""
         return len(self.offsets) - 1
+
+    @property
+    def examples(self) -> int:
+        """What is learned as one: a row, or a pair of them."""
+        return len(self) // self.rows_per_example
 
     @property
     def num_tokens(self) -> int:
@@ -131,8 +147,10 @@ class TokenizedDataset:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.tokens[span], self.weights[span]
 
-    def select(self, rows: npt.NDArray[np.int64]) -> TokenizedDataset:
-        """A copy of the given rows, in that order."""
+    def select(self, examples: npt.NDArray[np.int64]) -> TokenizedDataset:
+        """A copy of the given examples, in that order; the rows of one stay together."""
+        size = self.rows_per_example
+        rows = (examples[:, None] * size + np.arange(size)).reshape(-1)
         picked = [self.row(int(index)) for index in rows]
         lengths = np.array([len(tokens) for tokens, _ in picked], dtype=np.int64)
         return TokenizedDataset(
@@ -141,20 +159,21 @@ class TokenizedDataset:
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
             lines=self.lines[rows],
             truncated=self.truncated,
+            rows_per_example=size,
         )
 
     def split(self, held_out_fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Rows to train on and rows to measure on, drawn by `seed`; each part has at least one row, in file order.
+        """Examples to train on and to measure on, drawn by `seed`; each part has at least one, in file order.
 
         Raises:
-            DatasetError: there are fewer than two rows.
+            DatasetError: there are fewer than two examples.
         """
-        if len(self) < 2:
+        if self.examples < 2:
             raise DatasetError(
                 "A single row cannot be split; add rows or give a validation file.", param="training_file"
             )
-        held_out = min(max(round(len(self) * held_out_fraction), 1), len(self) - 1)
-        order = np.random.default_rng(seed).permutation(len(self))
+        held_out = min(max(round(self.examples * held_out_fraction), 1), self.examples - 1)
+        order = np.random.default_rng(seed).permutation(self.examples)
         return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
 
     def save(self, path: Path) -> None:
@@ -169,6 +188,7 @@ class TokenizedDataset:
                     offsets=self.offsets,
                     lines=self.lines,
                     truncated=np.int64(self.truncated),
+                    rows_per_example=np.int64(self.rows_per_example),
                 )
                 file.flush()
                 os.fsync(file.fileno())
@@ -192,6 +212,7 @@ class TokenizedDataset:
                     offsets=stored["offsets"].astype(np.int64, copy=False),
                     lines=stored["lines"].astype(np.int64, copy=False),
                     truncated=int(stored["truncated"]),
+                    rows_per_example=int(stored["rows_per_example"]),
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(
@@ -208,25 +229,42 @@ class TokenizedDataset:
         return dataset
 
 
+def concatenate(datasets: Sequence[TokenizedDataset]) -> TokenizedDataset:
+    """The rows of several datasets of one kind, one after the other."""
+    starts = np.cumsum([0, *(len(dataset.tokens) for dataset in datasets)])
+    offsets = [dataset.offsets[1:] + start for dataset, start in zip(datasets, starts[:-1], strict=True)]
+    return TokenizedDataset(
+        tokens=np.concatenate([dataset.tokens for dataset in datasets]),
+        weights=np.concatenate([dataset.weights for dataset in datasets]),
+        offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+        lines=np.concatenate([dataset.lines for dataset in datasets]),
+        truncated=sum(dataset.truncated for dataset in datasets),
+        rows_per_example=datasets[0].rows_per_example,
+    )
+
+
 class _Builder:
     """Grows a dataset row by row in compact arrays: five bytes a token, not a Python object."""
 
     def __init__(self) -> None:
-        self.truncated = 0
+        self._truncated = 0
         self._tokens, self._weights = array("i"), array("B")
         self._offsets, self._lines = array("q", [0]), array("q")
 
-    def add(self, line: int, tokens: list[int], weights: list[int]) -> None:
-        self._tokens.extend(tokens)
-        self._weights.extend(weights)
-        self._offsets.append(len(self._tokens))
-        self._lines.append(line)
+    def add(self, line: int, example: Example) -> None:
+        for tokens, weights in example.sequences:
+            self._tokens.extend(tokens)
+            self._weights.extend(weights)
+            self._offsets.append(len(self._tokens))
+            self._lines.append(line)
+        self._truncated += example.truncated
 
-    def build(self) -> TokenizedDataset:
+    def build(self, rows_per_example: int) -> TokenizedDataset:
         return TokenizedDataset(
             tokens=np.array(self._tokens, dtype=np.int32),
             weights=np.array(self._weights, dtype=np.uint8),
             offsets=np.array(self._offsets, dtype=np.int64),
             lines=np.array(self._lines, dtype=np.int64),
-            truncated=self.truncated,
+            truncated=self._truncated,
+            rows_per_example=rows_per_example,
         )

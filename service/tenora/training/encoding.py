@@ -8,11 +8,12 @@ tokenizer would merge the last character of the prompt with the first of the ans
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from tenora.errors import InvalidRequestError, TenoraError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.rows import ChatRow, CompletionRow, Row, RowChecker
+from tenora.training.rows import ChatRow, PreferenceRow, Row, RowChecker, SupervisedRow, TextRow
 
 _ANSWER_FIRST = "The conversation begins with an assistant message, which nothing asks for; begin with a user message."
 _MOVING_TEMPLATE = (
@@ -24,22 +25,73 @@ Encoded = tuple[list[int], list[int]]
 """Token ids and, for each, 1 if it is learned, else 0."""
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, checker: RowChecker) -> Encoded | None:
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as the model sees it.
+
+    Attributes:
+        sequences: one; of a preference two, the chosen and the rejected.
+        cut: how many tokens each of them lost at its end.
+    """
+
+    sequences: tuple[Encoded, ...]
+    cut: tuple[int, ...]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the row was cut to fit."""
+        return any(self.cut)
+
+
+def encode_example(
+    row: Row, tokenizer: Tokenizer, checker: RowChecker, *, max_length: int, truncate: bool
+) -> Example | None:
+    """Tokenize a row within `max_length` tokens; None if it cannot be rendered, with the reason given to `checker`.
+
+    A longer row is cut at its right end if `truncate`, so that what remains starts as a served prompt does; otherwise
+    it is reported and comes back whole. A row that has lost every learned token is reported.
+    """
+    rows = (row.chosen, row.rejected) if isinstance(row, PreferenceRow) else (row,)
+    encoded = [_encode(part, tokenizer, checker) for part in rows]
+    sequences = [sequence for sequence in encoded if sequence is not None]
+    if len(sequences) < len(rows):
+        return None
+    longest = max(len(tokens) for tokens, _ in sequences)
+    if longest > max_length and not truncate:
+        checker.report(
+            "too_long", f"The row has {longest} tokens and may have {max_length}; shorten it or ask for truncation."
+        )
+        return Example(tuple(sequences), (0,) * len(sequences))
+    cut = tuple(max(len(tokens) - max_length, 0) for tokens, _ in sequences)
+    kept = tuple((tokens[:max_length], weights[:max_length]) for tokens, weights in sequences)
+    if not all(any(weights) for _, weights in kept):
+        checker.report(
+            "no_trainable_tokens", "No learned token is left in the row after truncation; shorten its prompt."
+        )
+    return Example(kept, cut)
+
+
+def _encode(row: SupervisedRow, tokenizer: Tokenizer, checker: RowChecker) -> Encoded | None:
     """Tokenize a row; None if it cannot be, with the reason reported to `checker`.
 
-    Chat: learned are the content of each assistant message and the token that ends its turn, not the template's text
-    around them. Prompt and completion: learned are the completion and the end-of-text token that is appended to it.
+    Chat: learned are the content of each assistant message that counts and the token that ends its turn, not the
+    template's text around them. Prompt and completion: learned are the completion and the end-of-text token that is
+    appended to it. Text: everything, and that token.
     """
-    if isinstance(row, CompletionRow):
-        text = row.prompt + row.completion
-        tokens, weights = encode_spans(text, [(len(row.prompt), len(text))], tokenizer, add_special_tokens=True)
-        tokens.append(end_of_text(tokenizer))
-        weights.append(1)
-    else:
+    if isinstance(row, ChatRow):
         rendered = _render(row, tokenizer, checker)
         if rendered is None:
             return None
         tokens, weights = encode_spans(*rendered, tokenizer, add_special_tokens=False)
+    else:
+        if isinstance(row, TextRow):
+            tokens = tokenizer.encode(row.text, add_special_tokens=True)
+            weights = [1] * len(tokens)
+        else:
+            text = row.prompt + row.completion
+            tokens, weights = encode_spans(text, [(len(row.prompt), len(text))], tokenizer, add_special_tokens=True)
+        tokens.append(end_of_text(tokenizer))
+        weights.append(1)
     weights[:1] = [0] * len(weights[:1])  # nothing precedes the first token, so nothing can predict it
     if not any(weights):
         checker.report(

@@ -1,44 +1,129 @@
-"""Loss and accuracy on held-out rows."""
+"""Loss and accuracy on held-out rows, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 
-from tenora.model.decoder import Decoder
+import numpy as np
+
+from tenora.training.arena import TrainedAdapter
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.packing import microbatches
-from tenora.training.step import forward, load_microbatch
-from tenora_kernels.layout import LoraTables
+from tenora.training.objectives import PreferenceLoss, RewardSums, row_sums
+from tenora.training.packing import PackedRows, microbatches
+from tenora.training.spec import Rewards, TrainSpec
+from tenora.training.step import TokenLosses
+from tenora.training.work import Work, WorkQueue
 
-_PACKED_AT_ONCE = 64  # rows; packing is quadratic, and nothing else runs meanwhile
+PROBE_ROWS = 4
+"""Held-out rows whose token log-probabilities are kept, to be compared with those of the serving path."""
+_PACKED_AT_ONCE = 64  # examples; packing is quadratic, and nothing else runs meanwhile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Evaluation:
-    """Means over all learned tokens of a dataset: loss in nats, and how often the token was the most likely one."""
+    """What was measured on a dataset.
+
+    Attributes:
+        loss: nats per learned token; for DPO the objective per pair.
+        accuracy: how often the token was the likeliest; for DPO how often the chosen answer had the higher reward.
+        rows: per row, the summed loss of its learned tokens.
+        tokens: per row, how many these are.
+        probe: of the first rows, log-probabilities of the learned tokens.
+        rewards: of DPO.
+        pairs: of DPO: the objective of each pair.
+    """
 
     loss: float
     accuracy: float
+    rows: list[float]
+    tokens: list[int]
+    probe: list[list[float]]
+    rewards: Rewards | None = None
+    pairs: list[float] = field(default_factory=list)
 
 
-def evaluate(
-    decoder: Decoder, dataset: TokenizedDataset, tables: LoraTables | None, *, capacity: int, slot: int = 0
+@dataclass(slots=True)
+class _Sums:
+    """Grows part by part."""
+
+    rows: list[float]
+    tokens: list[int]
+    probe: list[list[float]]
+    correct: int = 0
+    rewards: RewardSums = field(default_factory=RewardSums)
+    pairs: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: TokenizedDataset) -> _Sums:
+        rows = len(dataset)
+        return cls([0.0] * rows, [0] * rows, [[] for _ in range(min(rows, PROBE_ROWS))])
+
+    def add(self, part: PackedRows, found: TokenLosses, objective: PreferenceLoss | None) -> None:
+        sums = row_sums(part, found.loss).tolist()
+        losses = found.loss.cpu().numpy()
+        for index, (row, loss) in enumerate(zip(part.rows, sums, strict=True)):
+            own = losses[part.target_row == index]
+            self.rows[row], self.tokens[row] = loss, len(own)
+            if row < len(self.probe):
+                self.probe[row] = (-own).tolist()
+        self.correct += int(found.correct.sum())
+        if objective is not None:
+            self.rewards.add(objective, part, found.loss)
+            pairs = (row // 2 for row in part.rows[0::2])
+            self.pairs.update(zip(pairs, objective.loss(part, found.loss).tolist(), strict=True))
+
+
+def measure(
+    queue: WorkQueue,
+    spec: TrainSpec,
+    dataset: TokenizedDataset,
+    adapter: TrainedAdapter | None,
+    *,
+    capacity: int,
+    shared: int = 0,
+    reference: Sequence[float] | None = None,
 ) -> Generator[None, None, Evaluation]:
-    """Measure the adapter in `slot`, or with `tables` None the base, yielding between layers.
+    """Measure an adapter, or the base, on every row, waiting while others have their turn.
 
     Args:
-        capacity: tokens of a microbatch.
+        spec: whose work it is.
+        capacity: tokens of a part.
+        shared: see `tenora.training.packing.pack`.
+        reference: DPO: log π_ref of every row; None measures the plain loss of the rows.
 
     Returns:
         The means; the same whatever the capacity, but for the order of additions.
     """
-    loss, correct, tokens = 0.0, 0, 0
-    for first in range(0, len(dataset), _PACKED_AT_ONCE):
-        rows = range(first, min(first + _PACKED_AT_ONCE, len(dataset)))
-        for packed in microbatches(dataset, rows, capacity):
-            found = yield from forward(decoder, load_microbatch(decoder, packed, tables, slot=slot))
-            loss += float(found.loss.double().sum())
-            correct += int(found.correct.sum())
-            tokens += len(found.loss)
-    return Evaluation(loss / max(tokens, 1), correct / max(tokens, 1))
+    sums = _Sums.of(dataset)
+    objective = None
+    if reference is not None:
+        objective = PreferenceLoss(spec.beta, 1, np.array(reference, dtype=np.float32))
+    examples = len(dataset) // dataset.rows_per_example
+    for first in range(0, examples, _PACKED_AT_ONCE):
+        together = range(first, min(first + _PACKED_AT_ONCE, examples))
+        parts = microbatches(dataset, together, capacity, shared=shared)
+        work = yield from finish(queue, Work(spec.run_id, spec.group, parts, adapter, weight=spec.weight))
+        for part, found in zip(parts, work.results, strict=True):
+            sums.add(part, found, objective)
+    if objective is None:
+        tokens = max(sum(sums.tokens), 1)
+        return Evaluation(sum(sums.rows) / tokens, sums.correct / tokens, sums.rows, sums.tokens, sums.probe)
+    count = max(sums.rewards.pairs, 1)
+    loss, accuracy = sums.rewards.loss / count, sums.rewards.correct / count
+    pairs = [sums.pairs[pair] for pair in range(examples)]
+    return Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rewards.means, pairs)
+
+
+def finish(queue: WorkQueue, work: Work) -> Generator[None, None, Work]:
+    """Submit a work and wait for its end.
+
+    Raises:
+        Exception: whatever ended it early.
+    """
+    queue.submit(work)
+    while not work.done:
+        yield
+    if work.error is not None:
+        raise work.error
+    return work

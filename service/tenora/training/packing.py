@@ -24,20 +24,25 @@ class PackedRows:
     Attributes:
         rows: the packed rows, as indices into the dataset, in stream order.
         input_ids: int64 [T].
-        positions: int64 [T], counted from 0 within each row.
-        cu_seqlens: int64 [rows + 1], where each row begins in the stream; the last entry is T.
+        positions: int64 [T], counted from 0 within each row, a shared prefix included.
+        cu_seqlens: int64 [sequences + 1], where each sequence begins in the stream; the last entry is T. A sequence is
+            a row, what a row has beyond its shared prefix, or such a prefix.
+        prefixes: per sequence, the sequence whose tokens come before its own, -1 if none do.
         predict_at: int64 [n], stream positions whose logits predict a learned token.
         targets: int64 [n], those learned tokens.
         target_row: int64 [n], index into `rows` of the row that each target belongs to.
+        row_tokens: tokens of the rows, as if none were shared.
     """
 
     rows: tuple[int, ...]
     input_ids: Int64Array
     positions: Int64Array
     cu_seqlens: Int64Array
+    prefixes: tuple[int, ...]
     predict_at: Int64Array
     targets: Int64Array
     target_row: Int64Array
+    row_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -77,51 +82,123 @@ def plan_microbatches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(packed) for packed in bins]
 
 
-def pack(dataset: TokenizedDataset, rows: Sequence[int]) -> PackedRows:
-    """Lay whole rows end to end, in the order given."""
-    ids: list[Int64Array] = []
-    predict_at: list[Int64Array] = []
-    targets: list[Int64Array] = []
-    lengths: list[int] = []
-    for row in rows:
-        tokens, weights = dataset.row(row)
-        length, start = stream_length(weights), sum(lengths)
-        learned = np.flatnonzero(weights[: length + 1]) if length else np.zeros(0, np.int64)
-        ids.append(tokens[:length].astype(np.int64))
-        predict_at.append(learned - 1 + start)
-        targets.append(tokens[learned].astype(np.int64))
-        lengths.append(length)
-    counts = [len(target) for target in targets]
-    return PackedRows(
-        rows=tuple(rows),
-        input_ids=_concatenate(ids),
-        positions=_concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64))]),
-        predict_at=_concatenate(predict_at),
-        targets=_concatenate(targets),
-        target_row=np.repeat(np.arange(len(rows), dtype=np.int64), counts),
-    )
+def shared_prefix(dataset: TokenizedDataset) -> int:
+    """Tokens with which every row of a dataset begins and of which none is predicted, or learned from, in any row.
 
-
-def microbatches(dataset: TokenizedDataset, rows: Sequence[int], capacity: int) -> list[PackedRows]:
-    """Pack `rows` into microbatches of at most `capacity` tokens (more only where a single row is longer)."""
-    lengths = [stream_length(dataset.row(row)[1]) for row in rows]
-    return [pack(dataset, [rows[index] for index in packed]) for packed in plan_microbatches(lengths, capacity)]
-
-
-def epoch_batches(rows: int, batch_size: int, *, seed: int, epoch: int) -> list[Int64Array]:
-    """The rows of each optimizer step of one epoch, in an order that depends on `seed` and `epoch` alone.
-
-    The steps are as even as possible: 17 rows in batches of 8 make 6 + 6 + 5, not 8 + 8 + 1, whose last step would be
-    one row's noise at full strength. Because nothing else goes into the order, a resumed run needs only its step.
+    Chat templates put the same system message before every conversation: its hidden states are the same in all rows,
+    because attention is causal, so a microbatch may compute them once. The length is the dataset's, not the
+    microbatch's, so that a row is computed the same way whatever is beside it.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return np.array_split(order, steps_per_epoch(rows, batch_size))
+    if dataset.rows_per_example > 1:
+        return 1  # each pair has a prompt of its own
+    return _common(dataset)
 
 
-def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Optimizer steps of one pass over `rows`."""
-    return -(-rows // batch_size)
+def _common(dataset: TokenizedDataset) -> int:
+    """`shared_prefix` of the rows, whatever they belong to."""
+    if len(dataset) == 0:
+        return 0
+    first, _ = dataset.row(0)
+    length = len(first)
+    for row in range(len(dataset)):
+        tokens, weights = dataset.row(row)
+        length = min(length, _unlearned(weights))
+        differs = np.flatnonzero(tokens[:length] != first[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def pack(dataset: TokenizedDataset, rows: Sequence[int], *, shared: int = 0) -> PackedRows:
+    """Lay whole rows end to end, in the order given.
+
+    Args:
+        shared: this many tokens, with which all of the rows begin, are laid down once, before them. For preference
+            pairs any number above 0 lays down the prompt of each pair once.
+    """
+    stream = _Stream()
+    if shared and dataset.rows_per_example > 1:
+        for chosen, rejected in zip(rows[0::2], rows[1::2], strict=True):
+            pair = dataset.select(np.array([chosen // 2]))
+            stream.add(dataset, [chosen, rejected], _common(pair))
+    else:
+        stream.add(dataset, rows, shared)
+    return stream.packed(rows)
+
+
+class _Stream:
+    """A stream that grows sequence by sequence."""
+
+    def __init__(self) -> None:
+        self._ids: list[Int64Array] = []
+        self._positions: list[Int64Array] = []
+        self._predict_at: list[Int64Array] = []
+        self._targets: list[Int64Array] = []
+        self._prefixes: list[int] = []
+        self._length = self._row_tokens = 0
+
+    def add(self, dataset: TokenizedDataset, rows: Sequence[int], shared: int) -> None:
+        """Lay down the first `shared` tokens once, then what each row has beyond them."""
+        before = -1
+        if shared:
+            before = len(self._ids)
+            self._sequence(dataset.row(rows[0])[0][:shared], 0, -1)
+        for row in rows:
+            tokens, weights = dataset.row(row)
+            length = stream_length(weights)
+            learned = np.flatnonzero(weights[: length + 1]) if length else np.zeros(0, np.int64)
+            own = min(shared, length)
+            self._predict_at.append(learned - 1 - own + self._length)
+            self._targets.append(tokens[learned].astype(np.int64))
+            self._row_tokens += length
+            self._sequence(tokens[own:length], own, before if own else -1)
+
+    def _sequence(self, tokens: npt.NDArray[np.int32], first: int, before: int) -> None:
+        self._ids.append(tokens.astype(np.int64))
+        self._positions.append(np.arange(first, first + len(tokens), dtype=np.int64))
+        self._prefixes.append(before)
+        self._length += len(tokens)
+
+    def packed(self, rows: Sequence[int]) -> PackedRows:
+        """The stream."""
+        lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
+        counts = [len(target) for target in self._targets]
+        return PackedRows(
+            rows=tuple(rows),
+            input_ids=_concatenate(self._ids),
+            positions=_concatenate(self._positions),
+            cu_seqlens=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            prefixes=tuple(self._prefixes),
+            predict_at=_concatenate(self._predict_at),
+            targets=_concatenate(self._targets),
+            target_row=np.repeat(np.arange(len(rows), dtype=np.int64), counts),
+            row_tokens=self._row_tokens,
+        )
+
+
+def microbatches(
+    dataset: TokenizedDataset, examples: Sequence[int], capacity: int, *, shared: int = 0
+) -> list[PackedRows]:
+    """Pack examples into microbatches of at most `capacity` tokens (more only where a single one is longer).
+
+    An example is one row, or a pair of them (`TokenizedDataset.rows_per_example`), which is never torn apart.
+
+    Args:
+        shared: see `pack`.
+    """
+    size = dataset.rows_per_example
+    rows = [range(size * example, size * example + size) for example in examples]
+    once = shared if size == 1 else 0
+    lengths = [sum(max(stream_length(dataset.row(row)[1]) - once, 0) for row in example) for example in rows]
+    return [
+        pack(dataset, [row for index in packed for row in rows[index]], shared=shared)
+        for packed in plan_microbatches(lengths, max(capacity - once, 1))
+    ]
+
+
+def _unlearned(weights: npt.NDArray[np.uint8]) -> int:
+    """Tokens at the beginning of a row before the one that the first learned token is predicted from."""
+    learned = np.flatnonzero(weights)
+    return max(int(learned[0]) - 1, 0) if len(learned) else 0
 
 
 def _concatenate(parts: list[Int64Array]) -> Int64Array:

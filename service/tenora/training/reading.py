@@ -1,21 +1,20 @@
-"""A training file read line by line: which rows can be used, and what is wrong with the others. Free of torch."""
+"""A training file read row by row: which rows can be used, and what is wrong with the others. Free of torch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-from tenora.training.rows import ChatRow, IssueCode, Row, RowChecker, RowFormat, RowIssue
+from tenora.training.containers import read_records
+from tenora.training.forms import FORMS, parse_row
+from tenora.training.rows import PREFERENCE_FORMATS, IssueCode, Row, RowChecker, RowFormat, RowIssue
 
 MIN_EXAMPLES = 2
 """One row to learn from and one to measure on: fewer cannot say whether training helped. Few-shot users have 5 to 50
 rows, so a higher bar would shut them out."""
 MAX_LISTED_ISSUES = 100
-MAX_ROW_BYTES = 16 * 1024 * 1024
-"""No context holds a row this long; the bound keeps memory flat for a file without line ends."""
 
 
 @dataclass(slots=True)
@@ -25,14 +24,23 @@ class ValidationReport:
     Attributes:
         rows: rows seen (blank lines are not rows).
         format: the form of the first usable row, None if there is none.
+        last_line: the line of the last row seen.
+        complete: all of the file could be read.
         issues: the first 100 issues; `issue_count` and `counts` (per code) cover all of them.
     """
 
     rows: int = 0
     format: RowFormat | None = None
+    last_line: int = 0
+    complete: bool = True
     issues: list[RowIssue] = field(default_factory=list)
     issue_count: int = 0
     counts: Counter[IssueCode] = field(default_factory=Counter)
+
+    @property
+    def rows_per_example(self) -> int:
+        """Token sequences that a row becomes: 2 for preferences, else 1."""
+        return 2 if self.format in PREFERENCE_FORMATS else 1
 
     @property
     def ok(self) -> bool:
@@ -56,60 +64,62 @@ class ValidationReport:
         return f"{lines}" + (f" … and {more} more ({codes})." if more else "")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """A row of a file, or why there is none.
+
+    Attributes:
+        line: see `RowIssue`.
+        row: None if there are issues.
+    """
+
+    line: int
+    row: Row | None
+    issues: Sequence[RowIssue]
+
+
+def checked_rows(path: Path, report: ValidationReport, *, max_rows: int | None = None) -> Iterator[CheckedRow]:
+    """All rows of a file; what is wrong with them is in `report`, too. Every row must have the first one's form."""
+    for record in read_records(path):
+        if max_rows is not None and report.rows == max_rows:
+            report.add(RowIssue(record.line, "too_many_examples", f"The file has more than {max_rows} rows; split it."))
+            return
+        report.rows += 1
+        report.last_line = record.line
+        checker = RowChecker(record.line)
+        parsed = None
+        if record.issue is not None:
+            checker.report(record.issue.code, record.issue.message)
+        else:
+            parsed = parse_row(record.value, checker)
+        if parsed is not None:
+            report.format = report.format or parsed[0]
+            if parsed[0] != report.format:
+                checker.report(
+                    "ambiguous_format",
+                    f"The row has the form {FORMS[parsed[0]].title}, and those before it {FORMS[report.format].title}; "
+                    "a file has rows of one form.",
+                )
+        for issue in checker.issues:
+            report.add(issue)
+        yield CheckedRow(record.line, None if parsed is None or checker.issues else parsed[1], checker.issues)
+        if record.last:
+            report.complete = False
+            return
+
+
 def usable_rows(
     path: Path, report: ValidationReport, *, max_rows: int | None, min_rows: int
 ) -> Iterator[tuple[int, Row]]:
     """Rows without issues, with their lines; everything else goes into `report`."""
-    line = 0
-    for line, raw in _lines(path):
-        if max_rows is not None and report.rows == max_rows:
-            report.add(RowIssue(line, "too_many_examples", f"The file has more than {max_rows} rows; split it."))
-            return
-        report.rows += 1
-        checker = RowChecker(line)
-        if raw is None:
-            checker.report(
-                "too_long",
-                f"The line is longer than {MAX_ROW_BYTES // 2**20} MiB; one JSON object per line is expected.",
-            )
-        row = None if raw is None else checker.parse(raw)
-        if row is not None:
-            form: RowFormat = "chat" if isinstance(row, ChatRow) else "prompt_completion"
-            report.format = report.format or form
-            if form != report.format:
-                checker.report(
-                    "ambiguous_format",
-                    "Rows before this one have another form; use `messages` in all rows, or `prompt` and `completion`.",
-                )
-        for issue in checker.issues:
-            report.add(issue)
-        if row is not None and not checker.issues:
-            yield line, row
-    if report.rows < min_rows:
+    for checked in checked_rows(path, report, max_rows=max_rows):
+        if checked.row is not None:
+            yield checked.line, checked.row
+    if report.complete and report.rows < min_rows:
         report.add(
             RowIssue(
-                max(line, 1),
+                max(report.last_line, 1),
                 "too_few_examples",
                 f"The file has {report.rows} rows and needs at least {min_rows}; add examples.",
             )
         )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Non-blank lines with their one-based numbers; None stands for a line beyond MAX_ROW_BYTES."""
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_ROW_BYTES + 1):
-            number += 1
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-                _skip_line(file)
-                yield number, None
-            elif stripped := raw.strip():
-                yield number, stripped
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while (raw := file.readline(MAX_ROW_BYTES)) and not raw.endswith(b"\n"):
-        pass

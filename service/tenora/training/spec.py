@@ -8,6 +8,8 @@ import msgspec
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Scheduler = Literal["linear", "cosine", "constant"]
+Method = Literal["supervised", "dpo"]
+TrialStatus = Literal["running", "stopped", "finished", "failed"]
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,26 +22,68 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     use_rslora: bool = False
 
 
+class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One source of rows. A run with several learns all of them at once (multi-task learning).
+
+    Attributes:
+        name: what its held-out loss is called in events.
+        train_path, valid_path: tokenized datasets (`tenora.training.dataset.TokenizedDataset.save`). `valid_path` is
+            empty only if `TrainSpec.folds` measures on the training rows.
+        weight: how often its rows are seen, relative to the other tasks': an epoch draws `weight` · rows of each task,
+            after the weights were scaled so that the largest is 1.
+    """
+
+    name: str
+    train_path: str
+    valid_path: str = ""
+    weight: float = 1.0
+
+
+class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One point of a sweep: what differs from the run's own settings."""
+
+    rank: int
+    alpha: float
+    learning_rate: float
+    n_epochs: int
+    batch_size: int
+
+
 class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One run: paths, adapter shape and optimisation, all resolved (nothing is "auto" here).
 
     Attributes:
         run_id: opaque name of the run; events carry it.
-        group: opaque fairness group.
-        train_path, valid_path: tokenized datasets (`tenora.training.dataset.TokenizedDataset.save`).
+        group: opaque fairness group; groups that train at the same time share the machine by tokens.
+        weight: share of the group relative to others.
+        tasks: where the rows lie; at least one.
         workdir: directory of this run alone; checkpoints and resume state live there.
-        batch_size: rows of one optimizer step.
+        method: "dpo" wants datasets of preference pairs (`rows_per_example` 2).
+        beta: of DPO (Rafailov et al. 2023); how strongly the policy is held to the starting adapter.
+        init_path: PEFT directory of an adapter to start from; empty starts from the base. It must have the shape that
+            `lora` names. It is also the frozen reference of DPO.
+        batch_size: examples of one optimizer step.
         max_steps: stop after this many optimizer steps; 0 means `n_epochs` decides.
         eval_interval: optimizer steps between evaluations; 0 means once an epoch.
+        early_stopping: end after this many evaluations in a row without a better one; 0 never does.
+        packing: several rows share a stream; False gives each row a pass of its own (slower, the same result).
+        folds: few-shot: choose the number of steps by cross-validation with so many folds, then train on all rows; 0 is
+            off. The held-out figures are then those of the folds.
+        trials: a sweep over these settings; the winner's adapter is the result. Empty trains once.
         base_model: id written into the exported adapter_config.json.
+        recompute_activations: keep only the inputs of layers and run each a second time in the backward pass; None
+            decides by memory.
     """
 
     run_id: str
     group: str
-    train_path: str
-    valid_path: str
+    tasks: tuple[TaskSpec, ...]
     workdir: str
     base_model: str
+    weight: float = 1.0
+    method: Method = "supervised"
+    beta: float = 0.1
+    init_path: str = ""
     lora: LoraSpec = LoraSpec()
     n_epochs: int = 3
     max_steps: int = 0
@@ -50,8 +94,21 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_interval: int = 0
+    early_stopping: int = 0
+    packing: bool = True
+    folds: int = 0
+    trials: tuple[TrialSpec, ...] = ()
     tokens_per_microbatch: int = 2048
+    recompute_activations: bool | None = None
     seed: int = 0
+
+
+class Rewards(msgspec.Struct, frozen=True, kw_only=True):
+    """Implicit rewards of DPO, β · (log π(y|x) - log π_ref(y|x)), means over pairs."""
+
+    chosen: float
+    rejected: float
+    margin: float
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
@@ -65,6 +122,8 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
         grad_norm: before clipping.
         trained_tokens: learned tokens so far, over all epochs.
         tokens_per_second: all tokens that the model read in this step, per second of wall time.
+        rewards: of DPO; its `train_loss` is per pair, its `train_accuracy` how often the chosen answer had the higher
+            reward.
     """
 
     run_id: str
@@ -77,12 +136,18 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     grad_norm: float
     trained_tokens: int
     tokens_per_second: float
+    rewards: Rewards | None = None
 
 
 class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
-    """After an evaluation of the whole held-out set. `base_loss` is the base's on the same rows.
+    """After an evaluation of the whole held-out set. `base_loss` is the start's on the same rows.
 
-    The first one, at step 0, measures the base itself; a later one is `best` if no earlier adapter had a lower loss.
+    The first one, at step 0, measures the base itself (the starting adapter, if there is one); a later one is `best` if
+    no earlier adapter had a lower loss.
+
+    Attributes:
+        tasks: held-out loss of each task, if there are several.
+        rewards: DPO: margin between chosen and rejected, and how often it was above 0; see `StepEvent`.
     """
 
     run_id: str
@@ -91,6 +156,8 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
     valid_accuracy: float
     base_loss: float
     best: bool
+    tasks: dict[str, float] = {}  # msgspec copies empty literals
+    rewards: Rewards | None = None
 
 
 class CheckpointEvent(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
@@ -109,10 +176,64 @@ class CheckpointEvent(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint
     valid_accuracy: float
 
 
+class TrialEvent(msgspec.Struct, frozen=True, kw_only=True, tag="trial"):
+    """Where a trial of a sweep stands: after each of its evaluations, and when it ends.
+
+    Attributes:
+        trial: index into `TrainSpec.trials`.
+        status: running; stopped, because others were better (successive halving); finished; failed.
+        step, total_steps: optimizer steps done, and those of the whole trial.
+        valid_loss: best so far; None before the first evaluation.
+        reason: why it failed.
+    """
+
+    run_id: str
+    trial: int
+    status: TrialStatus
+    step: int
+    total_steps: int
+    valid_loss: float | None = None
+    reason: str = ""
+
+
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
+    """The held-out rows one by one: losses in nats, summed over a row's learned tokens.
+
+    Attributes:
+        tokens: learned tokens of each row.
+        adapter, start: loss of each row under the result, and under what training started from.
+    """
+
+    tokens: list[int]
+    adapter: list[float]
+    start: list[float]
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """What the training path computes under the result; what serves the adapter must give the same.
+
+    Attributes:
+        path: a tokenized dataset.
+        rows: for its rows 0, 1, …: the log-probability of each learned token.
+    """
+
+    path: str
+    rows: list[list[float]]
+
+
 class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """The run is over; `path` is the PEFT directory of the best checkpoint, made at `step` of `steps`.
 
     Its held-out loss may still be above `base_loss`: then training did not help, and that is for the caller to say.
+
+    Attributes:
+        last_loss: held-out loss of the last evaluation, for the verdict on overfitting.
+        held_out: the rows behind `valid_loss` and `base_loss`; None for DPO. With `TrainSpec.folds` they are the
+            training rows, each measured by an adapter that had not seen it.
+        probe: for the comparison with the serving path.
+        tasks: held-out loss of each task, if there are several.
+        trial: the winner of a sweep, as an index into `TrainSpec.trials`.
+        stopped_early: fewer steps were made than planned, because the held-out loss no longer fell.
     """
 
     run_id: str
@@ -124,6 +245,12 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     base_loss: float
     trained_tokens: int
     seconds: float
+    last_loss: float = 0.0
+    held_out: HeldOut | None = None
+    probe: Probe | None = None
+    tasks: dict[str, float] = {}  # msgspec copies empty literals
+    trial: int | None = None
+    stopped_early: bool = False
 
 
 class StoppedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
@@ -146,4 +273,4 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-TrainEvent = StepEvent | EvalEvent | CheckpointEvent | FinishedEvent | StoppedEvent | FailedEvent
+TrainEvent = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FinishedEvent | StoppedEvent | FailedEvent

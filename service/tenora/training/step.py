@@ -1,48 +1,67 @@
 """Forward and backward through the frozen decoder, in slices small enough to share a device with serving.
 
-Each layer has an autograd graph of its own: its input is cut off from the layer below, and the backward pass hands the
-gradient of that input down by hand. So the pass can be left between any two layers, as a generator that yields there,
-and the weights of the base never get a gradient: `dX` passes through them, and `add_lora` adds dA and dB to the slots'
-arena. Nothing passes below the first layer's adapters: neither embeddings nor the first layer's input need a gradient.
-
-Every function here expects grad mode to be off around it and switches it on only where a graph is built, never across
-a yield.
+A pass holds rows of one or of many adapters in one stream of tokens, and may be left between any two layers: it is a
+generator that yields there. The weights of the base never get a gradient: dX passes through them, and dA and dB are
+added to the arena of the adapters. Grad mode is expected to be off around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.spec import ModelSpec
+from tenora.model.layer_pass import Keep, LayerPass, layer_pass, losses
+from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
-from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
+from tenora_kernels.layout import BASE, LoraBatch, LoraTables, build_segments
 
-# float32 logits alive at once. On a CPU 85 tokens of a vocabulary of 49,152: products are as fast as with more, and the
-# pass may be left after about 0.1 s.
-_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one adapter in a pass.
+
+    Attributes:
+        rows: packed.
+        adapter: whose; None runs the base.
+        dropout: where its dropout takes its numbers; None if there is none.
+    """
+
+    rows: PackedRows
+    adapter: TrainedAdapter | None = None
+    dropout: Dropout | None = None
 
 
 @dataclass(slots=True)
-class Microbatch:
-    """Packed rows on the device, with what every layer needs.
+class Pass:
+    """Parts side by side in one stream of T tokens on the device, with what every layer needs.
 
     Attributes:
         input_ids: int64 [T]; predict_at, targets: int64 [n]; see `PackedRows`.
         context: positions, RoPE, attention and adapters.
+        learned: where each part's targets lie among the n.
+        dropout: None if no part has any.
     """
 
     input_ids: Tensor
     predict_at: Tensor
     targets: Tensor
     context: ForwardContext
+    learned: tuple[slice, ...]
+    dropout: StreamDropout | None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
 
 
 @dataclass(slots=True)
@@ -52,9 +71,17 @@ class TokenLosses:
     loss: Tensor
     correct: Tensor
 
+    def part(self, span: slice) -> TokenLosses:
+        """Those of a span."""
+        return TokenLosses(self.loss[span], self.correct[span])
+
+
+Coefficients = Callable[[TokenLosses], Tensor]
+"""From the losses of a pass to what each is multiplied with in the objective, float32 [n]."""
+
 
 class LoraDropout:
-    """Inverted dropout of the adapters' inputs, from a generator of its own.
+    """Inverted dropout of an adapter's inputs, from a generator of its own.
 
     `seek` picks the numbers of one layer of one microbatch, so that running a layer again (to save memory) or after a
     resume drops the same elements.
@@ -71,15 +98,14 @@ class LoraDropout:
             mixed = (mixed * 0x9E3779B97F4A7C15 + part + 1) % 2**63
         self._generator.manual_seed(mixed)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """A copy of x in which each element is zero with the probability, else scaled up to keep the mean."""
-        mask = torch.empty_like(x, requires_grad=False).bernoulli_(self._keep, generator=self._generator)
-        return x * mask.div_(self._keep)
+    def fill(self, mask: Tensor) -> None:
+        """Make each element of `mask` zero with the probability, else what keeps the mean."""
+        mask.bernoulli_(self._keep, generator=self._generator).div_(self._keep)
 
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """The dropout of one microbatch: which numbers it takes."""
+    """The dropout of one microbatch of one adapter: which numbers it takes."""
 
     source: LoraDropout
     seed: int
@@ -91,131 +117,124 @@ class Dropout:
         self.source.seek(self.seed, self.step, self.microbatch, layer)
 
 
-def load_microbatch(
-    decoder: Decoder, packed: PackedRows, tables: LoraTables | None, *, slot: int = 0, dropout: Dropout | None = None
-) -> Microbatch:
-    """Move packed rows to the decoder's device. `tables` None runs the base without an adapter."""
+class StreamDropout:
+    """The dropout of a stream of several parts; those without any keep every element."""
+
+    def __init__(self, spans: Sequence[tuple[slice, Dropout]]) -> None:
+        self._spans = spans
+
+    def seek(self, layer: int) -> None:
+        """Go to the numbers of `layer`, in every part."""
+        for _, dropout in self._spans:
+            dropout.seek(layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A copy of x [T, n] with elements dropped."""
+        mask = torch.ones_like(x, requires_grad=False)
+        for span, dropout in self._spans:
+            dropout.source.fill(mask[span])
+        return x * mask
+
+
+def load_pass(decoder: Decoder, parts: Sequence[Part], tables: LoraTables | None = None) -> Pass:
+    """Lay parts side by side on the decoder's device. An adapter may be in several parts of a pass without gradient.
+
+    Args:
+        tables: of the arena that the adapters are in; may be None if no part has an adapter.
+    """
     device = decoder.device
-    positions = torch.from_numpy(packed.positions).to(device)
-    row_lengths = np.diff(packed.cu_seqlens)
-    lengths = torch.from_numpy(np.repeat(row_lengths, row_lengths))
-    lora = None if tables is None else LoraBatch(tables, build_segments([slot] * packed.tokens, device=device))
+    rows = [part.rows for part in parts]
+    tokens = np.cumsum([0, *(packed.tokens for packed in rows)])
+    learned = np.cumsum([0, *(len(packed.targets) for packed in rows)])
+    starts = np.concatenate([packed.cu_seqlens[:-1] + first for packed, first in zip(rows, tokens[:-1], strict=True)])
+    cu_seqlens = np.append(starts, tokens[-1])
+    positions = _to(device, [packed.positions for packed in rows])
+    row_lengths = np.diff(cu_seqlens)
+    spans = [slice(int(start), int(stop)) for start, stop in pairwise(tokens)]
+    dropped = [(span, part.dropout) for span, part in zip(spans, parts, strict=True) if part.dropout is not None]
+    dropout = StreamDropout(dropped) if dropped else None
     context = ForwardContext(
         positions=positions,
-        rope=decoder.rope(positions, lengths.to(device)),
-        attention=PackedAttention(packed.cu_seqlens.tolist()),
-        lora=lora,
-        lora_dropout=None if dropout is None else dropout.source,
+        rope=decoder.rope(positions, _to(device, [np.repeat(row_lengths, row_lengths)])),
+        attention=PackedAttention(cu_seqlens.tolist(), **_prefixes(rows)),
+        lora=_adapters(parts, tables, device),
+        lora_dropout=dropout,
     )
-    return Microbatch(
-        input_ids=torch.from_numpy(packed.input_ids).to(device),
-        predict_at=torch.from_numpy(packed.predict_at).to(device),
-        targets=torch.from_numpy(packed.targets).to(device),
+    return Pass(
+        input_ids=_to(device, [packed.input_ids for packed in rows]),
+        predict_at=_to(device, [packed.predict_at + first for packed, first in zip(rows, tokens[:-1], strict=True)]),
+        targets=_to(device, [packed.targets for packed in rows]),
         context=context,
+        learned=tuple(slice(int(start), int(stop)) for start, stop in pairwise(learned)),
+        dropout=dropout,
     )
 
 
-def forward(decoder: Decoder, batch: Microbatch) -> Generator[None, None, TokenLosses]:
-    """Losses without a graph, yielding between layers."""
-    hidden = decoder.embed(batch.input_ids)
-    for layer in decoder.layers:
-        hidden = layer(hidden, batch.context)
-        yield
-    losses, _ = yield from _head(decoder, decoder.finish(hidden[batch.predict_at]), batch.targets, scale=None)
-    return losses
+def forward(decoder: Decoder, batch: Pass) -> Generator[None, None, TokenLosses]:
+    """Losses without a gradient, yielding between layers."""
+    layers = layer_pass(decoder, batch.context, Keep.NOTHING)
+    try:
+        hidden = yield from _upwards(decoder, layers, batch)
+        loss, correct, _ = yield from losses(decoder, hidden, batch.predict_at, batch.targets, None)
+    finally:
+        layers.close()
+    return TokenLosses(loss, correct)
 
 
 def forward_backward(
-    decoder: Decoder, batch: Microbatch, *, scale: float, keep_graphs: bool, dropout: Dropout | None = None
+    decoder: Decoder, batch: Pass, coefficients: Tensor | Coefficients, *, keep: Keep
 ) -> Generator[None, None, TokenLosses]:
-    """Losses, and the gradient of `scale` · their sum added to the tables' gradient arena, yielding between layers.
+    """Losses, and the gradient of Σ coefficient · loss added to the tables' gradient arena, yielding between layers.
 
     Args:
-        scale: one over the learned tokens of the whole optimizer step, so that microbatches add up to its mean.
-        keep_graphs: keep every layer's activations for the backward pass. Otherwise only the layers' inputs are kept
-            and each layer runs a second time: a third more work for a fraction of the memory.
-        dropout: where the adapters' dropout takes its numbers; None if there is none.
+        coefficients: float32 [n]; for the mean over an optimizer step one over its learned tokens, so that microbatches
+            add up. An objective that is no sum over tokens gives a function: the head then runs once for the losses and
+            once for the gradient.
+        keep: activations of every layer, or inputs only: a third more work for a fraction of the memory.
     """
-    inputs: list[Tensor] = []
-    outputs: list[Tensor | None] = []
+    layers = layer_pass(decoder, batch.context, keep, before=None if batch.dropout is None else batch.dropout.seek)
+    try:
+        hidden = yield from _upwards(decoder, layers, batch)
+        if not isinstance(coefficients, Tensor):
+            loss, correct, _ = yield from losses(decoder, hidden, batch.predict_at, batch.targets, None)
+            coefficients = coefficients(TokenLosses(loss, correct))
+        loss, correct, slope = yield from losses(decoder, hidden, batch.predict_at, batch.targets, coefficients)
+        for index in reversed(range(len(decoder.layers))):
+            if slope is None:
+                raise RuntimeError("a layer gave no gradient although the one below it needs it.")
+            # Nothing passes below the first layer's adapters: neither embeddings nor its input need a gradient.
+            slope = layers.backward(index, slope, need_dx=index > 0)
+            yield
+    finally:
+        layers.close()
+    return TokenLosses(loss, correct)
+
+
+def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None, None, Tensor]:
+    """Hidden states [T, H] after the last layer."""
     hidden = decoder.embed(batch.input_ids)
     for index in range(len(decoder.layers)):
-        inputs.append(hidden.requires_grad_(index > 0))
-        output = _run_layer(decoder, index, inputs[-1], batch.context, dropout, graph=keep_graphs)
-        outputs.append(output if keep_graphs else None)
-        hidden = output.detach()
+        hidden = layers.forward(index, hidden)
         yield
-    losses, gradient = yield from _head_backward(decoder, hidden, batch, scale)
-    for index in reversed(range(len(decoder.layers))):
-        source, result = inputs.pop(), outputs.pop()
-        if result is None:
-            result = _run_layer(decoder, index, source, batch.context, dropout, graph=True)
-        if index > 0:
-            (gradient,) = torch.autograd.grad(result, source, gradient)
-        else:
-            torch.autograd.backward(result, gradient)
-        del source, result
-        yield
-    return losses
+    return hidden
 
 
-def activation_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
-    """What a kept graph of all layers takes per token, roughly: every product's output and input, norms in float32."""
-    attention = 6 * (spec.q_size + 2 * spec.kv_size)
-    return spec.num_layers * itemsize * (12 * spec.hidden_size + attention + 7 * spec.intermediate_size)
+def _adapters(parts: Sequence[Part], tables: LoraTables | None, device: torch.device) -> LoraBatch | None:
+    slots = [BASE if part.adapter is None else part.adapter.slot for part in parts]
+    if tables is None or max(slots) == BASE:
+        return None
+    of_token = np.repeat(slots, [part.rows.tokens for part in parts])
+    return LoraBatch(tables, build_segments(torch.from_numpy(of_token), device=device))
 
 
-def _run_layer(
-    decoder: Decoder, index: int, source: Tensor, context: ForwardContext, dropout: Dropout | None, *, graph: bool
-) -> Tensor:
-    if dropout is not None:
-        dropout.seek(index)
-    with torch.set_grad_enabled(graph):
-        output: Tensor = decoder.layers[index](source, context)
-    return output
+def _prefixes(parts: Sequence[PackedRows]) -> dict[str, list[tuple[int, int] | None]]:
+    """For each sequence of the stream the one whose tokens come before its own, and how many; empty if none has one."""
+    found: list[tuple[int, int] | None] = []
+    for part in parts:
+        first, lengths = len(found), np.diff(part.cu_seqlens).tolist()
+        found += [None if before < 0 else (first + before, lengths[before]) for before in part.prefixes]
+    return {"prefixes": found} if any(found) else {}
 
 
-def _head_backward(
-    decoder: Decoder, hidden: Tensor, batch: Microbatch, scale: float
-) -> Generator[None, None, tuple[TokenLosses, Tensor]]:
-    """Final norm and loss of the last layer's output [T, H]; the gradient [T, H] of `scale` · summed loss."""
-    hidden.requires_grad_()
-    with torch.enable_grad():
-        finished = decoder.finish(hidden[batch.predict_at])
-    losses, d_finished = yield from _head(decoder, finished.detach(), batch.targets, scale=scale)
-    if d_finished is None:
-        raise RuntimeError("the loss head gave no gradient although a scale was set.")
-    (gradient,) = torch.autograd.grad(finished, hidden, d_finished)
-    return losses, gradient
-
-
-def _head(
-    decoder: Decoder, finished: Tensor, targets: Tensor, *, scale: float | None
-) -> Generator[None, None, tuple[TokenLosses, Tensor | None]]:
-    """Cross-entropy of finished hidden states [n, H] against targets [n], in chunks: [n, V] never exists whole.
-
-    The gradient of a chunk's logits is (softmax - one-hot) · scale, made in place of the logits themselves; with
-    `scale` None there is none.
-    """
-    budget = _LOGITS_BYTES.get(finished.device.type, _LOGITS_BYTES["cpu"])
-    size = max(16, budget // (4 * decoder.spec.vocab_size))
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for start in range(0, len(targets), size):
-        part, wanted = finished[start : start + size], targets[start : start + size, None]
-        part.requires_grad_(scale is not None)
-        with torch.set_grad_enabled(scale is not None):
-            scores = decoder.logits(part)
-        logits = scores.detach()
-        normalizer = logits.logsumexp(dim=1, keepdim=True)
-        losses.append((normalizer - logits.gather(1, wanted))[:, 0])
-        correct.append(logits.argmax(dim=1) == wanted[:, 0])
-        if scale is not None:
-            slope = logits.sub_(normalizer).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype)).mul_(scale)
-            gradients.extend(torch.autograd.grad(scores, part, slope))
-        yield
-    empty = finished.new_zeros(0, dtype=torch.float32)
-    found = TokenLosses(torch.cat([empty, *losses]), torch.cat([empty.bool(), *correct]))
-    return found, torch.cat(gradients) if gradients else None
+def _to(device: torch.device, arrays: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(device)

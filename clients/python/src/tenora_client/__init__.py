@@ -40,10 +40,12 @@ from tenora_client.models import (
     Checkpoint,
     Completion,
     Deleted,
+    Estimate,
     File,
     JobEvent,
     JobState,
     Model,
+    Preview,
     Usage,
 )
 from tenora_client.paging import AsyncPages, Pages
@@ -69,6 +71,7 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "Deleted",
+    "Estimate",
     "File",
     "Job",
     "JobBar",
@@ -80,6 +83,7 @@ __all__ = [
     "Pages",
     "PayloadTooLargeError",
     "PermissionDeniedError",
+    "Preview",
     "RateLimitedError",
     "RequestTimeoutError",
     "ResponseError",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from tenora_client import calls
-from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model
+from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
 from tenora_client.paging import AsyncPages
 from tenora_client.params import ChatParams, CompletionParams
 from tenora_client.progress import transfer
@@ -156,6 +156,25 @@ class AsyncFiles:
     async def delete(self, file_id: str) -> Deleted:
         """Delete a file."""
         return await self._client.send(calls.delete_file(file_id))
+
+    async def preview(
+        self,
+        file_id: str,
+        *,
+        limit: int | None = None,
+        after: int | None = None,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> Preview:
+        """Rows of a training file as the model would see them, also of one with errors.
+
+        Args:
+            limit: how many rows, at most 100; 10 if None.
+            after: the line of the last row seen (`Preview.last_line`).
+            max_seq_length, truncate: as of a job.
+        """
+        call = calls.preview_file(file_id, limit, after, max_seq_length, truncate=truncate)
+        return await self._client.send(call)
 
     async def content(self, file_id: str) -> bytes:
         """A file's bytes."""

@@ -41,6 +41,7 @@ class Call(Generic[T]):
 
     Attributes:
         idempotency_key: makes a POST safe to repeat; the same for all attempts.
+        changes_nothing: a POST that only asks.
     """
 
     method: str
@@ -50,11 +51,12 @@ class Call(Generic[T]):
     body: Mapping[str, Any] | None = None
     upload: Upload | None = None
     idempotency_key: str | None = None
+    changes_nothing: bool = False
 
     @property
     def idempotent(self) -> bool:
         """Whether sending it twice does no more than sending it once."""
-        return self.method == "GET" or self.idempotency_key is not None
+        return self.method == "GET" or self.changes_nothing or self.idempotency_key is not None
 
 
 _ANYTHING: TypeAdapter[object] = TypeAdapter(object)
@@ -62,6 +64,8 @@ _MODEL = TypeAdapter(models.Model)
 _MODELS = TypeAdapter(models.ListPage[models.Model])
 _FILE = TypeAdapter(models.File)
 _FILES = TypeAdapter(models.ListPage[models.File])
+_PREVIEW = TypeAdapter(models.Preview)
+_ESTIMATE = TypeAdapter(models.Estimate)
 _DELETED = TypeAdapter(models.Deleted)
 _EVENTS = TypeAdapter(models.ListPage[models.JobEvent])
 _CHECKPOINTS = TypeAdapter(models.ListPage[models.Checkpoint])
@@ -158,6 +162,14 @@ def delete_file(file_id: str) -> Call[models.Deleted]:
     return Call("DELETE", f"/v1/files/{_segment(file_id)}", _DELETED)
 
 
+def preview_file(
+    file_id: str, limit: int | None, after: int | None, max_seq_length: int | None, *, truncate: bool
+) -> Call[models.Preview]:
+    """POST /v1/files/{id}/preview."""
+    body = _body({}, limit=limit, after=after, max_seq_length=max_seq_length, truncate=truncate or None)
+    return Call("POST", f"/v1/files/{_segment(file_id)}/preview", _PREVIEW, body=body, changes_nothing=True)
+
+
 def file_content(file_id: str) -> str:
     """Path of a file's content."""
     return f"/v1/files/{_segment(file_id)}/content"
@@ -169,7 +181,7 @@ def file_content(file_id: str) -> str:
 def create_job(
     answer: TypeAdapter[JobT],
     *,
-    training_file: str,
+    training_file: str | None,
     validation_file: str | None,
     model: str,
     params: JobParams,
@@ -178,6 +190,14 @@ def create_job(
     """POST /v1/fine_tuning/jobs."""
     body = _body(params, model=model, training_file=training_file, validation_file=validation_file)
     return Call("POST", "/v1/fine_tuning/jobs", answer, body=body, idempotency_key=idempotency_key or new_key())
+
+
+def estimate_job(
+    *, training_file: str | None, validation_file: str | None, model: str, params: JobParams
+) -> Call[models.Estimate]:
+    """POST /v1/fine_tuning/estimate."""
+    body = _body(params, model=model, training_file=training_file, validation_file=validation_file)
+    return Call("POST", "/v1/fine_tuning/estimate", _ESTIMATE, body=body, changes_nothing=True)
 
 
 def list_jobs(

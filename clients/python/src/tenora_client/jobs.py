@@ -9,7 +9,7 @@ from pydantic import PrivateAttr, TypeAdapter
 
 from tenora_client import calls
 from tenora_client.errors import TenoraError
-from tenora_client.models import Checkpoint, File, JobEvent, JobState, ListPage
+from tenora_client.models import Checkpoint, Estimate, File, JobEvent, JobState, ListPage
 from tenora_client.paging import Pages
 from tenora_client.params import JobParams
 from tenora_client.progress import JobBar
@@ -79,7 +79,7 @@ class Jobs:
 
     def create(
         self,
-        training_file: str | File,
+        training_file: str | File | None = None,
         *,
         validation_file: str | File | None = None,
         model: str | None = None,
@@ -90,19 +90,36 @@ class Jobs:
 
         Args:
             training_file, validation_file: uploaded files or their ids; without a validation file the server holds
-                rows out.
-            model: the base's id; None asks the server for it.
+                rows out. Several files go into `training_files` instead.
+            model: the base's id, or an adapter to go on from; None asks the server for the base.
             idempotency_key: sent by itself, a fresh one each call; give one to make a repeated call the same job.
         """
         call = calls.create_job(
             _JOB,
-            training_file=file_id(training_file),
+            training_file=None if training_file is None else file_id(training_file),
             validation_file=None if validation_file is None else file_id(validation_file),
             model=model or self._client.models.base().id,
             params=params,
             idempotency_key=idempotency_key,
         )
         return self._client.send(call).bind(self)
+
+    def estimate(
+        self,
+        training_file: str | File | None = None,
+        *,
+        validation_file: str | File | None = None,
+        model: str | None = None,
+        **params: Unpack[JobParams],
+    ) -> Estimate:
+        """Rows, tokens, steps and time of the job that `create` would queue; nothing is queued."""
+        call = calls.estimate_job(
+            training_file=None if training_file is None else file_id(training_file),
+            validation_file=None if validation_file is None else file_id(validation_file),
+            model=model or self._client.models.base().id,
+            params=params,
+        )
+        return self._client.send(call)
 
     def get(self, job_id: str) -> Job:
         """One job."""

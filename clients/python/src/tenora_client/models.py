@@ -151,6 +151,82 @@ class File(ApiObject):
     expires_at: int | None = None
 
 
+class Span(ApiObject):
+    """A piece of a row's text: all of its tokens are learned, or none."""
+
+    text: str
+    trained: bool
+
+
+class RowIssue(ApiObject):
+    """Why a row cannot be used, and what to do about it."""
+
+    line: int
+    code: str
+    message: str
+
+
+class PreviewRow(ApiObject):
+    """A row as the model sees it; of a preference one for each answer, told apart by `part`."""
+
+    line: int
+    part: str | None = None
+    tokens: int
+    trained_tokens: int
+    truncated: bool = False
+    truncated_tokens: int = 0
+    spans: Sequence[Span] = ()
+    issues: Sequence[RowIssue] = ()
+
+
+class PreviewTotals(ApiObject):
+    """Sums over the rows shown."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    unusable: int
+
+
+class Preview(ApiObject):
+    """Some rows of a training file; more follow `after` the line `last_line`."""
+
+    file_id: str
+    format: str | None = None
+    data: Sequence[PreviewRow]
+    totals: PreviewTotals
+    has_more: bool = False
+    last_line: int | None = None
+
+
+class Estimate(ApiObject):
+    """What a job would take; `seconds` is None until the server has measured its speed.
+
+    Attributes:
+        tokens, trained_tokens: of the rows to train on, once.
+        steps, read_tokens: of the whole job, over all folds or trials.
+        tasks: the same for each training file, with near-duplicates between the two sides.
+    """
+
+    rows: int
+    held_out_rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    near_duplicates: int = 0
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    folds: int = 0
+    trials: int = 0
+    steps: int
+    read_tokens: int
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    measured: bool = False
+    tasks: Sequence[Mapping[str, Any]] = ()
+
+
 class JobFailure(ApiObject):
     """Why a job failed."""
 
@@ -167,8 +243,11 @@ class JobState(ApiObject):
     model: str
     status: JobStatus
     training_file: str
+    training_files: Sequence[Mapping[str, Any]] | None = None
     validation_file: str | None = None
+    method: Mapping[str, Any] | None = None
     hyperparameters: Mapping[str, Any] = Field(default_factory=dict)
+    lora: Mapping[str, Any] = Field(default_factory=dict)
     seed: int | None = None
     name: str | None = None
     error: JobFailure | None = None
@@ -176,6 +255,9 @@ class JobState(ApiObject):
     finished_at: int | None = None
     estimated_finish: int | None = None
     trained_tokens: int | None = None
+    result_files: Sequence[str] = ()
+    sweep_results: Sequence[Mapping[str, Any]] | None = None
+    parent: str | None = None
     metadata: Mapping[str, str] | None = None
     evaluation: Mapping[str, Any] | None = None
 
@@ -224,6 +306,7 @@ class Adapter(ApiObject):
     method: str | None = None
     job_id: str | None = None
     parent: str | None = None
+    parent_digest: str | None = None
     resident: str | None = None
     pinned: bool = False
     evaluation: Mapping[str, Any] | None = None

@@ -101,7 +101,9 @@ class JobBar:
         step, total = self._seen.get("step", 0.0), self._seen.get("total_steps", 0.0)
         if job.status == "succeeded" and total:
             self._seen["step"] = step = total
-        if job.status == "running" and total:
+        if job.status == "running" and job.sweep_results:
+            self._bar.draw(*_sweep(job.sweep_results))
+        elif job.status == "running" and total:
             self._bar.draw(step, total, self._figures(step, total))
         elif job.status != self._status or job.finished:
             self._bar.draw(
@@ -114,6 +116,8 @@ class JobBar:
         self._bar.close()
 
     def _note(self, metrics: Mapping[str, Any]) -> None:
+        if "trial" in metrics:  # its steps are not the job's; the job's own table tells where the sweep stands
+            return
         for key in ("step", "total_steps", "train_loss", "valid_loss", "base_loss", "tokens_per_second"):
             value = metrics.get(key)
             if isinstance(value, (int, float)):
@@ -141,6 +145,14 @@ class JobBar:
             return None
         first_step, first_time = self._first
         return (total - step) * (self._clock() - first_time) / (step - first_step)
+
+
+def _sweep(trials: Sequence[Mapping[str, Any]]) -> tuple[float, float, str]:
+    """Trials that are over, all trials, and the best one so far in words."""
+    over = sum(trial.get("status") not in ("queued", "running") for trial in trials)
+    losses = [trial["valid_loss"] for trial in trials if trial.get("valid_loss") is not None]
+    best = f"  best held-out {min(losses):.3f}" if losses else ""
+    return over, len(trials), f"trials {over}/{len(trials)} over{best}"
 
 
 def duration(seconds: float) -> str:

@@ -10,17 +10,17 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from tenora.api.dependencies import ControlDep, SettingsDep, Train
+from tenora.api.dependencies import ControlDep, JsonRoute, SettingsDep, Train
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
-from tenora.api.schemas.files import FileObject
+from tenora.api.schemas.files import FileObject, PreviewObject, PreviewRequest
 from tenora.control.files import LONGEST_LIFE, SHORTEST_LIFE
 from tenora.control.idempotency import Receipt
 from tenora.control.records import FileRecord
 from tenora.errors import InvalidRequestError
 
-router = APIRouter(tags=["files"])
+router = APIRouter(tags=["files"], route_class=JsonRoute)
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _CHUNK = 2**20
 FORM_SCHEMA = form_schema(
@@ -105,6 +105,22 @@ async def delete_file(file_id: str, caller: Train, control: ControlDep) -> Delet
     """Delete a file and its content."""
     await control.files.delete(caller, file_id)
     return Deleted(id=file_id, object="file")
+
+
+@router.post("/v1/files/{file_id}/preview")
+async def preview_file(
+    file_id: str, caller: Train, control: ControlDep, body: PreviewRequest = PreviewRequest()
+) -> PreviewObject:
+    """Rows of a training file as the model would see them: tokens, what is learned, what is cut, what is wrong."""
+    found = await control.previews.preview(
+        caller,
+        file_id,
+        limit=body.limit,
+        after=body.after,
+        max_seq_length=body.max_seq_length,
+        truncate=body.truncate,
+    )
+    return PreviewObject.of_file(file_id, found)
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)

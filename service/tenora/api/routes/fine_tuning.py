@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from tenora.api.dependencies import ControlDep, JsonRoute, Train
 from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
+from tenora.api.schemas.estimates import EstimateObject
 from tenora.api.schemas.fine_tuning import CheckpointObject, JobCreateRequest, JobEventObject, JobObject
 from tenora.errors import InvalidRequestError
 
@@ -25,6 +26,12 @@ async def create_job(body: JobCreateRequest, request: Request, caller: Train, co
     """Train an adapter on an uploaded file; the job says what became of it."""
     create = partial(control.jobs.create, caller, body.to_request())
     return await once(request, control, caller, await request.body(), create, JobObject.of)
+
+
+@router.post("/v1/fine_tuning/estimate")
+async def estimate_job(body: JobCreateRequest, caller: Train, control: ControlDep) -> EstimateObject:
+    """What a job with this body would take: rows, tokens, steps and time. Nothing is stored."""
+    return EstimateObject.of(await control.estimates.estimate(caller, body.to_request()))
 
 
 @router.get(JOBS)

@@ -9,6 +9,16 @@ from pydantic import Field
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
 
+EVALUATION = (
+    "Of an adapter that a job made. `valid_loss`, `base_loss` and the like are the run's own. `held_out` compares the "
+    "adapter with what training started from, row by row: `difference` in nats per learned token with a 95% interval "
+    "(`low`, `high`), `verdict` better, worse, no difference or too few rows; `source` says whether the rows were held "
+    "out or cross-validated. `few_shot` compares it with the base that has `shots` training rows in its prompt. "
+    "`forgetting` is the change on a general text, `overfitting` what went on after the best evaluation, "
+    "`near_duplicates` how many held-out rows are nearly training rows, `parity` how far serving is from training, and "
+    "`lineage` what it was made of. `notes` says what could not be measured."
+)
+
 
 class AdapterObject(ResponseModel):
     """An `AdapterRecord` of the control plane: an alias with the version that it points at, or one of its versions."""
@@ -29,9 +39,10 @@ class AdapterObject(ResponseModel):
     source: Literal["job", "upload"]
     job_id: str | None
     parent: str
+    parent_digest: str | None
     resident: Literal["device", "host", "disk"]
     pinned: bool
-    evaluation: dict[str, Any] | None
+    evaluation: dict[str, Any] | None = Field(description=EVALUATION)
 
 
 class RollbackRequest(RequestModel):

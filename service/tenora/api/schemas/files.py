@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from tenora.api.schemas.base import ResponseModel
+from pydantic import Field, StrictBool
+
+from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.control.previews import MAX_ROWS, MIN_LENGTH
+from tenora.training.preview import Preview
 
 
 class FileObject(ResponseModel):
@@ -19,6 +23,87 @@ class FileObject(ResponseModel):
     status: Literal["uploaded", "processed", "error"]
     status_details: str | None
     expires_at: int | None
+
+
+class PreviewRequest(RequestModel):
+    """POST /v1/files/{file_id}/preview. `after` is the line of the last row seen; the others are as of a job."""
+
+    limit: int = Field(default=10, ge=1, le=MAX_ROWS)
+    after: int = Field(default=0, ge=0, lt=2**63)
+    max_seq_length: int | None = Field(default=None, ge=MIN_LENGTH, lt=2**31)
+    truncate: StrictBool = False
+
+
+class PreviewSpan(ResponseModel):
+    """A piece of a row's text: all of its tokens are learned, or none."""
+
+    text: str
+    trained: bool
+
+
+class PreviewIssue(ResponseModel):
+    """Why a row cannot be used, and what to do about it."""
+
+    line: int
+    code: str
+    message: str
+
+
+class PreviewRow(ResponseModel):
+    """A row as the model sees it; of a preference one for each answer, told apart by `part`.
+
+    `truncated_tokens` were cut off, `tokens` are left, and the texts of `spans` together are what they say.
+    """
+
+    line: int
+    part: Literal["chosen", "rejected"] | None
+    tokens: int
+    trained_tokens: int
+    truncated: bool
+    truncated_tokens: int
+    spans: list[PreviewSpan]
+    issues: list[PreviewIssue]
+
+
+class PreviewTotals(ResponseModel):
+    """Sums over the rows shown; `truncated` and `unusable` count rows of the file."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    unusable: int
+
+
+class PreviewObject(ResponseModel):
+    """Some rows of a training file before anything is spent; more follow `after` the line `last_line`."""
+
+    object: Literal["file.preview"] = "file.preview"
+    file_id: str
+    format: str | None
+    data: list[PreviewRow]
+    totals: PreviewTotals
+    has_more: bool
+    last_line: int | None
+
+    @classmethod
+    def of_file(cls, file_id: str, preview: Preview) -> Self:
+        """The object of a preview."""
+        rows = [PreviewRow.of(row) for row in preview.rows]
+        return cls(
+            file_id=file_id,
+            format=preview.format,
+            data=rows,
+            totals=PreviewTotals(
+                rows=len({row.line for row in rows}),
+                tokens=sum(row.tokens for row in rows),
+                trained_tokens=sum(row.trained_tokens for row in rows),
+                truncated=len({row.line for row in rows if row.truncated}),
+                unusable=len({row.line for row in rows if row.issues}),
+            ),
+            has_more=preview.has_more,
+            last_line=rows[-1].line if rows else None,
+        )
 
 
 class ModelObject(ResponseModel):

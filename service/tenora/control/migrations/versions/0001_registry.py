@@ -84,11 +84,17 @@ def upgrade() -> None:
         sa.Column("model", sa.String(length=255), nullable=False),
         sa.Column("status", sa.String(length=16), nullable=False),
         sa.Column("training_file", sa.String(length=64), nullable=False),
+        sa.Column("training_files", sa.JSON(), nullable=True),
         sa.Column("validation_file", sa.String(length=64), nullable=True),
+        sa.Column("requested", sa.JSON(), nullable=False),
         sa.Column("hyperparameters", sa.JSON(), nullable=False),
         sa.Column("lora", sa.JSON(), nullable=False),
-        sa.Column("training", sa.JSON(), nullable=False),
+        sa.Column("settings", sa.JSON(), nullable=False),
         sa.Column("method", sa.JSON(), nullable=True),
+        sa.Column("sweep", sa.JSON(), nullable=True),
+        sa.Column("sweep_results", sa.JSON(), nullable=True),
+        sa.Column("parent", sa.String(length=600), nullable=True),
+        sa.Column("parent_digest", sa.String(length=64), nullable=True),
         sa.Column("suffix", sa.String(length=64), nullable=True),
         sa.Column("name", sa.String(length=63), nullable=False),
         sa.Column("seed", sa.BigInteger(), nullable=False),
@@ -102,6 +108,7 @@ def upgrade() -> None:
         sa.Column("result_files", sa.JSON(), nullable=False),
         sa.Column("evaluation", sa.JSON(), nullable=True),
         sa.Column("plan", sa.JSON(), nullable=True),
+        sa.Column("baselines", sa.JSON(), nullable=True),
         sa.Column("attempts", sa.BigInteger(), nullable=False),
         sa.Column("lease_owner", sa.String(length=64), nullable=True),
         sa.Column("lease_token", sa.BigInteger(), nullable=False),
@@ -113,6 +120,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("id"),
     )
+    op.create_index(op.f("ix_jobs_parent_digest"), "jobs", ["parent_digest"], unique=False)
     op.create_index("ix_jobs_status", "jobs", ["status"], unique=False)
     op.create_index("ix_jobs_tenant_seq", "jobs", ["tenant_id", "seq"], unique=False)
     op.create_table(
@@ -152,6 +160,8 @@ def upgrade() -> None:
         sa.Column("job_id", sa.String(length=64), nullable=True),
         sa.Column("model_name", sa.String(length=512), nullable=True),
         sa.Column("evaluation", sa.JSON(), nullable=True),
+        sa.Column("parent", sa.String(length=600), nullable=True),
+        sa.Column("parent_digest", sa.String(length=64), nullable=True),
         sa.ForeignKeyConstraint(
             ["adapter_id"],
             ["adapters.id"],

@@ -1,0 +1,50 @@
+"""What a fine-tuning job would take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tenora.api.schemas.base import ResponseModel
+
+
+class DuplicatePairObject(ResponseModel):
+    """Lines of a held-out row and of the training row that it nearly is; a `similarity` of 1 is equal."""
+
+    train_line: int
+    held_out_line: int
+    similarity: float
+
+
+class TaskEstimateObject(ResponseModel):
+    """What one training file holds."""
+
+    name: str
+    file: str
+    weight: float
+    rows: int
+    held_out_rows: int
+    tokens: int
+    near_duplicates: int
+    near_duplicate_pairs: list[DuplicatePairObject]
+
+
+class EstimateObject(ResponseModel):
+    """An `Estimate` of the control plane; `seconds` is null until the service has measured its speed."""
+
+    object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
+    rows: int
+    held_out_rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    near_duplicates: int
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    folds: int
+    trials: int
+    steps: int
+    read_tokens: int
+    tokens_per_second: float | None
+    seconds: float | None
+    measured: bool
+    tasks: list[TaskEstimateObject]

@@ -1,0 +1,223 @@
+"""What an adapter is held against: the base's own figures, measured while the job trains and kept in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.control.card import TrainingFile
+from tenora.control.database import RegistryBusyError
+from tenora.control.few_shot import Prompted, few_shot_prompts
+from tenora.control.job_context import JobContext
+from tenora.control.job_rows import Claim, LeaseLostError, owned
+from tenora.control.parity import probe_rows, score_rows
+from tenora.control.schema import FileRow, JobRow
+from tenora.control.scoring import Scorer
+from tenora.errors import TenoraError
+from tenora.training.dataset import TokenizedDataset, concatenate
+from tenora.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+SHOTS = 3  # enough to show a form; each costs every scored row its tokens again
+SCORED_ROWS = 20
+SHARE = 0.03  # of the training work may be spent on the k-shot rows, within the two bounds below
+_LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384
+_PASSES = 3  # a trained token costs as much as three scored ones: forward, gradient of inputs, low-rank gradients
+GENERIC_TOKENS = 400
+_WEIGHT = 0.1  # beside the tenants' groups: requests come first
+_GIVE_WAY_SECONDS = 10.0  # that a k-shot row waits for the requests of tenants to end: its prefill slows them down
+_POLL_SECONDS = 0.1
+_PATIENCE_SECONDS = 3.0  # that a finished run waits for what is missing still
+_FEW_SHOT_PATIENCE_SECONDS = 120.0  # if the comparison is what the job is about
+
+
+class FewShotLosses(msgspec.Struct, frozen=True, kw_only=True):
+    """Losses of held-out rows under the base behind `shots` training rows: nats, summed over learned tokens."""
+
+    shots: int
+    rows: list[int]
+    losses: list[float]
+
+
+class Baselines(msgspec.Struct, frozen=True, kw_only=True):
+    """The base through the serving path.
+
+    Attributes:
+        files: what the adapter is trained on.
+        near_duplicates: held-out rows that are nearly training rows; None if none are held out.
+        generic: mean loss on the fixed text, nats per token.
+        probe: log-probabilities of the probe rows' learned tokens.
+        few_shot: None if it was not measured.
+        notes: why something is missing.
+    """
+
+    files: list[TrainingFile] = []
+    near_duplicates: int | None = None
+    generic: float | None = None
+    probe: list[list[float]] = []
+    few_shot: FewShotLosses | None = None
+    notes: list[str] = []
+    complete: bool = False
+
+
+@dataclass(slots=True)
+class Measuring:
+    """The measurement of a job's baselines while it runs. `found` grows."""
+
+    found: Baselines = field(default_factory=Baselines)
+    task: asyncio.Task[None] | None = None
+
+    async def result(self, *, few_shot: bool) -> Baselines:
+        """What there is at the end of the run, after a short wait for the rest."""
+        if self.task is not None:
+            patience = _FEW_SHOT_PATIENCE_SECONDS if few_shot else _PATIENCE_SECONDS
+            await asyncio.wait([self.task], timeout=patience)
+        return self.found
+
+
+async def note_rows(session: AsyncSession, row: JobRow, near_duplicates: int | None) -> None:
+    """Keep what is known of the rows when they are prepared: the files may be deleted before the job ends."""
+    files = await _files(session, row)
+    row.baselines = msgspec.to_builtins(Baselines(files=files, near_duplicates=near_duplicates))
+
+
+@contextlib.asynccontextmanager
+async def measuring(context: JobContext, claim: Claim, spec: TrainSpec) -> AsyncIterator[Measuring]:
+    """Measure beside what the block does; what is not done at its end is dropped."""
+    measuring = Measuring()
+    measuring.task = asyncio.create_task(_run(context, claim, spec, measuring), name=f"baselines-{claim.job_id}")
+    try:
+        yield measuring
+    finally:
+        measuring.task.cancel()
+        await asyncio.gather(measuring.task, return_exceptions=True)
+
+
+def held_out_rows(spec: TrainSpec) -> TokenizedDataset:
+    """What a run is measured on, in the order of its `HeldOut`: rows of all tasks, with folds those it trains on.
+
+    Raises:
+        DatasetError: a file is missing or broken.
+    """
+    paths = [task.valid_path or task.train_path for task in spec.tasks]
+    return concatenate([TokenizedDataset.load(Path(path)) for path in paths])
+
+
+def generic_tokens(tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """A fixed English text of several kinds of prose, which no training file is about."""
+    text = resources.files(__package__).joinpath("generic.txt").read_text("utf-8")
+    return tokenizer.encode(text, add_special_tokens=True)[: min(GENERIC_TOKENS, max_length)]
+
+
+async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Measuring) -> None:
+    """Measure and keep; the job goes on without what fails here."""
+    try:
+        async with context.database.read() as session:
+            row = await owned(session, claim)
+        measuring.found = msgspec.convert(row.baselines or {}, Baselines)
+        if measuring.found.complete:
+            return
+        scorer = Scorer(context.engine, f"{claim.tenant_id}/baselines", weight=_WEIGHT)
+        await _general(context, claim, spec, scorer, measuring)
+        await _few_shot(context, claim, spec, scorer, measuring)
+    except LeaseLostError:
+        return
+    except TenoraError as error:
+        _log.warning("job %s: the base was not measured to the end: %s", claim.job_id, error.message)
+    except Exception:  # noqa: BLE001 (logged: a defect here is no reason to lose the training)
+        _log.exception("job %s: the base was not measured to the end", claim.job_id)
+
+
+async def _general(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
+    """The fixed text and the probe rows."""
+    if measuring.found.generic is not None:
+        return
+    rows = probe_rows(await asyncio.to_thread(held_out_rows, spec))
+    generic = await scorer.score(generic_tokens(context.tokenizer, context.engine.ready.max_model_len))
+    measuring.found = msgspec.structs.replace(
+        measuring.found, generic=-float(generic.mean()), probe=await score_rows(scorer, rows, None)
+    )
+    await _keep(context, claim, measuring.found)
+
+
+async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
+    """The base behind a few training rows, on as many held-out rows as the job's size pays for."""
+    notes: list[str] = []
+    if spec.method == "supervised":
+        chosen, shots = await asyncio.to_thread(_choose, context.tokenizer, spec, context.engine.ready.max_model_len)
+        losses: list[float] = []
+        for prompt in chosen:  # one at a time: whoever waits for an answer waits for no more than one of these
+            await _give_way(context)
+            scores = await scorer.score(prompt.tokens)
+            losses.append(-float(sum(scores[place - 1] for place in prompt.learned)))
+            few_shot = FewShotLosses(shots=shots, rows=[one.row for one in chosen[: len(losses)]], losses=list(losses))
+            measuring.found = msgspec.structs.replace(measuring.found, few_shot=few_shot)
+        if not chosen:
+            notes.append("No held-out row fits the context behind a training row, so there is no few-shot baseline.")
+    measuring.found = msgspec.structs.replace(measuring.found, notes=notes, complete=True)
+    await _keep(context, claim, measuring.found)
+
+
+async def _give_way(context: JobContext) -> None:
+    """Wait until nobody is being answered, but not for ever."""
+    deadline = time.monotonic() + _GIVE_WAY_SECONDS
+    while context.engine.open_requests and time.monotonic() < deadline:  # noqa: ASYNC110  # nobody tells of idleness
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _choose(tokenizer: Tokenizer, spec: TrainSpec, max_length: int) -> tuple[list[Prompted], int]:
+    """The rows to score, and how many shots stand before each: as many up to SHOTS as leave a row that fits."""
+    train = concatenate([TokenizedDataset.load(Path(task.train_path)) for task in spec.tasks])
+    held_out, same = held_out_rows(spec), not any(task.valid_path for task in spec.tasks)
+    budget = int(SHARE * _PASSES * spec.n_epochs * train.num_tokens)
+    budget = min(max(budget, _LEAST_TOKENS), _MOST_TOKENS)
+    for shots in range(SHOTS, 0, -1):
+        fitting = few_shot_prompts(
+            tokenizer, train, held_out, same=same, shots=shots, max_length=max_length, seed=spec.seed
+        )
+        chosen: list[Prompted] = []
+        for prompt in islice(fitting, SCORED_ROWS):
+            budget -= len(prompt.tokens)
+            if chosen and budget < 0:
+                break
+            chosen.append(prompt)
+        if chosen:
+            return chosen, shots
+    return [], 0
+
+
+async def _files(session: AsyncSession, row: JobRow) -> list[TrainingFile]:
+    training = [one["file"] for one in row.training_files] if row.training_files else [row.training_file]
+    wanted: list[tuple[str, Literal["training", "validation"]]] = [(file_id, "training") for file_id in training]
+    if row.validation_file is not None:
+        wanted.append((row.validation_file, "validation"))
+    query = select(FileRow.id, FileRow.sha256).where(
+        FileRow.tenant_id == row.tenant_id, FileRow.id.in_([file_id for file_id, _ in wanted])
+    )
+    digests: dict[str, str] = {found.id: found.sha256 for found in await session.execute(query)}
+    return [TrainingFile(id=file_id, purpose=purpose, sha256=digests.get(file_id)) for file_id, purpose in wanted]
+
+
+async def _keep(context: JobContext, claim: Claim, found: Baselines) -> None:
+    """Write it down; with a busy registry it is measured again if the job has to be taken up by another process."""
+    try:
+        async with context.database.write() as session:
+            (await owned(session, claim)).baselines = msgspec.to_builtins(found)
+    except RegistryBusyError as error:
+        _log.warning("job %s: the base's figures were not kept: %s", claim.job_id, error.message)

@@ -1,0 +1,225 @@
+"""What is said of a finished adapter: figures and verdicts, as plain values that go into the registry as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tenora.control.job_rows import finite
+from tenora.control.parity import Parity
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+MIN_ROWS = 6
+"""Rows that a verdict needs: with five, all of which agree, a sign test still gives p = 2 · 0.5⁵ = 0.06."""
+_MAX_UNITS = 1024  # more rows are gathered into this many groups, which bounds the time and changes little else
+_CHUNK = 500  # resamples at once
+
+SOME_OVERFITTING = 1.02
+"""Last ÷ best held-out loss. With a few dozen rows it moves by a percent or two from one evaluation to the next without
+any trend; a rise beyond that is one."""
+STRONG_OVERFITTING = 1.10
+"""A tenth of the loss is more than a second epoch gains on most small files: the last epochs undid what came before."""
+
+Verdict = Literal["better", "worse", "no difference", "too few rows"]
+OverfitVerdict = Literal["none", "some", "strong"]
+Source = Literal["held-out rows", "cross-validation"]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Held-out loss of the adapter beside something else's, on the same rows.
+
+    Attributes:
+        rows, tokens: what was measured; losses are means over these learned tokens, in nats.
+        adapter_loss, other_loss: the means.
+        difference: adapter - other; below 0 the adapter is better.
+        low, high: 95% interval of the difference, by a paired bootstrap over rows.
+        verdict: "better" or "worse" if the interval leaves out 0.
+    """
+
+    rows: int
+    tokens: int
+    adapter_loss: float
+    other_loss: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+class FewShot(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter beside the base that sees `shots` training rows in its prompt, and the base without them.
+
+    Attributes:
+        base_loss: the start's on the same rows.
+    """
+
+    shots: int
+    base_loss: float
+    comparison: Comparison
+
+
+class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
+    """Loss on a fixed text that has nothing to do with the rows, nats per token; `change` is adapter - base."""
+
+    tokens: int
+    adapter_loss: float
+    base_loss: float
+    change: float
+
+
+class Overfitting(msgspec.Struct, frozen=True, kw_only=True):
+    """What went on after the best evaluation, whose adapter is the published one: `ratio` is last ÷ best."""
+
+    best_loss: float
+    last_loss: float
+    ratio: float
+    verdict: OverfitVerdict
+
+
+class TrainingFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that went into an adapter. `sha256` is None if it was deleted before the run began."""
+
+    id: str
+    purpose: Literal["training", "validation"]
+    sha256: str | None
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter that training started from."""
+
+    name: str
+    digest: str
+
+
+class Lineage(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an adapter comes from: enough to train it again. Times are Unix seconds."""
+
+    job_id: str
+    base_model: str
+    parent: Parent | None
+    files: list[TrainingFile]
+    settings: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    created_at: int
+    finished_at: int
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it. What could not be measured is None, and `notes` says why.
+
+    Attributes:
+        source: where the held-out figures come from.
+        held_out: the adapter beside what training started from.
+        near_duplicates: held-out rows that are nearly rows of the training file.
+    """
+
+    source: Source
+    held_out: Comparison | None
+    few_shot: FewShot | None
+    forgetting: Forgetting | None
+    overfitting: Overfitting | None
+    near_duplicates: int | None
+    parity: Parity
+    lineage: Lineage
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Builtin values, with None for numbers that JSON cannot carry."""
+        found: dict[str, Any] = _json(msgspec.to_builtins(self))
+        return found
+
+
+def compare(tokens: Sequence[int], adapter: Sequence[float], other: Sequence[float], *, seed: int) -> Comparison | None:
+    """Compare two losses on the same rows; None without a learned token.
+
+    Args:
+        tokens: learned tokens of each row.
+        adapter, other: losses of each row in nats, summed over its learned tokens.
+        seed: of the bootstrap; equal arguments give equal intervals.
+    """
+    count = np.array(tokens, dtype=np.int64)
+    total = int(count.sum())
+    if not total:
+        return None
+    differences = np.array(adapter, dtype=np.float64) - np.array(other, dtype=np.float64)
+    difference = float(differences.sum()) / total
+    low, high = bootstrap(differences, count, seed=seed)
+    return Comparison(
+        rows=len(count),
+        tokens=total,
+        adapter_loss=float(np.sum(adapter)) / total,
+        other_loss=float(np.sum(other)) / total,
+        difference=difference,
+        low=low,
+        high=high,
+        verdict=_verdict(len(count), low, high),
+    )
+
+
+def bootstrap(differences: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], *, seed: int) -> tuple[float, float]:
+    """Percentile interval of Σ differences / Σ tokens when rows are drawn again with replacement (Efron 1979).
+
+    Rows, not tokens, are drawn: tokens of one row are not independent.
+
+    Args:
+        differences: float64 [n], per row, paired: one number for both sides.
+        tokens: int64 [n].
+    """
+    random = np.random.default_rng(seed)
+    weights = tokens.astype(np.float64)
+    if len(weights) > _MAX_UNITS:
+        unit = random.permutation(len(weights)) % _MAX_UNITS
+        differences, weights = (
+            np.bincount(unit, weights=values, minlength=_MAX_UNITS).astype(np.float64, copy=False)
+            for values in (differences, weights)
+        )
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, _CHUNK):
+        drawn = random.integers(0, len(weights), size=(_CHUNK, len(weights)))
+        means[start : start + _CHUNK] = differences[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1.0)
+    tail = 100.0 * (1.0 - CONFIDENCE) / 2.0
+    low, high = np.percentile(means, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def forgetting(adapter: Sequence[float], base_loss: float) -> Forgetting:
+    """From the log-probabilities of the fixed text's tokens under the adapter, and the base's mean loss."""
+    loss = -float(np.mean(adapter))
+    return Forgetting(tokens=len(adapter), adapter_loss=loss, base_loss=base_loss, change=loss - base_loss)
+
+
+def overfitting(best_loss: float, last_loss: float) -> Overfitting | None:
+    """The verdict on a run whose best and last held-out losses these are; None if there is no last one."""
+    if not (best_loss > 0.0 and last_loss > 0.0):
+        return None
+    ratio = last_loss / best_loss
+    verdict: OverfitVerdict = "none" if ratio <= SOME_OVERFITTING else "some"
+    if ratio > STRONG_OVERFITTING:
+        verdict = "strong"
+    return Overfitting(best_loss=best_loss, last_loss=last_loss, ratio=ratio, verdict=verdict)
+
+
+def _verdict(rows: int, low: float, high: float) -> Verdict:
+    if rows < MIN_ROWS:
+        return "too few rows"
+    if high < 0.0:
+        return "better"
+    return "worse" if low > 0.0 else "no difference"
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {name: _json(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_json(inner) for inner in value]
+        case float():
+            return finite(value)
+        case _:
+            return value

@@ -1,0 +1,217 @@
+"""What a job would take, before it is created: the same checks and the same numbers, and nothing is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.control.adapter_shape import Limits
+from tenora.control.blobs import Blobs
+from tenora.control.database import Database
+from tenora.control.job_creation import find_sources, new_job
+from tenora.control.job_plan import Resolved, resolve
+from tenora.control.job_preparing import preparation_of
+from tenora.control.job_requests import check_request
+from tenora.control.preparation import Preparation, TaskRows, count_rows, read_tasks
+from tenora.control.records import JobRequest, Principal
+from tenora.control.schema import JobEventRow
+from tenora.control.starting_point import find_parent
+from tenora.control.storage import Storage
+from tenora.training.duplicates import DuplicatePair
+from tenora.training.packing import stream_length
+from tenora.training.recipes import halving_rungs
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
+_RECENT_STEPS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEstimate:
+    """What one training file holds, as `Estimate` has it for all."""
+
+    name: str
+    file: str
+    weight: float
+    rows: int
+    held_out_rows: int
+    tokens: int
+    near_duplicates: int
+    near_duplicate_pairs: Sequence[DuplicatePair]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a job would take.
+
+    Attributes:
+        rows, held_out_rows: examples (rows, or pairs for DPO) to train and to measure on.
+        tokens, trained_tokens: of the rows to train on, once; the latter those that are learned.
+        truncated: rows that would be cut.
+        near_duplicates: held-out examples that training all but shows.
+        n_epochs, batch_size: as they would be; "auto" if a sweep chooses.
+        folds: of cross-validation for few rows; 0 holds rows out.
+        trials: of a sweep; 0 without one.
+        steps: optimizer steps, over all folds or trials; with early stopping the most that are made.
+        read_tokens: that the model reads in all these steps.
+        tokens_per_second: what a job reads on this service, the median of the latest steps of all jobs; None before the
+            first one.
+        seconds: `read_tokens` at that speed, without waiting for a turn and without evaluations; None without a speed.
+    """
+
+    rows: int
+    held_out_rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    near_duplicates: int
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    folds: int
+    trials: int
+    steps: int
+    read_tokens: int
+    tokens_per_second: float | None
+    seconds: float | None
+    tasks: Sequence[TaskEstimate]
+
+    @property
+    def measured(self) -> bool:
+        """Whether a speed was measured, so that there is a time."""
+        return self.tokens_per_second is not None
+
+
+class Estimates:
+    """Estimates of fine-tuning jobs. Needs the scope `train`."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        blobs: Blobs,
+        tokenizer: Tokenizer,
+        limits: Callable[[], Limits],
+    ) -> None:
+        self._database = database
+        self._storage = storage
+        self._blobs = blobs
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    async def estimate(self, principal: Principal, request: JobRequest) -> Estimate:
+        """Read the files of a job as it would be prepared.
+
+        Raises:
+            InvalidRequestError, NotFoundError, ModelNotFoundError: as `tenora.control.jobs.Jobs.create`.
+            DatasetError: rows that cannot be used, on which the job would fail.
+        """
+        principal.require("train")
+        limits = self._limits()
+        asked = check_request(request, limits)
+        async with self._database.read() as session:
+            sources = await find_sources(session, principal.tenant_id, request)
+            parent = await find_parent(session, principal, asked, limits, self._blobs)
+            speed = await _recent_speed(session)
+        row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
+        job = await preparation_of(self._storage, self._blobs, row)
+        return await asyncio.to_thread(_estimate, job, self._tokenizer, limits, speed)
+
+
+async def _recent_speed(session: AsyncSession) -> float | None:
+    """Tokens that a job reads in a second: the median of the latest steps, whichever tenant's; None without any."""
+    speed = JobEventRow.data["tokens_per_second"].as_float()
+    query = select(speed).where(JobEventRow.type == "metrics", speed > 0).order_by(JobEventRow.seq.desc())
+    found = [float(value) for value in await session.scalars(query.limit(_RECENT_STEPS))]
+    return statistics.median(found) if found else None
+
+
+def _estimate(job: Preparation, tokenizer: Tokenizer, limits: Limits, speed: float | None) -> Estimate:
+    tasks = read_tasks(job, tokenizer, limits)
+    counts = count_rows(tasks)
+    found = resolve(job.asked, limits, job.parent, counts, job.seed)
+    epochs, steps = _work(found, counts.examples)
+    read = round(epochs * _tokens_per_epoch(tasks))
+    swept = job.asked.sweep or {}
+    return Estimate(
+        rows=sum(task.train.examples for task in tasks),
+        held_out_rows=sum(_held_out(task) for task in tasks),
+        tokens=sum(task.train.num_tokens for task in tasks),
+        trained_tokens=sum(task.train.num_trained for task in tasks),
+        truncated=sum(task.truncated for task in tasks),
+        near_duplicates=sum(task.near_duplicates.count for task in tasks),
+        n_epochs="auto" if "n_epochs" in swept else found.hyperparameters.n_epochs,
+        batch_size="auto" if "batch_size" in swept else found.hyperparameters.batch_size,
+        folds=found.folds,
+        trials=len(found.trials),
+        steps=steps,
+        read_tokens=read,
+        tokens_per_second=speed,
+        seconds=None if speed is None else read / speed,
+        tasks=[
+            TaskEstimate(
+                name=task.source.name,
+                file=task.source.file,
+                weight=task.source.weight,
+                rows=task.train.examples,
+                held_out_rows=_held_out(task),
+                tokens=task.train.num_tokens,
+                near_duplicates=task.near_duplicates.count,
+                near_duplicate_pairs=task.near_duplicates.pairs,
+            )
+            for task in tasks
+        ],
+    )
+
+
+def _held_out(task: TaskRows) -> int:
+    return 0 if task.valid is None else task.valid.examples
+
+
+def _tokens_per_epoch(tasks: Sequence[TaskRows]) -> float:
+    """Tokens that the model reads in a pass over the rows, of each task by its weight."""
+    largest = max(task.source.weight for task in tasks)
+    return sum(
+        task.source.weight / largest * sum(stream_length(task.train.row(row)[1]) for row in range(len(task.train)))
+        for task in tasks
+    )
+
+
+def _work(found: Resolved, examples: int) -> tuple[float, int]:
+    """Passes over the rows, and optimizer steps, over all folds or trials."""
+    chosen, max_steps = found.hyperparameters, int(found.spec_fields.get("max_steps", 0))
+    if found.trials:
+        sizes = [_fit(examples, trial.n_epochs, trial.batch_size, max_steps) for trial in found.trials]
+        # Which trials go on is not known, so each rung counts so many of the average one.
+        share = _share_of_trials(len(sizes)) / len(sizes)
+        return share * sum(epochs for epochs, _ in sizes), math.ceil(share * sum(steps for _, steps in sizes))
+    epochs, steps = _fit(examples, chosen.n_epochs, chosen.batch_size, max_steps)
+    if found.folds:
+        # Each fold leaves its own rows out, and the fit on all rows may stop before the last epoch.
+        fold = math.ceil(examples * (found.folds - 1) / found.folds)
+        _, fold_steps = _fit(fold, chosen.n_epochs, chosen.batch_size, 0)
+        return chosen.n_epochs * found.folds, found.folds * fold_steps + steps
+    return epochs, steps
+
+
+def _fit(examples: int, n_epochs: int, batch_size: int, max_steps: int) -> tuple[float, int]:
+    """Passes and steps of a single fit."""
+    per_epoch = math.ceil(examples / batch_size)
+    steps = max_steps or n_epochs * per_epoch
+    return steps / per_epoch, steps
+
+
+def _share_of_trials(trials: int) -> float:
+    """How many whole trials the work of all of them amounts to, with halving."""
+    work, before, runners = 0.0, 0.0, trials
+    for share, survivors in halving_rungs(trials):
+        work += (share - before) * runners
+        before, runners = share, survivors
+    return work

@@ -1,0 +1,275 @@
+"""Decode steps of a card as CUDA graphs: a few batch sizes, captured at the start, replayed with whatever runs.
+
+A step with one new token per sequence is some hundreds of launches; replayed as a graph they cost the host one. What
+changes from step to step lies in one buffer that is filled by one copy. Steps are padded to the next size: padding has
+no context, so attention gives it zeros, and a negative cache slot, so that nothing of it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tenora.model.attention import PagedAttention
+from tenora.model.cache import KVCache
+from tenora.model.context import ForwardContext
+from tenora.model.decoder import Decoder
+from tenora_kernels.layout import BASE, LoraBatch, LoraTables
+
+_PADDING = (0, 0, -1, 0, BASE)  # of token, position, cache slot, context and adapter
+_ALIGNED = 4  # int32 numbers: every field begins at a multiple of 16 bytes, for which kernels are compiled
+
+
+class AdapterRows(Protocol):
+    """Tells a step's rows which adapters are theirs; `tenora_kernels.gpu.context.GpuLora`."""
+
+    def refresh(self) -> bool:
+        """Make what changed in the pool's tables visible to the device; between steps."""
+        ...
+
+    def batch(self, slot_of_row: Tensor) -> LoraBatch:
+        """Group the rows of a step on the device; part of a captured graph."""
+        ...
+
+
+class Captured(Protocol):
+    """Work that can be done again.
+
+    Attributes:
+        output: what it returned, always in the same place.
+    """
+
+    output: Tensor
+
+    def replay(self) -> None:
+        """Do it again on what its inputs now hold, and write `output`."""
+        ...
+
+
+Capture = Callable[[Callable[[], Tensor]], Captured]
+"""Records work, which is done once or more before it returns; the seam between the buffers here and CUDA."""
+
+
+class CudaCapture:
+    """Captures CUDA graphs that share their memory: they are replayed one after the other, in any order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+
+    def __call__(self, work: Callable[[], Tensor]) -> Captured:
+        """Run once, which compiles kernels and gives cuBLAS its workspace on that stream; then record."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread only: the thread that reads adapters allocates pinned memory whenever it wants.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = work()
+        return _CudaGraph(graph, output)
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self._graph = graph
+        self.output = output
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class DecodeRows(NamedTuple):
+    """A step with one new token per sequence, on the host.
+
+    Attributes:
+        token_ids: [n].
+        positions: [n], of each token in its sequence: the tokens before it.
+        cache_slots: [n], where its keys and values go.
+        adapters: [n], slots; -1 for a row of the base.
+        block_tables: [n, width]; what lies behind a context is not read.
+        lengths: [n], what each token is rotated for; None if the model does not care.
+    """
+
+    token_ids: npt.ArrayLike
+    positions: npt.NDArray[np.integer]
+    cache_slots: npt.NDArray[np.integer]
+    adapters: npt.NDArray[np.integer]
+    block_tables: npt.NDArray[np.integer]
+    lengths: npt.NDArray[np.integer] | None
+
+
+class _Inputs(NamedTuple):
+    """What a graph reads, int32 on the device: five numbers per row, and the block tables [rows, max_blocks]."""
+
+    token_ids: Tensor
+    positions: Tensor
+    cache_slots: Tensor
+    contexts: Tensor
+    adapters: Tensor
+    block_tables: Tensor
+
+
+class DecodeGraphs:
+    """Hidden states of decode steps, by replaying what was captured once per batch size.
+
+    Every size has two graphs: without a row that has an adapter, a step shall cost what it costs on the bare base.
+
+    Attributes:
+        lora: the adapters of the rows, for steps that are not decode steps, too.
+        sizes: rows that steps are padded to, ascending.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        lora: AdapterRows,
+        capture: Capture,
+        *,
+        max_rows: int,
+        max_context: int,
+    ) -> None:
+        """Allocate the buffer.
+
+        Args:
+            decoder: the base.
+            cache: its blocks.
+            lora: the adapters of the rows.
+            capture: how work is recorded.
+            max_rows: most sequences of a step.
+            max_context: most tokens of a sequence.
+        """
+        self.lora = lora
+        self.sizes = _sizes(max_rows)
+        self._decoder, self._cache, self._capture = decoder, cache, capture
+        self._blocks = -(-max_context // cache.block_size)
+        self._buffer = torch.zeros(
+            (len(_PADDING) + self._blocks) * _stride(max_rows), dtype=torch.int32, device=decoder.device
+        )
+        # The frequencies of a rope that depends on the length are found on the host: it is computed before the replay.
+        self._rope: tuple[Tensor, Tensor] | None = None
+        if decoder.rotary.depends_on_length:
+            shape = (max_rows, decoder.spec.head_dim)
+            zeros = (torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
+            self._rope = (next(zeros), next(zeros))
+        self._graphs: dict[tuple[int, bool], Captured] = {}
+
+    @classmethod
+    def on_card(
+        cls,
+        decoder: Decoder,
+        cache: KVCache,
+        tables: LoraTables,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_context: int,
+        max_rank: int,
+    ) -> DecodeGraphs | None:
+        """Those of a decoder on a card; None for any other, whose steps gain nothing from it.
+
+        Args:
+            decoder: the base.
+            cache: its blocks.
+            tables: of the pool of adapters, on the same device.
+            max_rows: most sequences of a step.
+            max_tokens: most tokens of a step, chunks of prompts included.
+            max_context: most tokens of a sequence.
+            max_rank: highest rank that an adapter may have.
+        """
+        if decoder.device.type != "cuda":
+            return None
+        # Imported when it is needed: Triton takes a second, and a machine without a card may lack it.
+        from tenora_kernels.gpu.context import GpuLora  # noqa: PLC0415  # see above
+
+        lora = GpuLora(tables, max_rows=max_tokens, max_rank=max_rank)
+        capture = CudaCapture(decoder.device)
+        return cls(decoder, cache, lora, capture, max_rows=max_rows, max_context=max_context)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Capture everything, the largest first, so that the others find their memory in the pool."""
+        for rows in reversed(self.sizes):
+            for adapted in (True, False):
+                self._fill(rows, _NOTHING)
+                self._graph(rows, adapted=adapted)
+
+    @torch.no_grad()
+    def run(self, step: DecodeRows) -> Tensor:
+        """Hidden states [n, H] of a step, valid until the next call. ValueError beyond `sizes[-1]` rows."""
+        count = len(step.positions)
+        if count > self.sizes[-1]:
+            raise ValueError(f"{count} rows do not fit graphs for {self.sizes[-1]}.")
+        rows = next(size for size in self.sizes if size >= count)
+        self._fill(rows, step)
+        graph = self._graph(rows, adapted=bool((step.adapters >= 0).any()))
+        graph.replay()
+        return graph.output[:count]
+
+    def _fill(self, rows: int, step: DecodeRows) -> None:
+        """Bring a step to the device, padded to `rows`: one copy, which nobody waits for.
+
+        Tables lie with the blocks of one place side by side. Those that no sequence has come last and are not copied.
+        """
+        count, width = len(step.positions), min(step.block_tables.shape[1], self._blocks)
+        fields = len(_PADDING)
+        # Pinned anew each time: torch keeps it until the copy is done, and has it ready for the step after.
+        pinned = self._buffer.is_cuda
+        host = torch.empty(fields + width, _stride(rows), dtype=torch.int32, pin_memory=pinned)
+        values = host.numpy()
+        values[:fields] = np.array(_PADDING)[:, None]
+        values[fields:, count:] = 0
+        per_row = (step.token_ids, step.positions, step.cache_slots, step.positions + 1, step.adapters)
+        for field, numbers in enumerate(per_row):
+            values[field, :count] = numbers
+        values[fields:, :count] = step.block_tables[:, :width].T
+        self._buffer[: host.numel()].copy_(host.view(-1), non_blocking=True)
+        if self._rope is not None and step.lengths is not None:
+            tables = self._decoder.rope(self._inputs(rows).positions[:count].long(), torch.from_numpy(step.lengths))
+            for kept, table in zip(self._rope, tables, strict=True):
+                kept[:count] = table
+
+    def _inputs(self, rows: int) -> _Inputs:
+        table = self._buffer[: (len(_PADDING) + self._blocks) * _stride(rows)].view(-1, _stride(rows))
+        token_ids, positions, cache_slots, contexts, adapters = table[: len(_PADDING), :rows].unbind()
+        block_tables = table[len(_PADDING) :, :rows].t()
+        return _Inputs(token_ids, positions, cache_slots, contexts, adapters, block_tables)
+
+    def _graph(self, rows: int, *, adapted: bool) -> Captured:
+        """The graph of a size; captured now if nobody warmed up. Its inputs must have been filled."""
+        key = (rows, adapted)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(lambda: self._forward(rows, adapted=adapted))
+        return self._graphs[key]
+
+    def _forward(self, rows: int, *, adapted: bool) -> Tensor:
+        """What is captured."""
+        inputs = self._inputs(rows)
+        lora = self.lora.batch(inputs.adapters) if adapted else None
+        positions = inputs.positions.long()
+        rope = self._decoder.rope(positions) if self._rope is None else (self._rope[0][:rows], self._rope[1][:rows])
+        attention = PagedAttention(self._cache, inputs.cache_slots, None, inputs.contexts, inputs.block_tables)
+        hidden: Tensor = self._decoder(inputs.token_ids, ForwardContext(positions, rope, attention, lora))
+        return hidden
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+_NOTHING = DecodeRows(_NONE, _NONE, _NONE, _NONE, np.zeros((0, 0), dtype=np.int64), None)
+
+
+def _sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, …, and `most` itself."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def _stride(rows: int) -> int:
+    """Numbers from one field to the next."""
+    return -(-rows // _ALIGNED) * _ALIGNED

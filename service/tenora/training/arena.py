@@ -1,0 +1,202 @@
+"""Adapters in training: float32 masters and gradients of all of them in one flat arena.
+
+The modules of an adapter lie back to back, so that its weights, gradient and moments are each one vector, and a step on
+one adapter touches no other one's bytes. The arena is made anew when an adapter comes or goes, between two passes; a
+`TrainedAdapter` knows where its own part is then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tenora.adapters.targets import TargetModule
+from tenora.errors import TrainingError
+from tenora.training.spec import LoraSpec
+from tenora_kernels.layout import LoraTables
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class TrainingArena:
+    """Master weights and gradients of the adapters that train on one base.
+
+    Attributes:
+        tables: what `add_lora` reads weights from and adds gradients to. Replaced by `add` and `remove`, which must not
+            be called while a pass is under way.
+    """
+
+    def __init__(self, targets: Sequence[TargetModule], *, device: torch.device) -> None:
+        self.targets = tuple(targets)
+        self._device = device
+        self._adapters: list[TrainedAdapter] = []
+        self.tables = self._tables([], torch.zeros(0, device=device), torch.zeros(0, device=device))
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def add(self, lora: LoraSpec) -> TrainedAdapter:
+        """Make room for an adapter; all its weights are zero.
+
+        Raises:
+            TrainingError: it names no module of the base, or has a rank below 1.
+            MemoryError, torch.OutOfMemoryError: there is no room; the others are as they were.
+        """
+        adapter = TrainedAdapter(self, lora)
+        self._rebuild([*self._adapters, adapter])
+        return adapter
+
+    def remove(self, adapter: TrainedAdapter) -> None:
+        """Free the room of an adapter."""
+        self._rebuild([other for other in self._adapters if other is not adapter])
+
+    def _rebuild(self, adapters: list[TrainedAdapter]) -> None:
+        """Lay these adapters side by side in a new arena. Nothing has changed if memory runs out."""
+        total = sum(adapter.numel for adapter in adapters)
+        arena = torch.zeros(total, dtype=torch.float32, device=self._device)
+        grad = torch.zeros_like(arena)
+        tables = self._tables(adapters, arena, grad)
+        start = 0
+        for adapter in adapters:
+            span = slice(start, start + adapter.numel)
+            if adapter in self._adapters:
+                arena[span] = adapter.weights
+                grad[span] = adapter.grad
+            start = span.stop
+        self.tables, self._adapters = tables, adapters
+        start = 0
+        for slot, adapter in enumerate(adapters):
+            adapter.slot, adapter.span = slot, slice(start, start + adapter.numel)
+            start += adapter.numel
+
+    def _tables(self, adapters: Sequence[TrainedAdapter], arena: Tensor, grad: Tensor) -> LoraTables:
+        tables = LoraTables.empty(
+            arena,
+            in_features=[target.in_features for target in self.targets],
+            out_features=[target.out_features for target in self.targets],
+            slots=max(len(adapters), 1),
+            grad=grad,
+        )
+        start = 0
+        for slot, adapter in enumerate(adapters):
+            scales = [scaling(adapter.lora)] * len(adapter.ranks)
+            start += tables.place(slot, start, adapter.ranks, scales)
+        return tables
+
+
+class TrainedAdapter:
+    """One adapter of an arena.
+
+    Attributes:
+        lora: its shape.
+        ranks: per target module of the base; 0 for those it skips.
+        numel: number of its weights.
+        slot: its column in the arena's tables, until the next `add` or `remove`.
+        span: where its weights lie in the arena, until then.
+    """
+
+    def __init__(self, arena: TrainingArena, lora: LoraSpec) -> None:
+        self.lora = lora
+        self.ranks = _module_ranks(arena.targets, lora)
+        self.numel = sum(r * (t.in_features + t.out_features) for r, t in zip(self.ranks, arena.targets, strict=True))
+        self.slot, self.span = -1, slice(0, 0)
+        self._arena = arena
+
+    @property
+    def tables(self) -> LoraTables:
+        """The arena's tables of now."""
+        return self._arena.tables
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 [numel], a view of the master weights."""
+        return self.tables.arena[self.span]
+
+    @property
+    def grad(self) -> Tensor:
+        """float32 [numel], a view of the gradient."""
+        if self.tables.grad is None:
+            raise TrainingError("The arena was built without gradients.")
+        return self.tables.grad[self.span]
+
+    def initialise(self, seed: int) -> None:
+        """Set A uniform in ±1/√in (PEFT's Kaiming initialisation) and B zero, so that the adapter begins as the base.
+
+        Numbers come from a generator of its own: equal seeds give equal weights, and no global state moves.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for target in self._modules():
+            bound = 1 / math.sqrt(target.in_features)
+            a = self.tables.a(target.row, self.slot)
+            a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+            self.tables.bt(target.row, self.slot).zero_()
+
+    def start_from(self, modules: Mapping[str, tuple[Float32Array, Float32Array, float]]) -> None:
+        """Begin as another adapter does, after `initialise`.
+
+        A higher rank keeps the function: the further rows of A stay random and the further columns of B zero. A module
+        that the other one lacks begins as the base. A scaling that differs is multiplied into B.
+
+        Args:
+            modules: by path, A [r, in], B [out, r] and the scaling that the other adapter is served with.
+
+        Raises:
+            TrainingError: the other adapter has a module or ranks that this one has no room for.
+        """
+        own = {target.path: target for target in self._modules()}
+        if missing := sorted(modules.keys() - own.keys()):
+            raise TrainingError(
+                f"The starting adapter has {missing[0]}, which is not among the target modules; keep all of its "
+                "modules.",
+                code="init_from_mismatch",
+            )
+        for path, (a, b, scale) in modules.items():
+            target = own[path]
+            rank = a.shape[0]
+            if rank > self.ranks[target.row]:
+                raise TrainingError(
+                    f"The starting adapter has rank {rank} at {path}; train with a rank of at least that.",
+                    code="init_from_mismatch",
+                )
+            self.tables.a(target.row, self.slot)[:rank].copy_(torch.from_numpy(a))
+            bt = torch.from_numpy(np.ascontiguousarray(b.T)).mul(scale / scaling(self.lora))
+            self.tables.bt(target.row, self.slot)[:rank].copy_(bt)
+
+    def export(self) -> dict[str, tuple[Float32Array, Float32Array]]:
+        """The adapter per module path: A [r, in] and B [out, r], float32 copies on the host."""
+        return {
+            target.path: (
+                self.tables.a(target.row, self.slot).cpu().numpy().copy(),
+                np.ascontiguousarray(self.tables.bt(target.row, self.slot).t().cpu().numpy()),
+            )
+            for target in self._modules()
+        }
+
+    def remove(self) -> None:
+        """Free its room; the adapter is of no use afterwards."""
+        self._arena.remove(self)
+
+    def _modules(self) -> list[TargetModule]:
+        return [target for target, rank in zip(self._arena.targets, self.ranks, strict=True) if rank]
+
+
+def scaling(lora: LoraSpec) -> float:
+    """What multiplies x·Aᵀ·Bᵀ: alpha / rank, or alpha / √rank with rsLoRA."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+
+def _module_ranks(targets: Sequence[TargetModule], lora: LoraSpec) -> list[int]:
+    known = {target.name for target in targets}
+    unknown = [name for name in lora.target_modules if name not in known]
+    if unknown or not lora.target_modules:
+        raise TrainingError(
+            f"The base has no module {unknown or 'at all that was named'}; it has {', '.join(sorted(known))}."
+        )
+    if lora.rank < 1:
+        raise TrainingError(f"The rank is {lora.rank} and must be at least 1.")
+    return [lora.rank if target.name in lora.target_modules else 0 for target in targets]

@@ -1,0 +1,242 @@
+"""Trains the adapters of all runs at once on the resident base.
+
+Runs are coroutines: each says which rows it wants passed through the base (`Work`) and goes on when they were. This is
+the loop between them: let every run go on as far as it can, choose parts of works that make a good pass, run that pass
+in slices that end at every layer, hand out the losses. A pass holds rows of many adapters, of any rank and targets
+(mLoRA, Ye et al. 2023): small jobs share products that are as fast as those of one large job.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
+
+import torch
+
+from tenora.model.decoder import Decoder
+from tenora.model.layer_pass import Keep, release_buffers
+from tenora.model.spec import target_modules
+from tenora.training.arena import TrainingArena
+from tenora.training.failures import explain, is_out_of_memory
+from tenora.training.host import TrainingHost
+from tenora.training.run import JobRun
+from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.step import TokenLosses, forward, forward_backward, load_pass
+from tenora.training.work import Work, WorkQueue
+
+_log = logging.getLogger(__name__)
+
+Items = Generator[TrainEvent | None, None, None]
+
+
+class Run(Protocol):
+    """What is hosted; `tenora.training.run.JobRun` is one."""
+
+    def __iter__(self) -> Iterator[TrainEvent | None]:
+        """Events, and None where it waits for its works or something else may be done in between."""
+        ...
+
+    def stop(self, *, pause: bool) -> None:
+        """End at the next item; a StoppedEvent is the last one then."""
+        ...
+
+
+class FusedTraining:
+    """All the training of one base. Single-threaded; nothing happens but in `advance`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        tokens_per_pass: int = 2048,
+        start: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
+    ) -> None:
+        """Take no memory yet.
+
+        Args:
+            decoder: the base; its weights are only read.
+            tokens_per_pass: most tokens of a pass.
+            start: makes a run.
+        """
+        arena = TrainingArena(target_modules(decoder.spec), device=decoder.device)
+        self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass)
+        self._start = start
+        self._specs: dict[str, TrainSpec] = {}
+        self._runs: dict[str, Run] = {}
+        self._iterators: dict[str, Iterator[TrainEvent | None]] = {}
+        self._failed: list[TrainEvent] = []
+        self._items: Items | None = None
+        self._passing: list[Work] = []
+
+    @property
+    def active(self) -> int:
+        """Runs that have not ended, and events that nobody has taken yet."""
+        return len(self._runs) + len(self._failed)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Learned tokens that had a gradient, over all runs since the start."""
+        return self.host.queue.trained_tokens
+
+    def start(self, spec: TrainSpec) -> None:
+        """Begin or resume a run. Ignored if it is in progress."""
+        if spec.run_id in self._runs:
+            return
+        try:
+            run = self._start(self.host, spec)
+            iterator = iter(run)
+        except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
+            self._failed.append(_failure(spec.run_id, error))
+            return
+        self._specs[spec.run_id], self._runs[spec.run_id], self._iterators[spec.run_id] = spec, run, iterator
+
+    def stop(self, run_id: str, *, pause: bool) -> None:
+        """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile.
+
+        A pass that others take part in is run to its end first; one that nobody wants any more is left where it is.
+        """
+        if (run := self._runs.get(run_id)) is None:
+            return
+        run.stop(pause=pause)
+        self.host.queue.abandon(run_id)
+        if self._passing and self._items is not None and not any(self.host.queue.holds(w) for w in self._passing):
+            self._items.close()
+            self._items, self._passing = None, []
+
+    def stop_all(self, *, pause: bool) -> None:
+        """Ask every run to end."""
+        for run_id in list(self._runs):
+            self.stop(run_id, pause=pause)
+
+    def advance(self) -> TrainEvent | None:
+        """Work up to the next event, or to the next layer boundary, where anything else may be done: None."""
+        # The caller's gradient and inference modes hold between two items, ours within one.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            while self.active:
+                if self._items is None:
+                    self._items = self._round()
+                try:
+                    return next(self._items)
+                except StopIteration:
+                    self._items = None
+        return None
+
+    def __iter__(self) -> Iterator[TrainEvent | None]:
+        """What `advance` gives, until all runs have ended."""
+        while self.active:
+            yield self.advance()
+
+    def _round(self) -> Items:
+        """Every run goes as far as it can; then one pass."""
+        while self._failed:
+            yield self._failed.pop(0)
+        for run_id in list(self._runs):
+            if not self.host.queue.waits(run_id):
+                yield from self._advance(run_id)
+        works = self.host.queue.choose(self.host.capacity)
+        if works:
+            yield from self._pass(works)
+        else:
+            yield None
+
+    def _advance(self, run_id: str) -> Items:
+        """A run's events up to where it waits."""
+        self.host.queue.collect(run_id)
+        while True:
+            try:
+                event = next(self._iterators[run_id])
+            except StopIteration:
+                self._end(run_id)
+                return
+            except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
+                event = _failure(run_id, error)
+            if event is None:
+                return
+            over = isinstance(event, FinishedEvent | StoppedEvent | FailedEvent)
+            if over:
+                self._end(run_id)
+            yield event
+            if over:
+                return
+
+    def _pass(self, works: list[Work]) -> Items:
+        """Run the next part of each work. What goes wrong is tried again work by work, and then ends the guilty one."""
+        self._passing = works
+        try:
+            losses = yield from self._run(works)
+        except Exception as error:  # noqa: BLE001  # a run's error must not reach the engine or the other runs
+            if len(works) == 1:
+                works[0].error = error
+            elif is_out_of_memory(error):
+                _log.warning("a fused training pass ran out of memory; its parts are run one by one")
+            for work in works if len(works) > 1 else ():
+                work.restart()
+            return
+        finally:
+            self._passing = []
+        for work, found in zip(works, losses, strict=True):
+            self.host.queue.finished(work, found)
+
+    def _run(self, works: list[Work]) -> Generator[None, None, list[TokenLosses]]:
+        decoder = self.host.decoder
+        for work in works:
+            if work.objective is not None and work.adapter is not None and not work.results:
+                work.adapter.grad.zero_()
+        batch = load_pass(decoder, [work.part(len(work.results)) for work in works], self.host.arena.tables)
+        if works[0].objective is None:
+            found = yield from forward(decoder, batch)
+        else:
+            fits = batch.tokens <= self.host.kept_tokens
+
+            def coefficients(known: TokenLosses | None) -> torch.Tensor:
+                """Of every part of the pass, side by side."""
+                empty = torch.zeros(len(batch.targets), device=decoder.device)
+                losses = empty if known is None else known.loss
+                pieces = [
+                    work.objective.coefficients(work.parts[len(work.results)], losses[span])
+                    for work, span in zip(works, batch.learned, strict=True)
+                    if work.objective is not None
+                ]
+                return torch.cat(pieces)
+
+            found = yield from forward_backward(
+                decoder,
+                batch,
+                coefficients if works[0].objective.needs_losses else coefficients(None),
+                keep=Keep.ALL if fits and not any(work.recompute for work in works) else Keep.INPUTS,
+            )
+        return [found.part(span) for span in batch.learned]
+
+    def _end(self, run_id: str) -> None:
+        spec = self._specs.pop(run_id)
+        del self._runs[run_id], self._iterators[run_id]
+        alone = all(other.group != spec.group for other in self._specs.values())
+        self.host.queue.forget(run_id, spec.group, group_is_gone=alone)
+        if not self._runs:
+            release_buffers(self.host.decoder)
+
+
+class TrainingRun:
+    """One run by itself: iterate it for its events, with None at every layer boundary.
+
+    If `spec.workdir` holds the state of an earlier run with this spec, iterating goes on from there.
+    """
+
+    def __init__(self, decoder: Decoder, spec: TrainSpec) -> None:
+        self._training = FusedTraining(decoder)
+        self._run_id = spec.run_id
+        self._training.start(spec)
+
+    def stop(self, *, pause: bool) -> None:
+        """End the run; its last item is then a StoppedEvent. See `JobRun.stop`."""
+        self._training.stop(self._run_id, pause=pause)
+
+    def __iter__(self) -> Iterator[TrainEvent | None]:
+        return iter(self._training)
+
+
+def _failure(run_id: str, error: Exception) -> FailedEvent:
+    _log.warning("a training run failed", extra={"run": run_id}, exc_info=error)
+    code, message = explain(error, 0)
+    return FailedEvent(run_id=run_id, code=code, message=message)

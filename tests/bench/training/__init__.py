@@ -1,0 +1,1 @@
+"""Training beside PEFT with a plain torch loop."""

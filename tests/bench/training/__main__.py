@@ -1,0 +1,193 @@
+"""`python -m tests.bench.training --model DIR [CASE …]`: training beside PEFT, and beside serving. Ratios first.
+
+Whatever two things a ratio compares were measured in turn, in this run, on this machine. PEFT computes in the better of
+its types here (float32 without bfloat16 instructions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tenora.cli.bench.figures import head, median
+from tenora.model.decoder import Decoder
+from tenora.model.tokenizer import Tokenizer
+from tenora.training.dataset import TokenizedDataset, tokenize_file
+from tenora.training.spec import TrialSpec
+from tests.bench.serving.fixture import default_threads, end_in_order
+from tests.bench.serving.quiet import NOISY, Quiet
+from tests.bench.training import ours
+from tests.bench.training.co_serving import co_serving
+from tests.bench.training.peft_loop import PeftLoop
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+@dataclass
+class Setting:
+    """What a case is given."""
+
+    model: Path
+    threads: int
+    work: Path
+    rows: int
+    dtype: str
+    _decoder: Decoder | None = None
+    _number: int = 0
+
+    @property
+    def decoder(self) -> Decoder:
+        """Ours, loaded once."""
+        if self._decoder is None:
+            self._decoder = ours.load(self.model, self.threads)
+        return self._decoder
+
+    def place(self) -> Path:
+        """A directory of its own for the next run."""
+        self._number += 1
+        return self.work / f"run-{self._number}"
+
+    def rows_of(self, name: str, first: int, count: int) -> Path:
+        """Rows of a real file, tokenized."""
+        path = self.work / f"{name}-{first}-{count}.npz"
+        if not path.exists():
+            whole = tokenize_file(DATA / f"{name}.jsonl", Tokenizer.load(self.model), max_length=2048)
+            rows: TokenizedDataset = whole.select(np.arange(first, min(first + count, len(whole))))
+            rows.save(path)
+        return path
+
+
+def one_job(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
+    """One job of PubMedQA rows, defaults, one epoch: real tokens per second of the steps."""
+    train, valid = setting.rows_of("pubmedqa_sft_train", 0, setting.rows), setting.rows_of("pubmedqa_sft_valid", 0, 8)
+    rows = TokenizedDataset.load(train)
+    found = ours.train(setting.decoder, [ours.spec("a", train, valid, setting.place(), n_epochs=1)])
+    theirs = peft.run(train=train, dtype=setting.dtype, batch_size=16)
+    mine = rows.num_tokens / found.stepping
+    return {
+        "ratio": mine / theirs["tokens_per_second"],
+        "tokens_per_s": mine,
+        "peft_tokens_per_s": theirs["tokens_per_second"],
+        "rows": len(rows),
+    }
+
+
+def eight_jobs(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
+    """8 jobs of 8 tenants, an eighth of the rows each, one epoch: wall time against 8 PEFT runs one after the other."""
+    count = max(setting.rows // 8, 4)
+    trains = [setting.rows_of("pubmedqa_sft_train", number * count, count) for number in range(8)]
+    valid = setting.rows_of("pubmedqa_sft_valid", 0, 4)
+    place = setting.place()
+    specs = [ours.spec(f"job-{number}", train, valid, place, n_epochs=1) for number, train in enumerate(trains)]
+    found = ours.train(setting.decoder, specs)
+    theirs = sum(peft.run(train=train, dtype=setting.dtype, batch_size=8)["seconds"] for train in trains)
+    return {"ratio": theirs / found.seconds, "seconds": found.seconds, "peft_seconds": theirs, "rows_each": count}
+
+
+def sweep(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
+    """12 points, 3 epochs, halving: wall time against 12 full PEFT runs, of which one was run and counted 12 times."""
+    count = max(setting.rows // 8, 8)
+    train, valid = setting.rows_of("pubmedqa_sft_train", 0, count), setting.rows_of("pubmedqa_sft_valid", 0, 8)
+    trials = tuple(
+        TrialSpec(rank=rank, alpha=2.0 * rank, learning_rate=rate, n_epochs=3, batch_size=8)
+        for rank in (4, 8, 16)
+        for rate in (1e-4, 3e-4, 5e-4, 1e-3)
+    )
+    found = ours.train(setting.decoder, [ours.spec("s", train, valid, setting.place(), trials=trials)])
+    theirs = 12 * peft.run(train=train, dtype=setting.dtype, batch_size=8, epochs=3)["seconds"]
+    winner = found.finished["s"]
+    return {
+        "ratio": theirs / found.seconds,
+        "seconds": found.seconds,
+        "peft_seconds": theirs,
+        "rows": count,
+        "winner": winner.trial,
+        "valid_loss": winner.valid_loss,
+    }
+
+
+def quality(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
+    """Held-out loss of the defaults against PEFT's best of three learning rates, both data sets."""
+    result: dict[str, Any] = {}
+    for name in ("pubmedqa_sft", "devils_dictionary"):
+        train, valid = setting.rows_of(f"{name}_train", 0, setting.rows), setting.rows_of(f"{name}_valid", 0, 40)
+        settings = {"n_epochs": 2, "batch_size": 8}
+        specs = [ours.spec(name, train, valid, setting.place(), **settings)]
+        finished = ours.train(setting.decoder, specs).finished[name]
+        runs = [
+            peft.run(train=train, valid=valid, epochs=2, batch_size=8, learning_rate=rate, dtype=setting.dtype)
+            for rate in (2e-4, 5e-4, 1e-3)
+        ]
+        best = min(min(run["losses"][1:]) for run in runs)
+        result |= {
+            f"{name}_ratio": finished.valid_loss / best,
+            f"{name}_ours": finished.valid_loss,
+            f"{name}_base": finished.base_loss,
+            f"{name}_peft_best": best,
+        }
+    return result
+
+
+def co_served(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
+    """8 streams while a job trains: gaps between tokens, training speed, the last step to the first token, memory."""
+    del peft
+    return co_serving(setting.model, setting.threads, setting.work, DATA / "pubmedqa_sft_train.jsonl")
+
+
+CASES: dict[str, Callable[[Setting, PeftLoop], dict[str, Any]]] = {
+    "one-job": one_job,
+    "eight-jobs": eight_jobs,
+    "sweep": sweep,
+    "co-serving": co_served,
+    "quality": quality,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the cases that are named, or all but `quality`, which takes an hour."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base")
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--dtype", default="float32", help="of PEFT")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    names = options.cases or [name for name in CASES if name != "quality"]
+    report: dict[str, Any] = {**head("training", {"rows": options.rows, "threads": options.threads}), "cases": {}}
+    with tempfile.TemporaryDirectory(prefix="tenora-bench-") as work, PeftLoop(options.model, options.threads) as peft:
+        setting = Setting(options.model, options.threads, Path(work), options.rows, options.dtype)
+        for name in names:
+            print(f"{name}: {(CASES[name].__doc__ or '').splitlines()[0]}", flush=True)
+            runs = []
+            for _ in range(options.repeats):
+                with Quiet() as quiet:
+                    runs.append({**CASES[name](setting, peft), "foreign_cores": quiet.foreign})
+            found = {
+                label: median([run[label] for run in runs]) if isinstance(value, float) else value
+                for label, value in runs[0].items()
+            }
+            report["cases"][name] = {"median": found, "runs": runs}
+            for label, value in found.items():
+                print(f"  {label:32} {value:.4g}" if isinstance(value, float) else f"  {label:32} {value}", flush=True)
+            if quiet.foreign > NOISY:
+                print(f"  NOISY: other programs kept {quiet.foreign:.2f} cores busy; measure again", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    end_in_order()
+    sys.exit(main(sys.argv[1:]))

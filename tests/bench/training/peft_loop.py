@@ -1,0 +1,158 @@
+"""PEFT and a plain torch loop, in a process of its own: `python -m tests.bench.training.peft_loop BASE THREADS`.
+
+Each line on stdin is a run as JSON, the arguments of `train`; its answer is a JSON object. Batches are padded to their
+longest row, as `Trainer` with a collator does; the loss is the mean over a batch's learned tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from tenora.training.dataset import TokenizedDataset
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class PeftLoop:
+    """The process, asked for one run after the other."""
+
+    def __init__(self, base: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "tests.bench.training.peft_loop", str(base), str(threads)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate(timeout=60)
+
+    def run(self, **wanted: Any) -> dict[str, Any]:
+        """Train once; seconds, real tokens per second, held-out loss before and after each epoch, peak memory."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("no pipes")
+        self._process.stdin.write(json.dumps(wanted, default=str) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"PEFT ended with status {self._process.wait()}")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+def main(base: str, threads: int) -> None:
+    """Train whenever a line comes."""
+    import torch
+
+    torch.set_num_threads(threads)
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        print(json.dumps(train(base, **wanted)), flush=True)
+
+
+def train(
+    base: str,
+    *,
+    train: str,
+    valid: str = "",
+    epochs: int = 1,
+    batch_size: int = 16,
+    learning_rate: float = 5e-4,
+    dtype: str = "float32",
+    rank: int = 16,
+    max_batches: int = 0,
+) -> dict[str, Any]:
+    """One run from the base on."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    shape = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, shape)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
+    rows = TokenizedDataset.load(Path(train))
+    steps = epochs * -(-len(rows) // batch_size)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+    losses = [evaluate(model, valid)] if valid else []
+    seconds, tokens, done = 0.0, 0, 0
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        for ids, mask, labels in batches(rows, batch_size, seed=epoch):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            tokens += int(mask.sum())
+            done += 1
+            if done == max_batches:
+                break
+        seconds += time.perf_counter() - started
+        if valid:
+            losses.append(evaluate(model, valid))
+        if done == max_batches:
+            break
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "losses": losses,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def batches(rows: TokenizedDataset, size: int, *, seed: int | None) -> Iterator[Any]:
+    """ids, mask and labels, each [size, longest], padded on the right."""
+    import torch
+
+    order = np.arange(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows))
+    for first in range(0, len(rows), size):
+        picked = [rows.row(int(row)) for row in order[first : first + size]]
+        longest = max(len(tokens) for tokens, _ in picked)
+        ids = torch.zeros(len(picked), longest, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for index, (tokens, weights) in enumerate(picked):
+            length = len(tokens)
+            ids[index, :length] = torch.from_numpy(tokens.astype(np.int64))
+            mask[index, :length] = 1
+            kept = torch.from_numpy(weights.astype(bool))
+            labels[index, :length][kept] = ids[index, :length][kept]
+        yield ids, mask, labels
+
+
+def evaluate(model: Any, path: str) -> float:
+    """Held-out loss in nats per learned token."""
+    import torch
+
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for ids, mask, labels in batches(TokenizedDataset.load(Path(path)), 8, seed=None):
+            tokens = int((labels[:, 1:] != -100).sum())
+            total += float(model(input_ids=ids, attention_mask=mask, labels=labels).loss) * tokens
+            count += tokens
+    model.train()
+    return total / count
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,113 @@
+"""Cards and downloads of adapters that the real engine trained on a tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+
+from tenora.adapters.targets import TargetModule
+from tenora.control.model_card import model_card
+from tenora.model.tokenizer import Tokenizer
+from tests.control.conftest import ROWS, create_job, tenant, until, upload
+from tests.control.test_publication import train, unpack
+from tests.control.test_real_engine import Service
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+async def service(
+    home: Path, tiny_base: Path, tokenizer: Tokenizer, targets: Sequence[TargetModule]
+) -> AsyncIterator[Service]:
+    made = Service(home, tiny_base, tokenizer, targets)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def test_a_few_rows_are_reported_by_cross_validation(service: Service) -> None:
+    control = service.control
+    acme = await tenant(control, "acme")
+    job = await create_job(control, acme, name="few", seed=1, lora={"rank": 4}, n_epochs=3, learning_rate=5e-3)
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded", done.error
+    said = done.evaluation
+    assert said is not None
+    assert (said["source"], said["near_duplicates"], said["notes"]) == ("cross-validation", None, [])
+    assert said["held_out"]["rows"] == len(ROWS)
+    assert said["held_out"]["adapter_loss"] == pytest.approx(said["valid_loss"])
+    assert said["held_out"]["other_loss"] == pytest.approx(said["base_loss"])
+    assert said["few_shot"]["shots"] == 3
+    assert said["few_shot"]["comparison"]["rows"] >= 10
+    assert said["parity"]["gap"] < 1e-4 < said["parity"]["effect"]
+    card = model_card(await control.adapters.get(acme, "few"))
+    assert "(cross-validation)" in card
+    assert "Base, 3 examples in the prompt" in card
+
+
+async def test_preferences_pass_the_gate_too(service: Service) -> None:
+    control = service.control
+    acme = await tenant(control, "acme")
+    pairs = [
+        {
+            "input": {"messages": row["messages"][:1]},
+            "preferred_output": row["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
+        }
+        for row in ROWS
+    ]
+    file = await upload(control, acme, pairs)
+    job = await create_job(
+        control, acme, training_file=file.id, method={"type": "dpo"}, lora={"rank": 4}, n_epochs=1, learning_rate=5e-3
+    )
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded", done.error
+    said = done.evaluation
+    assert said is not None
+    assert (said["held_out"], said["few_shot"]) == (None, None)
+    assert said["parity"]["gap"] < 1e-4 < said["parity"]["effect"]
+    assert said["lineage"]["settings"]["beta"] == 0.1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+async def test_peft_loads_the_download_and_computes_the_held_out_loss_of_the_card(
+    service: Service, tiny_base: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    control = service.control
+    acme = await tenant(control, "acme")
+    done = await train(control, acme, learning_rate=5e-3, lora={"rank": 4}, n_epochs=2, batch_size=4)
+    assert done.status == "succeeded", done.error
+    card = await unpack(control, acme, "desk", tmp_path / "desk")
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert (matter["library_name"], matter["base_model"]) == ("peft", "tiny")
+    assert done.id in card
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "desk")
+    loss, tokens = 0.0, 0
+    for row in ROWS[:8]:
+        ids = tokenizer.encode_chat(row["messages"], add_generation_prompt=False)
+        start = len(tokenizer.encode_chat(row["messages"][:1]))
+        end = ids.index(tokenizer.encode("<|im_end|>")[0], start) + 1
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        loss += float(torch.nn.functional.cross_entropy(logits[start - 1 : end - 1], torch.tensor(ids[start:end]))) * (
+            end - start
+        )
+        tokens += end - start
+    said = done.evaluation
+    assert said is not None
+    assert said["held_out"]["tokens"] == tokens
+    assert said["held_out"]["adapter_loss"] == pytest.approx(loss / tokens, rel=1e-4)
+    assert f"| This adapter | {loss / tokens:.3f}"[:-1] in card

@@ -1,0 +1,266 @@
+"""Few-shot, several tasks and preferences: what a job makes of its files, and what its log and results say."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenora.control.control import Control
+from tenora.control.records import JobRecord, JobRequest, Principal
+from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
+from tenora.training.dataset import TokenizedDataset
+from tenora.training.spec import TaskSpec, TrainSpec
+from tests.control.conftest import (
+    BASE,
+    MANY_ROWS,
+    ROWS,
+    OpenControl,
+    create_job,
+    jsonl,
+    messages,
+    pieces,
+    tenant,
+    until,
+    until_true,
+    upload,
+)
+from tests.control.scripted import ScriptedEngine
+
+PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": "I do not know."} for i in range(20)]
+OPENAI_PAIRS = [
+    {
+        "input": {"messages": [{"role": "user", "content": f"Question {i}?"}]},
+        "preferred_output": [{"role": "assistant", "content": f"Answer {i}."}],
+        "non_preferred_output": [{"role": "assistant", "content": "I do not know."}],
+    }
+    for i in range(20)
+]
+
+
+class Rows:
+    """Loads what runs are given before it is removed."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.of: dict[str, list[tuple[TokenizedDataset, TokenizedDataset | None]]] = {}
+        self._write = engine.write
+        engine.write = self._look  # type: ignore[method-assign]  # looks at what the run is given
+
+    def _look(self, path: Path, spec: TrainSpec) -> None:
+        self.of[spec.run_id] = [self._load(task) for task in spec.tasks]
+        self._write(path, spec)
+
+    @staticmethod
+    def _load(task: TaskSpec) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+        valid = TokenizedDataset.load(Path(task.valid_path)) if task.valid_path else None
+        return TokenizedDataset.load(Path(task.train_path)), valid
+
+
+@pytest.fixture
+def rows(engine: ScriptedEngine) -> Rows:
+    return Rows(engine)
+
+
+async def finish(control: Control, who: Principal, content: list[dict[str, Any]], **fields: Any) -> JobRecord:
+    file = await upload(control, who, content)
+    job = await until(control, who, (await create_job(control, who, training_file=file.id, **fields)).id)
+    assert job.status == "succeeded", job.error
+    return job
+
+
+async def test_few_rows_are_all_learned_and_the_steps_cross_validated(
+    control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows
+) -> None:
+    job = await finish(control, acme, ROWS)
+    (spec,) = engine.specs
+    assert (spec.folds, spec.lora.rank, spec.lora.alpha, spec.tasks[0].valid_path) == (5, 8, 16.0, "")
+    assert spec.n_epochs > 3
+    assert spec.batch_size == 4
+    assert [(len(train), valid) for train, valid in rows.of[job.id]] == [(20, None)]
+    assert job.hyperparameters["n_epochs"] == spec.n_epochs
+    said = await messages(control, acme, job.id)
+    assert any("5-fold cross-validation chooses the number of steps" in line for line in said)
+    assert "Files validated (20 rows to train on), moving job to queued state" in said
+    await finish(control, acme, ROWS[:3], lora={"rank": 4}, n_epochs=2)
+    assert (engine.specs[1].folds, engine.specs[1].lora.rank, engine.specs[1].n_epochs) == (3, 4, 2)
+
+
+async def test_enough_rows_or_a_validation_file_hold_rows_out(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    valid = await upload(control, acme, MANY_ROWS[:5])
+    await finish(control, acme, MANY_ROWS)
+    await finish(control, acme, ROWS, validation_file=valid.id)
+    for spec in engine.specs:
+        assert (spec.folds, spec.lora.rank, bool(spec.tasks[0].valid_path)) == (0, 16, True)
+
+
+async def test_several_files_are_tasks(control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows) -> None:
+    async def file(name: str, count: int) -> str:
+        content = jsonl(MANY_ROWS[:count])
+        return (await control.files.create(acme, filename=name, purpose="fine-tune", chunks=pieces(content, 4096))).id
+
+    ids = [await file("Q & A.jsonl", 60), await file("Q & A.jsonl", 20), await file("third", 10)]
+    listed = [{"file": ids[0]}, {"file": ids[1], "weight": 3}, {"file": ids[2], "weight": 0.5, "name": "defs"}]
+    made = await control.jobs.create(acme, JobRequest(model=BASE, training_files=listed, batch_size=4))
+    assert made.training_file == ids[0]
+    assert made.training_files == [
+        {"file": ids[0], "weight": 1.0, "name": "Q-A"},
+        {"file": ids[1], "weight": 3.0, "name": "Q-A-2"},
+        {"file": ids[2], "weight": 0.5, "name": "defs"},
+    ]
+    job = await until(control, acme, made.id)
+    assert job.status == "succeeded", job.error
+    (spec,) = engine.specs
+    assert [(task.name, task.weight) for task in spec.tasks] == [("Q-A", 1.0), ("Q-A-2", 3.0), ("defs", 0.5)]
+    assert (spec.folds, spec.lora.rank) == (0, 16)  # no folds of several tasks
+    sizes = [(len(train), 0 if valid is None else len(valid)) for train, valid in rows.of[job.id]]
+    assert sizes == [(54, 6), (16, 4), (8, 2)]
+    said = await messages(control, acme, job.id)
+    assert "Task Q-A-2: 16 rows to train on, 4 held out, weight 3" in said
+    assert "Files validated (78 rows to train on, 12 held out), moving job to queued state" in said
+    assert [line for line in said if "Validating" in line] == [f"Validating training file: {one}" for one in ids]
+    metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items]
+    assert {"valid_loss/Q-A": 1.0, "valid_loss/Q-A-2": 2.0, "valid_loss/defs": 3.0}.items() <= metrics[2].items()
+    lines = (await control.files.content(acme, job.result_files[0])).read_text().splitlines()
+    table = list(csv.DictReader(lines))
+    assert lines[0].endswith("valid_mean_token_accuracy,valid_loss/Q-A,valid_loss/Q-A-2,valid_loss/defs")
+    assert (table[-1]["valid_loss/defs"], table[1]["valid_loss/defs"]) == ("3.0", "")
+
+
+async def test_a_file_of_the_list_that_cannot_be_used_is_named(
+    control: Control, acme: Principal, umbrella: Principal
+) -> None:
+    good, theirs = await upload(control, acme), await upload(control, umbrella)
+    long = [{"messages": [{"role": "user", "content": "long " * 400}, {"role": "assistant", "content": "x"}]}]
+    bad = await upload(control, acme, [*ROWS[:4], *long])
+    for files, param, error in (
+        ([], "training_files", InvalidRequestError),
+        ([{"file": good.id}] * 17, "training_files", InvalidRequestError),
+        ([{"file": good.id}, {"file": good.id}], "training_files[1].file", InvalidRequestError),
+        ([{"file": good.id, "weight": 0}], "training_files[0].weight", InvalidRequestError),
+        ([{"file": good.id, "share": 1}], "training_files[0].share", InvalidRequestError),
+        ([{"file": good.id, "name": "a b"}], "training_files[0].name", InvalidRequestError),
+        ([{"file": "a", "name": "x"}, {"file": "b", "name": "x"}], "training_files[1].name", InvalidRequestError),
+        ([{"file": good.id}, {"file": theirs.id}], "training_files[1].file", NotFoundError),
+        ([{"weight": 1}], "training_files[0].file", InvalidRequestError),
+    ):
+        with pytest.raises(error) as caught:
+            await control.jobs.create(acme, JobRequest(model=BASE, training_files=files))
+        assert caught.value.param == param
+    for request in (
+        JobRequest(model=BASE),
+        JobRequest(model=BASE, training_file=good.id, training_files=[{"file": good.id}]),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            await control.jobs.create(acme, request)
+        assert caught.value.param == "training_file"
+    both = [{"file": good.id}, {"file": bad.id}]
+    with pytest.raises(InvalidRequestError) as caught:
+        await control.jobs.create(acme, JobRequest(model=BASE, training_files=both, validation_file=good.id))
+    assert caught.value.param == "validation_file"
+    made = await control.jobs.create(acme, JobRequest(model=BASE, training_files=both))
+    job = await until(control, acme, made.id)
+    assert job.error is not None
+    assert (job.status, job.error["param"]) == ("failed", "training_files[1]")
+    assert "line 5" in job.error["message"]
+
+
+async def test_all_files_of_an_unfinished_job_are_kept(open_control: OpenControl, engine: ScriptedEngine) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    first, second = await upload(control, acme), await upload(control, acme)
+    engine.hold_at = 2
+    listed = [{"file": first.id}, {"file": second.id}]
+    job = await control.jobs.create(acme, JobRequest(model=BASE, training_files=listed))
+    await engine.held.wait()
+    for file in (first, second):
+        with pytest.raises(ConflictError, match=job.id):
+            await control.files.delete(acme, file.id)
+    engine.release.set()
+    await until(control, acme, job.id)
+    await control.files.delete(acme, second.id)
+
+
+@pytest.mark.parametrize("content", [PAIRS, OPENAI_PAIRS], ids=["trl", "openai"])
+async def test_preferences(
+    control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows, content: list[dict[str, Any]]
+) -> None:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
+    job = await finish(control, acme, content, method=method)
+    (spec,) = engine.specs
+    assert (spec.method, spec.beta, spec.learning_rate, spec.n_epochs) == ("dpo", 0.2, 5e-5, 1)
+    assert spec.folds == 0  # never of pairs
+    ((train, valid),) = rows.of[job.id]
+    assert valid is not None
+    assert (train.rows_per_example, len(train), len(valid)) == (2, 32, 8)
+    assert job.method == method
+    assert job.hyperparameters == {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 1.0, "beta": 0.2}
+    metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
+    assert metrics[0]["rewards/margins"] == 1.0
+    assert (metrics[1]["rewards/chosen"], metrics[1]["rewards/rejected"]) == (0.5, -0.5)
+
+
+async def test_auto_beta_is_a_tenth(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    for method in ({"type": "dpo"}, {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}):
+        job = await finish(control, acme, PAIRS, method=method)
+        assert (engine.specs[-1].beta, job.hyperparameters["beta"]) == (0.1, 0.1)
+
+
+async def test_rows_of_another_method_are_refused_with_what_to_do(control: Control, acme: Principal) -> None:
+    for content, method, hint in ((ROWS, {"type": "dpo"}, "method supervised"), (PAIRS, None, '{"type": "dpo"}')):
+        file = await upload(control, acme, content)
+        job = await until(control, acme, (await create_job(control, acme, training_file=file.id, method=method)).id)
+        assert job.error is not None
+        assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
+        assert hint in job.error["message"]
+
+
+async def test_early_stopping_and_other_settings_reach_the_run(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    for asked, evaluations in ((None, 0), (False, 0), (0, 0), (True, 3), (5, 5)):
+        job = await finish(control, acme, ROWS, early_stopping=asked)
+        assert engine.specs[-1].early_stopping == job.settings["early_stopping"] == evaluations
+    fields = {"packing": False, "eval_interval": 7, "max_steps": 9, "warmup_ratio": 0.0, "weight_decay": 0.1}
+    job = await finish(control, acme, ROWS, max_grad_norm=0.5, max_seq_length=64, truncate=True, **fields)
+    spec = engine.specs[-1]
+    assert {name: getattr(spec, name) for name in fields} == fields
+    assert spec.max_grad_norm == 0.5
+    assert {name: job.settings[name] for name in fields} == fields
+    assert (job.settings["max_seq_length"], job.settings["truncate"]) == (64, True)
+    assert (job.settings["scheduler"], job.settings["learning_rate"]) == ("cosine", 5e-4)
+
+
+async def test_rows_read_again_give_the_same_run(open_control: OpenControl, engine: ScriptedEngine, home: Path) -> None:
+    """What is shown has numbers by then; what was asked for has not changed, so nothing clashes with itself."""
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    engine.alive = False
+    job = await create_job(control, acme, learning_rate=1e-3, lora={"rank": 4}, early_stopping=True)
+    queued = await until(control, acme, job.id, "queued")
+    await control.close()
+    shutil.rmtree(home / "tenants" / acme.tenant_id / "jobs" / job.id)
+    engine.alive = True
+    control = await open_control()
+    done = await until(control, acme, job.id)
+    assert done.status == "succeeded", done.error
+    assert (done.hyperparameters, done.lora, done.settings) == (queued.hyperparameters, queued.lora, queued.settings)
+    await until_true(lambda: not control._runner._works)
+
+
+@pytest.mark.parametrize("fields", [{}, {"sweep": {"rank": [2, 4, 8]}}], ids=["steps", "trials"])
+async def test_the_end_is_estimated_while_a_job_runs(
+    control: Control, acme: Principal, engine: ScriptedEngine, fields: dict[str, Any]
+) -> None:
+    engine.hold_at = 4
+    made = await create_job(control, acme, **fields)
+    assert made.estimated_finish is None
+    await engine.held.wait()
+    job = await control.jobs.get(acme, made.id)
+    assert job.estimated_finish is not None
+    assert made.created_at <= job.estimated_finish < made.created_at + 60
+    assert (await control.jobs.pause(acme, made.id)).estimated_finish is None

@@ -1,0 +1,313 @@
+"""What a finished job says of its adapter, and what may go wrong between the last step and the name that is called."""
+
+from __future__ import annotations
+
+import asyncio
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from tenora.control import baselines, scoring
+from tenora.control.control import Control
+from tenora.control.job_rows import find_job
+from tenora.control.model_card import README_NAME
+from tenora.control.records import JobRecord, Principal
+from tenora.engine.messages import Generate, SequenceOutput
+from tenora.errors import NotFoundError, UnavailableError
+from tenora.training.dataset import TokenizedDataset
+from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
+from tests.control.conftest import ROWS, ImportAdapter, OpenControl, create_job, messages, tenant, until, upload
+from tests.control.scripted import ScriptedEngine, scores
+
+ADAPTER, BASE_SCORE = -1.0, -2.0  # log-probability of every token, as the scripted engine has it
+
+
+@pytest.fixture
+def measured(engine: ScriptedEngine) -> ScriptedEngine:
+    """Runs say of their held-out rows what the scripted serving path says, too."""
+    events = engine._events
+
+    def with_rows(spec: TrainSpec) -> list[TrainEvent]:
+        *before, last = events(spec)
+        if not isinstance(last, FinishedEvent):
+            return [*before, last]
+        path = spec.tasks[0].valid_path
+        rows = TokenizedDataset.load(Path(path))
+        tokens = [int(rows.row(index)[1].sum()) for index in range(len(rows))]
+        held_out = HeldOut(
+            tokens=tokens, adapter=[-ADAPTER * count for count in tokens], start=[3.0 * count for count in tokens]
+        )
+        probe = Probe(path=path, rows=[[ADAPTER] * count for count in tokens[:4]])
+        return [*before, msgspec.structs.replace(last, held_out=held_out, probe=probe, last_loss=1.7)]
+
+    engine._events = with_rows  # type: ignore[method-assign]  # adds to what it says
+    return engine
+
+
+async def train(control: Control, who: Principal, **fields: Any) -> JobRecord:
+    valid = await upload(control, who, ROWS[:8])
+    job = await create_job(control, who, validation_file=valid.id, **{"name": "desk", "seed": 5, **fields})
+    return await until(control, who, job.id)
+
+
+async def test_the_card_rides_on_job_and_adapter(control: Control, acme: Principal, measured: ScriptedEngine) -> None:
+    done = await train(control, acme)
+    assert done.status == "succeeded", done.error
+    said = done.evaluation
+    assert said is not None
+    assert (said["valid_loss"], said["source"], said["notes"]) == (1.5, "held-out rows", [])
+    assert said["held_out"] | {"low": 0, "high": 0} == {
+        "rows": 8,
+        "tokens": said["held_out"]["tokens"],
+        "adapter_loss": 1.0,
+        "other_loss": 3.0,
+        "difference": -2.0,
+        "low": 0,
+        "high": 0,
+        "verdict": "better",
+    }
+    few_shot = said["few_shot"]
+    assert (few_shot["shots"], few_shot["base_loss"]) == (3, 3.0)
+    assert (few_shot["comparison"]["adapter_loss"], few_shot["comparison"]["other_loss"]) == (1.0, 2.0)
+    assert said["forgetting"] | {"tokens": 0} == {"tokens": 0, "adapter_loss": 1.0, "base_loss": 2.0, "change": -1.0}
+    assert said["overfitting"]["verdict"] == "strong"
+    assert said["near_duplicates"] == 8
+    assert said["parity"] | {"tokens": 0} == {
+        "rows": 4,
+        "tokens": 0,
+        "gap": 0.0,
+        "effect": 1.0,
+        "tolerance": 2e-3,
+        "dtype": "float32",
+        "modules": 21,
+    }
+    lineage = said["lineage"]
+    assert (lineage["job_id"], lineage["base_model"], lineage["seed"], lineage["parent"]) == (done.id, "tiny", 5, None)
+    files = [await control.files.get(acme, one) for one in (done.training_file, done.validation_file) if one]
+    assert [(one["id"], one["sha256"]) for one in lineage["files"]] == [(file.id, file.sha256) for file in files]
+    assert [one["purpose"] for one in lineage["files"]] == ["training", "validation"]
+    assert lineage["versions"]["torch"] == torch.__version__
+    assert lineage["settings"]["learning_rate"] == measured.specs[0].learning_rate
+    (version,) = await control.adapters.versions(acme, "desk")
+    assert version.evaluation == said
+
+
+async def test_the_base_is_measured_while_the_job_runs_and_once(
+    open_control: OpenControl, measured: ScriptedEngine
+) -> None:
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    measured.hold_at = 2
+    valid = await upload(control, acme, ROWS[:8])
+    job = await create_job(control, acme, validation_file=valid.id, name="desk")
+    await measured.held.wait()
+    async with asyncio.timeout(10):
+        while True:
+            async with control._registry.database.read() as session:
+                row = await find_job(session, acme.tenant_id, job.id)
+            if (row.baselines or {}).get("complete"):
+                break
+            await asyncio.sleep(0.01)
+    before = len(measured.scored)
+    assert before == 1 + 8 + 8  # the text, the probe rows (all are short), the rows behind their shots
+    assert {request.adapter for request in measured.scored} == {None}
+    assert acme.tenant_id not in {request.group for request in measured.scored}
+    await control.close()
+
+    measured.hold_at = None
+    control = await open_control()
+    done = await until(control, acme, job.id)
+    assert done.evaluation is not None
+    assert done.evaluation["few_shot"]["comparison"]["rows"] == 8
+    since = measured.scored[before:]
+    assert len(since) == 1 + 4  # the adapter's own; nothing of the base again
+    assert all(request.adapter is not None for request in since)
+    assert {(request.group, request.priority) for request in since} == {(acme.tenant_id, -1)}
+
+
+async def test_requests_come_before_the_few_shot_rows(
+    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "_PATIENCE_SECONDS", 0.05)
+    measured.open_requests = 1
+    done = await train(control, acme)
+    assert done.status == "succeeded"
+    assert done.evaluation is not None
+    assert done.evaluation["few_shot"] is None
+    assert done.evaluation["forgetting"] is not None
+    assert done.evaluation["notes"] == ["The run was over before the base was measured on all rows that were meant."]
+
+
+async def test_without_the_bases_figures_the_job_still_succeeds(
+    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_adapters(request: Generate) -> list[SequenceOutput]:
+        if request.adapter is None:
+            raise ZeroDivisionError
+        return scores(request)
+
+    measured.score = only_adapters
+    done = await train(control, acme)
+    assert done.status == "succeeded", done.error
+    assert done.evaluation is not None
+    assert (done.evaluation["forgetting"], done.evaluation["few_shot"]) == (None, None)
+    assert (done.evaluation["parity"]["gap"], done.evaluation["parity"]["effect"]) == (0.0, None)
+    assert done.evaluation["held_out"]["verdict"] == "better"
+
+
+async def test_a_busy_engine_is_asked_again(
+    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+
+    def busy(request: Generate) -> list[SequenceOutput]:
+        nonlocal refused
+        if request.adapter is not None and refused < 3:
+            refused += 1
+            raise UnavailableError("Every slot is in use.", retry_after=0.01, code="adapter_unavailable")
+        return scores(request)
+
+    measured.score = busy
+    assert (await train(control, acme)).status == "succeeded"
+    assert refused == 3
+
+
+async def test_an_adapter_that_cannot_be_tried_out_is_not_published(
+    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(request: Generate) -> list[SequenceOutput]:
+        if request.adapter is not None:
+            raise UnavailableError("Every adapter slot is pinned.", retry_after=0.01, code="adapter_unavailable")
+        return scores(request)
+
+    monkeypatch.setattr(scoring, "PATIENCE_SECONDS", 0.05)
+    measured.score = full
+    failed = await train(control, acme)
+    assert failed.error is not None
+    assert failed.error["code"] == "parity_unavailable"
+    assert "pinned" in failed.error["message"]
+    with pytest.raises(NotFoundError):
+        await control.adapters.get(acme, "desk")
+
+
+async def test_an_engine_that_dies_in_the_examination_is_waited_for(
+    control: Control, acme: Principal, measured: ScriptedEngine
+) -> None:
+    died = False
+
+    def dies(request: Generate) -> list[SequenceOutput]:
+        nonlocal died
+        if request.adapter is not None and not died:
+            died = True
+            raise UnavailableError("The engine stopped.", code="engine_lost")
+        return scores(request)
+
+    measured.score = dies
+    done = await train(control, acme)
+    assert done.status == "succeeded", done.error
+    assert len(measured.specs) == 2
+    assert any("(attempt 1 of 5)" in line for line in await messages(control, acme, done.id))
+
+
+async def test_a_gap_fails_the_job(control: Control, acme: Principal, measured: ScriptedEngine) -> None:
+    measured.score = lambda request: scores(request, -1.0025)
+    failed = await train(control, acme)
+    assert failed.error is not None
+    assert failed.error["code"] == "parity_failed"
+    assert failed.evaluation is None
+
+
+async def test_untrained_modules_fail_the_job(
+    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.control import scripted
+
+    made = scripted.random_modules
+
+    def hole(*args: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        modules = made(*args)
+        next(iter(modules.values()))[1][:] = 0.0
+        return modules
+
+    monkeypatch.setattr(scripted, "random_modules", hole)
+    failed = await train(control, acme)
+    assert failed.error is not None
+    assert failed.error["code"] == "untrained_modules"
+    assert "model.layers.0.self_attn.q_proj (zero)" in failed.error["message"]
+    assert control._blobs.store.list() == ()
+
+
+async def test_cancelling_during_the_examination_wins(
+    control: Control, acme: Principal, measured: ScriptedEngine
+) -> None:
+    asked = asyncio.Event()
+
+    def ask(request: Generate) -> list[SequenceOutput]:
+        if request.adapter is not None:
+            asked.set()
+            raise UnavailableError("Busy.", retry_after=0.05)
+        return scores(request)
+
+    measured.score = ask
+    valid = await upload(control, acme, ROWS[:8])
+    job = await create_job(control, acme, validation_file=valid.id, name="desk")
+    await asked.wait()
+    await control.jobs.cancel(acme, job.id)
+    measured.score = scores
+    assert (await until(control, acme, job.id)).status == "cancelled"
+    with pytest.raises(NotFoundError):
+        await control.adapters.get(acme, "desk")
+
+
+async def test_others_publish_while_one_is_examined(
+    control: Control, acme: Principal, measured: ScriptedEngine, import_adapter: ImportAdapter
+) -> None:
+    asked = asyncio.Event()
+
+    def ask(request: Generate) -> list[SequenceOutput]:
+        if request.adapter is not None:
+            asked.set()
+            raise UnavailableError("Busy.", retry_after=0.05)
+        return scores(request)
+
+    measured.score = ask
+    valid = await upload(control, acme, ROWS[:8])
+    job = await create_job(control, acme, validation_file=valid.id, name="desk")
+    await asked.wait()
+    async with asyncio.timeout(5):
+        await import_adapter(control, acme, "other", seed=9)
+        await control.adapters.delete(acme, "other")
+    measured.score = scores
+    assert (await until(control, acme, job.id)).status == "succeeded"
+
+
+async def unpack(control: Control, who: Principal, name: str, directory: Path) -> str:
+    """Download into `directory`; the card."""
+    archive = await control.adapters.archive(who, name)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(directory)
+    archive.unlink()
+    return (directory / README_NAME).read_text("utf-8")
+
+
+async def test_the_card_of_one_tenant_is_not_anothers(
+    control: Control, acme: Principal, umbrella: Principal, measured: ScriptedEngine, tmp_path: Path
+) -> None:
+    """Who uploads the same weights shares the stored files, and learns nothing of where they come from."""
+    done = await train(control, acme)
+    ours = await unpack(control, acme, "desk", tmp_path / "ours")
+    assert done.id in ours
+    config = (tmp_path / "ours" / "adapter_config.json").read_bytes()
+    theirs = await control.adapters.import_(
+        umbrella, name="copy", config=config, weights=tmp_path / "ours" / "adapter_model.safetensors"
+    )
+    assert theirs.digest == (await control.adapters.get(acme, "desk")).digest
+    card = await unpack(control, umbrella, "copy", tmp_path / "theirs")
+    for secret in (done.id, done.training_file, "acme", "Held-out", "Lineage"):
+        assert secret not in card
+    assert await unpack(control, acme, "desk", tmp_path / "again") == ours

@@ -1,0 +1,93 @@
+"""Every kind of job over the real engine and a tiny base, from the request to an adapter that answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tenora.control.control import Control
+from tenora.control.records import JobRecord, JobRequest, Principal
+from tests.control.conftest import BASE, ROWS, messages, tenant, until, upload
+from tests.control.test_job_methods import PAIRS
+from tests.control.test_real_engine import Service, _one_thread, say, scores, service
+
+__all__ = ["_one_thread", "service"]  # fixtures
+
+
+async def finish(
+    control: Control, who: Principal, rows: list[dict[str, Any]] | None = None, **fields: Any
+) -> JobRecord:
+    if rows is not None:
+        fields["training_file"] = (await upload(control, who, rows)).id
+    made = await control.jobs.create(who, JobRequest(**{"model": BASE, "seed": 3, **fields}))
+    job = await until(control, who, made.id)
+    assert job.status == "succeeded", (job.error, await messages(control, who, made.id))
+    base, ours = [scores(await say(control, who, name)) for name in (BASE, str(job.fine_tuned_model))]
+    assert ours != base
+    return job
+
+
+async def test_few_rows(service: Service) -> None:
+    acme = await tenant(service.control, "acme")
+    job = await finish(service.control, acme, ROWS[:12], n_epochs=4)
+    assert job.evaluation is not None
+    assert job.evaluation["valid_loss"] < job.evaluation["base_loss"]
+    assert (await service.control.adapters.get(acme, job.name)).rank == 8
+
+
+async def test_several_tasks(service: Service) -> None:
+    control = service.control
+    acme = await tenant(control, "acme")
+    ids = [(await upload(control, acme, rows)).id for rows in (ROWS, ROWS[:8])]
+    listed = [{"file": ids[0], "name": "a"}, {"file": ids[1], "name": "b", "weight": 2}]
+    job = await finish(control, acme, training_files=listed, n_epochs=2, lora={"rank": 4})
+    metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
+    assert {"valid_loss/a", "valid_loss/b"} <= set().union(*metrics)
+
+
+async def test_a_sweep(service: Service) -> None:
+    control = service.control
+    acme = await tenant(control, "acme")
+    sweep = {"rank": [2, 4], "learning_rate": [1e-5, 2e-3]}
+    job = await finish(control, acme, ROWS, sweep=sweep, n_epochs=3, name="best")
+    assert job.sweep_results is not None
+    (winner,) = [trial for trial in job.sweep_results if trial["winner"]]
+    assert winner["learning_rate"] == 2e-3
+    assert winner["status"] == "finished"
+    assert {trial["status"] for trial in job.sweep_results} == {"stopped", "finished"}
+    assert winner["valid_loss"] == min(trial["valid_loss"] for trial in job.sweep_results)
+    assert (await control.adapters.get(acme, "best")).rank == winner["rank"] == job.lora["rank"]
+    assert len(job.result_files) == 2
+
+
+async def test_preferences_and_transfer(service: Service) -> None:
+    """A supervised adapter, then its answers preferred from there on with a higher rank and more modules."""
+    control = service.control
+    acme = await tenant(control, "acme")
+    shape = {"rank": 2, "target_modules": ["q_proj", "v_proj"]}
+    first = await finish(control, acme, ROWS, n_epochs=3, lora=shape, name="first")
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 10}}}
+    wider = {"rank": 4, "target_modules": "all-linear"}
+    second = await finish(control, acme, PAIRS, method=method, model="first", lora=wider, name="second")
+    assert second.parent == "first"
+    version = await control.adapters.get(acme, "second")
+    assert (version.rank, version.parent) == (4, "first")
+    metrics = [event.data for event in (await control.jobs.events(acme, second.id, limit=100)).items if event.data]
+    (start,) = [line for line in metrics if line["step"] == 0]
+    assert start["valid_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is its own reference
+    assert metrics[0]["valid_loss"] < start["valid_loss"]
+    assert metrics[0]["rewards/margins"] > 0
+
+    again = await finish(control, acme, ROWS, max_steps=1, learning_rate=1e-9, model=str(first.fine_tuned_model))
+    files = [
+        control.jobs._blobs.store.path((await control.adapters.get(acme, name)).digest)
+        for name in ("first", again.name)
+    ]
+    before, after = [load_file(path / "adapter_model.safetensors") for path in files]
+    assert before.keys() == after.keys()
+    assert all(np.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert json.loads((files[1] / "adapter_config.json").read_text())["lora_alpha"] == 4

@@ -1,0 +1,61 @@
+"""Stand-ins for what only a card has, so that the buffers of `DecodeGraphs` are tested with real numbers on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tenora.engine.core import Engine
+from tenora.engine.decode_graphs import DecodeGraphs
+from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
+
+
+class Rerun:
+    """A graph that does its work again. What it returned at the capture is all that anybody may look at."""
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        self._work = work
+        self.output = work().clone()
+
+    def replay(self) -> None:
+        self.output.copy_(self._work())
+
+
+class HostRows:
+    """`GpuLora` on the host: steps see the tables as they were at the last `refresh`."""
+
+    def __init__(self, tables: LoraTables) -> None:
+        self._tables = tables
+        self._mirror: LoraTables | None = None
+        self.broken = False
+        self.refresh()
+
+    def refresh(self) -> bool:
+        if self.broken:
+            raise ValueError("an adapter has rank 9; these kernels were prepared for 8.")
+        given = self._tables
+        copies = (table.clone() for table in (given.ranks, given.scaling, given.a_offset, given.b_offset))
+        self._mirror = LoraTables(given.arena, *copies, given.in_features, given.out_features)
+        self._mirror.narrow[:] = given.narrow
+        return True
+
+    def batch(self, slot_of_row: Tensor) -> LoraBatch:
+        assert self._mirror is not None
+        assert slot_of_row.dtype in {torch.int32, torch.int64}
+        return LoraBatch(self._mirror, build_segments(slot_of_row))
+
+
+def with_graphs(engine: Engine, *, capture: Callable[[Callable[[], Tensor]], Rerun] = Rerun) -> DecodeGraphs:
+    """Give an engine on the CPU what `DecodeGraphs.on_card` gives one on a card."""
+    runner = engine.runner
+    runner.graphs = DecodeGraphs(
+        runner.decoder,
+        runner.cache,
+        HostRows(runner.tables),
+        capture,
+        max_rows=engine.scheduler.max_num_seqs,
+        max_context=engine.max_model_len,
+    )
+    return runner.graphs
