@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import attention as flash
-from torch.nn.attention.varlen import varlen_attn
 
 from tenora.model.cache import KVCache
 from tenora.model.transfer import to_device
@@ -22,6 +22,14 @@ __all__ = ["VarlenAttention"]
 
 _PAGED = frozenset({"FA3", "FA4"})
 _MOST_DIM = 256
+
+
+def varlen_attn(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """torch's own, imported at the first call: it brings torch's compiler along, 140 MB that a CPU has no use for."""
+    from torch.nn.attention import varlen  # noqa: PLC0415  # see above
+
+    found: Tensor | tuple[Tensor, Tensor] = varlen.varlen_attn(*arguments, **options)
+    return found
 
 
 class VarlenAttention:

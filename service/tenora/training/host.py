@@ -11,7 +11,7 @@ from tenora.training.work import WorkQueue
 
 # Of a pass whose activations are kept. On a CPU larger ones are hardly faster, they only hold the pass longer between
 # two boundaries.
-_ACTIVATION_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}
+_ACTIVATION_BYTES = {"cpu": 768 * 2**20, "cuda": 8 * 2**30}
 _USUAL_RANK = 16
 
 

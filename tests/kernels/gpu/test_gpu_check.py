@@ -142,6 +142,7 @@ def test_the_engines_loop_on_a_tiny_base() -> None:
     config = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 64}
     spec = ModelSpec.from_config({**config, **heads})
+    torch.manual_seed(1)  # of most draws the adapters change a token
     loop = EngineLoop(spec, torch.device("cpu"), torch.float32, rows=4, adapters=3, context=21)
     rows = HostRows(loop.tables)
     graphs = loop.graphs(rows, Rerun)
