@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import peft
@@ -11,30 +10,13 @@ import torch
 import transformers
 import yaml
 
-from tenora.adapters.targets import TargetModule
 from tenora.control.model_card import model_card
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
 from tests.control.test_publication import train, unpack
-from tests.control.test_real_engine import Service
+from tests.control.test_real_engine import Service, _one_thread, service
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-async def service(
-    home: Path, tiny_base: Path, tokenizer: Tokenizer, targets: Sequence[TargetModule]
-) -> AsyncIterator[Service]:
-    made = Service(home, tiny_base, tokenizer, targets)
-    await made.start()
-    yield made
-    await made.stop()
+__all__ = ["_one_thread", "service"]  # fixtures
 
 
 async def test_a_few_rows_are_reported_by_cross_validation(service: Service) -> None:

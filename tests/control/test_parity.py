@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.pool import SlotPool
@@ -20,32 +19,15 @@ from tenora.control.parity import TOLERANCE, compare_paths, probe_rows, require_
 from tenora.control.records import JobRecord, Principal
 from tenora.engine import core
 from tenora.errors import ModelNotFoundError, NotFoundError, TrainingError
-from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import LoraSpec
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
 from tests.control.scripted import random_modules
-from tests.control.test_real_engine import Service
+from tests.control.test_real_engine import Service, _one_thread, service
+
+__all__ = ["_one_thread", "service"]  # fixtures
 
 NAMES = ("q_proj", "v_proj")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-async def service(
-    home: Path, tiny_base: Path, tokenizer: Tokenizer, targets: Sequence[TargetModule]
-) -> AsyncIterator[Service]:
-    made = Service(home, tiny_base, tokenizer, targets)
-    await made.start()
-    yield made
-    await made.stop()
 
 
 async def train(control: Control, who: Principal, **fields: Any) -> JobRecord:

@@ -242,9 +242,8 @@ async def test_untrained_modules_fail_the_job(
     assert control._blobs.store.list() == ()
 
 
-async def test_cancelling_during_the_examination_wins(
-    control: Control, acme: Principal, measured: ScriptedEngine
-) -> None:
+async def examined(control: Control, who: Principal, engine: ScriptedEngine) -> JobRecord:
+    """A job whose adapter is being examined, for as long as the engine does not score again."""
     asked = asyncio.Event()
 
     def ask(request: Generate) -> list[SequenceOutput]:
@@ -253,10 +252,17 @@ async def test_cancelling_during_the_examination_wins(
             raise UnavailableError("Busy.", retry_after=0.05)
         return scores(request)
 
-    measured.score = ask
-    valid = await upload(control, acme, ROWS[:8])
-    job = await create_job(control, acme, validation_file=valid.id, name="desk")
+    engine.score = ask
+    valid = await upload(control, who, ROWS[:8])
+    job = await create_job(control, who, validation_file=valid.id, name="desk")
     await asked.wait()
+    return job
+
+
+async def test_cancelling_during_the_examination_wins(
+    control: Control, acme: Principal, measured: ScriptedEngine
+) -> None:
+    job = await examined(control, acme, measured)
     await control.jobs.cancel(acme, job.id)
     measured.score = scores
     assert (await until(control, acme, job.id)).status == "cancelled"
@@ -267,18 +273,7 @@ async def test_cancelling_during_the_examination_wins(
 async def test_others_publish_while_one_is_examined(
     control: Control, acme: Principal, measured: ScriptedEngine, import_adapter: ImportAdapter
 ) -> None:
-    asked = asyncio.Event()
-
-    def ask(request: Generate) -> list[SequenceOutput]:
-        if request.adapter is not None:
-            asked.set()
-            raise UnavailableError("Busy.", retry_after=0.05)
-        return scores(request)
-
-    measured.score = ask
-    valid = await upload(control, acme, ROWS[:8])
-    job = await create_job(control, acme, validation_file=valid.id, name="desk")
-    await asked.wait()
+    job = await examined(control, acme, measured)
     async with asyncio.timeout(5):
         await import_adapter(control, acme, "other", seed=9)
         await control.adapters.delete(acme, "other")

@@ -12,10 +12,9 @@ import torch
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.fusion import TrainingRun
 from tenora.training.spec import TrainEvent
 
-from .runs import MakeSpec, default_spec, write_rows
+from .runs import MakeSpec, TrainingRun, default_spec, write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
-from tenora.training.fusion import TrainingRun
+from tenora.model.decoder import Decoder
+from tenora.training.fusion import FusedTraining
 from tenora.training.spec import (
     CheckpointEvent,
     FailedEvent,
@@ -50,6 +51,25 @@ def default_spec(directory: Path, workdir: str, **changes: Any) -> TrainSpec:
 def write_rows(directory: Path) -> None:
     random_rows(14, seed=1).save(directory / "train.npz")
     random_rows(5, seed=2).save(directory / "valid.npz")
+
+
+class TrainingRun:
+    """One run by itself: iterate it for its events, with None at every layer boundary.
+
+    If `spec.workdir` holds the state of an earlier run with this spec, iterating goes on from there.
+    """
+
+    def __init__(self, decoder: Decoder, spec: TrainSpec) -> None:
+        self._training = FusedTraining(decoder)
+        self._run_id = spec.run_id
+        self._training.start(spec)
+
+    def stop(self, *, pause: bool) -> None:
+        """End the run; its last item is then a StoppedEvent. See `JobRun.stop`."""
+        self._training.stop(self._run_id, pause=pause)
+
+    def __iter__(self) -> Iterator[TrainEvent | None]:
+        return iter(self._training)
 
 
 Items = list[TrainEvent | None]

@@ -25,7 +25,6 @@ from tenora.training import learner
 from tenora.training.arena import TrainedAdapter
 from tenora.training.corpus import Corpus
 from tenora.training.dataset import TokenizedDataset, tokenize_file
-from tenora.training.fusion import TrainingRun
 from tenora.training.optimizer import AdamW
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.spec import (
@@ -43,7 +42,7 @@ from tenora.training.spec import (
 from tenora.training.work import Work
 
 from .rows import random_rows, write_lines
-from .runs import assert_same_bits, comparable, default_spec, events_of, failure, weights_of
+from .runs import TrainingRun, assert_same_bits, comparable, default_spec, events_of, failure, weights_of
 from .test_step import make_adapter
 
 # peft and TRL read a property that transformers renamed.

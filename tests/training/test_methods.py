@@ -15,7 +15,7 @@ from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.fusion import FusedTraining, TrainingRun
+from tenora.training.fusion import FusedTraining
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import (
     EvalEvent,
@@ -32,7 +32,7 @@ from tenora.training.spec import (
 )
 
 from .rows import random_rows
-from .runs import MakeSpec, assert_same_bits, events_of, weights_of
+from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of
 
 RATES = (1e-4, 3e-3, 1e-2, 2e-2, 5e-3, 1e-5)
 TRIALS = tuple(

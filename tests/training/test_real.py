@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, tokenize_file
-from tenora.training.fusion import TrainingRun
 from tenora.training.spec import EvalEvent, FinishedEvent, TaskSpec, TrainSpec
+
+from .runs import TrainingRun
 
 pytestmark = pytest.mark.real
 

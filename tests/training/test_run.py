@@ -22,7 +22,7 @@ from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.evaluation import Evaluation
-from tenora.training.fusion import FusedTraining, TrainingRun
+from tenora.training.fusion import FusedTraining
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
@@ -35,6 +35,7 @@ from tenora.training.spec import (
 from .runs import (
     Items,
     MakeSpec,
+    TrainingRun,
     assert_same_bits,
     comparable,
     events_of,
@@ -119,14 +120,16 @@ from pathlib import Path
 from tenora.model.loading import load_decoder
 from tenora.training import learner
 from tenora.training.evaluation import Evaluation
-from tenora.training.fusion import FusedTraining, TrainingRun
+from tenora.training.fusion import FusedTraining
 from tenora.training.spec import StepEvent, TrainSpec
 torch.set_num_threads(1)
 learner.STATE_INTERVAL_SECONDS = 0.0
 spec = msgspec.json.decode(Path({str(tmp_path / "spec.json")!r}).read_bytes(), type=TrainSpec)
 decoder = load_decoder(Path({str(tiny_base)!r}), device=torch.device("cpu"), dtype=torch.float32)
 countdown = -1
-for item in TrainingRun(decoder, spec):
+training = FusedTraining(decoder)
+training.start(spec)
+for item in training:
     if isinstance(item, StepEvent) and item.step == 6:
         countdown = 9
     countdown -= 1

@@ -17,7 +17,6 @@ from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.fusion import TrainingRun
 from tenora.training.spec import (
     FinishedEvent,
     LoraSpec,
@@ -29,6 +28,7 @@ from .rows import random_rows
 from .runs import (
     Items,
     MakeSpec,
+    TrainingRun,
     assert_same_bits,
     events_of,
     failure,

@@ -33,6 +33,8 @@ __all__ = [
     "multiply_rows",
     "product_phase",
     "row_blocks",
+    "tile_count",
+    "tile_of",
     "unpack",
 ]
 
@@ -135,6 +137,20 @@ def group_of(panels):
 
 
 @compiled()
+def tile_count(rows, panels, group):
+    """How many tasks a product of so many rows and panels is, with `group` panels in each."""
+    return row_blocks(rows) * ((panels + group - 1) // group)
+
+
+@compiled()
+def tile_of(task, rows, panels, group):
+    """A task's rows start … stop - 1 and panels first … last - 1."""
+    blocks, groups = row_blocks(rows), (panels + group - 1) // group
+    block, first = task // groups, task % groups * group
+    return rows * block // blocks, rows * (block + 1) // blocks, first, min(first + group, panels)
+
+
+@compiled()
 def add_bias(bias, first, last, rows, out, out_step):
     """out[0:rows, first:last] += bias[first:last]."""
     for row in range(rows):
@@ -174,16 +190,13 @@ def product_phase(control, phase, rows, fresh, x, x_step, w, panels, depth, out,
         bias: address of float32 [panels · PANEL]; 0 for none.
         sample: NARROW or WIDE.
     """
-    group, blocks = group_of(panels), row_blocks(rows)
-    groups = (panels + group - 1) // group
-    tasks = blocks * groups
+    group = group_of(panels)
+    tasks = tile_count(rows, panels, group)
     while True:
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        block, first = task // groups, task % groups * group
-        start, stop = rows * block // blocks, rows * (block + 1) // blocks
-        last = min(first + group, panels)
+        start, stop, first, last = tile_of(task, rows, panels, group)
         multiply_rows(start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample)
         complete(control, phase)
     join(control, phase, tasks)

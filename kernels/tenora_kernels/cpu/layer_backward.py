@@ -7,7 +7,7 @@ each other share one number, the larger tasks first, so that members wait for ea
 from __future__ import annotations
 
 from tenora_kernels.cpu.factors import GRAD, expand_back, gradient_task, gradient_tasks, pack_outputs, shrink_back
-from tenora_kernels.cpu.gemm import PANEL, group_of, row_blocks
+from tenora_kernels.cpu.gemm import PANEL, group_of, tile_count, tile_of
 from tenora_kernels.cpu.heads import join_token, split_token
 from tenora_kernels.cpu.layer_record import (
     ACTIVATION,
@@ -49,7 +49,7 @@ from tenora_kernels.cpu.layer_record import (
     S,
     X,
 )  # fmt: skip  # isort: skip
-from tenora_kernels.cpu.rowwise import add_row, gate_backward, norm_backward, norm_forward
+from tenora_kernels.cpu.rowwise import add_row, gate_backward, norm_backward, norm_rows
 from tenora_kernels.cpu.sequences import DIM, KV_HEADS, QUERIES, SCORES, SCORES_ROW, attend_family
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.transposed import multiply_turned, transpose_task, transpose_tasks
@@ -58,14 +58,6 @@ from tenora_kernels.cpu.values import compiled
 __all__ = ["BACKWARD_PHASES", "backward_layer"]
 
 BACKWARD_PHASES = 12
-
-
-@compiled()
-def _norm_rows(layer, piece, x, weight, eps):
-    """NORMED of a piece's rows once more."""
-    columns = layer[HIDDEN]
-    for row in range(piece[1], piece[1] + piece[2]):
-        norm_forward(x + row * columns * 4, weight, columns, eps, layer[NORMED] + row * columns * 4)
 
 
 @compiled()
@@ -106,7 +98,7 @@ def _prepare(
             for token in range(first, min(tokens, first + TOKENS_OF_A_TASK)):
                 split_token(attention, token, places[token], True, eps, scale, buffer)
         else:
-            _norm_rows(layer, pieces[task - heads], layer[MID], layer[MLP_NORM], eps)
+            norm_rows(pieces[task - heads], layer[MID], layer[MLP_NORM], hidden, eps, layer[NORMED])
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -142,11 +134,8 @@ def _product_task(
     task, layer, dy, depth, turned, columns, out, out_step, number, pieces, factors, sites, sample
 ):  # fmt: skip
     """out = dY · W + dS · A for some rows and columns."""
-    rows, panels = layer[ROWS], columns // PANEL
-    group = group_of(panels)
-    groups, blocks = (panels + group - 1) // group, row_blocks(rows)
-    block, first = task // groups, task % groups * group
-    start, stop, last = rows * block // blocks, rows * (block + 1) // blocks, min(first + group, panels)
+    panels = columns // PANEL
+    start, stop, first, last = tile_of(task, layer[ROWS], panels, group_of(panels))
     multiply_turned(
         dy + start * depth * 4, depth * 4, stop - start, turned, first, last, depth, out + start * out_step, out_step,
         0, sample,
@@ -160,8 +149,8 @@ def _product_task(
 
 @compiled()
 def _product_tasks(layer, columns):
-    group = group_of(columns // PANEL)
-    return (columns // PANEL + group - 1) // group * row_blocks(layer[ROWS])
+    panels = columns // PANEL
+    return tile_count(layer[ROWS], panels, group_of(panels))
 
 
 @compiled()
@@ -263,7 +252,7 @@ def _attend_back(
                 q_size * 4, layer[D_MID], hidden * 4, layer[S], layer[DS],
             )  # fmt: skip
         else:
-            _norm_rows(layer, pieces[task - sums], layer[X], layer[INPUT_NORM], eps)
+            norm_rows(pieces[task - sums], layer[X], layer[INPUT_NORM], hidden, eps, layer[NORMED])
         complete(control, phase)
     join(control, phase, tasks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import float32
 
 from tenora_kernels.cpu.factors import expand, pack_inputs, shrink
-from tenora_kernels.cpu.gemm import PANEL, add_bias, group_of, multiply_block, row_blocks
+from tenora_kernels.cpu.gemm import PANEL, add_bias, group_of, multiply_block, tile_count, tile_of
 from tenora_kernels.cpu.heads import split_token
 from tenora_kernels.cpu.layer_record import (
     ACTIVATION,
@@ -41,7 +41,7 @@ from tenora_kernels.cpu.layer_record import (
     S,
     X,
 )  # fmt: skip  # isort: skip
-from tenora_kernels.cpu.rowwise import gate_forward, norm_forward
+from tenora_kernels.cpu.rowwise import gate_forward, norm_rows
 from tenora_kernels.cpu.sequences import DIM, KV_HEADS, QUERIES, SCORES, SCORES_ROW, attend_item
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.values import compiled, load, store
@@ -61,8 +61,7 @@ def _norm_and_shrink(control, phase, layer, x, weight, number, pieces, factors, 
         if task < 0:
             break
         piece = pieces[task]
-        for row in range(piece[1], piece[1] + piece[2]):
-            norm_forward(x + row * columns * 4, weight, columns, eps, layer[NORMED] + row * columns * 4)
+        norm_rows(piece, x, weight, columns, eps, layer[NORMED])
         shrink(piece, factors, sites, number, packs, layer[INDEX], layer[NORMED], columns * 4, layer[S])
         complete(control, phase)
     join(control, phase, tasks)
@@ -94,15 +93,13 @@ def _project(
 ):  # fmt: skip
     """out = (residual +) x · Wᵀ + bias + the low-rank terms; residual 0: none."""
     rows, panels = layer[ROWS], columns // PANEL
-    group, blocks = group_of(panels), row_blocks(rows)
-    groups = (panels + group - 1) // group
-    tasks = blocks * groups
+    group = group_of(panels)
+    tasks = tile_count(rows, panels, group)
     while True:
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        block, first = task // groups, task % groups * group
-        start, stop, last = rows * block // blocks, rows * (block + 1) // blocks, min(first + group, panels)
+        start, stop, first, last = tile_of(task, rows, panels, group)
         at = out + start * columns * 4
         if residual != 0:
             _copy(residual + start * columns * 4, at, stop - start, columns * 4, first * PANEL, last * PANEL)
@@ -125,15 +122,13 @@ def _gate_up(control, phase, layer, pieces, factors, sites, sample):
     """GATE_UP and ACTIVE; a task makes the same columns of gate and up."""
     rows, mlp, depth = layer[ROWS], layer[MLP], layer[HIDDEN]
     panels = mlp // PANEL
-    group, blocks = max(2, group_of(panels) // 2), row_blocks(rows)
-    groups = (panels + group - 1) // group
-    tasks, step = blocks * groups, 2 * mlp * 4
+    group = max(2, group_of(panels) // 2)
+    tasks, step = tile_count(rows, panels, group), 2 * mlp * 4
     while True:
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        block, first = task // groups, task % groups * group
-        start, stop, last = rows * block // blocks, rows * (block + 1) // blocks, min(first + group, panels)
+        start, stop, first, last = tile_of(task, rows, panels, group)
         at = layer[GATE_UP] + start * step
         for half in range(2):
             low, high = half * panels + first, half * panels + last

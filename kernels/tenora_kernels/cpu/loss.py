@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32
 
-from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_block, row_blocks
+from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_block, row_blocks, tile_count, tile_of
 from tenora_kernels.cpu.product import bytes_of
 from tenora_kernels.cpu.rowwise import norm_backward, norm_forward, scale_row
 from tenora_kernels.cpu.sequences import exponentials, largest
@@ -153,10 +153,9 @@ def gradient_job(control, call, first_block, last_block, sample):
     rows, depth, step = call[ROWS], call[HIDDEN_SIZE], call[PANELS] * PANEL * 4
     out_panels, pieces = depth // PANEL, row_blocks(rows)
     group = group_of(out_panels)
-    groups = (out_panels + group - 1) // group
     for phase in range(last_block - first_block + 1):
         block = first_block + phase - 1
-        products = pieces * groups if phase > 0 else 0
+        products = tile_count(rows, out_panels, group) if phase > 0 else 0
         more = block + 1 < last_block
         panels = min(BLOCK_PANELS, call[PANELS] - (block + 1) * BLOCK_PANELS)
         turns = transpose_tasks(panels) if more else 0
@@ -166,13 +165,12 @@ def gradient_job(control, call, first_block, last_block, sample):
             if task < 0:
                 break
             if task < products:
-                piece, first = task // groups, task % groups * group
-                start, stop = rows * piece // pieces, rows * (piece + 1) // pieces
+                start, stop, first, last = tile_of(task, rows, out_panels, group)
                 turned = call[TURNED] + block % 2 * BLOCK_PANELS * PANEL * depth * bytes_of(sample)
                 lines = min(BLOCK_PANELS, call[PANELS] - block * BLOCK_PANELS) * PANEL
                 multiply_turned(
                     call[SCORES] + start * step + block * BLOCK_PANELS * PANEL * 4, step, stop - start, turned, first,
-                    min(first + group, out_panels), lines, call[D_NORMED] + start * depth * 4, depth * 4,
+                    last, lines, call[D_NORMED] + start * depth * 4, depth * 4,
                     1 if block > 0 else 0, sample,
                 )  # fmt: skip
             elif task < products + turns:

@@ -18,7 +18,16 @@ from numba.extending import intrinsic
 from tenora_kernels.cpu.values import FAST, compiled, load, store
 from tenora_kernels.cpu.vectors import LANES, Vectors, integer
 
-__all__ = ["add_row", "gate_backward", "gate_forward", "inverse_norm", "norm_backward", "norm_forward", "scale_row"]
+__all__ = [
+    "add_row",
+    "gate_backward",
+    "gate_forward",
+    "inverse_norm",
+    "norm_backward",
+    "norm_forward",
+    "norm_rows",
+    "scale_row",
+]
 
 _Loads = Sequence[Callable[[], Any]]
 _Compute = Callable[[Vectors, _Loads, list[Any]], list[Any]]
@@ -126,6 +135,13 @@ def inverse_norm(x, columns, eps):
 def norm_forward(x, weight, columns, eps, out):
     """out = x / √(mean(x²) + ε) · weight."""
     _scale_by_row(out, out, out, x, weight, x, inverse_norm(x, columns, eps), float32(0), columns // LANES)
+
+
+@compiled()
+def norm_rows(piece, x, weight, columns, eps, out):
+    """`norm_forward` of the rows of a piece of the stream: piece[2] of them from row piece[1] on."""
+    for row in range(piece[1], piece[1] + piece[2]):
+        norm_forward(x + row * columns * 4, weight, columns, eps, out + row * columns * 4)
 
 
 @compiled()

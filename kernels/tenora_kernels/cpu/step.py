@@ -14,7 +14,7 @@ from numba import float32
 
 from tenora_kernels.cpu import paged
 from tenora_kernels.cpu.activation import activate
-from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_rows, product_phase, row_blocks
+from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_rows, product_phase, tile_count, tile_of
 from tenora_kernels.cpu.lowrank import factor_of, low_rank
 from tenora_kernels.cpu.product import packed_entry
 from tenora_kernels.cpu.team import claim, complete, join
@@ -131,16 +131,13 @@ def _gate_up(control, phase, step, w, bias, sample):
     """The gate's half of GATE_UP = act(gate) · up; a task makes the same columns of both."""
     rows, hidden, mlp = step[ROWS], step[HIDDEN], step[MLP]
     panels = mlp // PANEL
-    group, blocks = max(2, group_of(panels) // 2), row_blocks(rows)
-    groups = (panels + group - 1) // group
-    tasks, out_step, x_step = blocks * groups, 2 * mlp * 4, hidden * 4
+    group = max(2, group_of(panels) // 2)
+    tasks, out_step, x_step = tile_count(rows, panels, group), 2 * mlp * 4, hidden * 4
     while True:
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        block, first = task // groups, task % groups * group
-        start, stop = rows * block // blocks, rows * (block + 1) // blocks
-        last = min(first + group, panels)
+        start, stop, first, last = tile_of(task, rows, panels, group)
         for half in range(2):
             multiply_rows(
                 start, stop, step[BASE_ROWS], step[NORMED], x_step, w, half * panels + first, half * panels + last,

@@ -52,8 +52,8 @@ class Corpus:
             valid=concatenate(valid) if valid else train[0].select(np.zeros(0, np.int64)),
             names=tuple(task.name for task in tasks),
             weights=tuple(task.weight / largest for task in tasks),
-            train_task=_tasks(train, rows_per_example),
-            valid_task=_tasks(valid, rows_per_example),
+            train_task=_tasks(train),
+            valid_task=_tasks(valid),
         )
 
     @property
@@ -118,8 +118,8 @@ class Corpus:
         return random.permutation(np.concatenate(drawn))
 
 
-def _tasks(datasets: Sequence[TokenizedDataset], size: int) -> Int64Array:
-    counts = [len(dataset) // size for dataset in datasets]
+def _tasks(datasets: Sequence[TokenizedDataset]) -> Int64Array:
+    counts = [dataset.examples for dataset in datasets]
     return np.repeat(np.arange(len(datasets), dtype=np.int64), counts)
 
 

@@ -99,7 +99,7 @@ def measure(
     objective = None
     if reference is not None:
         objective = PreferenceLoss(spec.beta, 1, np.array(reference, dtype=np.float32))
-    examples = len(dataset) // dataset.rows_per_example
+    examples = dataset.examples
     for first in range(0, examples, _PACKED_AT_ONCE):
         together = range(first, min(first + _PACKED_AT_ONCE, examples))
         parts = microbatches(dataset, together, capacity, shared=shared)

@@ -8,7 +8,6 @@ row was measured once by an adapter that had not seen it, so the held-out figure
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -22,9 +21,7 @@ from tenora.training.interleave import interleave
 from tenora.training.learner import Learner
 from tenora.training.packing import Int64Array
 from tenora.training.plain import load_corpus
-from tenora.training.spec import EvalEvent, FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
-
-Items = Generator[TrainEvent | None, None, None]
+from tenora.training.spec import EvalEvent, FinishedEvent, HeldOut, Items, Probe, TrainSpec
 
 
 class FoldsPlan:

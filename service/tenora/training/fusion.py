@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,16 +19,14 @@ from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep, release_buffers
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
-from tenora.training.failures import explain, is_out_of_memory
+from tenora.training.failures import explain
 from tenora.training.host import TrainingHost
 from tenora.training.run import JobRun
-from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
 from tenora.training.step import TokenLosses, forward, forward_backward, load_pass
 from tenora.training.work import Work, WorkQueue
 
 _log = logging.getLogger(__name__)
-
-Items = Generator[TrainEvent | None, None, None]
 
 
 class Run(Protocol):
@@ -40,6 +39,15 @@ class Run(Protocol):
     def stop(self, *, pause: bool) -> None:
         """End at the next item; a StoppedEvent is the last one then."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Hosted:
+    """A run that has not ended, and where it is."""
+
+    spec: TrainSpec
+    run: Run
+    items: Iterator[TrainEvent | None]
 
 
 class FusedTraining:
@@ -62,9 +70,7 @@ class FusedTraining:
         arena = TrainingArena(target_modules(decoder.spec), device=decoder.device)
         self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass)
         self._start = start
-        self._specs: dict[str, TrainSpec] = {}
-        self._runs: dict[str, Run] = {}
-        self._iterators: dict[str, Iterator[TrainEvent | None]] = {}
+        self._runs: dict[str, _Hosted] = {}
         self._failed: list[TrainEvent] = []
         self._items: Items | None = None
         self._passing: list[Work] = []
@@ -85,20 +91,18 @@ class FusedTraining:
             return
         try:
             run = self._start(self.host, spec)
-            iterator = iter(run)
+            self._runs[spec.run_id] = _Hosted(spec, run, iter(run))
         except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
             self._failed.append(_failure(spec.run_id, error))
-            return
-        self._specs[spec.run_id], self._runs[spec.run_id], self._iterators[spec.run_id] = spec, run, iterator
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile.
 
         A pass that others take part in is run to its end first; one that nobody wants any more is left where it is.
         """
-        if (run := self._runs.get(run_id)) is None:
+        if (hosted := self._runs.get(run_id)) is None:
             return
-        run.stop(pause=pause)
+        hosted.run.stop(pause=pause)
         self.host.queue.abandon(run_id)
         if self._passing and self._items is not None and not any(self.host.queue.holds(w) for w in self._passing):
             self._items.close()
@@ -145,7 +149,7 @@ class FusedTraining:
         self.host.queue.collect(run_id)
         while True:
             try:
-                event = next(self._iterators[run_id])
+                event = next(self._runs[run_id].items)
             except StopIteration:
                 self._end(run_id)
                 return
@@ -168,9 +172,9 @@ class FusedTraining:
         except Exception as error:  # noqa: BLE001  # a run's error must not reach the engine or the other runs
             if len(works) == 1:
                 works[0].error = error
-            elif is_out_of_memory(error):
-                _log.warning("a fused training pass ran out of memory; its parts are run one by one")
-            for work in works if len(works) > 1 else ():
+                return
+            _log.warning("a fused training pass failed; its parts are run one by one", exc_info=error)
+            for work in works:
                 work.restart()
             return
         finally:
@@ -209,31 +213,11 @@ class FusedTraining:
         return [found.part(span) for span in batch.learned]
 
     def _end(self, run_id: str) -> None:
-        spec = self._specs.pop(run_id)
-        del self._runs[run_id], self._iterators[run_id]
-        alone = all(other.group != spec.group for other in self._specs.values())
-        self.host.queue.forget(run_id, spec.group, group_is_gone=alone)
+        group = self._runs.pop(run_id).spec.group
+        alone = all(other.spec.group != group for other in self._runs.values())
+        self.host.queue.forget(run_id, group, group_is_gone=alone)
         if not self._runs:
             release_buffers(self.host.decoder)
-
-
-class TrainingRun:
-    """One run by itself: iterate it for its events, with None at every layer boundary.
-
-    If `spec.workdir` holds the state of an earlier run with this spec, iterating goes on from there.
-    """
-
-    def __init__(self, decoder: Decoder, spec: TrainSpec) -> None:
-        self._training = FusedTraining(decoder)
-        self._run_id = spec.run_id
-        self._training.start(spec)
-
-    def stop(self, *, pause: bool) -> None:
-        """End the run; its last item is then a StoppedEvent. See `JobRun.stop`."""
-        self._training.stop(self._run_id, pause=pause)
-
-    def __iter__(self) -> Iterator[TrainEvent | None]:
-        return iter(self._training)
 
 
 def _failure(run_id: str, error: Exception) -> FailedEvent:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 
-from tenora.training.spec import TrainEvent
-
-Items = Generator[TrainEvent | None, None, None]
+from tenora.training.spec import Items
 
 
 def interleave(parts: Iterable[Items]) -> Items:

@@ -33,7 +33,7 @@ from tenora.training.objectives import MeanLoss, PreferenceLoss, RewardSums, row
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.packing import PackedRows, microbatches, shared_prefix
 from tenora.training.schedule import learning_rate
-from tenora.training.spec import CheckpointEvent, EvalEvent, Rewards, StepEvent, TrainEvent, TrainSpec
+from tenora.training.spec import CheckpointEvent, EvalEvent, Items, Rewards, StepEvent, TrainSpec
 from tenora.training.start import start_adapter
 from tenora.training.step import LoraDropout, TokenLosses
 from tenora.training.work import Dropping, Work
@@ -43,8 +43,6 @@ STATE_INTERVAL_SECONDS = 120.0
 _DIVERGED_NATS = 3.0  # above the start's loss, and
 _DIVERGED_RATIO = 2.0  # times it, in
 _DIVERGED_STEPS = 3  # steps on end: the run is beyond repair, and every further step would be wasted
-
-Items = Generator[TrainEvent | None, None, None]
 
 
 class Learner:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Best
 from tenora.training.corpus import Corpus
 from tenora.training.host import TrainingHost
 from tenora.training.learner import Learner
-from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
+from tenora.training.spec import FinishedEvent, HeldOut, Items, Probe, TrainSpec
 
 
 class PlainPlan:
@@ -25,7 +24,7 @@ class PlainPlan:
         """Optimizer steps done."""
         return self._learner.progress.step
 
-    def items(self) -> Generator[TrainEvent | None, None, None]:
+    def items(self) -> Items:
         """Events, and None where it waits, up to the FinishedEvent."""
         yield from self._learner.fit()
         yield finished(self._learner)

@@ -9,19 +9,17 @@ FailedEvent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from tenora.training.failures import explain
 from tenora.training.folds import FoldsPlan
 from tenora.training.host import TrainingHost
 from tenora.training.plain import PlainPlan
-from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
 from tenora.training.sweep import SweepPlan
 
 _log = logging.getLogger(__name__)
-
-Items = Generator[TrainEvent | None, None, None]
 
 
 class Plan(Protocol):

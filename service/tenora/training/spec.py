@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Literal
 
 import msgspec
@@ -274,3 +275,6 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 TrainEvent = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FinishedEvent | StoppedEvent | FailedEvent
+
+Items = Generator[TrainEvent | None, None, None]
+"""What a part of a run yields: events, and None where it waits or something else may be done in between."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -26,7 +25,7 @@ from tenora.training.recipes import halving_rungs
 from tenora.training.spec import (
     EvalEvent,
     FinishedEvent,
-    TrainEvent,
+    Items,
     TrainSpec,
     TrialEvent,
     TrialSpec,
@@ -34,8 +33,6 @@ from tenora.training.spec import (
 )
 
 _log = logging.getLogger(__name__)
-
-Items = Generator[TrainEvent | None, None, None]
 
 
 class _Ended(msgspec.Struct, frozen=True, kw_only=True):
