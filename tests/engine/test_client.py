@@ -239,12 +239,12 @@ async def test_leaving_a_run_pauses_it_and_it_can_be_taken_up_again(engine: Asyn
 async def test_close_lets_requests_finish_within_the_grace(fakes: Fakes) -> None:
     engine = AsyncEngine.in_thread(Settings(), fakes)
     await engine.start()
-    slow = asyncio.create_task(tokens_of(engine, generate([1], sampling(max_tokens=3000))))
+    slow = asyncio.create_task(tokens_of(engine, generate([1], sampling(max_tokens=client.OUTPUT_BUFFER))))
     endless = asyncio.create_task(tokens_of(engine, generate([SILENT])))
     training = asyncio.create_task(_events(engine, "run"))
     await until(lambda: bool(fakes.made[0].runs))
     await engine.close(1.0)
-    assert len(await slow) == 3000
+    assert len(await slow) == client.OUTPUT_BUFFER
     with pytest.raises(UnavailableError):
         await endless
     last = (await training)[-1]
