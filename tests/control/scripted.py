@@ -180,7 +180,13 @@ class ScriptedEngine:
         losses = {trial: 1.5 if trial == self.winner else 2.0 + trial for trial in range(last + 1)}
         half = [
             TrialEvent(
-                run_id=spec.run_id, trial=trial, status="running", step=total // 2, total_steps=total, valid_loss=loss
+                run_id=spec.run_id,
+                trial=trial,
+                status="running",
+                step=total // 2,
+                total_steps=total,
+                trained_tokens=(trial + 1) * 10,
+                valid_loss=loss,
             )
             for trial, loss in losses.items()
         ]
@@ -191,6 +197,7 @@ class ScriptedEngine:
                 status="finished" if trial == self.winner else "failed" if trial == 0 else "stopped",
                 step=total if trial == self.winner else total // 2,
                 total_steps=total,
+                trained_tokens=last * 10 + (trial + 1) * 10,
                 valid_loss=float("nan") if trial == 0 else loss,
                 reason="The loss is not finite." if trial == 0 else "",
             )
@@ -238,10 +245,11 @@ def random_modules(
 def scores(request: Generate, logprob: float | None = None) -> list[SequenceOutput]:
     """Every token of the prompt at `logprob`, by default -2 under the base and -1 under any adapter."""
     value = logprob if logprob is not None else -2.0 if request.adapter is None else -1.0
-    found: list[TokenLogprob | None] = [TokenLogprob(token, value) for token in request.token_ids]
+    first = request.sampling.prompt_logprobs_from
+    found = [None if place < first else TokenLogprob(token, value) for place, token in enumerate(request.token_ids)]
     return [
         SequenceOutput(
-            request_id=request.request_id, token_ids=[], prompt_logprobs=[None, *found[1:]], finish_reason="length"
+            request_id=request.request_id, token_ids=[], prompt_logprobs=found, finish_reason="length"
         )
     ]
 

@@ -6,7 +6,16 @@ import pytest
 
 from tenora.control.pace import Pace
 from tenora.training.recipes import halving_rungs
-from tenora.training.spec import EvalEvent, StepEvent, TaskSpec, TrainSpec, TrialEvent, TrialSpec, TrialStatus
+from tenora.training.spec import (
+    EvalEvent,
+    FoldEvent,
+    StepEvent,
+    TaskSpec,
+    TrainSpec,
+    TrialEvent,
+    TrialSpec,
+    TrialStatus,
+)
 
 
 class Clock:
@@ -46,8 +55,22 @@ def step(number: int, total: int = 20) -> StepEvent:
     )
 
 
-def evaluation(number: int) -> EvalEvent:
-    return EvalEvent(run_id="run", step=number, valid_loss=1.0, valid_accuracy=0.5, base_loss=2.0, best=True)
+def evaluation(number: int, *, best: bool = True) -> EvalEvent:
+    return EvalEvent(run_id="run", step=number, valid_loss=1.0, valid_accuracy=0.5, base_loss=2.0, best=best)
+
+
+def fold(number: int, done: float, *, before: float = 0.0) -> FoldEvent:
+    return FoldEvent(
+        run_id="run",
+        fold=number,
+        step=1,
+        total_steps=20,
+        valid_loss=1.0,
+        base_loss=2.0,
+        trained_tokens=1,
+        done=done,
+        done_before=before,
+    )
 
 
 def test_evaluations_that_are_still_to_come_count() -> None:
@@ -90,6 +113,34 @@ def test_the_fit_after_a_cross_validation_measures_nothing() -> None:
     assert pace.left(step(2)) == pytest.approx(18.0)
 
 
+def test_a_cross_validation_ends_when_the_fit_on_all_rows_does() -> None:
+    """Simulated: a row takes a second. The folds see 4 times 100 of them, and the fit 100 or fewer."""
+    clock = Clock()
+    pace = Pace(spec(folds=5), clock=clock)
+    for epoch in range(10):
+        for number in range(5):
+            clock.now += 8.0
+            left = pace.left(fold(number, (5 * epoch + number + 1) / 50))
+            assert left == pytest.approx(100.0 + 400.0 + 100.0 - clock.now)
+    for number in range(11):
+        left = pace.left(evaluation(2 * number, best=0 < number <= 4))
+    assert left == pytest.approx(40.0)
+    clock.now += 5.0
+    assert pace.left(step(1)) is None
+    clock.now += 5.0
+    assert pace.left(step(2)) == pytest.approx(30.0)  # the fit ends at step 8 of 20
+
+
+def test_a_resumed_cross_validation_counts_what_it_does_from_now_on() -> None:
+    clock = Clock()
+    pace = Pace(spec(folds=5), clock=clock)
+    assert pace.left(fold(0, 0.5, before=0.5)) is None
+    clock.now += 40.0
+    assert pace.left(fold(0, 0.6, before=0.5)) == pytest.approx(400.0 * 0.4 + 100.0)
+    resumed_later = Pace(spec(folds=5), clock=clock)  # when all folds are over, so that none says anything
+    assert [resumed_later.left(evaluation(number)) for number in (0, 10, 20)] == [None] * 3
+
+
 def test_the_pace_follows_the_load() -> None:
     clock = Clock()
     pace = Pace(spec(), clock=clock)
@@ -104,7 +155,9 @@ def test_the_pace_follows_the_load() -> None:
 
 
 def trial(number: int, done: int, status: TrialStatus = "running", total: int = 60) -> TrialEvent:
-    return TrialEvent(run_id="run", trial=number, status=status, step=done, total_steps=total, valid_loss=1.0)
+    return TrialEvent(
+        run_id="run", trial=number, status=status, step=done, total_steps=total, trained_tokens=1, valid_loss=1.0
+    )
 
 
 def test_a_sweep_ends_when_its_halving_does() -> None:

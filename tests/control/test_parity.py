@@ -146,9 +146,12 @@ def dataset(rows: Sequence[tuple[int, int]]) -> TokenizedDataset:
 def test_probe_rows_are_short_and_keep_learned_tokens() -> None:
     rows = probe_rows(dataset([(1000, 900), (300, 10)]))
     assert [(len(row.tokens), row.learned) for row in rows] == [(964, list(range(900, 964)))]
-    rows = probe_rows(dataset([(300, 10), (1000, 100), (300, 10)]))
-    assert [len(row.tokens) for row in rows] == [300, 384]
-    assert rows[1].learned == list(range(100, 384))
+    rows = probe_rows(dataset([(80, 10), (1000, 20), (80, 10)]))
+    assert [len(row.tokens) for row in rows] == [80]  # the second would be 192
+    rows = probe_rows(dataset([(80, 10), (112, 20), (80, 10)]))
+    assert [len(row.tokens) for row in rows] == [80, 112]
+    (row,) = probe_rows(dataset([(300, 100)]))
+    assert row.learned == list(range(100, 192))
 
 
 def test_a_gap_is_measured_on_what_both_have() -> None:

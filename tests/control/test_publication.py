@@ -114,7 +114,7 @@ async def test_the_base_is_measured_while_the_job_runs_and_once(
                 break
             await asyncio.sleep(0.01)
     before = len(measured.scored)
-    assert before == 1 + 8 + 8  # the text, the probe rows (all are short), the rows behind their shots
+    assert before == 1 + 6 + 8  # the text, the probe rows that PROBE_TOKENS hold, the rows behind their shots
     assert {request.adapter for request in measured.scored} == {None}
     assert acme.tenant_id not in {request.group for request in measured.scored}
     await control.close()

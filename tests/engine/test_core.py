@@ -22,6 +22,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tests.engine.driver import MakeDriver, greedy, load_peft
 from tests.engine.requests import generate, prompt, sampling
+from tests.support.errors import OUT_OF_MEMORY
 from tests.support.tiny import build_tiny
 
 
@@ -180,6 +181,23 @@ def test_prompt_logprobs_equal_transformers_in_chunks_and_after_a_cached_run(
             assert [token for token, _ in entry.top] == want[position].topk(3).indices.tolist()
 
 
+def test_scores_from_a_token_on_are_those_of_the_whole_prompt_though_its_beginning_is_cached(
+    driver: MakeDriver,
+) -> None:
+    ids, other = prompt(50), [*prompt(30), *prompt(20, 7)]
+    (want,) = driver().run(generate(other, sampling(max_tokens=0, prompt_logprobs=0)))
+    tiny = driver(max_num_batched_tokens=16)
+    tiny.run(generate(ids, sampling(max_tokens=1)))
+    (answer,) = tiny.run(generate(other, sampling(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=30)))
+    found, whole = (one.outputs[0].prompt_logprobs or [] for one in (answer, want))
+    assert answer.outputs[0].cached_tokens == 28
+    assert found[:30] == [None] * 30
+    assert [(entry.token_id, entry.logprob) for entry in found[30:] if entry] == [
+        (entry.token_id, pytest.approx(entry.logprob, abs=1e-5)) for entry in whole[30:] if entry
+    ]
+    assert len(found) == 50
+
+
 def test_a_prompt_can_be_scored_without_generating(driver: MakeDriver) -> None:
     (answer,) = driver().run(generate(prompt(5), sampling(max_tokens=0, prompt_logprobs=0)))
     assert answer.tokens == []
@@ -301,11 +319,7 @@ def test_a_failed_forward_fails_its_batch_and_the_engine_goes_on(
 
 def test_out_of_memory_is_named(driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = driver()
-    for error in (
-        torch.OutOfMemoryError("CUDA"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ):
+    for error in OUT_OF_MEMORY:
         monkeypatch.setattr(tiny.engine.runner, "run", _raiser(error))
         (answer,) = tiny.run(generate([5]))
         assert answer.failure is not None

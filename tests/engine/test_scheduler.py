@@ -159,13 +159,14 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     assert scheduler.prefix_hits == 4
 
 
-def test_prompts_that_are_scored_do_not_use_the_cache() -> None:
+@pytest.mark.parametrize(("first", "start"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (99, 8)])
+def test_of_a_scored_prompt_the_cache_stands_for_what_no_score_needs(first: int, start: int) -> None:
     scheduler = make(block_size=4)
-    scheduler.add(sequence(range(8), sampling(max_tokens=1)))
+    scheduler.add(sequence(range(12), sampling(max_tokens=1)))
     step(scheduler)
-    scheduler.add(sequence(range(8), sampling(max_tokens=1, prompt_logprobs=0)))
+    scheduler.add(sequence(range(12), sampling(max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=first)))
     (item,) = step(scheduler)
-    assert (item.start, item.count) == (0, 8)
+    assert (item.start, item.count) == (start, 12 - start)
 
 
 def test_a_sequence_whose_adapter_loads_does_not_hold_up_the_others() -> None:

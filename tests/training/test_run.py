@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tenora.model.decoder import Decoder
@@ -150,6 +151,7 @@ for item in training:
 def test_a_finished_run_that_is_started_again_only_says_so(decoder: Decoder, make_spec: MakeSpec) -> None:
     spec = make_spec()
     finished = events_of(TrainingRun(decoder, spec))[-1]
+    assert set(load_file(Path(spec.workdir) / "resume.safetensors")) == {"reference"}  # nothing waits for the rest
     assert comparable(events_of(TrainingRun(decoder, spec))) == comparable([finished])
 
 

@@ -39,11 +39,11 @@ SCORED_ROWS = 20
 SHARE = 0.03  # of the training work may be spent on the k-shot rows, within the two bounds below
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384
 _PASSES = 3  # a trained token costs as much as three scored ones: forward, gradient of inputs, low-rank gradients
-GENERIC_TOKENS = 400
+GENERIC_TOKENS = 288  # a finished adapter waits for them
 _WEIGHT = 0.1  # beside the tenants' groups: requests come first
 _GIVE_WAY_SECONDS = 10.0  # that a k-shot row waits for the requests of tenants to end: its prefill slows them down
 _POLL_SECONDS = 0.1
-_PATIENCE_SECONDS = 3.0  # that a finished run waits for what is missing still
+_PATIENCE_SECONDS = 0.5  # that a finished run waits for the text and the probe rows, if they are missing still
 _FEW_SHOT_PATIENCE_SECONDS = 120.0  # if the comparison is what the job is about
 
 
@@ -84,10 +84,18 @@ class Measuring:
     task: asyncio.Task[None] | None = None
 
     async def result(self, *, few_shot: bool) -> Baselines:
-        """What there is at the end of the run, after a short wait for the rest."""
+        """What there is at the end of the run. It is measured no further: the adapter is what the engine is for now.
+
+        Args:
+            few_shot: the comparison with the prompted base is what the job is about, and is waited for.
+        """
         if self.task is not None:
-            patience = _FEW_SHOT_PATIENCE_SECONDS if few_shot else _PATIENCE_SECONDS
-            await asyncio.wait([self.task], timeout=patience)
+            if few_shot:
+                await asyncio.wait([self.task], timeout=_FEW_SHOT_PATIENCE_SECONDS)
+            elif self.found.generic is None:
+                await asyncio.wait([self.task], timeout=_PATIENCE_SECONDS)
+            self.task.cancel()
+            await asyncio.wait([self.task])
         return self.found
 
 
@@ -164,8 +172,9 @@ async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: 
         losses: list[float] = []
         for prompt in chosen:  # one at a time: whoever waits for an answer waits for no more than one of these
             await _give_way(context)
-            scores = await scorer.score(prompt.tokens)
-            losses.append(-float(sum(scores[place - 1] for place in prompt.learned)))
+            first = prompt.learned[0]
+            scores = await scorer.score(prompt.tokens, first=first)
+            losses.append(-float(sum(scores[place - first] for place in prompt.learned)))
             few_shot = FewShotLosses(shots=shots, rows=[one.row for one in chosen[: len(losses)]], losses=list(losses))
             measuring.found = msgspec.structs.replace(measuring.found, few_shot=few_shot)
         if not chosen:

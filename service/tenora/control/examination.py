@@ -60,6 +60,7 @@ async def examine(
         spec.lora.target_modules,
         max_rank=context.blobs.max_rank,
     )
+    base = await measuring.result(few_shot=spec.folds > 0)
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
     ref = AdapterRef(digest=blob.digest, path=str(directory))
     rows = []
@@ -75,7 +76,6 @@ async def examine(
         raise TrainingError(
             f"The adapter could not be tried out before publishing: {error.message}", code="parity_unavailable"
         ) from error
-    base = await measuring.result(few_shot=spec.folds > 0)
     parity = compare_paths(
         rows,
         served,

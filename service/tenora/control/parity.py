@@ -27,8 +27,8 @@ adapters move the base by 20 and 4 nats. The bounds leave room for more tokens a
 must not fail; what they can catch is seen by the adapter's effect beside them. float16 keeps three more bits than
 bfloat16 and was not measured.
 """
-PROBE_TOKENS = 768  # of all probe rows: a fraction of a second on two cores
-_ROW_TOKENS = 384  # of one of them, unless what it teaches comes later
+PROBE_TOKENS = 192  # of all probe rows: a finished adapter waits for them, a third of a second on two cores
+_ROW_TOKENS = 192  # of one of them, unless what it teaches comes later
 _NAMED = 8
 
 
@@ -86,8 +86,11 @@ def probe_rows(dataset: TokenizedDataset) -> list[ProbeRow]:
 
 async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterRef | None) -> list[list[float]]:
     """Log-probabilities of the learned tokens of each row, scored together."""
-    found = await asyncio.gather(*(scorer.score(row.tokens, adapter) for row in rows))
-    return [[float(scores[place - 1]) for place in row.learned] for row, scores in zip(rows, found, strict=True)]
+    found = await asyncio.gather(*(scorer.score(row.tokens, adapter, first=row.learned[0]) for row in rows))
+    return [
+        [float(scores[place - row.learned[0]]) for place in row.learned]
+        for row, scores in zip(rows, found, strict=True)
+    ]
 
 
 def require_weights(directory: Path, targets: Sequence[TargetModule], names: Collection[str], *, max_rank: int) -> int:

@@ -25,7 +25,6 @@ _log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 60.0  # of a busy engine: a full queue, no free slot, a step that ran out of memory
 _GONE = frozenset({"engine_lost", "engine_shutdown", "draining"})
-_SCORE_ONLY = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Scorer:
     """Scores texts for one fairness group.
 
     Attributes:
-        group, weight, priority: as of `Generate`.
+        group, weight, priority: as of `Generate`; what texts begin with is cached for this group alone.
     """
 
     engine: AsyncEngine
@@ -41,14 +40,17 @@ class Scorer:
     weight: float = 1.0
     priority: int = 0
 
-    async def score(self, tokens: Sequence[int], adapter: AdapterRef | None = None) -> npt.NDArray[np.float64]:
-        """The log-probability of each token but the first, given those before it: [len(tokens) - 1], natural log.
+    async def score(
+        self, tokens: Sequence[int], adapter: AdapterRef | None = None, *, first: int = 1
+    ) -> npt.NDArray[np.float64]:
+        """The log-probability of tokens `first`, `first` + 1, … given those before: [len(tokens) - first], natural log.
 
         A busy engine is asked again for a while.
 
         Args:
-            tokens: at least two, at most the engine's `max_model_len`.
+            tokens: more than `first`, at most the engine's `max_model_len`.
             adapter: None is the base.
+            first: at least 1; texts that begin alike share what lies well before it.
 
         Raises:
             UnavailableError: the engine is gone (codes engine_lost, engine_shutdown, draining), or it could not do it
@@ -58,7 +60,7 @@ class Scorer:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return await self._once(tokens, adapter)
+                return await self._once(tokens, adapter, first)
             except (RateLimitedError, UnavailableError) as error:
                 gone = error.code in _GONE or not self.engine.alive
                 if gone or time.monotonic() + error.retry_after > deadline:
@@ -66,22 +68,23 @@ class Scorer:
                 _log.info("scoring waits for the engine: %s", error.message)
                 await asyncio.sleep(error.retry_after)
 
-    async def _once(self, tokens: Sequence[int], adapter: AdapterRef | None) -> npt.NDArray[np.float64]:
+    async def _once(self, tokens: Sequence[int], adapter: AdapterRef | None, first: int) -> npt.NDArray[np.float64]:
         command = Generate(
             request_id=f"score-{random_word(16)}",
             token_ids=list(tokens),
-            sampling=_SCORE_ONLY,
+            sampling=SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=first),
             adapter=adapter,
             group=self.group,
             weight=self.weight,
             priority=self.priority,
+            cache_salt=self.group,
         )
         found: list[float] = []
         async with closing(self.engine.generate(command)) as outputs:
             async for output in outputs:
                 found += [entry.logprob for entry in output.prompt_logprobs or () if entry is not None]
-        if len(found) != len(tokens) - 1:
+        if len(found) != len(tokens) - first:
             raise UnavailableError(
-                f"The engine scored {len(found)} of {len(tokens) - 1} tokens; try again.", code="engine_error"
+                f"The engine scored {len(found)} of {len(tokens) - first} tokens; try again.", code="engine_error"
             )
         return np.array(found, dtype=np.float64)

@@ -20,6 +20,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_k: 0 is off.
         logprobs: None is off; k >= 0 gives the chosen token's and the k most likely ones'.
         prompt_logprobs: the same for the prompt's tokens.
+        prompt_logprobs_from: index of the first prompt token that gets them, at least 1; what lies before may come from
+            the prefix cache.
         seed: with a seed, equal requests give equal tokens whatever else is in the batch.
         stop_token_ids: end the sequence beside the model's own end tokens.
     """
@@ -39,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -119,7 +122,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
 
     Attributes:
         cached_tokens: prompt tokens that came from the prefix cache (on the first output only, else 0).
-        prompt_logprobs: on the first output if asked for; entry 0 is None (nothing precedes it).
+        prompt_logprobs: on the first output if asked for; None before `prompt_logprobs_from` (nothing precedes entry 0).
         stop_token_id: the stop token that ended it, if one did.
         queue_seconds: how long it waited before the engine began with it (on the first output only).
     """

@@ -43,6 +43,7 @@ def _check_sampling(sampling: SamplingParams) -> None:
         "min_tokens": (sampling.min_tokens, sampling.min_tokens >= 0),
         "logprobs": (sampling.logprobs or 0, 0 <= (sampling.logprobs or 0) <= MAX_LOGPROBS),
         "prompt_logprobs": (sampling.prompt_logprobs or 0, 0 <= (sampling.prompt_logprobs or 0) <= MAX_LOGPROBS),
+        "prompt_logprobs_from": (sampling.prompt_logprobs_from, sampling.prompt_logprobs_from >= 1),
     }
     for name, (value, in_range) in numbers.items():
         if not (math.isfinite(value) and in_range):

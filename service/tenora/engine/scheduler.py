@@ -191,10 +191,7 @@ class Scheduler:
             budget -= item.count
 
     def _match(self, sequence: Sequence) -> list[int]:
-        if sequence.wants_prompt_logprobs:
-            return []
-        # At least the last token is computed: its logits are needed.
-        return self.blocks.match(sequence.hashes(self.blocks.block_size, len(sequence.token_ids) - 1))
+        return self.blocks.match(sequence.hashes(self.blocks.block_size, sequence.num_cacheable))
 
     def _acquire(self, sequence: Sequence) -> Blocked | None:
         """Give the sequence its adapter's slot; a failed load ends it and all others that wait for the same."""

@@ -71,7 +71,7 @@ class Sequence:
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             token_ids=list(request.token_ids),
             length_class=length_class,
-            prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+            prompt_logprobs=_unscored(request),
         )
 
     @property
@@ -106,8 +106,15 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt positions still have to be scored; cached ones cannot be, so the prefix cache is not used."""
+        """Whether prompt tokens still have to be scored."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    @property
+    def num_cacheable(self) -> int:
+        """Leading tokens that the prefix cache may stand for: of those after them the hidden states are needed."""
+        if self.prompt_logprobs is not None and self.wants_prompt_logprobs:
+            return len(self.prompt_logprobs) - 1
+        return len(self.token_ids) - 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -125,6 +132,13 @@ class Sequence:
 
     def _root(self) -> BlockHash:
         return root_hash(self.request.cache_salt, self.digest, self.length_class)
+
+
+def _unscored(request: Generate) -> list[TokenLogprob | None] | None:
+    """The entries of the prompt tokens that are not to be scored; None if none are."""
+    if request.sampling.prompt_logprobs is None:
+        return None
+    return [None] * min(request.sampling.prompt_logprobs_from, len(request.token_ids))
 
 
 def _leaves_logits_alone(sampling: SamplingParams) -> bool:

@@ -1,6 +1,6 @@
 """What a run leaves on disk: PEFT directories of its evaluations, and the state from which it goes on after a crash.
 
-    <workdir>/resume.safetensors         weights, moments and progress after some optimizer step
+    <workdir>/resume.safetensors         weights, moments and progress after a step; at the end the progress alone
     <workdir>/checkpoints/step-<n>/      adapter_config.json, adapter_model.safetensors
 
 Both are replaced atomically: a reader, or a run that was killed at any moment, finds the old or the new, never a part.
@@ -8,6 +8,7 @@ Both are replaced atomically: a reader, or a run that was killed at any moment, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -102,22 +103,22 @@ class State:
         optimizer: weights and moments, restored in place.
         reference: float32 [rows], what DPO measures against; restored in place.
         belongs_to: `fingerprint` of the run.
+        over: no step follows, and the best adapter lies in its directory: weights and moments are not kept. To write
+            them durably would take longer than to publish.
     """
 
     optimizer: AdamW
     reference: npt.NDArray[np.float32]
     progress: Progress
     belongs_to: str
+    over: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """By name in the file."""
-        own = self.optimizer
-        return {
-            "weights": own.parameters.weights,
-            "exp_avg": own.exp_avg,
-            "exp_avg_sq": own.exp_avg_sq,
-            "reference": torch.from_numpy(self.reference),
-        }
+        own, kept = self.optimizer, {"reference": torch.from_numpy(self.reference)}
+        if self.over:
+            return kept
+        return kept | {"weights": own.parameters.weights, "exp_avg": own.exp_avg, "exp_avg_sq": own.exp_avg_sq}
 
 
 def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDataset) -> str:
@@ -142,7 +143,7 @@ def save_state(workdir: Path, state: State) -> None:
         "fingerprint": state.belongs_to,
         "optimizer_steps": str(state.optimizer.steps),
         "progress": msgspec.json.encode(state.progress).decode(),
-    }
+    } | ({"over": "yes"} if state.over else {})
     workdir.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=workdir, prefix=".resume-", suffix=".safetensors")
     os.close(handle)
@@ -161,6 +162,8 @@ def save_state(workdir: Path, state: State) -> None:
 def load_state(workdir: Path, state: State) -> Progress | None:
     """Restore weights and moments into `state`; its progress, or None, and nothing changed, if there is none saved.
 
+    Weights and moments stay as they are if the run was over.
+
     Raises:
         TrainingError: the state is of another run or cannot be read.
     """
@@ -175,7 +178,9 @@ def load_state(workdir: Path, state: State) -> Progress | None:
                     "The saved state belongs to a run with other settings or rows; start a new job.",
                     code="resume_mismatch",
                 )
-            loaded: dict[str, Tensor] = {name: stored.get_tensor(name) for name in state.tensors()}
+            state = dataclasses.replace(state, over="over" in metadata)
+            places = state.tensors()
+            loaded: dict[str, Tensor] = {name: stored.get_tensor(name) for name in places}
             progress = msgspec.json.decode(metadata["progress"], type=Progress)
             steps = int(metadata["optimizer_steps"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -183,8 +188,8 @@ def load_state(workdir: Path, state: State) -> Progress | None:
             f"The saved state cannot be read ({error}); start a new job.", code="resume_unreadable"
         ) from error
     with torch.no_grad():
-        for name, tensor in state.tensors().items():
-            tensor.copy_(loaded[name])
+        for name, tensor in loaded.items():
+            places[name].copy_(tensor)
     state.optimizer.steps = steps
     return progress
 

@@ -122,7 +122,7 @@ class Learner:
     def save(self) -> None:
         """Write the state after the last whole step."""
         self.progress = msgspec.structs.replace(self.progress, seconds=time.monotonic() - self.started)
-        save_state(self.workdir, self._state(self.progress))
+        save_state(self.workdir, self._state(self.progress, over=self._is_over()))
         self.saved = time.monotonic()
 
     def close(self) -> None:
@@ -131,8 +131,14 @@ class Learner:
         if self.reference is not None:
             self.reference.remove()
 
-    def _state(self, progress: Progress) -> State:
-        return State(self.optimizer, self.train_reference, progress, self.belongs_to)
+    def _is_over(self) -> bool:
+        """Whether no step and no evaluation follow, and the best adapter was written."""
+        now = self.progress
+        written = self._checkpoints and now.best is not None and now.evaluated_step == now.step
+        return written and (now.step >= self.total_steps or self.stopped_early)
+
+    def _state(self, progress: Progress, *, over: bool = False) -> State:
+        return State(self.optimizer, self.train_reference, progress, self.belongs_to, over)
 
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from tenora.cli.bench.figures import head, median
 from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, tokenize_file
+from tenora.training.recipes import resolve_hyperparameters
 from tenora.training.spec import TrialSpec
 from tests.bench.serving.fixture import default_threads, end_in_order
 from tests.bench.serving.quiet import NOISY, Quiet
@@ -115,23 +116,29 @@ def sweep(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
 
 
 def quality(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
-    """Held-out loss of the defaults against PEFT's best of three learning rates, both data sets."""
+    """Held-out loss of a job's defaults against PEFT's best of three learning rates, as many epochs, both data sets."""
     result: dict[str, Any] = {}
     for name in ("pubmedqa_sft", "devils_dictionary"):
         train, valid = setting.rows_of(f"{name}_train", 0, setting.rows), setting.rows_of(f"{name}_valid", 0, 40)
-        settings = {"n_epochs": 2, "batch_size": 8}
-        specs = [ours.spec(name, train, valid, setting.place(), **settings)]
+        rows = TokenizedDataset.load(train)
+        auto = resolve_hyperparameters(len(rows), rows.num_tokens, {})
+        same = {"n_epochs": auto.n_epochs, "batch_size": auto.batch_size}
+        specs = [ours.spec(name, train, valid, setting.place(), learning_rate=auto.learning_rate, **same)]
         finished = ours.train(setting.decoder, specs).finished[name]
         runs = [
-            peft.run(train=train, valid=valid, epochs=2, batch_size=8, learning_rate=rate, dtype=setting.dtype)
+            peft.run(
+                train=train, valid=valid, epochs=auto.n_epochs, batch_size=auto.batch_size, learning_rate=rate,
+                dtype=setting.dtype,
+            )
             for rate in (2e-4, 5e-4, 1e-3)
-        ]
+        ]  # fmt: skip
         best = min(min(run["losses"][1:]) for run in runs)
         result |= {
             f"{name}_ratio": finished.valid_loss / best,
             f"{name}_ours": finished.valid_loss,
             f"{name}_base": finished.base_loss,
             f"{name}_peft_best": best,
+            f"{name}_epochs": auto.n_epochs,
         }
     return result
 
