@@ -247,11 +247,7 @@ def scores(request: Generate, logprob: float | None = None) -> list[SequenceOutp
     value = logprob if logprob is not None else -2.0 if request.adapter is None else -1.0
     first = request.sampling.prompt_logprobs_from
     found = [None if place < first else TokenLogprob(token, value) for place, token in enumerate(request.token_ids)]
-    return [
-        SequenceOutput(
-            request_id=request.request_id, token_ids=[], prompt_logprobs=found, finish_reason="length"
-        )
-    ]
+    return [SequenceOutput(request_id=request.request_id, token_ids=[], prompt_logprobs=found, finish_reason="length")]
 
 
 def outputs(

@@ -87,8 +87,11 @@ def test_overfitting(last: float, verdict: str) -> None:
 
 
 def test_forgetting() -> None:
-    found = forgetting([-1.0, -3.0], 1.5)
+    found = forgetting(2.0, 1.5, tokens=2)
+    assert found is not None
     assert (found.tokens, found.adapter_loss, found.change) == (2, 2.0, 0.5)
+    assert forgetting(None, 1.5, tokens=2) is None
+    assert forgetting(2.0, None, tokens=2) is None
 
 
 def card(**changes: Any) -> Card:
@@ -97,7 +100,7 @@ def card(**changes: Any) -> Card:
         "source": "held-out rows",
         "held_out": compare(tokens, adapter, base, seed=0),
         "few_shot": None,
-        "forgetting": forgetting([-1.0, -3.0], 1.5),
+        "forgetting": forgetting(2.0, 1.5, tokens=2),
         "overfitting": overfitting(2.0, 2.1),
         "near_duplicates": 3,
         "parity": Parity(rows=2, tokens=40, gap=1e-5, effect=2.5, tolerance=2e-3, dtype="float32", modules=21),
@@ -177,7 +180,7 @@ def test_the_hub_reads_the_readme() -> None:
 
 
 def test_a_card_is_json() -> None:
-    values = card(forgetting=forgetting([float("nan")], 1.0)).as_json()
+    values = card(forgetting=forgetting(float("nan"), 1.0, tokens=1)).as_json()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values["forgetting"]["change"] is None
     assert values["held_out"]["verdict"] == "better"

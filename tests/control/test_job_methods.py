@@ -13,7 +13,7 @@ from tenora.control.control import Control
 from tenora.control.records import JobRecord, JobRequest, Principal
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
 from tenora.training.dataset import TokenizedDataset
-from tenora.training.spec import TaskSpec, TrainSpec
+from tenora.training.spec import FoldEvent, TaskSpec, TrainEvent, TrainSpec
 from tests.control.conftest import (
     BASE,
     MANY_ROWS,
@@ -86,6 +86,54 @@ async def test_few_rows_are_all_learned_and_the_steps_cross_validated(
     assert "Files validated (20 rows to train on), moving job to queued state" in said
     await finish(control, acme, ROWS[:3], lora={"rank": 4}, n_epochs=2)
     assert (engine.specs[1].folds, engine.specs[1].lora.rank, engine.specs[1].n_epochs) == (3, 4, 2)
+
+
+async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    events, engine.hold_at = engine._events, 1
+
+    def with_folds(spec: TrainSpec) -> list[TrainEvent]:
+        folds: list[TrainEvent] = [
+            FoldEvent(
+                run_id=spec.run_id,
+                fold=fold,
+                step=2 * (half + 1),
+                total_steps=4,
+                valid_loss=2.5 - half,
+                base_loss=3.0,
+                trained_tokens=(half * spec.folds + fold + 1) * 100,
+                done=(half * spec.folds + fold + 1) / (2 * spec.folds),
+            )
+            for half in range(2)
+            for fold in range(spec.folds)
+        ]
+        return [*folds, *events(spec)]
+
+    engine._events = with_folds  # type: ignore[method-assign]  # adds to what it says
+    made = await create_job(control, acme)
+    await engine.held.wait()  # before the first step of the fit on all rows
+    job = await control.jobs.get(acme, made.id)
+    assert job.trained_tokens == 1000
+    assert job.estimated_finish is not None
+    assert made.created_at <= job.estimated_finish < made.created_at + 60
+    said = await messages(control, acme, job.id)
+    assert "Fold 2/5, step 2/4: validation loss=2.50 (base 3.00)" in said
+    assert said.index("Fold 5/5: validation loss=1.50 (base 3.00)") > said.index(
+        "Fold 1/5: validation loss=1.50 (base 3.00)"
+    )
+    engine.release.set()
+    job = await until(control, acme, made.id)
+    assert job.status == "succeeded", job.error
+    metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
+    (last,) = [one for one in metrics if (one.get("fold"), one.get("fold_step")) == (4, 4)]
+    assert (last["folds_done"], last["fold_valid_loss"], last["trained_tokens"]) == (1.0, 1.5, 1000)
+    table = csv.DictReader((await control.files.content(acme, job.result_files[0])).read_text().splitlines())
+    assert [(row["step"], row["valid_loss"]) for row in table] == [
+        ("0", "3.0"),
+        *((str(step), "") for step in range(1, 4)),
+        ("4", "1.5"),
+    ], "the fit on all rows"
 
 
 async def test_enough_rows_or_a_validation_file_hold_rows_out(

@@ -111,6 +111,8 @@ async def test_a_job_is_trained_served_and_survives(service: Service) -> None:
     assert done.status == "succeeded"
     assert done.evaluation is not None
     assert done.evaluation["valid_loss"] < done.evaluation["base_loss"]
+    assert done.evaluation["forgetting"]["tokens"] > 100
+    assert done.evaluation["forgetting"]["change"] != 0.0
     said = [event.message for event in (await control.jobs.events(acme, job.id, limit=1000)).items]
     assert "Fine-tuning job resumed from its last saved state" in said
     assert any(line.startswith("Step 18/18") for line in said)

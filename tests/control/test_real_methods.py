@@ -37,6 +37,12 @@ async def test_few_rows(service: Service) -> None:
     assert job.evaluation is not None
     assert job.evaluation["valid_loss"] < job.evaluation["base_loss"]
     assert (await service.control.adapters.get(acme, job.name)).rank == 8
+    said = await messages(service.control, acme, job.id)
+    assert all(any(line.startswith(f"Fold {n}/5: validation loss=") for line in said) for n in range(1, 6))
+    metrics = [event.data for event in (await service.control.jobs.events(acme, job.id, limit=100)).items]
+    tokens = [one["trained_tokens"] for one in reversed(metrics) if "trained_tokens" in one]
+    assert tokens == sorted(tokens)
+    assert job.trained_tokens == tokens[-1] == job.evaluation["trained_tokens"]
 
 
 async def test_several_tasks(service: Service) -> None:

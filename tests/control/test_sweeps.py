@@ -142,6 +142,7 @@ async def test_a_sweep_ends_in_a_table_and_the_winners_settings(
     assert "Trial 1 of 4, step 2/4: best validation loss=nan; failed: The loss is not finite." in said
     events = [event for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.type == "metrics"]
     assert {(event.data["trial"], event.data["status"]) for event in events} >= {(2, "finished"), (1, "stopped")}
+    assert events[0].data["trained_tokens"] == 70  # the newest one
 
     files = [await control.files.get(acme, one) for one in job.result_files]
     assert [file.filename for file in files] == ["step_metrics.csv", "sweep.csv"]
@@ -174,6 +175,7 @@ async def test_what_a_sweep_chooses_is_open_until_it_has(
     assert "learning_rate" not in job.settings
     assert job.sweep_results is not None
     assert [one["status"] for one in job.sweep_results] == ["failed", "running", "running"]
+    assert job.trained_tokens == 30  # of all trials, as the latest event says
     assert engine.specs[0].tasks[0].valid_path  # trials are compared on held-out rows, however few there are
     engine.release.set()
     assert (await until(control, acme, made.id)).status == "succeeded"

@@ -71,6 +71,11 @@ class TrainingRun:
     def __iter__(self) -> Iterator[TrainEvent | None]:
         return iter(self._training)
 
+    @property
+    def passed_tokens(self) -> int:
+        """Learned tokens that had a gradient, as the queue counts them, whatever learner they were of."""
+        return self._training.trained_tokens
+
 
 Items = list[TrainEvent | None]
 

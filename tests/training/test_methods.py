@@ -21,6 +21,7 @@ from tenora.training.spec import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    FoldEvent,
     LoraSpec,
     StepEvent,
     StoppedEvent,
@@ -30,6 +31,7 @@ from tenora.training.spec import (
     TrialEvent,
     TrialSpec,
 )
+from tenora.training.work import Work
 
 from .rows import random_rows
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of
@@ -86,6 +88,30 @@ class TestSweep:
             assert_same_bits(weights_of(rest[-1]), weights_of(whole[-1]))
             assert isinstance(rest[-1], FinishedEvent)
             assert rest[-1].trial == whole[-1].trial
+            assert rest[-1].trained_tokens == whole[-1].trained_tokens
+
+    def test_the_tokens_of_all_trials_count(self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path) -> None:
+        spec = learnable(make_spec, tmp_path, trials=TRIALS)
+        run = TrainingRun(decoder, spec)
+        events = events_of(run)
+        finished, trials = events[-1], [event for event in events if isinstance(event, TrialEvent)]
+        assert isinstance(finished, FinishedEvent)
+        assert finished.trained_tokens == run.passed_tokens
+        told = [event.trained_tokens for event in trials]
+        assert told == sorted(told)
+        assert told[-1] == finished.trained_tokens
+        corpus = Corpus.load(spec.tasks, rows_per_example=1)
+        batches = [corpus.batch(step, 4, seed=spec.seed) for step in range(12)]
+        tokens = [sum(int(corpus.train.row(row)[1].sum()) for row in batch) for batch in batches]
+        last = {event.trial: event for event in trials}
+        assert finished.trained_tokens == sum(sum(tokens[: event.step]) for event in last.values())
+        assert len({event.step for event in last.values()}) > 1, "some were stopped before others"
+
+    def test_a_trial_says_the_loss_that_it_was_just_measured_at(
+        self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path
+    ) -> None:
+        events = events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=TRIALS)))
+        assert all(event.valid_loss is not None for event in events if isinstance(event, TrialEvent))
 
     def test_a_trial_that_fails_does_so_alone(self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path) -> None:
         trials = (*TRIALS[:3], msgspec.structs.replace(TRIALS[3], rank=0))
@@ -102,11 +128,13 @@ class TestSweep:
     def test_all_trials_share_passes(
         self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        adapters: list[int] = []
+        passes: list[list[Work]] = []
         run = FusedTraining._run
-        monkeypatch.setattr(FusedTraining, "_run", lambda self, works: adapters.append(len(works)) or run(self, works))
-        events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=TRIALS)))
-        assert max(adapters) == 6
+        monkeypatch.setattr(FusedTraining, "_run", lambda self, works: passes.append(works) or run(self, works))
+        events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=TRIALS, general_text=(5, 9, 30))))
+        assert max(len(works) for works in passes) == 6
+        of_base = {id(work) for works in passes for work in works if work.adapter is None}
+        assert len(of_base) == 2, "the base is measured once for all, on the held-out rows and on the general text"
 
     @pytest.mark.parametrize("trials", [1, 2, 3, 4, 12, 30])
     def test_rungs_go_on_to_the_end_with_fewer_and_fewer(self, trials: int) -> None:
@@ -159,6 +187,26 @@ class TestFolds:
         steps = [event.step for event in events if isinstance(event, StepEvent)]
         assert steps == list(range(1, best.step + 1)), "the fit on all rows, and nothing of the folds"
 
+    def test_the_folds_tell_how_far_they_are_and_their_tokens_count(self, decoder: Decoder, spec: TrainSpec) -> None:
+        run = TrainingRun(decoder, spec)
+        events = events_of(run)
+        assert isinstance(events[-1], FinishedEvent)
+        folds = [event for event in events if isinstance(event, FoldEvent)]
+        assert events.index(folds[-1]) < min(events.index(event) for event in events if isinstance(event, EvalEvent))
+        for number in range(4):
+            own = [event for event in folds if event.fold == number]
+            assert [event.step for event in own] == [3 * epoch for epoch in range(1, 7)]
+            assert {event.total_steps for event in own} == {18}
+            losses = [event.valid_loss for event in own]
+            assert losses == sorted(losses, reverse=True)  # the best so far
+            assert losses[-1] < own[0].base_loss
+        done = [event.done for event in folds]
+        assert done == sorted(done)
+        assert (done[-1], {event.done_before for event in folds}) == (1.0, {0.0})
+        told = [event.trained_tokens for event in events if isinstance(event, FoldEvent | StepEvent | FinishedEvent)]
+        assert told == sorted(told)
+        assert told[-1] == told[-2] == run.passed_tokens
+
     def test_the_result_has_learned_all_rows_and_is_probed(self, decoder: Decoder, spec: TrainSpec) -> None:
         finished = events_of(TrainingRun(decoder, spec))[-1]
         assert isinstance(finished, FinishedEvent)
@@ -178,16 +226,28 @@ class TestFolds:
 
     def test_a_paused_cross_validation_goes_on_to_the_same_bits(self, decoder: Decoder, spec: TrainSpec) -> None:
         whole = list(TrainingRun(decoder, msgspec.structs.replace(spec, workdir=spec.workdir + "-whole")))
+        end = whole[-1]
+        assert isinstance(end, FinishedEvent)
+        told = [event for event in whole if isinstance(event, FoldEvent)]
         for share in (0.3, 0.7, 0.97):
             own = msgspec.structs.replace(spec, workdir=f"{spec.workdir}-{share}")
-            run, last = TrainingRun(decoder, own), None
+            run, last, before = TrainingRun(decoder, own), None, 0
             for number, item in enumerate(run):
                 last = item
+                before += isinstance(item, FoldEvent)
                 if number == int(share * len(whole)):
                     run.stop(pause=True)
             assert isinstance(last, StoppedEvent)
             rest = events_of(TrainingRun(decoder, own))
-            assert_same_bits(weights_of(rest[-1]), weights_of(events_of(whole)[-1]))
+            assert_same_bits(weights_of(rest[-1]), weights_of(end))
+            assert isinstance(rest[-1], FinishedEvent)
+            assert rest[-1].trained_tokens == end.trained_tokens
+            folds = [event for event in rest if isinstance(event, FoldEvent)]
+            assert len(folds) == len(told) - before
+            for event in folds:
+                assert told[before - 1].done <= event.done_before < event.done <= 1.0
+            last_told, last_of_rest = ({event.fold: event.valid_loss for event in some} for some in (told, folds))
+            assert last_of_rest.items() <= last_told.items()
 
 
 class TestTasks:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
+from tenora.engine.supervisor import available_cpus
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, tokenize_file
-from tenora.training.spec import EvalEvent, FinishedEvent, TaskSpec, TrainSpec
+from tenora.training.fusion import FusedTraining
+from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, TaskSpec, TrainSpec
+from tenora_kernels.cpu.team import Team
 
-from .runs import TrainingRun
+from .runs import TrainingRun, assert_same_bits, weights_of
 
 pytestmark = pytest.mark.real
 
@@ -23,6 +27,16 @@ pytestmark = pytest.mark.real
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Overrides the room's fixture: the real model wants all the cores."""
+
+
+SHAPES = [
+    LoraSpec(rank=4, alpha=8.0),
+    LoraSpec(rank=16, alpha=32.0),
+    LoraSpec(rank=1, alpha=2.0, target_modules=("q_proj", "v_proj")),
+    LoraSpec(rank=8, alpha=8.0, use_rslora=True, target_modules=("o_proj", "up_proj", "down_proj")),
+    LoraSpec(rank=33, alpha=8.0, target_modules=("gate_proj",)),
+    LoraSpec(rank=64, alpha=64.0),
+]
 
 
 def take(source: Path, rows: int, target: Path) -> Path:
@@ -64,3 +78,43 @@ def test_a_slice_of_pubmedqa(real_base: Path, shared_data: Path, tmp_path: Path)
     assert isinstance(finished, FinishedEvent)
     assert first.base_loss == pytest.approx(transformers_loss(real_base, valid), rel=1e-4)
     assert finished.valid_loss < first.base_loss - 0.03
+
+
+def test_adapters_of_a_mixed_batch_have_the_bits_that_they_would_get_alone(
+    real_base: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """Six tenants' jobs of other ranks and modules on the packed base, as it is served: the tolerance is 0."""
+    whole = take(shared_data / "pubmedqa_sft_train.jsonl", 13, tmp_path / "rows.jsonl")
+    rows = tokenize_file(whole, Tokenizer.load(real_base), max_length=1024)
+    rows.select(np.array([12])).save(tmp_path / "valid.npz")
+    decoder = load_decoder(
+        real_base, device=torch.device("cpu"), dtype=torch.float32, team=Team.shared(available_cpus())
+    )
+    specs = []
+    for number, shape in enumerate(SHAPES):
+        path = tmp_path / f"train-{number}.npz"
+        rows.select(np.arange(2 * number, 2 * number + 2)).save(path)
+        task = TaskSpec(name="rows", train_path=str(path), valid_path=str(tmp_path / "valid.npz"))
+        specs.append(
+            TrainSpec(
+                run_id=f"run-{number}",
+                group=f"tenant-{number}",
+                tasks=(task,),
+                workdir=str(tmp_path / f"run-{number}"),
+                base_model="smollm2-135m",
+                n_epochs=1,
+                batch_size=2,
+                lora=shape,
+            )
+        )
+    training, mixed = FusedTraining(decoder), {}
+    for spec in specs:
+        training.start(spec)
+    for event in training:
+        if isinstance(event, FinishedEvent):
+            mixed[event.run_id] = weights_of(event)
+    for number, spec in enumerate(specs[1:3]):
+        alone = list(TrainingRun(decoder, msgspec.structs.replace(spec, workdir=str(tmp_path / f"alone-{number}"))))
+        theirs = weights_of(alone[-1])
+        assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
+        assert_same_bits(mixed[spec.run_id], theirs)

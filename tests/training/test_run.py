@@ -189,7 +189,8 @@ def test_only_the_best_and_the_latest_checkpoints_stay(
 def test_the_exported_adapter_gives_peft_the_loss_that_was_told(
     decoder: Decoder, tiny_base: Path, make_spec: MakeSpec
 ) -> None:
-    spec = make_spec()
+    text = (5, 9, 30, 7, 11, 40, 3)
+    spec = make_spec(general_text=text)
     finished = events_of(TrainingRun(decoder, spec))[-1]
     assert isinstance(finished, FinishedEvent)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -205,6 +206,12 @@ def test_the_exported_adapter_gives_peft_the_loss_that_was_told(
     assert float(torch.cat(losses).mean()) == pytest.approx(finished.valid_loss, rel=1e-4)
     assert float(torch.cat(hits).float().mean()) == pytest.approx(finished.valid_accuracy, abs=0.03)
     assert finished.valid_loss != pytest.approx(finished.base_loss, rel=1e-3)
+    ids = torch.tensor([text])
+    with torch.no_grad():
+        assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(finished.general_loss, rel=1e-4)
+        with model.disable_adapter():
+            assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(finished.base_general_loss, rel=1e-4)
+    assert finished.general_loss != pytest.approx(finished.base_general_loss, rel=1e-3)
 
 
 def test_the_callers_modes_and_random_numbers_are_left_alone(decoder: Decoder, make_spec: MakeSpec) -> None:

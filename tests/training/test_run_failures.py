@@ -23,6 +23,7 @@ from tenora.training.spec import (
     StepEvent,
     TaskSpec,
 )
+from tests.support.errors import OUT_OF_MEMORY
 
 from .rows import random_rows
 from .runs import (
@@ -89,12 +90,7 @@ def test_rows_without_a_learned_token_are_an_error_that_explains(decoder: Decode
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
-            "out_of_memory",
-        ),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
-        (MemoryError(), "out_of_memory"),
+        *((error, "out_of_memory") for error in OUT_OF_MEMORY),
         (OSError(28, "No space left on device"), "storage_full"),
         (PermissionError(13, "Permission denied"), "storage_error"),
         (ZeroDivisionError("surprise"), "internal_error"),

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,11 +38,10 @@ SCORED_ROWS = 20
 SHARE = 0.03  # of the training work may be spent on the k-shot rows, within the two bounds below
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384
 _PASSES = 3  # a trained token costs as much as three scored ones: forward, gradient of inputs, low-rank gradients
-GENERIC_TOKENS = 288  # a finished adapter waits for them
 _WEIGHT = 0.1  # beside the tenants' groups: requests come first
 _GIVE_WAY_SECONDS = 10.0  # that a k-shot row waits for the requests of tenants to end: its prefill slows them down
 _POLL_SECONDS = 0.1
-_PATIENCE_SECONDS = 0.5  # that a finished run waits for the text and the probe rows, if they are missing still
+_PATIENCE_SECONDS = 0.5  # that a finished run waits for the probe rows, if they are missing still
 _FEW_SHOT_PATIENCE_SECONDS = 120.0  # if the comparison is what the job is about
 
 
@@ -61,7 +59,6 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         files: what the adapter is trained on.
         near_duplicates: held-out rows that are nearly training rows; None if none are held out.
-        generic: mean loss on the fixed text, nats per token.
         probe: log-probabilities of the probe rows' learned tokens.
         few_shot: None if it was not measured.
         notes: why something is missing.
@@ -69,7 +66,6 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
 
     files: list[TrainingFile] = []
     near_duplicates: int | None = None
-    generic: float | None = None
     probe: list[list[float]] = []
     few_shot: FewShotLosses | None = None
     notes: list[str] = []
@@ -92,7 +88,7 @@ class Measuring:
         if self.task is not None:
             if few_shot:
                 await asyncio.wait([self.task], timeout=_FEW_SHOT_PATIENCE_SECONDS)
-            elif self.found.generic is None:
+            elif not self.found.probe:
                 await asyncio.wait([self.task], timeout=_PATIENCE_SECONDS)
             self.task.cancel()
             await asyncio.wait([self.task])
@@ -127,12 +123,6 @@ def held_out_rows(spec: TrainSpec) -> TokenizedDataset:
     return concatenate([TokenizedDataset.load(Path(path)) for path in paths])
 
 
-def generic_tokens(tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """A fixed English text of several kinds of prose, which no training file is about."""
-    text = resources.files(__package__).joinpath("generic.txt").read_text("utf-8")
-    return tokenizer.encode(text, add_special_tokens=True)[: min(GENERIC_TOKENS, max_length)]
-
-
 async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Measuring) -> None:
     """Measure and keep; the job goes on without what fails here."""
     try:
@@ -142,7 +132,7 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
         if measuring.found.complete:
             return
         scorer = Scorer(context.engine, f"{claim.tenant_id}/baselines", weight=_WEIGHT)
-        await _general(context, claim, spec, scorer, measuring)
+        await _probe(context, claim, spec, scorer, measuring)
         await _few_shot(context, claim, spec, scorer, measuring)
     except LeaseLostError:
         return
@@ -152,15 +142,11 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
         _log.exception("job %s: the base was not measured to the end", claim.job_id)
 
 
-async def _general(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
-    """The fixed text and the probe rows."""
-    if measuring.found.generic is not None:
+async def _probe(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
+    if measuring.found.probe:
         return
     rows = probe_rows(await asyncio.to_thread(held_out_rows, spec))
-    generic = await scorer.score(generic_tokens(context.tokenizer, context.engine.ready.max_model_len))
-    measuring.found = msgspec.structs.replace(
-        measuring.found, generic=-float(generic.mean()), probe=await score_rows(scorer, rows, None)
-    )
+    measuring.found = msgspec.structs.replace(measuring.found, probe=await score_rows(scorer, rows, None))
     await _keep(context, claim, measuring.found)
 
 

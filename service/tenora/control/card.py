@@ -64,7 +64,7 @@ class FewShot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
-    """Loss on a fixed text that has nothing to do with the rows, nats per token; `change` is adapter - base."""
+    """Loss on the general text, which has nothing to do with the rows, nats per token; `change` is adapter - base."""
 
     tokens: int
     adapter_loss: float
@@ -188,10 +188,11 @@ def bootstrap(differences: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64
     return float(low), float(high)
 
 
-def forgetting(adapter: Sequence[float], base_loss: float) -> Forgetting:
-    """From the log-probabilities of the fixed text's tokens under the adapter, and the base's mean loss."""
-    loss = -float(np.mean(adapter))
-    return Forgetting(tokens=len(adapter), adapter_loss=loss, base_loss=base_loss, change=loss - base_loss)
+def forgetting(adapter: float | None, base: float | None, *, tokens: int) -> Forgetting | None:
+    """From the mean losses on the general text, whose learned tokens are `tokens`; None if one was not measured."""
+    if adapter is None or base is None:
+        return None
+    return Forgetting(tokens=tokens, adapter_loss=adapter, base_loss=base, change=adapter - base)
 
 
 def overfitting(best_loss: float, last_loss: float) -> Overfitting | None:

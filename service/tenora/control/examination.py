@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from tenora.adapters.ref import AdapterRef
-from tenora.control.baselines import Baselines, Measuring, generic_tokens
+from tenora.control.baselines import Baselines, Measuring
 from tenora.control.blobs import Blob
 from tenora.control.card import (
     Card,
@@ -67,9 +67,8 @@ async def examine(
     if event.probe is not None:
         rows = probe_rows(await asyncio.to_thread(TokenizedDataset.load, Path(event.probe.path)))
         rows = rows[: len(event.probe.rows)]
-    generic = generic_tokens(context.tokenizer, context.engine.ready.max_model_len)
     try:
-        served, text = await asyncio.gather(score_rows(scorer, rows, ref), scorer.score(generic, ref))
+        served = await score_rows(scorer, rows, ref)
     except (RateLimitedError, UnavailableError) as error:
         if not context.engine.alive or error.code in {"engine_lost", "engine_shutdown", "draining"}:
             raise
@@ -86,12 +85,10 @@ async def examine(
     )
     async with context.database.read() as session:
         row = await owned(session, claim)
-    return await asyncio.to_thread(_card, row, spec, event, base, parity, text.tolist())
+    return await asyncio.to_thread(_card, row, spec, event, base, parity)
 
 
-def _card(
-    row: JobRow, spec: TrainSpec, event: FinishedEvent, base: Baselines, parity: Parity, generic: list[float]
-) -> Card:
+def _card(row: JobRow, spec: TrainSpec, event: FinishedEvent, base: Baselines, parity: Parity) -> Card:
     held_out, few_shot = None, None
     notes = list(base.notes)
     if event.held_out is not None:
@@ -107,7 +104,7 @@ def _card(
         source="cross-validation" if spec.folds else "held-out rows",
         held_out=held_out,
         few_shot=few_shot,
-        forgetting=None if base.generic is None else forgetting(generic, base.generic),
+        forgetting=forgetting(event.general_loss, event.base_general_loss, tokens=len(spec.general_text) - 1),
         overfitting=overfitting(event.valid_loss, event.last_loss),
         near_duplicates=base.near_duplicates,
         parity=parity,

@@ -16,13 +16,14 @@ from tenora.control.pace import Pace
 from tenora.control.preparation import is_prepared, spec_of
 from tenora.control.publication import keep_checkpoint, publish_result
 from tenora.control.sweep_table import choose_winner, record_trial, shares_done
-from tenora.control.training_log import Metrics, eval_line, step_line, trial_line
+from tenora.control.training_log import Metrics, eval_line, fold_line, step_line, trial_line
 from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    FoldEvent,
     StepEvent,
     StoppedEvent,
     TrainEvent,
@@ -169,6 +170,8 @@ class JobTraining:
                 await self._line(event, *eval_line(event, 0 if self._pace is None else self._pace.total_steps))
             case TrialEvent():
                 await self._line(event, *trial_line(event, len(spec.trials)))
+            case FoldEvent():
+                await self._line(event, *fold_line(event, spec.folds))
             case CheckpointEvent():
                 await self._keep(event)
             case FinishedEvent():
@@ -179,11 +182,13 @@ class JobTraining:
             case StoppedEvent():
                 await self._stopped(event)
 
-    async def _line(self, event: StepEvent | EvalEvent | TrialEvent, message: str, metrics: Metrics) -> None:
+    async def _line(
+        self, event: StepEvent | EvalEvent | TrialEvent | FoldEvent, message: str, metrics: Metrics
+    ) -> None:
         left = None if self._pace is None else self._pace.left(event)
         async with self._context.database.write() as session:
             row = await owned(session, self._claim)
-            if isinstance(event, StepEvent):
+            if not isinstance(event, EvalEvent):
                 row.trained_tokens = event.trained_tokens
             if isinstance(event, TrialEvent):
                 record_trial(row, event)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tenora.training.recipes import halving_rungs
-from tenora.training.spec import EvalEvent, StepEvent, TrainEvent, TrainSpec, TrialEvent
+from tenora.training.spec import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrainSpec, TrialEvent
 
 _MEMORY = 0.1  # weight of the newest duration: the pace follows the load of the machine
 
@@ -27,7 +27,7 @@ class _Duration:
 
 @dataclass(slots=True)
 class Pace:
-    """Steps and evaluations of a run, or the trials of its sweep, against the clock.
+    """Steps and evaluations of a run, or the trials of its sweep, or its folds, against the clock.
 
     Attributes:
         before: of a sweep that is resumed, which share of its schedule each trial had done.
@@ -44,6 +44,8 @@ class Pace:
     _evaluations: _Duration = field(default_factory=_Duration)
     _shares: dict[int, float] = field(default_factory=dict)
     _ended: set[int] = field(default_factory=set)
+    _fit_seconds: float | None = None  # of a cross-validation: that the whole schedule on all rows would take
+    _chosen_steps: int = 0  # at which the fit on all rows ends; 0 while that is not known
     _started: float = 0.0
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class Pace:
                     return self._after_evaluation(event, now)
                 case TrialEvent():
                     return self._after_trial(event, now)
+                case FoldEvent():
+                    return self._after_fold(event, now)
             return None
         finally:
             self._last = now
@@ -73,17 +77,27 @@ class Pace:
         return self._remaining(event.step)
 
     def _after_evaluation(self, event: EvalEvent, now: float) -> float | None:
-        if self._last is not None and not self.spec.folds:
+        if self.spec.folds:
+            return self._after_epoch(event)
+        if self._last is not None:
             self._evaluations.add(now - self._last)
         return self._remaining(event.step)
+
+    def _after_epoch(self, event: EvalEvent) -> float | None:
+        """All epochs are told, folds together, when the folds are over: the last best one is where the fit will end."""
+        if event.best:
+            self._chosen_steps = event.step
+        if self._fit_seconds is None or not event.step:
+            return self._fit_seconds
+        return self._fit_seconds * self._chosen_steps / event.step
 
     def _remaining(self, step: int) -> float | None:
         if not self._steps.count or not self.total_steps:
             return None
-        evaluations = 0
-        if not self.spec.folds:  # the fit on all rows measures nothing
-            interval = self.spec.eval_interval or max(1, round(self.total_steps / max(self.spec.n_epochs, 1)))
-            evaluations = math.ceil(self.total_steps / interval) - step // interval
+        if self.spec.folds:  # the fit on all rows measures nothing
+            return self._steps.mean * ((self._chosen_steps or self.total_steps) - step)
+        interval = self.spec.eval_interval or max(1, round(self.total_steps / max(self.spec.n_epochs, 1)))
+        evaluations = math.ceil(self.total_steps / interval) - step // interval
         return self._steps.mean * (self.total_steps - step) + self._evaluations.mean * evaluations
 
     def _after_trial(self, event: TrialEvent, now: float) -> float | None:
@@ -95,6 +109,17 @@ class Pace:
             (share - self.before.get(number, 0.0)) * self._size(number) for number, share in self._shares.items()
         )
         return None if done <= 0 else self._trial_work() * (now - self._started) / done
+
+    def _after_fold(self, event: FoldEvent, now: float) -> float | None:
+        """Each fold leaves its own rows out, so k of them see all rows k - 1 times; the fit that follows once more.
+
+        The fit is taken to go to the end of its schedule until the folds have chosen where it ends.
+        """
+        rounds, made = max(self.spec.folds - 1, 1), event.done - event.done_before
+        if made <= 0:
+            return None
+        self._fit_seconds = (now - self._started) / (made * rounds)
+        return self._fit_seconds * ((1 - event.done) * rounds + 1)
 
     def _trial_work(self) -> float:
         """What the trials still have to do: at each rung those that are furthest are taken to go on."""

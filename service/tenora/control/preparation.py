@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tenora.control.adapter_shape import Limits, ParentShape
+from tenora.control.general import general_text
 from tenora.control.job_plan import (
     Resolved,
     RowCounts,
@@ -102,7 +103,8 @@ def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_pe
     tasks = read_tasks(job, tokenizer, limits)
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
-    spec = _plan(job, tasks, found, limits.base_id, tokens_per_microbatch)
+    text = general_text(tokenizer, limits.max_model_len)
+    spec = _plan(job, tasks, found, limits.base_id, tokens_per_microbatch, text)
     with full_disk():
         remove(job.workdir)
         job.workdir.mkdir(mode=0o700, parents=True)
@@ -185,7 +187,12 @@ def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> Trai
 
 
 def _plan(
-    job: Preparation, tasks: Sequence[TaskRows], found: Resolved, base_id: str, tokens_per_microbatch: int
+    job: Preparation,
+    tasks: Sequence[TaskRows],
+    found: Resolved,
+    base_id: str,
+    tokens_per_microbatch: int,
+    text: tuple[int, ...],
 ) -> TrainSpec:
     chosen = found.hyperparameters
     return TrainSpec(
@@ -212,6 +219,7 @@ def _plan(
         trials=found.trials,
         tokens_per_microbatch=tokens_per_microbatch,
         seed=job.seed,
+        general_text=text,
         **found.spec_fields,
     )
 

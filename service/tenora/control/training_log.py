@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tenora.training.spec import EvalEvent, FinishedEvent, Rewards, StepEvent, TrialEvent
+from tenora.training.spec import EvalEvent, FinishedEvent, FoldEvent, Rewards, StepEvent, TrialEvent
 
 CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _CSV_SOURCES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -43,6 +43,7 @@ def eval_line(event: EvalEvent, total_steps: int) -> tuple[str, Metrics]:
         "full_valid_mean_token_accuracy": event.valid_accuracy,
         "base_loss": event.base_loss,
         "best": int(event.best),
+        **({} if event.general_loss is None else {"general_loss": event.general_loss}),
         **{f"{_TASK}{name}": loss for name, loss in event.tasks.items()},
         **_reward_metrics(event.rewards),
     }
@@ -64,6 +65,25 @@ def trial_line(event: TrialEvent, trials: int) -> tuple[str, Metrics]:
         "step": event.step,
         "total_steps": event.total_steps,
         "valid_loss": event.valid_loss,
+        "trained_tokens": event.trained_tokens,
+    }
+
+
+def fold_line(event: FoldEvent, folds: int) -> tuple[str, Metrics]:
+    """Message and numbers of a fold of a cross-validation; `fold` counts from 0.
+
+    Its steps are not the job's, so they have names of their own: `step` is that of the fit on all rows.
+    """
+    over = event.step == event.total_steps
+    where = f"Fold {event.fold + 1}/{folds}" + ("" if over else f", step {event.step}/{event.total_steps}")
+    return f"{where}: validation loss={event.valid_loss:.2f} (base {event.base_loss:.2f})", {
+        "fold": event.fold,
+        "fold_step": event.step,
+        "fold_total_steps": event.total_steps,
+        "fold_valid_loss": event.valid_loss,
+        "fold_base_loss": event.base_loss,
+        "folds_done": event.done,
+        "trained_tokens": event.trained_tokens,
     }
 
 
@@ -95,7 +115,7 @@ def metrics_csv(lines: Iterable[Mapping[str, Any]], *, winner: int | None = None
     """The numbers of a log, oldest first, as a CSV file with a row per step: OpenAI's columns, then one per task.
 
     A step that was done again after a crash appears once, with its last numbers. Of a sweep's trials only the winner's
-    count.
+    count, of a cross-validation the fit on all rows and the losses of all folds together.
     """
     by_step: dict[int, dict[str, Any]] = {}
     tasks: dict[str, None] = {}

@@ -42,6 +42,7 @@ from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
+from tenora.model.memory import is_out_of_memory
 from tenora.model.spec import target_modules
 from tenora.training.fusion import FusedTraining, Run
 from tenora.training.host import TrainingHost
@@ -315,7 +316,7 @@ def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
 
 def _step_failure(error: Exception) -> tuple[str, str]:
     """Code and message for the sequences of a step that raised."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return "out_of_memory", "The engine ran out of memory in this step; retry, or use smaller batches."

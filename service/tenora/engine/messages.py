@@ -122,7 +122,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
 
     Attributes:
         cached_tokens: prompt tokens that came from the prefix cache (on the first output only, else 0).
-        prompt_logprobs: on the first output if asked for; None before `prompt_logprobs_from` (nothing precedes entry 0).
+        prompt_logprobs: on the first output if asked for; None before `prompt_logprobs_from`.
         stop_token_id: the stop token that ended it, if one did.
         queue_seconds: how long it waited before the engine began with it (on the first output only).
     """

@@ -43,6 +43,7 @@ class Best(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         rows, probe: see `tenora.training.evaluation.Evaluation`.
         tasks: held-out loss of each task, if there are several.
+        general_loss: on the general text, if the run has one.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Best(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[float]
     probe: list[list[float]]
     tasks: dict[str, float]
+    general_loss: float | None = None
 
 
 class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +73,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         evaluated_step: the step of the last complete evaluation, -1 before the first.
         base_loss, start_rows: held-out loss of what training starts from, as a mean and per row.
         last_loss: of the last evaluation.
+        base_general_loss: of the base on the general text, if the run has one.
         row_tokens: learned tokens of each held-out row.
         stale: evaluations since the best one.
         curve: all evaluations, where they are asked for.
@@ -83,6 +86,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     evaluated_step: int = -1
     base_loss: float = 0.0
     last_loss: float = 0.0
+    base_general_loss: float | None = None
     start_rows: list[float] = []  # msgspec copies empty literals
     row_tokens: list[int] = []
     best: Best | None = None

@@ -9,6 +9,7 @@ import numpy as np
 
 from tenora.training.arena import TrainedAdapter
 from tenora.training.dataset import TokenizedDataset
+from tenora.training.host import TrainingHost
 from tenora.training.objectives import PreferenceLoss, RewardSums, row_sums
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.spec import Rewards, TrainSpec
@@ -113,6 +114,32 @@ def measure(
     loss, accuracy = sums.rewards.loss / count, sums.rewards.correct / count
     pairs = [sums.pairs[pair] for pair in range(examples)]
     return Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rewards.means, pairs)
+
+
+def general_loss(
+    host: TrainingHost, spec: TrainSpec, adapter: TrainedAdapter | None, *, capacity: int
+) -> Generator[None, None, float | None]:
+    """Mean loss of an adapter, or the base, on the general text, nats per token; None if the run has no such text.
+
+    The base is measured once for all runs.
+    """
+    text = spec.general_text
+    if len(text) < 2:  # the first token is not predicted
+        return None
+    if adapter is None and text in host.general_losses:
+        return host.general_losses[text]
+    learned = np.ones(len(text), dtype=np.uint8)
+    learned[0] = 0
+    row = TokenizedDataset(
+        tokens=np.array(text, dtype=np.int32),
+        weights=learned,
+        offsets=np.array([0, len(text)]),
+        lines=np.zeros(1, dtype=np.int64),
+    )
+    found = yield from measure(host.queue, spec, row, adapter, capacity=capacity)
+    if adapter is None:
+        host.general_losses[text] = found.loss
+    return found.loss
 
 
 def finish(queue: WorkQueue, work: Work) -> Generator[None, None, Work]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 
-import torch
-
 from tenora.errors import TenoraError
+from tenora.model.memory import is_out_of_memory
 
 
 def explain(error: Exception, step: int) -> tuple[str, str]:
@@ -20,8 +19,3 @@ def explain(error: Exception, step: int) -> tuple[str, str]:
         code = "storage_full" if error.errno == errno.ENOSPC else "storage_error"
         return code, f"A file of the run could not be read or written after step {step}: {error.strerror or error}."
     return "internal_error", f"The run stopped after step {step} with an unexpected error: {error}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Accelerators raise a type of their own; torch's CPU allocator raises a RuntimeError with these words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -15,13 +15,13 @@ import numpy as np
 
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Evaluated, write_checkpoint
-from tenora.training.evaluation import PROBE_ROWS, measure
+from tenora.training.evaluation import PROBE_ROWS, general_loss, measure
 from tenora.training.host import TrainingHost
 from tenora.training.interleave import interleave
 from tenora.training.learner import Learner
 from tenora.training.packing import Int64Array
 from tenora.training.plain import load_corpus
-from tenora.training.spec import EvalEvent, FinishedEvent, HeldOut, Items, Probe, TrainSpec
+from tenora.training.spec import EvalEvent, FinishedEvent, FoldEvent, HeldOut, Items, Probe, StepEvent, TrainSpec
 
 
 class FoldsPlan:
@@ -52,6 +52,7 @@ class FoldsPlan:
         except BaseException:
             self.close()
             raise
+        self._done_before = self._done()
 
     @property
     def step(self) -> int:
@@ -60,7 +61,7 @@ class FoldsPlan:
 
     def items(self) -> Items:
         """Events, and None where it waits, up to the FinishedEvent."""
-        yield from interleave([_quietly(learner) for learner, _ in self._folds])
+        yield from interleave([self._fold(number) for number in range(len(self._folds))])
         curve = [self._epoch(number) for number in range(len(self._folds[0][0].progress.curve))]
         losses = [epoch.valid_loss for epoch in curve]
         best = min(range(1, len(curve)), key=lambda number: losses[number])
@@ -73,7 +74,11 @@ class FoldsPlan:
                 base_loss=losses[0],
                 best=0 < number <= best and losses[number] == min(losses[1 : number + 1]),
             )
-        yield from self._learner.fit(curve[best].step)
+        for item in self._learner.fit(curve[best].step):
+            if isinstance(item, StepEvent):
+                yield msgspec.structs.replace(item, trained_tokens=self._trained_tokens())
+            else:
+                yield item
         yield from self._finished(curve, best)
 
     def save(self) -> None:
@@ -98,6 +103,36 @@ class FoldsPlan:
             raise RuntimeError("the run was closed.")
         return self._final
 
+    def _fold(self, number: int) -> Items:
+        """A fold's course. Its steps are no use alone; its evaluations tell how far the cross-validation is."""
+        learner, _ = self._folds[number]
+        for item in learner.fit():
+            if item is None:
+                yield None
+            elif isinstance(item, EvalEvent) and item.step:
+                before = [epoch.valid_loss for epoch in learner.progress.curve[1:]]  # `item` is not among them yet
+                yield FoldEvent(
+                    run_id=self._spec.run_id,
+                    fold=number,
+                    step=item.step,
+                    total_steps=learner.total_steps,
+                    valid_loss=min([*before, item.valid_loss]),
+                    base_loss=item.base_loss,
+                    trained_tokens=self._trained_tokens(),
+                    done=self._done(),
+                    done_before=self._done_before,
+                )
+
+    def _done(self) -> float:
+        """Share of the steps of all folds that are made."""
+        made = sum(learner.progress.step for learner, _ in self._folds)
+        return made / max(sum(learner.total_steps for learner, _ in self._folds), 1)
+
+    def _trained_tokens(self) -> int:
+        """Learned tokens of all folds and of the fit on all rows."""
+        learners = [self._learner, *(learner for learner, _ in self._folds)]
+        return sum(learner.progress.trained_tokens for learner in learners)
+
     def _epoch(self, number: int) -> Evaluated:
         """The folds after an epoch, together: every row under the adapter that had not seen it."""
         rows, correct, tokens = np.zeros(len(self._corpus.train)), 0.0, 0
@@ -119,6 +154,8 @@ class FoldsPlan:
         train = self._corpus.train
         probe = train.select(np.arange(min(PROBE_ROWS, len(train))))
         found = yield from measure(self._host.queue, spec, probe, final.adapter, capacity=final.capacity)
+        general = yield from general_loss(self._host, spec, final.adapter, capacity=final.capacity)
+        base_general = yield from general_loss(self._host, spec, None, capacity=final.capacity)
         path = write_checkpoint(final.spec, final.adapter, final.progress.step)
         tokens = np.zeros(len(train), dtype=np.int64)
         for learner, held_out in self._folds:
@@ -131,12 +168,13 @@ class FoldsPlan:
             valid_loss=curve[best].valid_loss,
             valid_accuracy=curve[best].valid_accuracy,
             base_loss=curve[0].valid_loss,
-            trained_tokens=final.progress.trained_tokens
-            + sum(learner.progress.trained_tokens for learner, _ in self._folds),
+            trained_tokens=self._trained_tokens(),
             seconds=time.monotonic() - self._started,
             last_loss=curve[-1].valid_loss,
             held_out=HeldOut(tokens=tokens.tolist(), adapter=curve[best].rows, start=curve[0].rows),
             probe=Probe(path=spec.tasks[0].train_path, rows=found.probe),
+            general_loss=general,
+            base_general_loss=base_general,
             stopped_early=final.progress.step < final.total_steps,
         )
 
@@ -144,12 +182,11 @@ class FoldsPlan:
 def _spec_of(spec: TrainSpec, name: str) -> TrainSpec:
     """Of a learner: whole epochs, every one of them measured."""
     return msgspec.structs.replace(
-        spec, workdir=str(Path(spec.workdir) / name), folds=0, max_steps=0, eval_interval=0, early_stopping=0
+        spec,
+        workdir=str(Path(spec.workdir) / name),
+        folds=0,
+        max_steps=0,
+        eval_interval=0,
+        early_stopping=0,
+        general_text=(),
     )
-
-
-def _quietly(learner: Learner) -> Items:
-    """A fold's course without its events: its steps and losses are no use alone."""
-    for item in learner.fit():
-        if item is None:
-            yield None

@@ -22,6 +22,7 @@ class TrainingHost:
     Attributes:
         tokens_per_pass: most tokens of a fused pass; a single longer row makes one of its own.
         kept_tokens: tokens of the largest pass whose activations are kept; longer ones run their layers twice.
+        general_losses: of the base on the texts that runs have measured it on.
     """
 
     decoder: Decoder
@@ -29,6 +30,7 @@ class TrainingHost:
     queue: WorkQueue
     tokens_per_pass: int = 2048
     kept_tokens: int = field(init=False)
+    general_losses: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         per_token = kept_bytes_per_token(self.decoder, _USUAL_RANK, Keep.ALL)

@@ -27,7 +27,7 @@ from tenora.training.checkpoint import (
     write_checkpoint,
 )
 from tenora.training.corpus import Corpus
-from tenora.training.evaluation import Evaluation, finish, measure
+from tenora.training.evaluation import Evaluation, finish, general_loss, measure
 from tenora.training.host import TrainingHost
 from tenora.training.objectives import MeanLoss, PreferenceLoss, RewardSums, row_sums
 from tenora.training.optimizer import AdamW, clip_grad_norm
@@ -54,6 +54,7 @@ class Learner:
     Attributes:
         progress: how far it is.
         total_steps: of its schedule.
+        start: the base on the held-out rows, if somebody has measured it for several learners.
     """
 
     def __init__(self, host: TrainingHost, spec: TrainSpec, corpus: Corpus, *, checkpoints: bool = True) -> None:
@@ -94,6 +95,7 @@ class Learner:
         if host.shares_prefixes and spec.packing and not spec.lora.dropout:
             self._shared = (shared_prefix(corpus.train), shared_prefix(corpus.valid))
         self._checkpoints = checkpoints
+        self.start: Evaluation | None = None
         self._until = self.total_steps
         self._high_steps = 0
         self.started = time.monotonic() - self.progress.seconds
@@ -276,9 +278,11 @@ class Learner:
         interval = self.spec.eval_interval or self.steps_per_epoch
         return self.progress.evaluated_step != step and (step % interval == 0 or step == self._until)
 
-    def _measure(self) -> Generator[None, None, Evaluation]:
+    def measure(self) -> Generator[None, None, Evaluation]:
         """The adapter of now on the held-out rows; at step 0 what it starts from, which DPO is measured against."""
         step, dpo = self.progress.step, self.spec.method == "dpo"
+        if not step and self.start is not None:
+            return self.start
         start = self.adapter if self.spec.init_path else None
         reference = [-loss for loss in self.progress.start_rows] if dpo and step else None
         found = yield from measure(
@@ -295,7 +299,7 @@ class Learner:
     def _evaluate(self) -> Items:
         """Measure, write a checkpoint, tell, then save: a crash in between repeats it and changes nothing."""
         before, spec = self.progress, self.spec
-        found = yield from self._measure()
+        found = yield from self.measure()
         if not math.isfinite(found.loss):
             cause = f"after step {before.step}" if before.step else "of the base, before any step,"
             advice = "lower the learning rate" if before.step else "look at the validation rows"
@@ -308,6 +312,10 @@ class Learner:
         base_loss = before.base_loss if before.step else found.loss
         # The untrained adapter is the base, so the best checkpoint is one of those that follow.
         is_best = before.step > 0 and (before.best is None or found.loss < before.best.valid_loss)
+        general = None
+        if is_best or not before.step:
+            measured = self.adapter if before.step else None
+            general = yield from general_loss(self.host, spec, measured, capacity=self.capacity)
         tasks = self._tasks_of(found)
         path = write_checkpoint(spec, self.adapter, before.step) if before.step and self._checkpoints else None
         yield EvalEvent(
@@ -318,10 +326,11 @@ class Learner:
             base_loss=base_loss,
             best=is_best,
             tasks=tasks,
+            general_loss=general,
             rewards=found.rewards,
         )
         best = before.best
-        if before.step and (is_best or best is None):
+        if is_best:
             best = Best(
                 step=before.step,
                 valid_loss=found.loss,
@@ -330,11 +339,14 @@ class Learner:
                 rows=found.rows,
                 probe=found.probe,
                 tasks=tasks,
+                general_loss=general,
             )
         if path is not None and best is not None:
             yield self._checkpoint_event(path, found)
             prune_checkpoints(self.workdir, best.step)
         self._evaluated(found, base_loss, best, is_best=is_best)
+        if not before.step:
+            self.progress = msgspec.structs.replace(self.progress, base_general_loss=general)
         self.save()
 
     def _evaluated(self, found: Evaluation, base_loss: float, best: Best | None, *, is_best: bool) -> None:

@@ -67,6 +67,8 @@ def finished(learner: Learner) -> FinishedEvent:
         held_out=None if spec.method == "dpo" else _held_out(learner, best),
         probe=_probe(learner, best),
         tasks=best.tasks,
+        general_loss=best.general_loss,
+        base_general_loss=progress.base_general_loss,
         stopped_early=progress.step < learner.total_steps,
     )
 

@@ -74,6 +74,7 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
         base_model: id written into the exported adapter_config.json.
         recompute_activations: keep only the inputs of layers and run each a second time in the backward pass; None
             decides by memory.
+        general_text: tokens of a text that no rows are about: how its loss changes tells what is forgotten.
     """
 
     run_id: str
@@ -102,6 +103,7 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_microbatch: int = 2048
     recompute_activations: bool | None = None
     seed: int = 0
+    general_text: tuple[int, ...] = ()
 
 
 class Rewards(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,7 +123,7 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
         step: counted from 1.
         learning_rate: the one this step was made with.
         grad_norm: before clipping.
-        trained_tokens: learned tokens so far, over all epochs.
+        trained_tokens: learned tokens so far, over all epochs and folds.
         tokens_per_second: all tokens that the model read in this step, per second of wall time.
         rewards: of DPO; its `train_loss` is per pair, its `train_accuracy` how often the chosen answer had the higher
             reward.
@@ -148,6 +150,7 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
 
     Attributes:
         tasks: held-out loss of each task, if there are several.
+        general_loss: of the best adapter so far and of the base: nats per token of `TrainSpec.general_text`.
         rewards: DPO: margin between chosen and rejected, and how often it was above 0; see `StepEvent`.
     """
 
@@ -158,6 +161,7 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
     base_loss: float
     best: bool
     tasks: dict[str, float] = {}  # msgspec copies empty literals
+    general_loss: float | None = None
     rewards: Rewards | None = None
 
 
@@ -184,6 +188,7 @@ class TrialEvent(msgspec.Struct, frozen=True, kw_only=True, tag="trial"):
         trial: index into `TrainSpec.trials`.
         status: running; stopped, because others were better (successive halving); finished; failed.
         step, total_steps: optimizer steps done, and those of the whole trial.
+        trained_tokens: learned tokens so far of all trials, those that are over too.
         valid_loss: best so far; None before the first evaluation.
         reason: why it failed.
     """
@@ -193,8 +198,33 @@ class TrialEvent(msgspec.Struct, frozen=True, kw_only=True, tag="trial"):
     status: TrialStatus
     step: int
     total_steps: int
+    trained_tokens: int
     valid_loss: float | None = None
     reason: str = ""
+
+
+class FoldEvent(msgspec.Struct, frozen=True, kw_only=True, tag="fold"):
+    """Where a fold of a cross-validation stands: after each of its evaluations. The fit on all rows comes afterwards.
+
+    Attributes:
+        fold: counts from 0.
+        step, total_steps: optimizer steps done, and those of the whole fold; it is over when they are equal.
+        valid_loss: best so far, on the rows that the fold holds out.
+        base_loss: the start's on the same rows.
+        trained_tokens: learned tokens so far of all folds.
+        done, done_before: share of the steps of all folds that are made now, and that were made when the run was
+            started or resumed.
+    """
+
+    run_id: str
+    fold: int
+    step: int
+    total_steps: int
+    valid_loss: float
+    base_loss: float
+    trained_tokens: int
+    done: float
+    done_before: float = 0.0
 
 
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,7 +263,10 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
             training rows, each measured by an adapter that had not seen it.
         probe: for the comparison with the serving path.
         tasks: held-out loss of each task, if there are several.
+        general_loss, base_general_loss: of the result and of the base, nats per token of `TrainSpec.general_text`; None
+            without such a text.
         trial: the winner of a sweep, as an index into `TrainSpec.trials`.
+        trained_tokens: learned tokens of everything that the run trained: all epochs, all trials, all folds.
         stopped_early: fewer steps were made than planned, because the held-out loss no longer fell.
     """
 
@@ -250,6 +283,8 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     held_out: HeldOut | None = None
     probe: Probe | None = None
     tasks: dict[str, float] = {}  # msgspec copies empty literals
+    general_loss: float | None = None
+    base_general_loss: float | None = None
     trial: int | None = None
     stopped_early: bool = False
 
@@ -274,7 +309,9 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-TrainEvent = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FinishedEvent | StoppedEvent | FailedEvent
+TrainEvent = (
+    StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FoldEvent | FinishedEvent | StoppedEvent | FailedEvent
+)
 
 Items = Generator[TrainEvent | None, None, None]
 """What a part of a run yields: events, and None where it waits or something else may be done in between."""

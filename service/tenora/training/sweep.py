@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
 
 from tenora.adapters.atomic import replace_file
 from tenora.errors import TrainingError
+from tenora.training.evaluation import general_loss
 from tenora.training.failures import explain
 from tenora.training.host import TrainingHost
 from tenora.training.interleave import interleave
@@ -43,6 +45,7 @@ class _Ended(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int
     valid_loss: float | None
     reason: str = ""
+    trained_tokens: int = 0
 
 
 class SweepPlan:
@@ -50,7 +53,7 @@ class SweepPlan:
 
     def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
         """Read the rows, and take up the trials that are still in the race."""
-        self._spec = spec
+        self._host, self._spec = host, spec
         self._file = Path(spec.workdir) / "sweep.json"
         self._ended: dict[int, _Ended] = {}
         if self._file.exists():
@@ -73,6 +76,7 @@ class SweepPlan:
 
     def items(self) -> Items:
         """Events, and None where it waits, up to the FinishedEvent."""
+        yield from self._measure_base()
         for share, survivors in halving_rungs(len(self._spec.trials)):
             alive = [number for number in self._learners if number not in self._ended]
             yield from interleave([self._reach(number, share) for number in alive])
@@ -92,6 +96,16 @@ class SweepPlan:
             learner.close()
         self._learners.clear()
 
+    def _measure_base(self) -> Generator[None, None, None]:
+        """Once for all trials. A starting adapter is of each trial's own shape, and measured by each."""
+        waiting = [learner for learner in self._learners.values() if learner.progress.evaluated_step < 0]
+        if waiting and not self._spec.init_path:
+            first = waiting[0]
+            found = yield from first.measure()
+            yield from general_loss(self._host, self._spec, None, capacity=first.capacity)
+            for learner in waiting:
+                learner.start = found
+
     def _reach(self, number: int, share: float) -> Items:
         """Train one trial to a rung. What goes wrong with it ends it alone."""
         learner = self._learners[number]
@@ -100,7 +114,7 @@ class SweepPlan:
                 if item is None:
                     yield None
                 elif isinstance(item, EvalEvent) and item.step:
-                    yield self._event(number, "running")
+                    yield self._event(number, "running", told=item)
         except Exception as error:  # noqa: BLE001  # ends this trial alone; the others may still win
             _, reason = explain(error, learner.progress.step)
             _log.warning("trial %d of run %s failed: %s", number, self._spec.run_id, reason, exc_info=error)
@@ -115,13 +129,13 @@ class SweepPlan:
     def _end(self, number: int, status: TrialStatus, reason: str = "") -> TrialEvent:
         """Remember it before anything else, so that a killed run does not take the trial up again."""
         learner = self._learners[number]
-        best = learner.progress.best
         self._ended[number] = _Ended(
             status=status,
             step=learner.progress.step,
             total_steps=learner.total_steps,
-            valid_loss=None if best is None else best.valid_loss,
+            valid_loss=self._best(number),
             reason=reason,
+            trained_tokens=learner.progress.trained_tokens,
         )
         replace_file(self._file, msgspec.json.encode(self._ended))
         event = self._event(number, status, reason)
@@ -129,32 +143,45 @@ class SweepPlan:
             self._learners.pop(number).close()
         return event
 
-    def _event(self, number: int, status: TrialStatus, reason: str = "") -> TrialEvent:
+    def _event(
+        self, number: int, status: TrialStatus, reason: str = "", *, told: EvalEvent | None = None
+    ) -> TrialEvent:
         learner = self._learners[number]
-        best = learner.progress.best
         return TrialEvent(
             run_id=self._spec.run_id,
             trial=number,
             status=status,
             step=learner.progress.step,
             total_steps=learner.total_steps,
-            valid_loss=None if best is None else best.valid_loss,
+            trained_tokens=self._trained_tokens(),
+            valid_loss=self._best(number, told),
             reason=reason,
         )
 
     def _loss(self, number: int) -> float:
-        best = self._learners[number].progress.best
-        return math.inf if best is None else best.valid_loss
+        best = self._best(number)
+        return math.inf if best is None else best
+
+    def _best(self, number: int, told: EvalEvent | None = None) -> float | None:
+        """The lowest loss of a trial; an evaluation that was just told is not part of its learner's progress yet."""
+        found = (self._learners[number].progress.best, told)
+        return min((evaluated.valid_loss for evaluated in found if evaluated is not None), default=None)
+
+    def _trained_tokens(self) -> int:
+        """Learned tokens of all trials: of those that were closed, what they had come to, also before a resume."""
+        closed = (ended.trained_tokens for number, ended in self._ended.items() if number not in self._learners)
+        return sum(closed) + sum(learner.progress.trained_tokens for learner in self._learners.values())
 
     def _winner(self) -> FinishedEvent:
         if not self._learners:
             reasons = "; ".join(dict.fromkeys(ended.reason for ended in self._ended.values() if ended.reason))
             raise TrainingError(f"Every trial of the sweep failed: {reasons}", code="training_failed")
         number = min(self._learners, key=lambda number: (self._loss(number), number))
-        event = finished(self._learners[number])
-        tokens = sum(learner.progress.trained_tokens for learner in self._learners.values())
         return msgspec.structs.replace(
-            event, trial=number, trained_tokens=tokens, seconds=time.monotonic() - self._started
+            finished(self._learners[number]),
+            trial=number,
+            trained_tokens=self._trained_tokens(),
+            seconds=time.monotonic() - self._started,
         )
 
 
