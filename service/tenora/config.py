@@ -49,7 +49,9 @@ class Settings(BaseSettings):
         default=512 * 2**20, ge=2**20, description="Memory of the adapter slots on the device."
     )
     host_cache_bytes: int = Field(
-        default=128 * 2**20, ge=0, description="Host memory for adapters that are read ahead of a slot or wait for one."
+        default=128 * 2**20,
+        ge=0,
+        description="Host memory for adapters that wait for a slot (if larger than the pool: or left one).",
     )
     max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")

@@ -158,6 +158,19 @@ def test_the_bar_of_a_sweep_counts_its_trials(monkeypatch: pytest.MonkeyPatch) -
     assert "step" not in out.getvalue()
 
 
+def test_the_bar_of_a_cross_validation_tells_how_far_its_folds_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal()
+    bar = tc.JobBar(out, clock=lambda: 0.0)
+    (running,) = states("running")
+    bar.show(running, events(event(1, fold=0, fold_step=3, fold_valid_loss=2.5, folds_done=0.25)))
+    assert "[######------------------] cross-validation 25%" in out.getvalue()
+    bar.show(running, events(event(2, step=1, total_steps=4)))
+    bar.close()
+    assert "step 1/4" in out.getvalue()
+
+
 def test_the_bar_of_a_job_in_a_log_is_a_few_whole_lines() -> None:
     out = io.StringIO()
     bar = tc.JobBar(out, clock=lambda: 0.0)

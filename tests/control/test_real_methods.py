@@ -36,6 +36,7 @@ async def test_few_rows(service: Service) -> None:
     job = await finish(service.control, acme, ROWS[:12], n_epochs=4)
     assert job.evaluation is not None
     assert job.evaluation["valid_loss"] < job.evaluation["base_loss"]
+    assert job.evaluation["forgetting"]["change"] != 0.0
     assert (await service.control.adapters.get(acme, job.name)).rank == 8
     said = await messages(service.control, acme, job.id)
     assert all(any(line.startswith(f"Fold {n}/5: validation loss=") for line in said) for n in range(1, 6))

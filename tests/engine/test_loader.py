@@ -100,6 +100,17 @@ def test_what_had_to_leave_its_slot_comes_back_without_the_disk(make: Make) -> N
     assert (loader.loads, loader.pool.evictions) == (4, 3)
 
 
+def test_a_cache_smaller_than_the_pool_keeps_no_second_copy(make: Make) -> None:
+    loader, disk = make(slots=1, cache_bytes=4096)
+    for digest in "aba":
+        while isinstance(loader.acquire(ref(digest)), Blocked):
+            settle(loader)
+        assert loader.cache.used_bytes == 0
+        loader.release(digest)
+    assert disk.begun == ["a", "b", "a"]
+    loader.check_integrity()
+
+
 def test_reads_ahead_in_order_and_few_at_a_time(make: Make) -> None:
     loader, disk = make()
     disk.gate.clear()

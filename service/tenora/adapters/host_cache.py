@@ -10,8 +10,8 @@ from tenora.adapters.prepared import PreparedAdapter
 class HostCache:
     """Adapters that were read and can be inserted by one copy. Not thread-safe: the step loop owns it.
 
-    It holds what is read ahead of a slot and, as far as the budget goes, what was inserted before. An adapter larger
-    than the whole budget is held alone, or it could never reach a slot.
+    It holds what is read ahead of a slot and, if the budget is larger than the slots', what was inserted before. An
+    adapter larger than the whole budget is held alone, or it could never reach a slot.
     """
 
     def __init__(self, max_bytes: int) -> None:

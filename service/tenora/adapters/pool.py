@@ -102,6 +102,11 @@ class SlotPool:
         self.moved_bytes = 0
 
     @property
+    def max_bytes(self) -> int:
+        """Size of the arena."""
+        return self._free.capacity * self._itemsize
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the arena that adapters take."""
         return (self._free.capacity - self._free.free) * self._itemsize

@@ -47,6 +47,8 @@ class AdapterLoader:
         self._reads: dict[str, Future[PreparedAdapter]] = {}
         self._errors: dict[str, Exception] = {}  # of reads, until somebody asks for the adapter
         self._wanted_pins: dict[str, AdapterRef] = {}
+        # Among as many copies of what was inserted last as a smaller cache holds, hardly any would have left its slot.
+        self._keeps_inserted = cache.max_bytes > pool.max_bytes
         self._room = cache.max_bytes  # of the cache, for reads that have not begun
         self._holds_wanted = False  # the cache, something that has no slot yet
         self._last_size = 0  # of a prepared adapter: the guess for those that are being read
@@ -101,6 +103,8 @@ class AdapterLoader:
             self.cache.discard(ref.digest)
             raise self._failure(ref, error) from error
         self.loads += 1
+        if not self._keeps_inserted:
+            self.cache.discard(ref.digest)
         # Referenced in the same breath: another insertion could evict it otherwise.
         slot = self.pool.acquire(ref.digest)
         if slot is None:

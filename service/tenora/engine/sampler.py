@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tenora.engine.messages import SamplingParams, TokenLogprob
 from tenora.engine.sequence import Sequence
+from tenora.model.transfer import to_device
 
 CANDIDATES = (256, 4096)  # most likely tokens that a top-k or top-p row looks at before it sorts the whole vocabulary
 _BLOCK = 256
@@ -60,13 +61,14 @@ def sample(logits: Tensor, rows: Rows[Sequence]) -> Sampled:
     if all(row.plain for row in rows):
         return Sampled(_argmax(logits).tolist(), logprobs)
     wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
-    raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    raw = torch.log_softmax(logits[_indices(logits, wanted)], dim=-1) if wanted else None
     for group, process in ((_is_penalised, _penalise), (_is_biased, _bias), (_is_too_short, _forbid_stops)):
         if chosen := [index for index, row in enumerate(rows) if group(row)]:
             if len(chosen) == len(rows):
                 process(logits, rows)
             else:
-                logits[chosen] = process(logits[chosen], [rows[index] for index in chosen])
+                places = _indices(logits, chosen)
+                logits[places] = process(logits[places], [rows[index] for index in chosen])
     tokens = _choose(logits, rows)
     if raw is not None:
         picked = [max(tokens[index], 0) for index in wanted]
@@ -85,7 +87,7 @@ def describe(logprobs: Tensor, token_ids: Rows[int], top: Rows[int]) -> list[Tok
         token_ids: n tokens.
         top: n counts; 0 lists no alternatives.
     """
-    index = torch.tensor(list(token_ids), device=logprobs.device).unsqueeze(1)
+    index = _indices(logprobs, token_ids).unsqueeze(1)
     own = logprobs.gather(1, index).squeeze(1).tolist()
     values, ids = logprobs.topk(min(max(top, default=0), logprobs.shape[1]), dim=-1)
     entries = []
@@ -117,7 +119,8 @@ def _penalise(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     said, times = np.unique(_keys([row.token_ids[row.num_prompt :] for row in rows], vocab), return_counts=True)
     counts = np.zeros(len(seen), dtype=np.float32)
     counts[np.searchsorted(seen, said)] = times
-    row_ids, token_ids, output = (torch.from_numpy(x).to(logits.device) for x in (*np.divmod(seen, vocab), counts))
+    found = (*np.divmod(seen, vocab), counts)
+    row_ids, token_ids, output = (to_device(torch.from_numpy(values), logits.device) for values in found)
     repetition, frequency, presence = (
         _column(logits, rows, value).squeeze(1)[row_ids]
         for value in (_repetition_penalty, _frequency_penalty, _presence_penalty)
@@ -152,32 +155,40 @@ def _bias(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
         (index, token, bias) for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()
     ]
     row_ids, token_ids, biases = zip(*entries, strict=True)
-    at = (torch.tensor(row_ids, device=logits.device), torch.tensor(token_ids, device=logits.device))
-    return logits.index_put_(at, torch.tensor(biases, dtype=logits.dtype, device=logits.device), accumulate=True)
+    at = (_indices(logits, row_ids), _indices(logits, token_ids))
+    values = to_device(torch.tensor(biases, dtype=logits.dtype), logits.device)
+    return logits.index_put_(at, values, accumulate=True)
 
 
 def _forbid_stops(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
-    for index, row in enumerate(rows):
-        logits[index, list(row.stop_ids)] = -torch.inf
+    entries = [(index, token) for index, row in enumerate(rows) for token in row.stop_ids]
+    row_ids, token_ids = zip(*entries, strict=True)
+    logits[_indices(logits, row_ids), _indices(logits, token_ids)] = -torch.inf
     return logits
 
 
 def _choose(logits: Tensor, rows: Rows[Sequence]) -> list[int]:
-    """One token per row: arg max, a draw from the whole vocabulary, or a draw from its most likely part."""
+    """One token per row: arg max, a draw from the whole vocabulary, or a draw from its most likely part.
+
+    They are read from the device once, at the end.
+    """
     vocab = logits.shape[1]
     greedy = [row.greedy for row in rows]
     # Looking at every row is cheaper than to gather the greedy ones.
-    tokens = _argmax(logits).tolist() if any(greedy) else [-1] * len(rows)
+    tokens = _argmax(logits) if any(greedy) else torch.full((len(rows),), -1, device=logits.device)
     kinds: dict[_Draw, list[int]] = {}
     for index, row in enumerate(rows):
         if not greedy[index]:
             filtered = row.sampling.top_p < 1.0 or 0 < row.sampling.top_k < vocab
             kinds.setdefault(_draw_filtered if filtered else _draw, []).append(index)
     for kind, chosen in kinds.items():
-        drawn = kind(logits[chosen], [rows[i] for i in chosen]) if len(chosen) < len(rows) else kind(logits, rows)
-        for index, token in zip(chosen, drawn.tolist(), strict=True):
-            tokens[index] = int(token)
-    return tokens
+        if len(chosen) == len(rows):
+            tokens = kind(logits, rows)
+        else:
+            places = _indices(logits, chosen)
+            tokens[places] = kind(logits[places], [rows[index] for index in chosen])
+    chosen_tokens: list[int] = tokens.tolist()
+    return chosen_tokens
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -215,8 +226,9 @@ def _draw_filtered(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     tokens = torch.full((len(rows),), -1, device=logits.device)
     rest = list(range(len(rows)))
     for width in (*(width for width in CANDIDATES if width < vocab), vocab):
-        part = scaled if len(rest) == len(rows) else scaled[rest]
-        tokens[rest], complete = _draw_sorted(part, [rows[index] for index in rest], width)
+        places = _indices(scaled, rest)
+        part = scaled if len(rest) == len(rows) else scaled[places]
+        tokens[places], complete = _draw_sorted(part, [rows[index] for index in rest], width)
         rest = [index for index, done in zip(rest, complete.tolist(), strict=True) if not done]
         if not rest:
             break
@@ -293,9 +305,15 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _noise(like: Tensor, rows: Rows[Sequence]) -> Tensor:
     noise = [uniform(row.seed, row.num_output) for row in rows]
-    return torch.tensor(noise, dtype=torch.float64, device=like.device).unsqueeze(1)
+    return to_device(torch.tensor(noise, dtype=torch.float64), like.device).unsqueeze(1)
 
 
 def _column(like: Tensor, rows: Rows[Sequence], value: Callable[[SamplingParams], float]) -> Tensor:
     """One value per row as a column [n, 1] that broadcasts over the vocabulary."""
-    return torch.tensor([value(row.sampling) for row in rows], dtype=like.dtype, device=like.device).unsqueeze(1)
+    values = torch.tensor([value(row.sampling) for row in rows], dtype=like.dtype)
+    return to_device(values, like.device).unsqueeze(1)
+
+
+def _indices(like: Tensor, numbers: Rows[int]) -> Tensor:
+    """int64 [n] beside `like`: a list as an index would be copied while everybody waits."""
+    return to_device(torch.tensor(numbers, dtype=torch.int64), like.device)

@@ -90,6 +90,7 @@ class JobBar:
         self._clock = clock
         self._first: tuple[float, float] | None = None  # (step, time) of the first step that we saw
         self._seen: dict[str, float] = {}
+        self._folds: float | None = None  # share of a cross-validation that is done
         self._status = ""
 
     def show(self, job: JobState, events: Sequence[JobEvent]) -> None:
@@ -105,6 +106,8 @@ class JobBar:
             self._bar.draw(*_sweep(job.sweep_results))
         elif job.status == "running" and total:
             self._bar.draw(step, total, self._figures(step, total))
+        elif job.status == "running" and self._folds is not None:
+            self._bar.draw(self._folds, 1.0, f"cross-validation {self._folds:.0%}")
         elif job.status != self._status or job.finished:
             self._bar.draw(
                 step, total, f"{job.status.replace('_', ' ')}  {self._figures(step, total) if total else ''}"
@@ -118,6 +121,8 @@ class JobBar:
     def _note(self, metrics: Mapping[str, Any]) -> None:
         if "trial" in metrics:  # its steps are not the job's; the job's own table tells where the sweep stands
             return
+        if "folds_done" in metrics:
+            self._folds = float(metrics["folds_done"])
         for key in ("step", "total_steps", "train_loss", "valid_loss", "base_loss", "tokens_per_second"):
             value = metrics.get(key)
             if isinstance(value, (int, float)):
