@@ -146,8 +146,9 @@ class ScriptedEngine:
             del self.running[request.request_id]
         prompt = None
         if done == 0 and sampling.prompt_logprobs is not None:
-            scored = [_logprob(token_id, sampling.prompt_logprobs) for token_id in request.token_ids[1:]]
-            prompt = [None, *scored]
+            first = sampling.prompt_logprobs_from
+            scored = [_logprob(token_id, sampling.prompt_logprobs) for token_id in request.token_ids[first:]]
+            prompt = [None] * first + scored
         return SequenceOutput(
             request_id=request.request_id,
             token_ids=[token] if sampling.max_tokens != 0 else [],  # 0 scores the prompt
