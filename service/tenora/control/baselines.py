@@ -90,9 +90,14 @@ class Measuring:
                 await asyncio.wait([self.task], timeout=_FEW_SHOT_PATIENCE_SECONDS)
             elif not self.found.probe:
                 await asyncio.wait([self.task], timeout=_PATIENCE_SECONDS)
+        await self.stop()
+        return self.found
+
+    async def stop(self) -> None:
+        """Measure no further; what was found stays."""
+        if self.task is not None:
             self.task.cancel()
             await asyncio.wait([self.task])
-        return self.found
 
 
 async def note_rows(session: AsyncSession, row: JobRow, near_duplicates: int | None) -> None:
@@ -109,8 +114,7 @@ async def measuring(context: JobContext, claim: Claim, spec: TrainSpec) -> Async
     try:
         yield measuring
     finally:
-        measuring.task.cancel()
-        await asyncio.gather(measuring.task, return_exceptions=True)
+        await measuring.stop()
 
 
 def held_out_rows(spec: TrainSpec) -> TokenizedDataset:
@@ -158,9 +162,7 @@ async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: 
         losses: list[float] = []
         for prompt in chosen:  # one at a time: whoever waits for an answer waits for no more than one of these
             await _give_way(context)
-            first = prompt.learned[0]
-            scores = await scorer.score(prompt.tokens, first=first)
-            losses.append(-float(sum(scores[place - first] for place in prompt.learned)))
+            losses.append(-sum(await scorer.score(prompt.tokens, prompt.learned)))
             few_shot = FewShotLosses(shots=shots, rows=[one.row for one in chosen[: len(losses)]], losses=list(losses))
             measuring.found = msgspec.structs.replace(measuring.found, few_shot=few_shot)
         if not chosen:

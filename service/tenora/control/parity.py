@@ -86,11 +86,7 @@ def probe_rows(dataset: TokenizedDataset) -> list[ProbeRow]:
 
 async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterRef | None) -> list[list[float]]:
     """Log-probabilities of the learned tokens of each row, scored together."""
-    found = await asyncio.gather(*(scorer.score(row.tokens, adapter, first=row.learned[0]) for row in rows))
-    return [
-        [float(scores[place - row.learned[0]]) for place in row.learned]
-        for row, scores in zip(rows, found, strict=True)
-    ]
+    return await asyncio.gather(*(scorer.score(row.tokens, row.learned, adapter) for row in rows))
 
 
 def require_weights(directory: Path, targets: Sequence[TargetModule], names: Collection[str], *, max_rank: int) -> int:

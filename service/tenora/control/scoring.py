@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from tenora.adapters.ref import AdapterRef
 from tenora.control.closing import closing
 from tenora.control.names import random_word
@@ -41,16 +38,16 @@ class Scorer:
     priority: int = 0
 
     async def score(
-        self, tokens: Sequence[int], adapter: AdapterRef | None = None, *, first: int = 1
-    ) -> npt.NDArray[np.float64]:
-        """The log-probability of tokens `first`, `first` + 1, … given those before: [len(tokens) - first], natural log.
+        self, tokens: Sequence[int], places: Sequence[int], adapter: AdapterRef | None = None
+    ) -> list[float]:
+        """The log-probabilities (natural) of the tokens at `places`, each given all tokens before it.
 
         A busy engine is asked again for a while.
 
         Args:
-            tokens: more than `first`, at most the engine's `max_model_len`.
+            tokens: at most the engine's `max_model_len`.
+            places: ascending, the first one above 0; texts that begin alike share what lies well before it.
             adapter: None is the base.
-            first: at least 1; texts that begin alike share what lies well before it.
 
         Raises:
             UnavailableError: the engine is gone (codes engine_lost, engine_shutdown, draining), or it could not do it
@@ -60,15 +57,18 @@ class Scorer:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return await self._once(tokens, adapter, first)
+                scores = await self._once(tokens, places[0], adapter)
             except (RateLimitedError, UnavailableError) as error:
                 gone = error.code in _GONE or not self.engine.alive
                 if gone or time.monotonic() + error.retry_after > deadline:
                     raise
                 _log.info("scoring waits for the engine: %s", error.message)
                 await asyncio.sleep(error.retry_after)
+            else:
+                return [scores[place - places[0]] for place in places]
 
-    async def _once(self, tokens: Sequence[int], adapter: AdapterRef | None, first: int) -> npt.NDArray[np.float64]:
+    async def _once(self, tokens: Sequence[int], first: int, adapter: AdapterRef | None) -> list[float]:
+        """Of the tokens from `first` on."""
         command = Generate(
             request_id=f"score-{random_word(16)}",
             token_ids=list(tokens),
@@ -87,4 +87,4 @@ class Scorer:
             raise UnavailableError(
                 f"The engine scored {len(found)} of {len(tokens) - first} tokens; try again.", code="engine_error"
             )
-        return np.array(found, dtype=np.float64)
+        return found

@@ -156,8 +156,7 @@ def _bias(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     ]
     row_ids, token_ids, biases = zip(*entries, strict=True)
     at = (_indices(logits, row_ids), _indices(logits, token_ids))
-    values = to_device(torch.tensor(biases, dtype=logits.dtype), logits.device)
-    return logits.index_put_(at, values, accumulate=True)
+    return logits.index_put_(at, _beside(logits, biases, logits.dtype), accumulate=True)
 
 
 def _forbid_stops(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
@@ -304,16 +303,19 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _noise(like: Tensor, rows: Rows[Sequence]) -> Tensor:
-    noise = [uniform(row.seed, row.num_output) for row in rows]
-    return to_device(torch.tensor(noise, dtype=torch.float64), like.device).unsqueeze(1)
+    return _beside(like, [uniform(row.seed, row.num_output) for row in rows], torch.float64).unsqueeze(1)
 
 
 def _column(like: Tensor, rows: Rows[Sequence], value: Callable[[SamplingParams], float]) -> Tensor:
     """One value per row as a column [n, 1] that broadcasts over the vocabulary."""
-    values = torch.tensor([value(row.sampling) for row in rows], dtype=like.dtype)
-    return to_device(values, like.device).unsqueeze(1)
+    return _beside(like, [value(row.sampling) for row in rows], like.dtype).unsqueeze(1)
 
 
 def _indices(like: Tensor, numbers: Rows[int]) -> Tensor:
     """int64 [n] beside `like`: a list as an index would be copied while everybody waits."""
-    return to_device(torch.tensor(numbers, dtype=torch.int64), like.device)
+    return _beside(like, numbers, torch.int64)
+
+
+def _beside(like: Tensor, numbers: Rows[float], dtype: torch.dtype) -> Tensor:
+    """[n] on the device of `like`."""
+    return to_device(torch.tensor(numbers, dtype=dtype), like.device)

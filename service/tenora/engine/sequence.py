@@ -112,9 +112,8 @@ class Sequence:
     @property
     def num_cacheable(self) -> int:
         """Leading tokens that the prefix cache may stand for: of those after them the hidden states are needed."""
-        if self.prompt_logprobs is not None and self.wants_prompt_logprobs:
-            return len(self.prompt_logprobs) - 1
-        return len(self.token_ids) - 1
+        known = self.prompt_logprobs if self.wants_prompt_logprobs else self.token_ids
+        return len(known or ()) - 1
 
     @property
     def order(self) -> tuple[int, int]:

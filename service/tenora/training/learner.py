@@ -344,18 +344,20 @@ class Learner:
         if path is not None and best is not None:
             yield self._checkpoint_event(path, found)
             prune_checkpoints(self.workdir, best.step)
-        self._evaluated(found, base_loss, best, is_best=is_best)
-        if not before.step:
-            self.progress = msgspec.structs.replace(self.progress, base_general_loss=general)
+        base_general = before.base_general_loss if before.step else general
+        self._evaluated(found, base_loss, base_general, best, is_best=is_best)
         self.save()
 
-    def _evaluated(self, found: Evaluation, base_loss: float, best: Best | None, *, is_best: bool) -> None:
+    def _evaluated(
+        self, found: Evaluation, base_loss: float, base_general: float | None, best: Best | None, *, is_best: bool
+    ) -> None:
         before = self.progress
         step = Evaluated(step=before.step, valid_loss=found.loss, valid_accuracy=found.accuracy, rows=found.rows)
         self.progress = msgspec.structs.replace(
             before,
             evaluated_step=before.step,
             base_loss=base_loss,
+            base_general_loss=base_general,
             last_loss=found.loss,
             best=best,
             stale=0 if is_best or not before.step else before.stale + 1,
