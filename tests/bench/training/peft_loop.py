@@ -77,8 +77,12 @@ def train(
     dtype: str = "float32",
     rank: int = 16,
     max_batches: int = 0,
+    parts: int = 1,
 ) -> dict[str, Any]:
-    """One run from the base on."""
+    """One run from the base on. `parts` of a batch, of rows of like length, one after the other: less padding.
+
+    The gradient is the same, the mean over the learned tokens of the whole batch.
+    """
     import peft
     import torch
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
@@ -97,14 +101,16 @@ def train(
     seconds, tokens, done = 0.0, 0, 0
     for epoch in range(epochs):
         started = time.perf_counter()
-        for ids, mask, labels in batches(rows, batch_size, seed=epoch):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            loss.backward()
+        for batch in batches(rows, batch_size, seed=epoch, parts=parts):
+            learned_here = sum(learned_tokens(labels) for _, _, labels in batch)
+            for ids, mask, labels in batch:
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+                (loss * (learned_tokens(labels) / learned_here)).backward()
+                tokens += int(mask.sum())
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            tokens += int(mask.sum())
             done += 1
             if done == max_batches:
                 break
@@ -125,23 +131,36 @@ def train(
     }
 
 
-def batches(rows: TokenizedDataset, size: int, *, seed: int | None) -> Iterator[Any]:
-    """ids, mask and labels, each [size, longest], padded on the right."""
-    import torch
-
+def batches(rows: TokenizedDataset, size: int, *, seed: int | None, parts: int = 1) -> Iterator[list[Any]]:
+    """Batches of `size` rows, each in `parts` of ids, mask and labels, [rows, longest], padded on the right."""
     order = np.arange(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows))
     for first in range(0, len(rows), size):
         picked = [rows.row(int(row)) for row in order[first : first + size]]
-        longest = max(len(tokens) for tokens, _ in picked)
-        ids = torch.zeros(len(picked), longest, dtype=torch.int64)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for index, (tokens, weights) in enumerate(picked):
-            length = len(tokens)
-            ids[index, :length] = torch.from_numpy(tokens.astype(np.int64))
-            mask[index, :length] = 1
-            kept = torch.from_numpy(weights.astype(bool))
-            labels[index, :length][kept] = ids[index, :length][kept]
-        yield ids, mask, labels
+        if parts > 1:
+            picked.sort(key=lambda row: len(row[0]))
+        each = -(-len(picked) // parts)
+        yield [padded(picked[start : start + each]) for start in range(0, len(picked), each)]
+
+
+def padded(picked: list[Any]) -> Any:
+    """ids, mask and labels of some rows."""
+    import torch
+
+    longest = max(len(tokens) for tokens, _ in picked)
+    ids = torch.zeros(len(picked), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for index, (tokens, weights) in enumerate(picked):
+        length = len(tokens)
+        ids[index, :length] = torch.from_numpy(tokens.astype(np.int64))
+        mask[index, :length] = 1
+        kept = torch.from_numpy(weights.astype(bool))
+        labels[index, :length][kept] = ids[index, :length][kept]
+    return ids, mask, labels
+
+
+def learned_tokens(labels: Any) -> int:
+    """How many tokens the loss is a mean over."""
+    return int((labels[:, 1:] != -100).sum())
 
 
 def evaluate(model: Any, path: str) -> float:
@@ -151,10 +170,11 @@ def evaluate(model: Any, path: str) -> float:
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
-        for ids, mask, labels in batches(TokenizedDataset.load(Path(path)), 8, seed=None):
-            tokens = int((labels[:, 1:] != -100).sum())
-            total += float(model(input_ids=ids, attention_mask=mask, labels=labels).loss) * tokens
-            count += tokens
+        for batch in batches(TokenizedDataset.load(Path(path)), 8, seed=None):
+            for ids, mask, labels in batch:
+                tokens = learned_tokens(labels)
+                total += float(model(input_ids=ids, attention_mask=mask, labels=labels).loss) * tokens
+                count += tokens
     model.train()
     return total / count
 
