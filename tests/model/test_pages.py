@@ -138,3 +138,23 @@ def test_triton_is_for_cards() -> None:
     from tenora_kernels import reference
 
     assert pages._kernels_for(torch.device("cpu")) is reference
+
+
+@pytest.mark.parametrize("takes_gqa", [True, False])
+def test_flash_attention_is_called_as_this_torch_has_it(takes_gqa: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no `enable_gqa`, and needs none."""
+    from torch.nn.attention import varlen as torchs
+
+    called: list[dict[str, Any]] = []
+
+    def newer(q: Tensor, *, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
+        called.append({"enable_gqa": enable_gqa})
+        return q
+
+    def older(q: Tensor, *, window_size: tuple[int, int]) -> Tensor:
+        called.append({})
+        return q
+
+    monkeypatch.setattr(torchs, "varlen_attn", newer if takes_gqa else older)
+    varlen.varlen_attn(torch.zeros(1), window_size=(-1, 0), enable_gqa=True)
+    assert called == [{"enable_gqa": True} if takes_gqa else {}]

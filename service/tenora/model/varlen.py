@@ -7,6 +7,7 @@ cached rows of the step are gathered first, with one copy per layer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,8 @@ def varlen_attn(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tenso
     """torch's own, imported at the first call: it brings torch's compiler along, 140 MB that a CPU has no use for."""
     from torch.nn.attention import varlen  # noqa: PLC0415  # see above
 
+    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
+        del options["enable_gqa"]  # torch 2.11 takes fewer key heads than query heads unasked
     found: Tensor | tuple[Tensor, Tensor] = varlen.varlen_attn(*arguments, **options)
     return found
 
