@@ -24,8 +24,8 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     """Add the low-rank term to y in place: `y[t, slice] += c · (x[t]·Aᵀ)·Bᵀ` for every row that has an adapter.
 
     Sums are float32; y is rounded once, at the end. Rows of the base and columns of modules that a row's adapter skips
-    are not written. Equal arguments give equal bits, and a row the same bits in every batch of up to
-    `configs.DECODE_ROWS` rows.
+    are not written. Equal arguments give equal bits. In batches of up to `configs.DECODE_ROWS` rows a row that is alone
+    with its adapter has the same bits in all of them, and so has one that is not.
 
     Args:
         y: [T, out].
@@ -76,7 +76,15 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
             _backward(dy, x, part, step, dx, batch.tables.grad)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, batch: LoraBatch | None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    site: LoraSite,
+    batch: LoraBatch | None,
+    *,
+    in_gemm: bool | None = None,
+) -> Tensor:
     """`x·Wᵀ (+ bias)` and the low-rank term of the site; in one kernel where that pays, else one after the other.
 
     Args:
@@ -85,11 +93,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, batch
         bias: [out] or None.
         site: the projection group.
         batch: tables and rows of this step; None if no row has an adapter.
+        in_gemm: whether to use one kernel where `fits_gemm`; None: by `configs.gemm_pays`.
 
     Returns:
         A new [T, out] tensor. No gradient flows through it.
     """
-    if batch is not None and not _empty(batch) and fits_gemm(x, weight, site, batch):
+    if in_gemm is None:
+        in_gemm = configs.gemm_pays(configs.arch_of(x.device))
+    if batch is not None and not _empty(batch) and in_gemm and fits_gemm(x, weight, site, batch):
         with launch.on(x):
             y = x.new_empty(x.shape[0], weight.shape[0])
             launch.launch_gemm(y, _unit_stride(x), weight, bias, site, step_of(batch))
@@ -101,7 +112,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, batch
 
 
 def fits_gemm(x: Tensor, weight: Tensor, site: LoraSite, batch: LoraBatch) -> bool:
-    """Whether `gemm_lora` computes this projection: many rows, one 2-byte type, slices that cover y without gaps.
+    """Whether `gemm_lora` can compute this projection: many rows, one 2-byte type, slices that cover y without gaps.
 
     Small batches read W once either way, and float32 products do not run on the tensor cores.
     """
@@ -121,7 +132,7 @@ def fits_gemm(x: Tensor, weight: Tensor, site: LoraSite, batch: LoraBatch) -> bo
 def _backward(dy: Tensor, x: Tensor, site: LoraSite, step: Step, dx: Tensor | None, grad: Tensor | None) -> None:
     splits = launch.launch_shrink(dy, site, step, backward=True)
     if dx is not None:
-        launch.launch_expand(dx, site, step, splits=splits, backward=True)
+        launch.launch_expand_joint(dx, site, step, splits=splits)
     if grad is not None:
         launch.launch_wgrad(grad, x, site, step, splits=splits, of_b=False)
         splits = launch.launch_shrink(x, site, step, backward=False)

@@ -26,13 +26,8 @@ DECODE_ROWS = 256
 MAX_MODULES = 3
 """Modules of one launch (q, k, v); a site of more is launched in parts."""
 
-_RESIDENT: dict[Arch, int] = {"sm80": 4, "sm90": 4, "sm100": 4, "gfx942": 1}
-"""Programs of `shrink_expand` that every multiprocessor holds at once; the budgets on its registers and shared memory
-(a quarter of a multiprocessor's) are what makes it true."""
-
-_ITEMS_PER_PROGRAM = 16
-"""Up to so many work items per program, one launch is used: 32 rows of 32 adapters of an 8B model still are."""
-
+_EXPAND_PROGRAMS = 6
+"""Programs of `expand` per multiprocessor that one launch aims at."""
 
 SPLIT_KEYS = 256
 """Keys of a split of paged attention. A sequence of that length takes one program per key head and no second pass."""
@@ -59,6 +54,9 @@ class Tiles:
 RANK_BUCKETS = (16, 32)
 """Ranks of one pass; a higher rank takes several, so that it costs the others in the batch nothing."""
 
+LONE_RANKS = 16
+"""Ranks of one pass for a row that is alone with its adapter, whatever ranks the pool holds."""
+
 _WIDE = 1024
 """From this many columns on, a program takes more of them."""
 
@@ -68,12 +66,17 @@ def rank_bucket(max_rank: int) -> int:
     return next((bucket for bucket in RANK_BUCKETS if max_rank <= bucket), RANK_BUCKETS[-1])
 
 
-def splits_of(k_size: int) -> int:
+def splits_of(k_size: int, *, small: bool) -> int:
     """Planes over which x·Aᵀ of `k_size` inputs is summed.
 
-    By k_size alone, never by the batch: a row then has the same bits in every batch.
+    Args:
+        k_size: inputs. Never the batch: a row then has the same bits in every batch of its kind.
+        small: of decode tiles, whose few rows leave a device idle; planes of large tiles are as many bytes as y.
     """
-    return max(1, min(8, k_size // 1024))
+    if not small:
+        return max(1, min(4, k_size // 1024))
+    per_plane = 512 * max(1, -(-k_size // (512 * 16)))
+    return max(1, k_size // per_plane)
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
@@ -82,7 +85,7 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def decode_tiles(bucket: int, columns: int, dtype: torch.dtype, align: int) -> Tiles:
-    """Tiles of `shrink_expand`, and of `shrink` and `expand` for small batches.
+    """Tiles of `shrink` and `expand` for small batches.
 
     Args:
         bucket: from `rank_bucket`.
@@ -96,6 +99,25 @@ def decode_tiles(bucket: int, columns: int, dtype: torch.dtype, align: int) -> T
     return Tiles(SMALL_TILE, bucket, 128 if wide else 64, 128, warps=4, stages=3)
 
 
+def lone_inputs(dtype: torch.dtype) -> int:
+    """Inputs at a time of a row that is alone with its adapter: 16 KiB of weights.
+
+    Args:
+        dtype: from `widest`.
+    """
+    return (4096 if dtype == torch.float32 else 8192) // LONE_RANKS
+
+
+def lone_columns(dtype: torch.dtype, align: int) -> int:
+    """Columns that a program adds to such a row: 32 KiB of weights. Fewer and larger programs were faster.
+
+    Args:
+        dtype: from `widest`.
+        align: as in `DeviceTables`.
+    """
+    return (4096 if align == 1 else 8192 if dtype == torch.float32 else 16384) // LONE_RANKS
+
+
 def prefill_tiles(bucket: int, dtype: torch.dtype) -> Tiles:
     """Tiles of `shrink` and `expand` for large batches."""
     if dtype == torch.float32:
@@ -103,6 +125,43 @@ def prefill_tiles(bucket: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float16:  # its weights too are split in two: half the columns fit the registers
         return Tiles(LARGE_TILE, bucket, 64, 64, warps=8, stages=3)
     return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=3)
+
+
+def expand_tiles(bucket: int, dtype: torch.dtype, align: int) -> Tiles:
+    """Tiles of `expand` for large batches: small ones, of which a multiprocessor holds several at once."""
+    if dtype == torch.float32 or align == 1:
+        return Tiles(32, 16, 32, 0, warps=4, stages=2)
+    return Tiles(32, bucket, 128 if dtype == torch.bfloat16 else 64, 0, warps=4, stages=2)
+
+
+def blocks_per_program(blocks: int, device: torch.device) -> int:
+    """Blocks of columns that a program of `expand` takes: few enough programs for one wave, where there are many.
+
+    Changes no bit of the result.
+    """
+    return max(1, min(8, blocks // (_EXPAND_PROGRAMS * _processors(device))))
+
+
+def helpers(programs: int, most: int, device: torch.device) -> int:
+    """How many times as many programs a decode launch of `expand` has, so that tiles are shared where there are few.
+
+    Changes no bit of the result.
+    """
+    return max(1, min(most, 2 * _processors(device) // programs))
+
+
+def gemm_pays(arch: Arch) -> bool:
+    """Whether `gemm_lora` is used where it can be, instead of the device's own GEMM with shrink and expand behind it.
+
+    Measured on an H200, it is not: there the GEMM itself loses more than a second pass over y costs. Where nothing was
+    measured, architectures without asynchronous tensor cores are taken to be the ones where it does.
+    """
+    return arch in {"sm80", "gfx942"}
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return arch_of(device) in {"sm90", "sm100"} and not interpreted(device)
 
 
 def gemm_tiles(bucket: int, columns: int, dtype: torch.dtype, arch: Arch) -> Tiles:
@@ -170,17 +229,7 @@ def arch_of(device: torch.device) -> Arch:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1 << 20
-
-
-def grid_of_one_launch(items: int, device: torch.device) -> int | None:
-    """Programs of `shrink_expand` for `items` work items, all of them on the device at once; None: use two launches.
-
-    Programs that wait for others must not keep these from the device. With many items per program the wait is the
-    same as that between two launches, and two launches balance the load better.
-    """
-    resident = _RESIDENT[arch_of(device)] * _processors(device)
-    return min(items, resident) if items <= _ITEMS_PER_PROGRAM * resident else None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def term_count(weight: torch.dtype, out: torch.dtype) -> int:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.launch import Step
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, Workspace
 from tenora_kernels.layout import BASE, LoraBatch, LoraSegments, LoraTables, build_segments
@@ -58,8 +57,7 @@ class GpuLora:
         self._tables = tables
         self._mirror = DeviceTables(tables, max_rank=max_rank, align=align)
         self._metadata = StepMetadata(max_rows, tables.slots, device)
-        splits = max(configs.splits_of(width) for width in widths)
-        self._workspace = Workspace(max_rows, max_rank, splits, device)
+        self._workspace = Workspace(max_rows, max_rank, max(widths), device)
 
     def refresh(self) -> bool:
         """Copy the pool's tables to the device if they changed since; asynchronous, and not to be captured.
@@ -123,8 +121,8 @@ def _workspace(tables: LoraTables, max_rank: int, rows: int) -> Workspace:
     """Scratch memory that grows to the largest step so far."""
     workspace = _workspaces.get(tables.ranks)
     if workspace is None or workspace.max_rows < rows or workspace.width < max_rank:
-        splits = max(configs.splits_of(width) for width in (*tables.in_features, *tables.out_features))
+        widest = max(*tables.in_features, *tables.out_features)
         old_rows, old_width = (0, 0) if workspace is None else (workspace.max_rows, workspace.width)
-        workspace = Workspace(max(rows, old_rows), max(max_rank, old_width), splits, tables.arena.device)
+        workspace = Workspace(max(rows, old_rows), max(max_rank, old_width), widest, tables.arena.device)
         _workspaces[tables.ranks] = workspace
     return workspace

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.configs import MAX_MODULES, Tiles
+from tenora_kernels.gpu.expand_kernels import expand, expand_joint
 from tenora_kernels.gpu.gemm_kernel import gemm_lora as gemm_kernel
-from tenora_kernels.gpu.lowrank_kernels import expand, shrink, shrink_expand
+from tenora_kernels.gpu.shrink_kernel import shrink
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, TileTable, Workspace
 from tenora_kernels.gpu.wgrad_kernel import lora_wgrad
 from tenora_kernels.layout import LoraSite
@@ -41,14 +42,18 @@ class Step:
         return configs.rank_bucket(self.tables.max_rank)
 
     @property
+    def small(self) -> bool:
+        """Whether decode tiles are used: by the number of rows."""
+        return self.metadata.rows <= configs.DECODE_ROWS
+
+    @property
     def tiles(self) -> TileTable:
         """The tile table for this step's number of rows."""
-        metadata = self.metadata
-        return metadata.small if metadata.rows <= configs.DECODE_ROWS else metadata.large
+        return self.metadata.small if self.small else self.metadata.large
 
     def strides(self) -> tuple[int, int, int]:
         """Strides of the planes, as the kernels take them."""
-        return self.workspace.plane_stride, self.workspace.module_stride, self.workspace.width
+        return self.workspace.strides(small=self.small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def parts(site: LoraSite) -> Iterator[LoraSite]:
         yield LoraSite(site.row + j, site.in_features, site.slices[j : j + MAX_MODULES])
 
 
-def launch_forward(y: Tensor, x: Tensor, site: LoraSite, step: Step, *, fused: bool | None = None) -> None:
+def launch_forward(y: Tensor, x: Tensor, site: LoraSite, step: Step) -> None:
     """Add the low-rank term of a site of at most three modules to y, in place.
 
     Args:
@@ -92,54 +97,9 @@ def launch_forward(y: Tensor, x: Tensor, site: LoraSite, step: Step, *, fused: b
         x: [T, in], unit column stride, not aliasing y.
         site: the projection group.
         step: tables, metadata and scratch memory.
-        fused: one launch if the device can hold it, or two; None: one if it can and the batch is small.
     """
-    columns = Columns.of(site.slices)
-    tiles = _tiles(step, columns, x)
-    bound = step.metadata.tile_bound(step.tiles)
-    splits = configs.splits_of(site.in_features)
-    grid = None
-    if fused or (fused is None and step.tiles is step.metadata.small):
-        grid = configs.grid_of_one_launch(bound * (len(site.slices) * splits + columns.blocks(tiles.bn)), y.device)
-    if grid is None:
-        launch_shrink(x, site, step, backward=False)
-        launch_expand(y, site, step, splits=splits, backward=False)
-        return
-    tables, workspace, table = step.tables, step.workspace, step.tiles
-    shrink_expand[(grid,)](
-        y,
-        x,
-        step.arena,
-        workspace.planes,
-        workspace.counters,
-        step.metadata.perm,
-        table.ptr,
-        table.slot,
-        tables.ranks,
-        tables.scaling,
-        tables.a_offset,
-        tables.b_offset,
-        site.row,
-        step.metadata.slots,
-        len(site.slices),
-        bound,
-        y.stride(0),
-        x.stride(0),
-        site.in_features,
-        *columns.starts,
-        *columns.widths,
-        *step.strides(),
-        splits=splits,
-        bm=tiles.bm,
-        rb=tiles.rb,
-        bn=tiles.bn,
-        bk=tiles.bk,
-        align=tables.align,
-        terms=configs.term_count(step.arena.dtype, y.dtype),
-        cast=_cast(x, step.arena),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    splits = launch_shrink(x, site, step, backward=False)
+    launch_expand(y, site, step, splits=splits)
 
 
 def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool) -> int:
@@ -155,9 +115,10 @@ def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool)
         The number of planes.
     """
     columns = Columns.of(site.slices) if backward else Columns((0, 0, 0), (site.in_features,) * 3)
-    splits = configs.splits_of(max(columns.widths))
-    if splits > step.workspace.splits:
-        raise ValueError(f"{splits} planes do not fit scratch memory for {step.workspace.splits}.")
+    widest = max(columns.widths)
+    if widest > step.workspace.widest:
+        raise ValueError(f"the planes of {widest} columns do not fit scratch memory for {step.workspace.widest}.")
+    splits = configs.splits_of(widest, small=step.small)
     tiles, table, modules = _tiles(step, columns, source), step.tiles, len(site.slices)
     shrink[step.metadata.tile_bound(table), modules * splits](
         source,
@@ -178,28 +139,86 @@ def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool)
         bm=tiles.bm,
         rb=tiles.rb,
         bk=tiles.bk,
+        lone_rb=configs.LONE_RANKS,
+        across=configs.lone_inputs(configs.widest(source.dtype, step.arena.dtype)) if step.small else 0,
         align=step.tables.align,
         cast=_cast(source, step.arena),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **_overlap(source),
     )
     return splits
 
 
-def launch_expand(target: Tensor, site: LoraSite, step: Step, *, splits: int, backward: bool) -> None:
-    """Add what the planes hold to y through Bᵀ, or to dX through A of every module if `backward`.
+def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None:
+    """Add what the planes hold to y through Bᵀ. The launch right behind `launch_shrink`, which lets it begin early.
 
     Args:
-        target: y [T, out], or dX [T, in]; unit column stride, changed in place.
+        y: [T, out]; unit column stride, changed in place.
         site: the projection group.
         step: tables, metadata and scratch memory.
         splits: number of planes.
-        backward: which.
     """
-    columns = Columns.of(((0, site.in_features),) if backward else site.slices)
-    tiles, table, tables = _tiles(step, columns, step.arena), step.tiles, step.tables
-    expand[columns.blocks(tiles.bn), step.metadata.tile_bound(table)](
-        target,
+    columns, table, tables = Columns.of(site.slices), step.tiles, step.tables
+    dtype = configs.widest(y.dtype, step.arena.dtype)
+    if step.small:
+        tiles, pieces, parts = _tiles(step, columns, y), step.metadata.tile_bound(table), 1
+        across = configs.lone_columns(dtype, tables.align)
+        per_program = across // tiles.bn
+        pieces *= configs.helpers(pieces * columns.blocks(across), per_program, y.device)
+    else:
+        tiles = configs.expand_tiles(step.bucket, dtype, tables.align)
+        parts, across = table.size // tiles.bm, 0
+        pieces = step.metadata.tile_bound(table) * parts
+        per_program = configs.blocks_per_program(pieces * columns.blocks(tiles.bn), y.device)
+    expand[columns.blocks(tiles.bn * per_program), pieces](
+        y,
+        step.arena,
+        step.workspace.planes,
+        step.metadata.perm,
+        table.ptr,
+        table.slot,
+        step.metadata.small_count,
+        tables.ranks,
+        tables.scaling,
+        tables.b_offset,
+        site.row,
+        step.metadata.slots,
+        y.stride(0),
+        *columns.starts,
+        *columns.widths,
+        *step.strides(),
+        per_program,
+        deep=tables.max_rank > tiles.rb,
+        parts=parts,
+        splits=splits,
+        bm=tiles.bm,
+        rb=tiles.rb,
+        bn=tiles.bn,
+        lone_rb=configs.LONE_RANKS,
+        across=across,
+        align=tables.align,
+        terms=configs.term_count(step.arena.dtype, y.dtype),
+        cast=configs.interpreted(y.device),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_overlap(y),
+    )
+
+
+def launch_expand_joint(dx: Tensor, site: LoraSite, step: Step, *, splits: int) -> None:
+    """Add what the planes hold, dS of every module, to dX through A.
+
+    Args:
+        dx: float32 [T, in]; unit column stride, changed in place.
+        site: the projection group.
+        step: tables, metadata and scratch memory.
+        splits: number of planes.
+    """
+    columns, table, tables = Columns.of(((0, site.in_features),)), step.tiles, step.tables
+    tiles = _tiles(step, columns, step.arena)
+    expand_joint[columns.blocks(tiles.bn), step.metadata.tile_bound(table)](
+        dx,
         step.arena,
         step.workspace.planes,
         step.metadata.perm,
@@ -207,22 +226,20 @@ def launch_expand(target: Tensor, site: LoraSite, step: Step, *, splits: int, ba
         table.slot,
         tables.ranks,
         tables.scaling,
-        tables.a_offset if backward else tables.b_offset,
+        tables.a_offset,
         site.row,
         step.metadata.slots,
         len(site.slices),
-        target.stride(0),
-        *columns.starts,
-        *columns.widths,
+        dx.stride(0),
+        site.in_features,
         *step.strides(),
-        joint=backward,
         splits=splits,
         bm=tiles.bm,
         rb=tiles.rb,
         bn=tiles.bn,
         align=tables.align,
-        terms=configs.term_count(step.arena.dtype, target.dtype),
-        cast=configs.interpreted(target.device),
+        terms=configs.term_count(step.arena.dtype, dx.dtype),
+        cast=configs.interpreted(dx.device),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -323,7 +340,7 @@ def launch_wgrad(grad: Tensor, dense: Tensor, site: LoraSite, step: Step, *, spl
 
 def _tiles(step: Step, columns: Columns, source: Tensor) -> Tiles:
     dtype = configs.widest(source.dtype, step.arena.dtype)
-    if step.tiles is step.metadata.small:
+    if step.small:
         return configs.decode_tiles(step.bucket, max(columns.widths), dtype, step.tables.align)
     return configs.prefill_tiles(step.bucket, dtype)
 
@@ -331,3 +348,9 @@ def _tiles(step: Step, columns: Columns, source: Tensor) -> Tiles:
 def _cast(source: Tensor, arena: Tensor) -> bool:
     """Whether `dot_low` must bring its operands to float32: they differ, or the interpreter runs."""
     return source.dtype != arena.dtype or configs.interpreted(source.device)
+
+
+def _overlap(tensor: Tensor) -> dict[str, bool]:
+    """Arguments of a launch that may begin while the one before it ends."""
+    overlap = configs.overlaps(tensor.device)
+    return {"overlap": overlap, **({"launch_pdl": True} if overlap else {})}

@@ -65,11 +65,14 @@ def _append(
 
 
 @jit()
-def _close(starts: tl.tensor, count: tl.tensor, end: tl.tensor, limit: tl.tensor, block: tl.constexpr) -> None:
-    """Write `end` behind the last run, up to entry `limit`: the runs that are not there are empty."""
+def _close(
+    starts: tl.tensor, slots: tl.tensor, count: tl.tensor, end: tl.tensor, limit: tl.tensor, block: tl.constexpr
+) -> None:
+    """Write `end` behind the last run, up to entry `limit`: the runs that are not there are empty, their slot is -1."""
     for start in range(0, limit + 1, block):
         i = start + tl.arange(0, block)
         tl.store(starts + i, tl.zeros([block], tl.int32) + end, mask=(i >= count) & (i <= limit))
+        tl.store(slots + i, tl.full([block], -1, tl.int32), mask=(i >= count) & (i < limit))
 
 
 @jit("rows", "segments", "small_limit", "large_limit")
@@ -79,6 +82,7 @@ def find_tiles(
     seg_ptr: tl.tensor,
     seg_slot: tl.tensor,
     nseg: tl.tensor,
+    small_count: tl.tensor,
     small_ptr: tl.tensor,
     small_slot: tl.tensor,
     large_ptr: tl.tensor,
@@ -99,6 +103,7 @@ def find_tiles(
         seg_ptr: int32 [segments + 1], written: segments of adapted rows, one per slot.
         seg_slot: int32 [segments], written.
         nseg: int32 [1], written: their number.
+        small_count: int32 [1], written: number of small tiles.
         small_ptr: int32 [small_limit + 1], written: tiles of at most `small` adapted rows.
         small_slot: int32 [small_limit], written.
         large_ptr: int32 [large_limit + 1], written: tiles of at most `large` rows, base rows too, their slot being -1.
@@ -125,7 +130,8 @@ def find_tiles(
         n_small = _append(small_ptr, small_slot, n_small, adapted & (place % small == 0), p, slot)
         n_large = _append(large_ptr, large_slot, n_large, exists & (place % large == 0), p, slot)
         adapted_rows += tl.sum(adapted.to(tl.int32), 0)
-    _close(seg_ptr, n_segments, adapted_rows, segments, block)
-    _close(small_ptr, n_small, adapted_rows, small_limit, block)
-    _close(large_ptr, n_large, rows, large_limit, block)
+    _close(seg_ptr, seg_slot, n_segments, adapted_rows, segments, block)
+    _close(small_ptr, small_slot, n_small, adapted_rows, small_limit, block)
+    _close(large_ptr, large_slot, n_large, rows, large_limit, block)
+    tl.store(small_count, n_small)
     tl.store(nseg, n_segments)

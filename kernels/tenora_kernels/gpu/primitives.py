@@ -97,6 +97,22 @@ def sum_planes(
 
 
 @jit()
+def sum_planes_of_row(
+    planes: tl.tensor,
+    plane_stride: tl.tensor,
+    r: tl.tensor,
+    rank: tl.tensor,
+    splits: tl.constexpr,
+    limit: tl.constexpr,
+) -> tl.tensor:
+    """`sum_planes` of the one position that `planes` points at; `limit` is a power of two not below `splits`."""
+    split = tl.arange(0, limit)
+    mask = (split < splits)[:, None] & (r < rank)[None, :]
+    at = planes + split[:, None].to(tl.int64) * plane_stride + r[None, :]
+    return tl.sum(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+
+
+@jit()
 def pick(j: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
     """The j-th of three integers."""
     return tl.where(j == 0, first, tl.where(j == 1, second, third))
@@ -112,3 +128,15 @@ def module_of_block(block: tl.tensor, w0: tl.tensor, w1: tl.tensor, size: tl.con
     second = first + tl.cdiv(w1, size)
     j = (block >= first).to(tl.int32) + (block >= second).to(tl.int32)
     return j, block - pick(j, 0, first, second)
+
+
+@jit()
+def wait_for_launch_before() -> None:
+    """Programmatic dependent launch (sm_90 on): until the launch before this one has ended and its writes are seen."""
+    tl.extra.cuda.gdc_wait()
+
+
+@jit()
+def launch_dependents() -> None:
+    """Programmatic dependent launch (sm_90 on): the next launch may begin when every program of this one is here."""
+    tl.extra.cuda.gdc_launch_dependents()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.configs import LARGE_TILE, MAX_MODULES, SMALL_TILE
 from tenora_kernels.gpu.metadata_kernels import find_tiles, sort_rows
 from tenora_kernels.layout import LoraTables
@@ -110,6 +111,7 @@ class StepMetadata:
         seg_ptr: int32 [max_segments + 1]; segment i is `perm[seg_ptr[i]:seg_ptr[i + 1]]`. Segments have adapters.
         seg_slot: int32 [max_segments].
         nseg: int32 [1], their number.
+        small_count: int32 [1], number of small tiles.
         small: tiles of adapted rows, for decode.
         large: tiles of all rows, for prefill; base rows are in slot -1.
         rows: rows of the step that was built last.
@@ -125,6 +127,7 @@ class StepMetadata:
         self.seg_ptr = torch.zeros(self.max_segments + 1, dtype=torch.int32, device=device)
         self.seg_slot = torch.full((self.max_segments,), -1, dtype=torch.int32, device=device)
         self.nseg = torch.zeros(1, dtype=torch.int32, device=device)
+        self.small_count = torch.zeros(1, dtype=torch.int32, device=device)
         # Bounds grow with the rows, so that those of fewer rows fit too.
         self.small = TileTable(SMALL_TILE, max(1, max_rows), device)
         self.large = TileTable(LARGE_TILE, max(1, max_rows), device)
@@ -156,6 +159,7 @@ class StepMetadata:
             self.seg_ptr,
             self.seg_slot,
             self.nseg,
+            self.small_count,
             self.small.ptr,
             self.small.slot,
             self.large.ptr,
@@ -178,23 +182,21 @@ class Workspace:
     """Scratch memory of the kernels, used by one launch group after the other on one stream.
 
     Attributes:
-        planes: float32 [splits · MAX_MODULES · max_rows · width]: partial sums of S.
-        counters: int32; zero whenever no kernel runs.
+        planes: float32, at least [splits, MAX_MODULES, rows, width] of either kind of tiles: partial sums of S.
         width: ranks of a plane's row.
     """
 
-    def __init__(self, max_rows: int, max_rank: int, splits: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_rank: int, widest: int, device: torch.device) -> None:
+        """Allocate for `max_rows` rows of up to `widest` inputs or outputs."""
         self.width = -(-max_rank // 16) * 16
-        self.max_rows, self.splits = max(1, max_rows), splits
-        self.planes = torch.empty(splits * MAX_MODULES * self.max_rows * self.width, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(2 * MAX_MODULES * self.max_rows, dtype=torch.int32, device=device)
+        self.max_rows, self.widest = max(1, max_rows), widest
+        size = max(configs.splits_of(widest, small=small) * self._rows(small=small) for small in (True, False))
+        self.planes = torch.empty(size * MAX_MODULES * self.width, dtype=torch.float32, device=device)
 
-    @property
-    def module_stride(self) -> int:
-        """Elements from one module's plane to the next."""
-        return self.max_rows * self.width
+    def strides(self, *, small: bool) -> tuple[int, int, int]:
+        """Elements from one split's planes to the next, from one module's to the next, and from one row to the next."""
+        module = self._rows(small=small) * self.width
+        return MAX_MODULES * module, module, self.width
 
-    @property
-    def plane_stride(self) -> int:
-        """Elements from one split's planes to the next."""
-        return MAX_MODULES * self.module_stride
+    def _rows(self, *, small: bool) -> int:
+        return min(self.max_rows, configs.DECODE_ROWS) if small else self.max_rows

@@ -33,7 +33,7 @@ def ways(setting: Setting, weights: list[Tensor]) -> dict[str, Callable[[], None
     def fused() -> None:
         batch = prepared.batch(setting.slot_of_row, max_segments=used)
         for site, weight in layers:
-            backend.linear(x, weight, None, site, batch)
+            backend.linear(x, weight, None, site, batch, in_gemm=True)
 
     def sgmv() -> None:
         for peer, (_, weight) in zip(setting.sgmv, layers, strict=True):

@@ -19,7 +19,7 @@ from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.layout import LoraSite, LoraTables
 
 _KERNELS = {
-    launch: ("shrink", "expand", "shrink_expand", "gemm_kernel", "lora_wgrad"),
+    launch: ("shrink", "expand", "expand_joint", "gemm_kernel", "lora_wgrad"),
     tables: ("sort_rows", "find_tiles"),
     paged: ("paged_decode", "combine_decode", "write_kernel"),
 }
@@ -76,7 +76,7 @@ class Recorder:
         return self._record
 
     def _record(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
         signature, constants, divisible = {}, {}, []
         values = dict(zip([p.name for p in self.kernel.params], args, strict=False)) | kwargs
         for i, parameter in enumerate(self.kernel.params):
@@ -175,13 +175,12 @@ def _run(model: Model, site_name: str, max_rank: int, dtype: torch.dtype, rows: 
         return
     step = batch.step
     if rows <= configs.DECODE_ROWS:
-        launch.launch_forward(y, x, site, step, fused=True)
-        launch.launch_forward(y, x, site, step, fused=False)
+        launch.launch_forward(y, x, site, step)
         return
     backend.forward(y, x, site, batch)
     weight = torch.empty(y.shape[1], x.shape[1], dtype=dtype, device="meta")
     if dtype != torch.float32:
-        backend.linear(x, weight, None, site, batch)
+        backend.linear(x, weight, None, site, batch, in_gemm=True)
 
 
 def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
@@ -195,7 +194,7 @@ def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     paged.attend_pages(q, cache, cache, fields[5:].t(), fields[3], None)
 
 
-LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "shrink_expand", "gemm_lora", "lora_wgrad")
+LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "expand_joint", "gemm_lora", "lora_wgrad")
 PAGED = ("paged_decode", "combine_decode", "write_pages")
 EVERYTHING = LOW_RANK + PAGED
 
@@ -212,9 +211,9 @@ def _cases() -> Iterator[tuple[Model, str, int, torch.dtype, int, bool, tuple[st
         yield LLAMA_8B, "qkv", rank, bf16, 2048, True, LOW_RANK
         yield SMOL, "qkv", rank, bf16, 32, False, LOW_RANK
         yield SMOL, "qkv", rank, bf16, 2048, False, ("gemm_lora",)
-    yield LLAMA_8B, "down", 16, bf16, 32, False, ("shrink_expand",)  # most planes
+    yield LLAMA_8B, "down", 16, bf16, 32, False, ("shrink", "expand")  # most planes
     for rows in (32, 2048):
-        yield ODD, "qkv", 16, bf16, rows, False, ("shrink", "expand", "shrink_expand")
+        yield ODD, "qkv", 16, bf16, rows, False, ("shrink", "expand")
     for dtype in (fp16, fp32):
         for rows in (32, 2048):
             yield LLAMA_8B, "qkv", 64, dtype, rows, False, LOW_RANK

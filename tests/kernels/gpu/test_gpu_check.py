@@ -121,7 +121,7 @@ def test_it_measures_only_what_passed_the_tests(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB")
     monkeypatch.setattr(subprocess, "run", card.run)
-    monkeypatch.setattr(check, "measured", lambda name, seconds: report)
+    monkeypatch.setattr(check, "measured", lambda name, seconds: iter([report]))
     monkeypatch.chdir(tmp_path)
     assert check.main([]) == status
     assert "tests/kernels/gpu/test_cuda.py" in card.commands[0]

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from tenora_kernels.gpu import configs
+from tenora_kernels.gpu.expand_kernels import MAX_PLANES
 
 H100 = torch.device("cuda")
 
 
-def test_one_launch_while_its_programs_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "arch_of", lambda device: "sm90")
+def test_programs_of_expand_take_more_blocks_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
-    assert configs.grid_of_one_launch(60, H100) == 60
-    assert configs.grid_of_one_launch(32 * (2 * 4 + 2 * 112), H100) == 4 * 132, "gate and up of 8B, 32 adapters"
-    assert configs.grid_of_one_launch(256 * (2 * 4 + 2 * 112), H100) is None
+    assert [configs.blocks_per_program(blocks, H100) for blocks in (1, 800, 1600, 100_000)] == [1, 1, 2, 8]
 
 
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 16), (16, 16), (17, 32), (32, 32), (64, 32), (256, 32)])
@@ -23,9 +21,34 @@ def test_rank_buckets(rank: int, bucket: int) -> None:
     assert configs.rank_bucket(rank) == bucket
 
 
-@pytest.mark.parametrize(("k_size", "splits"), [(1, 1), (576, 1), (2048, 2), (4096, 4), (14336, 8), (100_000, 8)])
-def test_splits_depend_on_the_inputs_only(k_size: int, splits: int) -> None:
-    assert configs.splits_of(k_size) == splits
+@pytest.mark.parametrize(
+    ("k_size", "small", "large"),
+    [(1, 1, 1), (576, 1, 1), (2048, 4, 2), (4096, 8, 4), (14336, 14, 4), (100_000, 15, 4)],
+)
+def test_splits_depend_on_the_inputs_only(k_size: int, small: int, large: int) -> None:
+    assert configs.splits_of(k_size, small=True) == small
+    assert configs.splits_of(k_size, small=False) == large
+    assert small <= MAX_PLANES.value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "columns"), [(torch.bfloat16, 512, 1024), (torch.float16, 512, 1024), (torch.float32, 256, 512)]
+)
+def test_a_row_that_is_alone_takes_whole_blocks(dtype: torch.dtype, inputs: int, columns: int) -> None:
+    assert configs.lone_inputs(dtype) == inputs
+    assert configs.lone_columns(dtype, 16) == columns
+    for bucket, columns_of_y, align in ((16, 64, 16), (32, 2048, 16), (32, 2048, 1)):
+        tiles = configs.decode_tiles(bucket, columns_of_y, dtype, align)
+        assert configs.lone_columns(dtype, align) % tiles.bn == 0
+
+
+def test_few_tiles_get_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_processors", lambda device: 132)
+    assert [configs.helpers(programs, 8, H100) for programs in (4, 32, 100, 896)] == [8, 8, 2, 1]
+
+
+def test_a_gemm_of_ours_is_used_only_where_it_pays() -> None:
+    assert [configs.gemm_pays(arch) for arch in ("sm80", "sm90", "sm100", "gfx942")] == [True, False, False, True]
 
 
 def test_terms_keep_the_bits_that_the_result_has() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from tenora_kernels.gpu import backend, configs, launch
-from tenora_kernels.gpu.context import step_of
+from tenora_kernels.gpu import backend, configs
 from tenora_kernels.layout import LoraSite
 from tests.kernels.cases import DOWN, GATE_UP, QKV, Case, make_case, make_tables, worst
 from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of, edit, forward, reference
@@ -15,12 +13,6 @@ from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of, edit,
 MIX = LAYOUTS["mixed, a quarter base"]
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
 DTYPES = list(INTERPRETED)
-
-
-def launched(case: Case, *, fused: bool) -> Tensor:
-    y = case.y.clone()
-    launch.launch_forward(y, case.x, case.site, step_of(batch_of(case)), fused=fused)
-    return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,19 +29,15 @@ def test_equals_the_reference(layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("site", [QKV, GATE_UP, DOWN], ids=["qkv", "gate_up", "down"])
-@pytest.mark.parametrize("fused", [True, False], ids=["one launch", "two launches"])
-def test_several_blocks_of_everything(site: LoraSite, fused: bool, small_blocks: None) -> None:
+def test_several_blocks_of_everything(site: LoraSite, small_blocks: None) -> None:
     case = make_case(*SMALL, site=site)
-    assert worst(launched(case, fused=fused), reference(case)) <= INTERPRETED[torch.float32]
+    assert worst(forward(case), reference(case)) <= INTERPRETED[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_launch_two_launches_and_a_repeat_give_equal_bits(dtype: torch.dtype) -> None:
+def test_a_repeat_gives_equal_bits(dtype: torch.dtype) -> None:
     case = make_case(*SMALL, dtype=dtype)
-    first = launched(case, fused=True)
-    assert not step_of(batch_of(case)).workspace.counters.any(), "the counters must be zero between launches"
-    assert torch.equal(first, launched(case, fused=True))
-    assert torch.equal(first, launched(case, fused=False))
+    assert torch.equal(forward(case), forward(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,21 +64,37 @@ def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
     assert worst(forward(case), wanted) <= INTERPRETED[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_a_program_takes_several_items(rows: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program does everything, its shrinks first. (More than one would wait for each other: they run in turn.)"""
-    case = make_case(SMALL[0][:rows], MIXED)
-    many = launched(case, fused=True)
-    monkeypatch.setattr(configs, "grid_of_one_launch", lambda items, device: 1)
-    assert torch.equal(launched(case, fused=True), many)
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_a_program_takes_several_blocks(
+    blocks: int, prefill: None, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([4] * 70 + [5, -1, 2], MIXED)
+    one = forward(case)
+    assert worst(one, reference(case)) <= INTERPRETED[torch.float32]
+    monkeypatch.setattr(configs, "blocks_per_program", lambda count, device: blocks)
+    assert torch.equal(forward(case), one)
+
+
+@pytest.mark.parametrize("site", [QKV, DOWN], ids=["qkv", "down"])
+@pytest.mark.parametrize("processors", [3, 20, 200])
+def test_programs_without_a_tile_help_the_others(
+    processors: int, site: LoraSite, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([4, 4, -1, 4, 2, 5, 5, 4], MIXED, site=site)
+    alone = forward(case)
+    assert worst(alone, reference(case)) <= INTERPRETED[torch.float32]
+    monkeypatch.setattr(configs, "_processors", lambda device: processors)
+    monkeypatch.setattr(configs, "blocks_per_program", lambda count, device: 1)
+    assert torch.equal(forward(case), alone)
 
 
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
-    case = make_case(*SMALL)
+    """Rows that are alone with their adapter; rows of one adapter among themselves."""
+    case = make_case([4, -1, 0, 5, 2, 4, -1, 5, 4], MIXED)
     whole = forward(case)
-    for t in (0, 3, 4):
-        alone = Case(case.y[t : t + 1], case.x[t : t + 1], QKV, case.tables, [case.slots[t]])
-        assert torch.equal(forward(alone)[0], whole[t])
+    for chosen in ([2], [4], [0, 5], [8, 0], [3, 7], [2, 4, 7, 3]):
+        part = Case(case.y[chosen], case.x[chosen], QKV, case.tables, [case.slots[t] for t in chosen])
+        assert torch.equal(forward(part), whole[chosen])
 
 
 def test_a_bad_adapter_stays_in_its_rows() -> None:

@@ -35,22 +35,22 @@ def test_equals_the_reference(site: LoraSite, dtype: torch.dtype, bias: bool, pr
     case = make_case(*SMALL, site=site, dtype=dtype)
     weight, b = base(case, bias=bias)
     assert backend.fits_gemm(case.x, weight, site, batch_of(case))
-    got = backend.linear(case.x, weight, b, site, batch_of(case))
+    got = backend.linear(case.x, weight, b, site, batch_of(case), in_gemm=True)
     assert worst(got, wanted(case, weight, b)) <= INTERPRETED[dtype]
-    assert torch.equal(got, backend.linear(case.x, weight, b, site, batch_of(case)))
+    assert torch.equal(got, backend.linear(case.x, weight, b, site, batch_of(case), in_gemm=True))
 
 
 def test_several_blocks_of_everything(prefill: None, small_blocks: None) -> None:
     case = make_case([4] * 140 + [-1, 0, -1, 3], MIXED, dtype=torch.bfloat16)
     weight, _ = base(case, bias=False)
-    got = backend.linear(case.x, weight, None, QKV, batch_of(case))
+    got = backend.linear(case.x, weight, None, QKV, batch_of(case), in_gemm=True)
     assert worst(got, wanted(case, weight, None)) <= INTERPRETED[torch.bfloat16]
 
 
 def test_rows_of_the_base_have_the_bits_of_a_batch_without_adapters(prefill: None) -> None:
     case = make_case(*SMALL, dtype=torch.bfloat16)
     weight, _ = base(case, bias=False)
-    got = backend.linear(case.x, weight, None, QKV, batch_of(case))
+    got = backend.linear(case.x, weight, None, QKV, batch_of(case), in_gemm=True)
     plain = torch.empty_like(got)
     everything_base = Case(case.y, case.x, QKV, case.tables, [-1] * 8)
     launch.launch_gemm(plain, case.x, weight, None, QKV, step_of(batch_of(everything_base)))

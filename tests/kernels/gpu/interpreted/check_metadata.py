@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ def check(metadata: StepMetadata, slots: list[int]) -> None:
         ptr, owner = table.ptr[: bound + 1].tolist(), table.slot[:bound].tolist()
         assert ptr[0] == 0
         assert ptr[-1] == rows, "the tiles do not reach the end"
+        there = sum(stop > start for start, stop in pairwise(ptr))
+        assert owner[there:] == [-1] * (bound - there), "a tile that is not there has a slot"
+        assert table is metadata.large or not slots or int(metadata.small_count) == there
         for i in range(bound):
             assert 0 <= ptr[i + 1] - ptr[i] <= table.size
             assert all(slot == owner[i] for slot in ordered[ptr[i] : ptr[i + 1]])

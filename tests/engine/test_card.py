@@ -1,0 +1,86 @@
+"""The engine on a real card: prefill, paged decoding in CUDA graphs, adapters that come and go, training beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.messages import Generate
+from tenora.model.loading import load_decoder
+from tests.engine.driver import Answer, MakeDriver
+from tests.engine.requests import generate, prompt, sampling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SMALL = {"max_adapters": 3, "max_num_seqs": 7, "max_num_batched_tokens": 24}
+"""Adapters are evicted and loaded again, prompts are cut into chunks."""
+
+
+def requests(adapters: list[AdapterRef], count: int = 24) -> list[Generate]:
+    """Nine kinds of rows of many lengths, greedy."""
+    kinds = [None, *adapters]
+    return [
+        generate(
+            prompt(3 + 5 * (index % 7), index),
+            sampling(max_tokens=6 + index % 9, logprobs=0),
+            adapter=kinds[index % 9],
+        )
+        for index in range(count)
+    ]
+
+
+def logprobs(answer: Answer, count: int | None = None) -> list[float]:
+    return [entry.logprob for entry in answer.logprobs[:count]]
+
+
+def test_float32_gives_the_cpus_tokens(tiny_base: Path, adapters: list[AdapterRef], driver: MakeDriver) -> None:
+    host = driver(base=load_decoder(tiny_base), **SMALL)
+    card = driver(base=load_decoder(tiny_base, device="cuda"), **SMALL)
+    assert card.engine.runner.graphs is not None
+    for one, other in zip(host.run(*requests(adapters)), card.run(*requests(adapters)), strict=True):
+        assert other.failure is None
+        assert other.tokens == one.tokens
+        assert logprobs(other) == pytest.approx(logprobs(one), abs=1e-4)
+    assert card.engine.stats().adapter_evictions > 3
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "dynamic_rope", "llama3_rope", "yarn_rope"])
+def test_every_family(family: str, make_tiny: Callable[[str], Path], driver: MakeDriver) -> None:
+    base = make_tiny(family)
+    answers = [
+        driver(base=load_decoder(base, device=device)).run(
+            *(generate(prompt(length, length), sampling(max_tokens=20)) for length in (1, 3, 4, 17, 50))
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert [answer.tokens for answer in answers[1]] == [answer.tokens for answer in answers[0]]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.6), (torch.float16, 0.1)], ids=str)
+def test_half_types_are_near_float32(
+    dtype: torch.dtype, most: float, tiny_base: Path, adapters: list[AdapterRef], driver: MakeDriver
+) -> None:
+    """Log-probabilities of the tokens up to the first other one; prompts go through flash attention, in chunks."""
+    host = driver(base=load_decoder(tiny_base), **SMALL)
+    card = driver(base=load_decoder(tiny_base, device="cuda", dtype=dtype), **SMALL)
+    gaps = []
+    for one, other in zip(host.run(*requests(adapters)), card.run(*requests(adapters)), strict=True):
+        assert other.failure is None
+        same = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b), None)
+        gaps += [abs(a - b) for a, b in zip(logprobs(one, same), logprobs(other, same), strict=True)]
+    assert len(gaps) > 100, "the answers part at once"
+    assert max(gaps) < most
+    assert sum(gaps) / len(gaps) < most / 10
+
+
+def test_a_batch_changes_no_row(tiny_base: Path, adapters: list[AdapterRef], driver: MakeDriver) -> None:
+    """float32, greedy: a request alone has the tokens that it has beside 23 others."""
+    base = load_decoder(tiny_base, device="cuda")
+    together = driver(base=base).run(*requests(adapters))
+    alone = driver(base=base)
+    for request, answer in zip(requests(adapters), together, strict=True):
+        assert alone.run(request)[0].tokens == answer.tokens
