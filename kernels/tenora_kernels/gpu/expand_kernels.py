@@ -113,7 +113,7 @@ def _expand_tile(
         tl.store(y_rows + n[None, :], acc.to(y.dtype.element_ty), mask=done)
 
 
-@jit("row", "slots", "plane_stride", "per_program")
+@jit("row", "slots", "plane_stride", "bound", "per_program")
 def expand(
     y: tl.tensor,
     arena: tl.tensor,
@@ -137,6 +137,7 @@ def expand(
     plane_stride: tl.tensor,
     module_stride: tl.tensor,
     width: tl.tensor,
+    bound: tl.tensor,
     per_program: tl.tensor,
     deep: tl.constexpr,
     parts: tl.constexpr,
@@ -159,6 +160,7 @@ def expand(
 
     Args:
         tile_count: int32 [1], number of tiles; not read if across is 0.
+        bound: most tiles that there can be.
         per_program: blocks of one program; across / bn where across is not 0.
         deep: whether ranks may exceed rb; if not, S is read once for all blocks.
         parts: of a tile, bm rows each.
@@ -168,9 +170,9 @@ def expand(
             Every program waits: a launch that ended before could be overtaken by what follows it.
     """
     tile = tl.program_id(1) // parts
-    start = tl.load(tile_ptr + tile)
-    end = tl.load(tile_ptr + tile + 1)
-    slot = tl.load(tile_slot + tile)
+    start = tl.load(tile_ptr + tile, mask=tile < bound, other=0)
+    end = tl.load(tile_ptr + tile + 1, mask=tile < bound, other=0)
+    slot = tl.load(tile_slot + tile, mask=tile < bound, other=-1)
     j, chunk = module_of_block(tl.program_id(0), n0, n1, bn * per_program)
     n_size = pick(j, n0, n1, n2)
     blocks = per_program

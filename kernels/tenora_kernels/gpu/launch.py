@@ -161,15 +161,15 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
     """
     columns, table, tables = Columns.of(site.slices), step.tiles, step.tables
     dtype = configs.widest(y.dtype, step.arena.dtype)
+    bound = step.metadata.tile_bound(table)
     if step.small:
-        tiles, pieces, parts = _tiles(step, columns, y), step.metadata.tile_bound(table), 1
-        across = configs.lone_columns(dtype, tables.align)
+        tiles, parts, across = _tiles(step, columns, y), 1, configs.lone_columns(dtype, tables.align)
         per_program = across // tiles.bn
-        pieces *= configs.helpers(pieces * columns.blocks(across), per_program, y.device)
+        pieces = bound * configs.helpers(bound * columns.blocks(across), per_program, y.device)
     else:
-        tiles = configs.expand_tiles(step.bucket, dtype, tables.align)
-        parts, across = table.size // tiles.bm, 0
-        pieces = step.metadata.tile_bound(table) * parts
+        tiles, across = configs.expand_tiles(step.bucket, dtype, tables.align), 0
+        parts = table.size // tiles.bm
+        pieces = bound * parts
         per_program = configs.blocks_per_program(pieces * columns.blocks(tiles.bn), y.device)
     expand[columns.blocks(tiles.bn * per_program), pieces](
         y,
@@ -188,6 +188,7 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
         *columns.starts,
         *columns.widths,
         *step.strides(),
+        bound,
         per_program,
         deep=tables.max_rank > tiles.rb,
         parts=parts,
