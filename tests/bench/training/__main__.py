@@ -175,7 +175,7 @@ CASES: dict[str, Callable[[Setting, PeftLoop], dict[str, Any]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the cases that are named, or all but `quality`, which takes an hour."""
+    """Run the cases that are named, or all but `quality`, which takes two hours."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base")
