@@ -153,8 +153,8 @@ def helpers(programs: int, most: int, device: torch.device) -> int:
 def gemm_pays(arch: Arch) -> bool:
     """Whether `gemm_lora` is used where it can be, instead of the device's own GEMM with shrink and expand behind it.
 
-    Measured on an H200 with the shapes of an 8B model it is not: there the GEMM itself loses more than a second pass over
-    y costs. Where nothing was measured, it is taken to pay on architectures without asynchronous tensor cores.
+    Measured on an H200 with the shapes of an 8B model it is not: there the GEMM itself loses more than a second pass
+    over y costs. Where nothing was measured, it is taken to pay on architectures without asynchronous tensor cores.
     """
     return arch in {"sm80", "gfx942"}
 
