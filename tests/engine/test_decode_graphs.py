@@ -236,7 +236,9 @@ def test_a_step_that_no_graph_holds_is_an_error(driver: MakeDriver) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", ["smollm2", "llama", "mistral", "qwen3", "dynamic_rope"])
+@pytest.mark.parametrize(
+    "family", ["smollm2", "llama", "mistral", "qwen2", "qwen3", "dynamic_rope", "llama3_rope", "yarn_rope"]
+)
 def test_on_a_card_tokens_equal_those_of_the_cpu(
     family: str, make_tiny: Callable[[str], Path], adapters: list[AdapterRef], driver: MakeDriver
 ) -> None:

@@ -7,8 +7,9 @@ cached rows of the step are gathered first, with one copy per layer.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,10 +30,16 @@ def varlen_attn(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tenso
     """torch's own, imported at the first call: it brings torch's compiler along, 140 MB that a CPU has no use for."""
     from torch.nn.attention import varlen  # noqa: PLC0415  # see above
 
-    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
+    if not _has_gqa(varlen.varlen_attn):
         del options["enable_gqa"]  # torch 2.11 takes fewer key heads than query heads unasked
     found: Tensor | tuple[Tensor, Tensor] = varlen.varlen_attn(*arguments, **options)
     return found
+
+
+@functools.cache
+def _has_gqa(function: Callable[..., Any]) -> bool:
+    """Looked up once: the call is one of every layer of every step."""
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 class VarlenAttention:

@@ -23,6 +23,7 @@ TESTS = (
     "tests/kernels/gpu/test_cuda.py",
     "tests/kernels/gpu/test_cuda_paged.py",
     "tests/engine/test_card.py",
+    "tests/engine/test_decode_graphs.py",
     "tests/training/test_card.py",
 )
 REPO = Path(__file__).resolve().parents[3]

@@ -118,8 +118,9 @@ def test_the_base_projection_with_the_term_in_it(dtype: torch.dtype, bias: bool)
     case.y = case.x.double() @ weight.double().t() + (0 if b is None else b.double())
     wanted = reference(case)
     on_device(case)
-    assert backend.fits_gemm(case.x, weight.cuda(), QKV, batch_of(case))
-    got = backend.linear(case.x, weight.cuda(), b if b is None else b.cuda(), QKV, batch_of(case), in_gemm=True)
+    weight, b = weight.cuda(), None if b is None else b.cuda()
+    assert backend.fits_gemm(case.x, weight, QKV, batch_of(case))
+    got = backend.linear(case.x, weight, b, QKV, batch_of(case), in_gemm=True)
     assert worst(got.cpu(), wanted) <= TOLERANCE[dtype]
 
 
