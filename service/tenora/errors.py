@@ -174,3 +174,10 @@ class ConfigurationError(TenoraError):
     """Settings that do not fit together, or a value that is out of range."""
 
     code = "invalid_configuration"
+
+
+class DeviceLostError(BaseException):
+    """The accelerator computes nothing any more in this process, which has to end so that a new one can begin.
+
+    Not part of the tree, and no `Exception`: whoever catches those to go on with other work must not go on after it.
+    """

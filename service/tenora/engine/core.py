@@ -41,6 +41,7 @@ from tenora.engine.trainer import Trainer
 from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.device import survive
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.memory import is_out_of_memory
 from tenora.model.spec import target_modules
@@ -184,7 +185,11 @@ class Engine:
                 self._doomed.add(digest)
 
     def step(self) -> list[Event]:
-        """Schedule, run, emit; then train if it is training's turn, or for a moment if there was nothing to do."""
+        """Schedule, run, emit; then train if it is training's turn, or for a moment if there was nothing to do.
+
+        Raises:
+            DeviceLostError: the device is gone; so is the engine.
+        """
         started = time.monotonic()
         self.loader.read_ahead(self.scheduler.upcoming_adapters())
         self.loader.settle_pins()
@@ -275,12 +280,13 @@ class Engine:
         return items
 
     def _run(self, batch: list[Scheduled]) -> list[Item]:
-        """Run the model; whatever goes wrong there ends the batch's sequences, and the engine goes on."""
+        """Run the model; what goes wrong there ends the batch's sequences, and the engine too if its device is lost."""
         try:
             results = self.runner.run(batch)
         except Exception as error:  # noqa: BLE001  # it is logged, and told to every sequence concerned
             ids = [item.sequence.id for item in batch]
             _log.exception("a step failed", extra={"requests": ids})
+            survive(error, self.decoder.device)
             code, message = _step_failure(error)
             for item in batch:
                 self.scheduler.finish(item.sequence)

@@ -12,7 +12,7 @@ import msgspec
 
 from tenora.engine.loop import StepEngine, run_loop
 from tenora.engine.messages import Command, Event, StartFailed
-from tenora.errors import InvalidRequestError, TenoraError
+from tenora.errors import DeviceLostError, InvalidRequestError, TenoraError
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
@@ -112,7 +112,7 @@ class ThreadLink:
         else:
             try:
                 run_loop(engine, _ThreadChannel(self._inbox, self._deliver), self._killed.is_set)
-            except Exception as error:  # noqa: BLE001 — stands for the death of the process
+            except (Exception, DeviceLostError) as error:  # noqa: BLE001 — stands for the death of the process
                 reason = f"the engine's thread failed: {type(error).__name__}: {error}"
         self._call(lambda: self._ended.set_result(reason))
 

@@ -13,6 +13,7 @@ from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.scheduler import Blocked
 from tenora.errors import PoolFullError, TenoraError, UnavailableError
+from tenora.model.device import survive
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class AdapterLoader:
         except PoolFullError:
             return Blocked.FULL
         except Exception as error:  # too large, or memory: this adapter fails, nothing else
+            survive(error, self.pool.tables.arena.device)
             self.cache.discard(ref.digest)
             raise self._failure(ref, error) from error
         self.loads += 1
@@ -184,6 +186,7 @@ class AdapterLoader:
                 self._last_size = adapter.nbytes
                 self.cache.put(digest, adapter)
             elif isinstance(error, Exception):  # disk, format or memory: this adapter fails, nothing else
+                survive(error, self.pool.tables.arena.device)  # pinned memory is the device's business
                 self._errors[digest] = error
             else:
                 raise error

@@ -17,12 +17,14 @@ from tenora.config import Settings
 from tenora.engine.link import decode_command, encode, start_failed
 from tenora.engine.loop import run_loop
 from tenora.engine.messages import Command, Event
-from tenora.errors import TenoraError
+from tenora.errors import DeviceLostError, TenoraError
 from tenora.telemetry.logs import configure
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _LINGER_MS = 5000
+DEVICE_LOST = 3
+"""Exit status of an engine whose device failed for good."""
 
 
 class SocketChannel:
@@ -87,9 +89,13 @@ def main() -> int:
     configure(settings.log_level)
     channel = SocketChannel(launch["address"])
     try:
-        return serve(settings, Path(launch["model_dir"]), channel, parent)
+        status = serve(settings, Path(launch["model_dir"]), channel, parent)
     finally:
         channel.close()
+    if status == DEVICE_LOST:
+        logging.shutdown()
+        os._exit(status)  # at an ordinary end a thread or a destructor could wait for the dead device
+    return status
 
 
 def serve(settings: Settings, model_dir: Path, channel: SocketChannel, parent: int) -> int:
@@ -104,7 +110,11 @@ def serve(settings: Settings, model_dir: Path, channel: SocketChannel, parent: i
             _log.exception("the engine could not start")
         channel.send(start_failed(error))
         return 1
-    run_loop(engine, channel, orphaned=lambda: os.getppid() != parent)
+    try:
+        run_loop(engine, channel, orphaned=lambda: os.getppid() != parent)
+    except DeviceLostError as error:
+        _log.critical("the device failed for good; the engine ends to be replaced", extra={"reason": str(error)})
+        return DEVICE_LOST
     return 0
 
 

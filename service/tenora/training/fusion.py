@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from tenora.model.decoder import Decoder
+from tenora.model.device import survive
 from tenora.model.layer_pass import Keep, release_buffers
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
@@ -93,7 +94,7 @@ class FusedTraining:
             run = self._start(self.host, spec)
             self._runs[spec.run_id] = _Hosted(spec, run, iter(run))
         except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
-            self._failed.append(_failure(spec.run_id, error))
+            self._failed.append(self._failure(spec.run_id, error))
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile.
@@ -154,7 +155,7 @@ class FusedTraining:
                 self._end(run_id)
                 return
             except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
-                event = _failure(run_id, error)
+                event = self._failure(run_id, error)
             if event is None:
                 return
             over = isinstance(event, FinishedEvent | StoppedEvent | FailedEvent)
@@ -170,6 +171,7 @@ class FusedTraining:
         try:
             losses = yield from self._run(works)
         except Exception as error:  # noqa: BLE001  # a run's error must not reach the engine or the other runs
+            survive(error, self.host.decoder.device)
             if len(works) == 1:
                 works[0].error = error
                 return
@@ -219,8 +221,8 @@ class FusedTraining:
         if not self._runs:
             release_buffers(self.host.decoder)
 
-
-def _failure(run_id: str, error: Exception) -> FailedEvent:
-    _log.warning("a training run failed", extra={"run": run_id}, exc_info=error)
-    code, message = explain(error, 0)
-    return FailedEvent(run_id=run_id, code=code, message=message)
+    def _failure(self, run_id: str, error: Exception) -> FailedEvent:
+        survive(error, self.host.decoder.device)
+        _log.warning("a training run failed", extra={"run": run_id}, exc_info=error)
+        code, message = explain(error, 0)
+        return FailedEvent(run_id=run_id, code=code, message=message)

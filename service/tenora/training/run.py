@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from tenora.model.device import survive
 from tenora.training.failures import explain
 from tenora.training.folds import FoldsPlan
 from tenora.training.host import TrainingHost
@@ -73,6 +74,7 @@ class JobRun:
         try:
             yield from self._until_stopped(work)
         except Exception as error:  # noqa: BLE001  # the engine serves others: no error of a run may reach it
+            survive(error, self._host.decoder.device)
             failed = self._failed(error)
         else:
             return

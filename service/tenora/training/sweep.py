@@ -17,6 +17,7 @@ import msgspec
 
 from tenora.adapters.atomic import replace_file
 from tenora.errors import TrainingError
+from tenora.model.device import survive
 from tenora.training.evaluation import general_loss
 from tenora.training.failures import explain
 from tenora.training.host import TrainingHost
@@ -116,6 +117,7 @@ class SweepPlan:
                 elif isinstance(item, EvalEvent) and item.step:
                     yield self._event(number, "running", told=item)
         except Exception as error:  # noqa: BLE001  # ends this trial alone; the others may still win
+            survive(error, self._host.decoder.device)
             _, reason = explain(error, learner.progress.step)
             _log.warning("trial %d of run %s failed: %s", number, self._spec.run_id, reason, exc_info=error)
             yield self._end(number, "failed", reason)
