@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tenora.engine.sequence import Sequence
 
+_FEWEST_KEPT = 1024  # groups that are remembered however few of them have a sequence
+_order = attrgetter("order")
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Group:
-    service: float  # tokens served, divided by the weight
+    """A group's account.
+
+    Attributes:
+        number: order of arrival, the tie-breaker between groups that were served alike.
+        service: tokens served, divided by the weight.
+        live: sequences waiting or running.
+        waiting: sorted by `Sequence.order`.
+        turn: its entry in `FairQueue._turns` while it is live.
+    """
+
+    number: int
+    service: float
     weight: float = 1.0
-    live: int = 0  # sequences waiting or running
-    waiting: list[Sequence] = field(default_factory=list)  # sorted by Sequence.order
+    live: int = 0
+    waiting: list[Sequence] = field(default_factory=list)
+    turn: _Turn | None = None
+
+
+_Turn = tuple[float, int, _Group]  # no two groups have a number in common, so groups are never compared
 
 
 class FairQueue:
@@ -23,11 +42,19 @@ class FairQueue:
     Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each computed token
     is charged to its group; a group that was away starts no lower than the least served active one, so that idling
     earns no credit, and keeps its debt, so that leaving and coming back wipes out nothing.
+
+    A step costs in proportion to the groups that it charged and the sequences that it looks at, not to those that wait:
+    live groups are kept in order, and only those that were charged find a new place.
     """
 
     def __init__(self) -> None:
         self._groups: dict[str, _Group] = {}
         self._floor = 0.0
+        self._turns: list[_Turn] = []  # of the live groups, sorted, but for those in `_charged`
+        self._charged: set[_Group] = set()
+        self._by_digest: dict[str, dict[Sequence, None]] = {}  # all that wait, in the order in which they came
+        self._arrivals = 0  # of groups
+        self._kept = _FEWEST_KEPT
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -37,37 +64,58 @@ class FairQueue:
         for group in self._groups.values():
             yield from group.waiting
 
+    def digests(self) -> list[str]:
+        """The adapters that are waited for, each once; "" is the base."""
+        return list(self._by_digest)
+
+    def waiting_for(self, digest: str) -> list[Sequence]:
+        """The waiting sequences of one adapter, or of the base with ""."""
+        return list(self._by_digest.get(digest, ()))
+
     def enter(self, sequence: Sequence) -> None:
         """Add a new sequence. Its group counts as active until `leave`."""
         name = sequence.request.group
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Group(service=self._floor)
+            self._arrivals += 1
+            group = self._groups[name] = _Group(self._arrivals, service=self._floor)
         if group.live == 0:
             group.service = max(group.service, self._least_served())
+            group.turn = (group.service, group.number, group)
+            insort(self._turns, group.turn)
         group.weight = max(sequence.request.weight, 1e-6)
         group.live += 1
         self.requeue(sequence)
 
     def requeue(self, sequence: Sequence) -> None:
         """Put a running sequence back among the waiting ones, in its old place."""
-        insort(self._groups[sequence.request.group].waiting, sequence, key=lambda waiting: waiting.order)
+        insort(self._groups[sequence.request.group].waiting, sequence, key=_order)
+        self._by_digest.setdefault(sequence.digest, {})[sequence] = None
         self._waiting += 1
 
     def take(self, sequence: Sequence) -> None:
         """Remove a waiting sequence (it runs now, or is about to leave)."""
         self._groups[sequence.request.group].waiting.remove(sequence)
+        same = self._by_digest[sequence.digest]
+        del same[sequence]
+        if not same:
+            del self._by_digest[sequence.digest]
         self._waiting -= 1
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence that no longer waits has ended."""
-        self._groups[sequence.request.group].live -= 1
+        group = self._groups[sequence.request.group]
+        group.live -= 1
+        if group.live == 0:
+            self._settle()
+            self._remove(group)
         self._floor = max(self._floor, self._least_served())
-        if not any(group.live for group in self._groups.values()):
+        if not self._turns:
             self._floor = 0.0
             self._groups.clear()
-        elif len(self._groups) > 1024:
+        elif len(self._groups) > self._kept:
             self._groups = {n: g for n, g in self._groups.items() if g.live or g.service > self._floor}
+            self._kept = max(_FEWEST_KEPT, 2 * len(self._groups))  # so that looking at all of them is rare
 
     def charge(self, sequence: Sequence, end: int) -> None:
         """Charge the group for the tokens up to `end` that were not charged yet."""
@@ -75,19 +123,37 @@ class FairQueue:
             group = self._groups[sequence.request.group]
             group.service += (end - sequence.charged) / group.weight
             sequence.charged = end
+            self._charged.add(group)
 
-    def candidates(self) -> Iterator[Sequence]:
-        """Each waiting sequence once, fairest first, as charges stand at that moment.
+    def candidates(self, blocked: frozenset[str] | set[str] = frozenset()) -> Iterator[Sequence]:
+        """Each waiting sequence once, fairest first, as charges stand now.
 
-        Sequences may be taken during iteration; one that was taken before its turn is yielded all the same.
+        Args:
+            blocked: adapters whose sequences are passed over; it may grow during iteration.
+
+        Sequences may be taken and may leave during iteration; those that did before their turn are not yielded.
         """
-        pending = [(group, list(reversed(group.waiting))) for group in self._groups.values() if group.waiting]
-        while pending:
-            turn = min(range(len(pending)), key=lambda index: pending[index][0].service)
-            _, sequences = pending[turn]
-            yield sequences.pop()
-            if not sequences:
-                del pending[turn]
+        self._settle()
+        for _, _, group in tuple(self._turns):
+            for sequence in tuple(group.waiting):
+                if sequence.digest not in blocked and sequence in self._by_digest.get(sequence.digest, ()):
+                    yield sequence
 
     def _least_served(self) -> float:
-        return min((group.service for group in self._groups.values() if group.live), default=self._floor)
+        self._settle()
+        return self._turns[0][0] if self._turns else self._floor
+
+    def _settle(self) -> None:
+        """Bring the groups that were charged to their places."""
+        for group in self._charged:
+            if group.turn is not None:
+                self._remove(group)
+                group.turn = (group.service, group.number, group)
+                insort(self._turns, group.turn)
+        self._charged.clear()
+
+    def _remove(self, group: _Group) -> None:
+        """Take a group's turn away."""
+        if group.turn is not None:
+            del self._turns[bisect_left(self._turns, group.turn)]
+            group.turn = None

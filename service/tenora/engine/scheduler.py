@@ -167,21 +167,15 @@ class Scheduler:
         if budget == 0 or len(self.running) >= self.max_num_seqs or not len(self.waiting):
             return
         blocked: set[str] = set()
-        slots_full = False
-        for sequence in self.waiting.candidates():
-            if budget == 0 or len(self.running) >= self.max_num_seqs:
-                return
-            if sequence.id not in self._by_id:
-                continue  # its adapter could not be loaded for another sequence
-            # While someone waits for a slot, no further adapter sequence may start, or slots might never drain.
-            if sequence.digest in blocked or (slots_full and sequence.digest):
-                continue
+        for sequence in self.waiting.candidates(blocked):
             if isinstance(reason := self._acquire(sequence), Blocked):
                 blocked.add(sequence.digest)
-                slots_full |= reason is Blocked.FULL
+                if reason is Blocked.FULL:
+                    # While someone waits for a slot, no adapter's sequence may start, or slots might never drain.
+                    blocked.update(filter(None, self.waiting.digests()))
                 continue
             if sequence.id not in self._by_id:
-                continue
+                continue  # its adapter could not be loaded
             matched = self._match(sequence)
             # The margin keeps a newcomer from being preempted at once by those that run.
             if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
@@ -189,6 +183,8 @@ class Scheduler:
                 return  # and nobody overtakes it, or a long prompt would wait for ever
             batch[sequence] = item = self._start(sequence, matched, budget)
             budget -= item.count
+            if budget == 0 or len(self.running) >= self.max_num_seqs:
+                return
 
     def _match(self, sequence: Sequence) -> list[int]:
         return self.blocks.match(sequence.hashes(self.blocks.block_size, sequence.num_cacheable))
@@ -213,7 +209,7 @@ class Scheduler:
         return None
 
     def _fail_waiting(self, digest: str, error: UnavailableError) -> None:
-        for waiting in [waiting for waiting in self.waiting if waiting.digest == digest]:
+        for waiting in self.waiting.waiting_for(digest):
             self.failed.append((waiting, error))
             self.finish(waiting)
 

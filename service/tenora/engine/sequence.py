@@ -32,6 +32,9 @@ class Sequence:
         arrived: when it came, on the monotonic clock.
         queue_seconds: how long it waited for its first admission; None before it.
         prompt_logprobs: entries so far, if asked for.
+        id: the request's.
+        digest: the adapter's, or "" for the base.
+        order: sorting key within a group: lower runs earlier.
     """
 
     request: Generate
@@ -52,6 +55,14 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    id: str = field(init=False)
+    digest: str = field(init=False)
+    order: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = self.request.request_id
+        self.digest = self.request.adapter.digest if self.request.adapter else ""
+        self.order = (self.request.priority, self.arrival)
 
     @classmethod
     def start(
@@ -75,19 +86,9 @@ class Sequence:
         )
 
     @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
-
-    @property
     def sampling(self) -> SamplingParams:
         """How its next token is chosen."""
         return self.request.sampling
-
-    @property
-    def digest(self) -> str:
-        """The adapter's digest, or "" for the base."""
-        return self.request.adapter.digest if self.request.adapter else ""
 
     @property
     def num_prompt(self) -> int:
@@ -114,11 +115,6 @@ class Sequence:
         """Leading tokens that the prefix cache may stand for: of those after them the hidden states are needed."""
         known = self.prompt_logprobs if self.wants_prompt_logprobs else self.token_ids
         return len(known or ()) - 1
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sorting key within a group: lower runs earlier."""
-        return (self.request.priority, self.arrival)
 
     def hashes(self, block_size: int, num_tokens: int) -> list[BlockHash]:
         """Hash chain of the full blocks among the first `num_tokens` tokens, extended as far as needed and kept."""

@@ -1,0 +1,63 @@
+"""CPU time of the host beside the model: `python -m tests.bench.host [CASE …] [--against CHECKOUT]`.
+
+Medians of one thread's CPU time. With `--against` the same cases run on another checkout of the service too, in turn
+with this one, and the table shows before, after and how many times less it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from tests.bench.host import scheduling
+
+CASES = scheduling.CASES
+HERE = Path(__file__).parents[3]
+PACKAGES = ("service", "clients/python/src", "kernels")
+
+
+def main() -> None:
+    """Print one line per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per checkout")
+    parser.add_argument("--json", action="store_true", help="one round of this checkout, as JSON on stdout")
+    options = parser.parse_args()
+    cases = options.cases or list(CASES)
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    if options.json:
+        print(json.dumps({name: seconds for case in cases for name, seconds in CASES[case]()}))
+        return
+    checkouts = [HERE] if options.against is None else [options.against.resolve(), HERE]
+    measured: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in checkouts]
+    for _ in range(options.rounds):
+        for checkout, times in zip(checkouts, measured, strict=True):
+            for name, seconds in one_round(checkout, cases).items():
+                times[name].append(seconds)
+    for name in measured[-1]:
+        *before, after = (statistics.median(times[name]) for times in measured)
+        line = "".join(f"{seconds * 1e6:12.1f} us" for seconds in (*before, after))
+        print(f"{name:85}{line}" + "".join(f"{seconds / after:9.2f}" for seconds in before))
+
+
+def one_round(checkout: Path, cases: list[str]) -> dict[str, float]:
+    """Seconds by name, measured in a process that imports the service of `checkout` and these cases."""
+    paths = os.pathsep.join([*(str(checkout / package) for package in PACKAGES), str(HERE)])
+    command = [sys.executable, "-m", "tests.bench.host", "--json", *cases]
+    done = subprocess.run(
+        command, cwd=HERE, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, check=True
+    )
+    seconds: dict[str, float] = json.loads(done.stdout)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

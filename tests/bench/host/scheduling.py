@@ -1,0 +1,120 @@
+"""What a step costs the engine before the model: planning it, and the block tables of its rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.blocks import BlockManager
+from tenora.engine.runner import BlockTables
+from tenora.engine.scheduler import Blocked, Scheduler
+from tenora.engine.sequence import Sequence
+from tests.bench.host.timing import median
+from tests.engine.requests import ref, sequence
+
+RUNNING, WAITING, BLOCK = 32, 1024, 16
+REPEATS = 15
+
+
+class Slots:
+    """As many slots as sequences run; nobody else gets one, for the reason given."""
+
+    def __init__(self, reason: Blocked) -> None:
+        self.reason = reason
+        self.taken: set[str] = set()
+
+    def acquire(self, adapter: AdapterRef) -> int | Blocked:
+        """A slot, as long as there are any."""
+        if adapter.digest not in self.taken and len(self.taken) >= RUNNING:
+            return self.reason
+        self.taken.add(adapter.digest)
+        return int(adapter.digest)
+
+    def release(self, digest: str) -> None:
+        """Nothing is given back."""
+
+
+def waiting(groups: int, reason: Blocked) -> Scheduler:
+    """A scheduler whose slots are taken, with `WAITING` sequences in so many groups, each with its own adapter."""
+    scheduler = Scheduler(
+        BlockManager(65536, BLOCK), Slots(reason), max_num_seqs=2 * RUNNING, max_num_batched_tokens=512
+    )
+    for number in range(RUNNING + WAITING):
+        if number == RUNNING:
+            step(scheduler)
+        scheduler.add(sequence(range(8), adapter=ref(str(number)), group=f"group-{number % groups}"))
+    step(scheduler)
+    return scheduler
+
+
+def step(scheduler: Scheduler) -> None:
+    """What the engine does with the scheduler in one step."""
+    list(scheduler.upcoming_adapters())
+    for item in scheduler.schedule():
+        scheduler.computed(item)
+        if item.samples:
+            item.sequence.token_ids.append(7)
+
+
+def planning() -> Iterator[tuple[str, float]]:
+    """Seconds of `schedule()`, and of the look-ahead beside it."""
+    for groups in (1024, 64, 1):
+        scheduler = waiting(groups, Blocked.FULL)
+        name = f"{WAITING} waiting in {groups} groups"
+        yield f"schedule(), slots taken, {name}", median(scheduler.schedule, REPEATS, lambda s=scheduler: step(s))
+        yield (
+            f"upcoming_adapters(), {name}",
+            median(lambda s=scheduler: list(s.upcoming_adapters()), REPEATS, lambda s=scheduler: step(s)),
+        )
+    scheduler = waiting(1024, Blocked.LOADING)
+    name = f"{WAITING} waiting in 1024 groups"
+    yield f"schedule(), adapters being read, {name}", median(scheduler.schedule, REPEATS, lambda: step(scheduler))
+    scheduler = waiting(1024, Blocked.FULL)
+    leaving = iter(scheduler.waiting)
+    gone: list[Sequence] = [next(leaving) for _ in range(REPEATS + 2)]
+    yield f"finish(), {name}", median(lambda: scheduler.finish(gone.pop()), REPEATS, lambda: step(scheduler))
+
+
+def decoding(rows: int = 256) -> Iterator[tuple[str, float]]:
+    """Seconds of planning a step of so many decoding rows, by row."""
+    scheduler = Scheduler(
+        BlockManager(65536, BLOCK), Slots(Blocked.FULL), max_num_seqs=rows, max_num_batched_tokens=8192
+    )
+    for number in range(rows):
+        scheduler.add(sequence(range(8), group=f"group-{number % 64}"))
+    step(scheduler)
+    yield f"schedule() and computed(), {rows} rows decode, a row", median(lambda: step(scheduler), REPEATS * 3) / rows
+
+
+def tables() -> Iterator[tuple[str, float]]:
+    """Seconds of the block tables of a step in which a row has left and one like it has come, or one has grown."""
+    for rows, tokens in ((256, 8192), (64, 131072)):
+        yield from _tables(rows, tokens)
+
+
+def _tables(rows: int, tokens: int) -> Iterator[tuple[str, float]]:
+    blocks = tokens // BLOCK
+    held = [list(range(row * blocks, (row + 1) * blocks)) for row in range(rows)]
+    kept = BlockTables()
+    kept.update(list(held))
+    places = itertools.cycle(range(rows))
+
+    def swap() -> None:
+        at = next(places)
+        left, held[at] = held[at], list(held[at])
+        left.clear()
+
+    def update() -> None:
+        kept.update(list(held))
+
+    name = f"{rows} rows of {tokens} tokens"
+    yield f"block tables, a row leaves and one joins, {name}", median(update, REPEATS, swap)
+    yield f"block tables, a row has grown, {name}", median(update, REPEATS, lambda: held[-1].append(5))
+
+
+CASES: dict[str, Callable[[], Iterator[tuple[str, float]]]] = {
+    "planning": planning,
+    "decoding": decoding,
+    "tables": tables,
+}

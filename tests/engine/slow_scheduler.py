@@ -1,0 +1,114 @@
+"""The scheduler's order in its plainest form, which looks at every group each time: what the quick one must equal."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from tenora.adapters.ref import AdapterRef
+from tenora.engine.blocks import BlockManager
+from tenora.engine.fairness import FairQueue
+from tenora.engine.scheduler import LOOK_AHEAD, Blocked, Residency, Scheduled, Scheduler
+from tenora.engine.sequence import Sequence
+
+
+@dataclass
+class _Group:
+    service: float
+    weight: float = 1.0
+    live: int = 0
+    waiting: list[Sequence] = field(default_factory=list)
+
+
+class SlowQueue(FairQueue):
+    """`FairQueue` without an index."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, _Group] = {}
+        self.floor = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(group.waiting) for group in self.groups.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for group in self.groups.values():
+            yield from group.waiting
+
+    def waiting_for(self, digest: str) -> list[Sequence]:
+        return [sequence for sequence in self if sequence.digest == digest]
+
+    def enter(self, sequence: Sequence) -> None:
+        group = self.groups.setdefault(sequence.request.group, _Group(self.floor))
+        if group.live == 0:
+            group.service = max(group.service, self._least_served())
+        group.weight = max(sequence.request.weight, 1e-6)
+        group.live += 1
+        self.requeue(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        insort(self.groups[sequence.request.group].waiting, sequence, key=lambda waiting: waiting.order)
+
+    def take(self, sequence: Sequence) -> None:
+        self.groups[sequence.request.group].waiting.remove(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        self.groups[sequence.request.group].live -= 1
+        self.floor = max(self.floor, self._least_served())
+        if not any(group.live for group in self.groups.values()):
+            self.floor = 0.0
+            self.groups.clear()
+
+    def charge(self, sequence: Sequence, end: int) -> None:
+        if end > sequence.charged:
+            group = self.groups[sequence.request.group]
+            group.service += (end - sequence.charged) / group.weight
+            sequence.charged = end
+
+    def candidates(self, blocked: Collection[str] = ()) -> Iterator[Sequence]:
+        pending = [(group, list(reversed(group.waiting))) for group in self.groups.values() if group.waiting]
+        while pending:
+            turn = min(range(len(pending)), key=lambda index: pending[index][0].service)
+            _, sequences = pending[turn]
+            yield sequences.pop()
+            if not sequences:
+                del pending[turn]
+
+    def _least_served(self) -> float:
+        return min((group.service for group in self.groups.values() if group.live), default=self.floor)
+
+
+class SlowScheduler(Scheduler):
+    """`Scheduler` that asks every waiting sequence in turn."""
+
+    def __init__(self, blocks: BlockManager, residency: Residency, *, max_num_seqs: int, max_num_batched_tokens: int):
+        super().__init__(blocks, residency, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        self.waiting = SlowQueue()
+
+    def upcoming_adapters(self) -> Iterator[AdapterRef]:
+        refs = [sequence.request.adapter for sequence in islice(self.waiting.candidates(), LOOK_AHEAD)]
+        return iter(dict.fromkeys(ref for ref in refs if ref is not None))
+
+    def _admit(self, batch: dict[Sequence, Scheduled], budget: int) -> None:
+        blocked: set[str] = set()
+        slots_full = False
+        for sequence in self.waiting.candidates():
+            if budget == 0 or len(self.running) >= self.max_num_seqs:
+                return
+            if sequence.id not in self._by_id:
+                continue
+            if sequence.digest in blocked or (slots_full and sequence.digest):
+                continue
+            if isinstance(reason := self._acquire(sequence), Blocked):
+                blocked.add(sequence.digest)
+                slots_full |= reason is Blocked.FULL
+                continue
+            if sequence.id not in self._by_id:
+                continue
+            matched = self._match(sequence)
+            if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
+                self._release(sequence)
+                return
+            batch[sequence] = item = self._start(sequence, matched, budget)
+            budget -= item.count
