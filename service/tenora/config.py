@@ -56,7 +56,12 @@ class Settings(BaseSettings):
     max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")
 
-    # limits of one request, of the queue and of uploads
+    # limits of connections, of one request, of the queue and of uploads
+    max_connections: int = Field(
+        default=4096,
+        ge=1,
+        description="Open connections, or what three quarters of the open files allow; beyond it only probes.",
+    )
     max_queued_requests: int = Field(default=1024, ge=1, description="Requests waiting in the engine before 429.")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Largest JSON body.")
     max_file_bytes: int = Field(default=512 * 2**20, ge=1024, description="Largest uploaded training file.")

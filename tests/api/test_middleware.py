@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from tenora.api import middleware
+from tenora.api.errors import SlowRequestError
 from tenora.api.middleware import BodyLimit
 from tests.api.asgi import Call
 from tests.api.conftest import Service
@@ -34,3 +39,29 @@ async def test_a_slow_answer_is_no_slow_body(service: Service) -> None:
         service.script.hold_after = None
         await service.control.engine.evict("00")
         assert (await answer).status_code == 200
+
+
+async def test_a_body_that_trickles_is_not_waited_for_to_its_end(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte before each silence would be too long, for ever, used to hold a request for as long as one likes."""
+    clock = 0.0
+    monkeypatch.setattr(middleware, "time", SimpleNamespace(monotonic=lambda: clock))
+    answers: list[Message] = []
+
+    async def trickle() -> Message:
+        nonlocal clock
+        clock += 30.0
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            assert clock < 1000
+
+    limit = BodyLimit(application, service.settings)
+    with pytest.raises(SlowRequestError, match="bytes a second"):
+        await limit({"type": "http", "path": "/v1/chat/completions", "headers": []}, trickle, send)
+    assert 60 <= clock <= 120

@@ -39,7 +39,7 @@ async def shell(
 ) -> AsyncIterator[Shell]:
     """A served service, and a command line that finds it through its environment."""
     with listening(service.settings.model_copy(update={"port": 0})) as listener:
-        server = Server(http_config(service.app))
+        server = Server(http_config(service.app, service.settings.max_connections))
         serving = asyncio.create_task(server.serve([listener]))
         await server.ready.wait()
         monkeypatch.setenv("TENORA_URL", url_of(listener))

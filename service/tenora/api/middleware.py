@@ -27,6 +27,7 @@ from tenora.telemetry.metrics import Metrics
 OPEN_PATHS = frozenset({"/livez", "/readyz"})  # everything else needs a key
 PROBE_PATHS = OPEN_PATHS | {"/health", "/metrics"}  # these answer while the server drains
 BODY_SECONDS = 60.0  # longest silence between two pieces of a body
+BODY_BYTES_PER_SECOND = 1024  # slower than this, after the first BODY_SECONDS, a body is not waited for
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{7,63}")
 _MULTIPART_OVERHEAD = 256 * 2**10  # boundaries, part headers and the small fields beside the file
 
@@ -157,7 +158,7 @@ def bearer_secret(headers: Headers) -> str:
 
 
 class BodyLimit:
-    """Bounds each body while it arrives, before anything is parsed: its size, and the silence between two pieces."""
+    """Bounds each body while it arrives, before anything is parsed: its size, and the time that it is waited for."""
 
     def __init__(self, app: ASGIApp, settings: Settings, seconds: float = BODY_SECONDS) -> None:
         self.app = app
@@ -180,18 +181,22 @@ class BodyLimit:
             await errors.error_response(scope, too_large)(scope, receive, send)
             return
         received = 0
+        waited = 0.0  # for the client; what the route takes for what has come is not the client's fault
         complete = False
 
         async def bounded() -> Message:
-            nonlocal received, complete
+            nonlocal received, waited, complete
             if complete:
                 return await receive()  # what follows is the disconnect, which may take as long as it likes
+            began = time.monotonic()
+            left = self.seconds + received / BODY_BYTES_PER_SECOND - waited
             try:
-                message = await asyncio.wait_for(receive(), self.seconds)
+                message = await asyncio.wait_for(receive(), min(self.seconds, left))
             except TimeoutError:
                 raise errors.SlowRequestError(
-                    f"No part of the body came for {self.seconds:g} seconds. Send it again."
+                    f"The body came to a halt, or at less than {BODY_BYTES_PER_SECOND} bytes a second. Send it again."
                 ) from None
+            waited += time.monotonic() - began
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)

@@ -20,7 +20,9 @@ import uvloop
 from fastapi import FastAPI
 
 from tenora.api.app import create_app
+from tenora.api.connections import Connections, connection_limit
 from tenora.api.lifecycle import Lifecycle
+from tenora.api.protocol import bounded
 from tenora.cli.connection import SERVER_FILE
 from tenora.cli.progress import PullProgress
 from tenora.config import Settings
@@ -81,7 +83,7 @@ async def serve(settings: Settings, model: ResolvedModel, stop: asyncio.Event, s
     with listening(settings) as listener:
         async with control_plane(settings, model) as control:
             app = create_app(control, settings)
-            server = Server(http_config(app))
+            server = Server(http_config(app, settings.max_connections))
             serving = asyncio.create_task(server.serve([listener]))
             await server.ready.wait()
             with announced(settings, control, listener):
@@ -145,12 +147,12 @@ class Server(uvicorn.Server):
         yield
 
 
-def http_config(app: FastAPI) -> uvicorn.Config:
+def http_config(app: FastAPI, max_connections: int) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
         loop="none",  # it runs in ours, which is uvloop's
-        http="httptools",
+        http=bounded(Connections(connection_limit(max_connections))),
         ws="none",
         lifespan="off",
         log_config=None,
