@@ -84,7 +84,9 @@ class Settings(BaseSettings):
 
     # lifecycle
     drain_seconds: float = Field(default=30.0, ge=0, description="How long open requests may finish after SIGTERM.")
-    engine_start_seconds: float = Field(default=300.0, gt=0, description="How long the engine may take to load.")
+    engine_start_seconds: float = Field(
+        default=300.0, gt=0, description="How long the engine may load without progress; it may get on for longer."
+    )
     engine_hang_seconds: float = Field(
         default=60.0, gt=0, description="Without a heartbeat for this long, livez fails."
     )

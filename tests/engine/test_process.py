@@ -21,7 +21,7 @@ from tenora.config import Settings
 from tenora.engine import client
 from tenora.engine.client import AsyncEngine
 from tenora.engine.link import ThreadLink
-from tenora.engine.messages import Generate, SequenceOutput
+from tenora.engine.messages import Event, Generate, SequenceOutput
 from tenora.engine.supervisor import MAX_SOCKET_PATH, ProcessLink, _private_directory, launch_message
 from tenora.errors import UnavailableError, UnsupportedModelError
 from tests.engine.driver import Driver
@@ -215,3 +215,18 @@ async def test_the_real_engine_in_a_thread(driver: Callable[..., Driver], adapte
         assert engine.stats.kv_blocks_used == 0
     finally:
         await engine.close(1)
+
+
+async def test_a_child_tells_how_far_it_is_while_it_loads(tiny_base: Path, run_directory: Path) -> None:
+    engine, told = AsyncEngine(SETTINGS, tiny_base), []
+    receive = engine._keeper._receive
+
+    def note(event: Event) -> None:
+        receive(event)
+        told.append(engine.loading)
+
+    engine._keeper._receive = note
+    await engine.start()
+    await engine.close(0)
+    weights = [step for step in told if step is not None and step.phase == "weights"]
+    assert weights[-1].done == weights[-1].total > 0

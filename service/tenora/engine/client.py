@@ -20,6 +20,7 @@ from tenora.engine.messages import (
     EvictAdapter,
     Generate,
     Heartbeat,
+    Loading,
     Outputs,
     PinAdapter,
     Ready,
@@ -78,6 +79,11 @@ class AsyncEngine:
         return self._stats
 
     @property
+    def loading(self) -> Loading | None:
+        """How far an engine is that is being loaded; None before its first word and once it is there."""
+        return self._keeper.loading
+
+    @property
     def alive(self) -> bool:
         """Whether an engine is loaded and running (it may hang)."""
         return self._keeper.up.is_set()
@@ -110,11 +116,11 @@ class AsyncEngine:
     # ---- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine and wait until the base is loaded.
+        """Start the engine and wait until the base is loaded; `loading` says meanwhile how far it is.
 
         Raises:
             UnsupportedModelError, ConfigurationError: it cannot serve this model with these settings.
-            UnavailableError: it died or did not load within `engine_start_seconds`.
+            UnavailableError: it died, or made no progress for `engine_start_seconds`.
         """
         await self._keeper.start(self._settings.engine_start_seconds)
 

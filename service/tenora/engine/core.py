@@ -18,6 +18,7 @@ from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.engine.loader import AdapterLoader
+from tenora.engine.loading_progress import LoadingProgress
 from tenora.engine.messages import (
     Abort,
     Command,
@@ -25,6 +26,7 @@ from tenora.engine.messages import (
     Event,
     EvictAdapter,
     Generate,
+    Loading,
     Outputs,
     PinAdapter,
     Ready,
@@ -50,6 +52,7 @@ from tenora.training.host import TrainingHost
 from tenora.training.run import JobRun
 from tenora.training.spec import TrainSpec
 from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.watch import watching
 
 _log = logging.getLogger(__name__)
 
@@ -133,8 +136,9 @@ class Engine:
         *,
         wake: Callable[[], None] = lambda: None,
         commands_wait: Callable[[], bool] = lambda: False,
+        report: Callable[[Loading], None] = lambda _: None,
     ) -> Engine:
-        """Load the base and take the memory that `settings` name.
+        """Load the base and take the memory that `settings` name; `report` is told how far that is.
 
         Raises:
             UnsupportedModelError, ConfigurationError: it cannot serve this model so.
@@ -143,8 +147,12 @@ class Engine:
         torch.set_num_threads(threads)
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device)
-        decoder = load_decoder(model_dir, device=device, dtype=dtype, team=Team.shared(threads))
-        decoder.warm_up(train=settings.role != "serve")
+        progress = LoadingProgress(report)
+        decoder = load_decoder(
+            model_dir, device=device, dtype=dtype, team=Team.shared(threads), report=progress.weights
+        )
+        with watching(progress.kernels):
+            decoder.warm_up(train=settings.role != "serve")
         engine = cls(decoder, settings, wake=wake, commands_wait=commands_wait)
         engine.runner.warm_up(settings.max_num_batched_tokens)
         return engine

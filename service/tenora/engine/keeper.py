@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from tenora.engine.link import Link
-from tenora.engine.messages import Command, Event, Ready, Shutdown, StartFailed
+from tenora.engine.messages import Command, Event, Loading, Ready, Shutdown, StartFailed
 from tenora.errors import ConfigurationError, TenoraError, UnavailableError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class EngineKeeper:
         ready: what the engine said when it was loaded; the last one's while a new one starts.
         up: set while an engine is loaded and running.
         closing: set once `close` was called, or the first start failed.
-        last_heard: `time.monotonic()` of the last event.
+        last_heard: `time.monotonic()` of the last event, or of the start of an engine that has sent none.
+        loading: how far an engine is that is not loaded yet; None before its first word and once it is.
         restarts: how often a dead engine was replaced.
         link: the line to the present incarnation.
     """
@@ -46,6 +47,7 @@ class EngineKeeper:
         self.up = asyncio.Event()
         self.closing = asyncio.Event()
         self.last_heard = 0.0
+        self.loading: Loading | None = None
         self.restarts = 0
         self.link: Link | None = None
         self._make_link = make_link
@@ -55,22 +57,19 @@ class EngineKeeper:
         self._first: asyncio.Future[None] | None = None
 
     async def start(self, seconds: float) -> None:
-        """Start the first engine and wait up to `seconds` until it is loaded.
+        """Start the first engine and wait until it is loaded, however long that takes while it gets on.
 
         Raises:
             UnsupportedModelError, ConfigurationError: it cannot serve this model with these settings.
-            UnavailableError: it died, or took longer.
+            UnavailableError: it died, or told of no progress for `seconds`.
         """
         self._first = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep(), name="engine-keeper")
+        self.last_heard = time.monotonic()
         try:
-            async with asyncio.timeout(seconds):
-                await asyncio.shield(self._first)
-        except BaseException as error:
+            await self._progressing(self._first, seconds)
+        except BaseException:
             await self.close()
-            if isinstance(error, TimeoutError):
-                message = f"The engine did not load within {seconds:g} s; raise TENORA_ENGINE_START_SECONDS."
-                raise UnavailableError(message) from error
             raise
 
     async def close(self) -> None:
@@ -123,8 +122,26 @@ class EngineKeeper:
         finally:
             link.kill()
             self.link = None
+            self.loading = None
             self.up.clear()
             self._on_lost()
+
+    async def _progressing(self, loaded: asyncio.Future[None], seconds: float) -> None:
+        """Wait for `loaded` for as long as the engine says something every `seconds`."""
+        while not loaded.done():
+            silent = time.monotonic() - self.last_heard
+            if silent >= seconds:
+                raise UnavailableError(
+                    f"The engine made no progress for {seconds:g} s while it loaded ({self._doing()}); see its log, or "
+                    "raise TENORA_ENGINE_START_SECONDS."
+                )
+            await asyncio.wait([loaded], timeout=seconds - silent)
+        loaded.result()
+
+    def _doing(self) -> str:
+        """What an engine that is not loaded said last."""
+        step = self.loading
+        return "before its first word" if step is None else f"at {step.phase}, {step.done} of {step.total}"
 
     async def _closes_within(self, seconds: float) -> bool:
         try:
@@ -135,9 +152,12 @@ class EngineKeeper:
 
     def _receive(self, event: Event) -> None:
         self.last_heard = time.monotonic()
+        if isinstance(event, Loading):
+            self.loading = event
         first = self._first if self._first is not None and not self._first.done() else None
         if isinstance(event, Ready):
             self.ready = event
+            self.loading = None
             self.up.set()
             if first is not None:
                 first.set_result(None)

@@ -185,8 +185,26 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     stats: EngineStats
 
 
+LoadingPhase = Literal["weights", "kernels"]
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
+    """How far the engine is on its way to `Ready`; the API's patience begins anew with each one.
+
+    Attributes:
+        phase: what it does: reads the base's weights, or compiles the CPU's kernels.
+        done: numbers of the weights, or kernels; total: of as many, 0 if that is not known.
+        found: how many of the done kernels were in the cache on disk, left there by an earlier start.
+    """
+
+    phase: LoadingPhase
+    done: int
+    total: int
+    found: int = 0
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The base is loaded. Sent once, before anything else."""
+    """The base is loaded. Sent once, and only `Loading` before it."""
 
     device: str
     dtype: str
@@ -209,4 +227,4 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     items: list[SequenceOutput | SequenceFailed]
 
 
-Event = Outputs | Training | Heartbeat | Ready | StartFailed
+Event = Outputs | Training | Heartbeat | Loading | Ready | StartFailed

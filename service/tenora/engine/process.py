@@ -104,7 +104,7 @@ def serve(settings: Settings, model_dir: Path, channel: SocketChannel, parent: i
         # Here and not above: torch takes seconds to import, and signals must be ignored before.
         from tenora.engine.core import Engine  # noqa: PLC0415
 
-        engine = Engine.load(settings, model_dir, wake=channel.wake, commands_wait=channel.waits)
+        engine = Engine.load(settings, model_dir, wake=channel.wake, commands_wait=channel.waits, report=channel.send)
     except Exception as error:  # noqa: BLE001 — whatever it is, the parent is told
         if not isinstance(error, TenoraError):
             _log.exception("the engine could not start")

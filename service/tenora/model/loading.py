@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
+def _silent(done: int, total: int) -> None:
+    """Report nothing."""
+
+
 def load_decoder(
     directory: Path,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     team: Team | None = None,
+    report: Callable[[int, int], None] = _silent,
 ) -> Decoder:
     """Load a Hugging Face directory (`config.json` and one or several safetensors files).
 
@@ -68,6 +74,8 @@ def load_decoder(
 
     `team` is who computes on a CPU. With one, a decoder that computes in float32 there gets its matrices packed, if its
     sizes allow it: bfloat16 weights then stay bfloat16 in memory, and the results are those of float32 ones.
+
+    `report` is told again and again how many of the weights' numbers are in their places, and how many there are.
 
     Raises:
         UnsupportedModelError: the configuration is unsupported, or a tensor is missing, unexpected, of another shape
@@ -85,6 +93,7 @@ def load_decoder(
         pieces_of: dict[str, list[_Piece]] = {}
         for piece in plan:
             pieces_of.setdefault(piece.parameter, []).append(piece)
+        placed, total = 0, sum(prod(piece.shape) for piece in plan)
         for name, pieces in pieces_of.items():
             target: Tensor = decoder.get_parameter(name)
             packed = packs and target.dim() == 2 and not name.endswith("qk_norm.weight")
@@ -95,6 +104,8 @@ def load_decoder(
             if packed:
                 matrices[name] = PackedMatrix.pack(target)
                 _drop(decoder, name)
+            placed += sum(prod(piece.shape) for piece in pieces)
+            report(placed, total)
         decoder.team = team
         if team is not None and matrices:
             _attach(decoder, matrices, team)
