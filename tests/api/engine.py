@@ -36,6 +36,7 @@ class Script:
         hold_after: a sequence stops giving tokens after this many, and goes on only when this changes.
         fail_after: a sequence fails with `fail_code` after this many tokens.
         hang: while set, the loop hangs inside a step.
+        alternatives: the likeliest tokens at each place, after the one that is generated.
         training: the events of a training run; without them a run starts and waits to be stopped.
     """
 
@@ -43,6 +44,7 @@ class Script:
     hold_after: int | None = None
     fail_after: int | None = None
     fail_code: str = "engine_error"
+    alternatives: Sequence[int] = (7, 8, 9)
     training: Callable[[TrainSpec], Sequence[TrainEvent]] | None = None
 
     def __post_init__(self) -> None:
@@ -147,18 +149,18 @@ class ScriptedEngine:
         prompt = None
         if done == 0 and sampling.prompt_logprobs is not None:
             first = sampling.prompt_logprobs_from
-            scored = [_logprob(token_id, sampling.prompt_logprobs) for token_id in request.token_ids[first:]]
+            scored = [self._logprob(token_id, sampling.prompt_logprobs) for token_id in request.token_ids[first:]]
             prompt = [None] * first + scored
         return SequenceOutput(
             request_id=request.request_id,
             token_ids=[token] if sampling.max_tokens != 0 else [],  # 0 scores the prompt
-            logprobs=None if sampling.logprobs is None else [_logprob(token, sampling.logprobs)],
+            logprobs=None if sampling.logprobs is None else [self._logprob(token, sampling.logprobs)],
             prompt_logprobs=prompt,
             cached_tokens=3 if done == 0 else 0,
             finish_reason="length" if ended else None,
         )
 
-
-def _logprob(token: int, count: int) -> TokenLogprob:
-    top = tuple((other, -0.5 - rank) for rank, other in enumerate((token, 7, 8, 9)[:count]))
-    return TokenLogprob(token_id=token, logprob=-0.5, top=top)
+    def _logprob(self, token: int, count: int) -> TokenLogprob:
+        others = (other for other in self.script.alternatives if other != token)
+        top = tuple((other, -0.5 - rank) for rank, other in enumerate((token, *others)[:count]))
+        return TokenLogprob(token_id=token, logprob=-0.5, top=top)

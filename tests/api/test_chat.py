@@ -8,13 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tenora.api.schemas.chat import ChatCompletionRequest
 from tests.api.conftest import SPEECH, Service
 
 HELLO = [{"role": "user", "content": "Say it."}]
 
 
 async def ask(service: Service, **fields: Any) -> httpx.Response:
-    body = {"messages": HELLO, "max_tokens": 8, **fields}
+    body = {"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 8, **fields}
     return await service.client("infer").post("/v1/chat/completions", json=body)
 
 
@@ -58,10 +59,10 @@ async def test_every_sampling_field_reaches_the_engine(service: Service) -> None
         "logit_bias": {"5": 1.5},
         "seed": 42,
         "stop_token_ids": [9],
-        "ignore_eos": True,
         "min_tokens": 2,
     }
-    response = await ask(service, **fields, logprobs=True, top_logprobs=3, prompt_logprobs=2, priority=-5)
+    given = {"logprobs": True, "top_logprobs": 3, "prompt_logprobs": 2, "priority": -5, "ignore_eos": True}
+    response = await ask(service, **fields, **given)
     assert response.status_code == 200, response.text
     [request] = service.script.requests
     expected = {**fields, "logit_bias": {5: 1.5}, "stop_token_ids": (9,), "logprobs": 3, "prompt_logprobs": 2}
@@ -71,9 +72,84 @@ async def test_every_sampling_field_reaches_the_engine(service: Service) -> None
 
 
 async def test_null_means_the_default(service: Service) -> None:
-    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "logit_bias", "tools", "user", "logprobs"))
-    assert (await ask(service, **nulls)).status_code == 200
+    needed = {"model", "messages", "max_tokens"}
+    nulls = dict.fromkeys(name for name in ChatCompletionRequest.model_fields if name not in needed)
+    answer = await ask(service, **nulls)
+    assert answer.status_code == 200, answer.text
     assert service.script.requests[0].sampling.temperature == 1.0
+    deep = await ask(service, stream=True, stream_options={"include_usage": None, "include_obfuscation": None})
+    assert deep.status_code == 200
+    messages = [{"role": "user", "content": "Hi", "name": None, "tool_calls": None, "annotations": None}]
+    assert (await ask(service, messages=messages)).status_code == 200
+
+
+async def test_no_model_is_never_the_base_in_silence(service: Service) -> None:
+    """`model=job.fine_tuned_model` of a job that has not ended is null."""
+    client = service.client("infer")
+    for path, body in (("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "Hi"})):
+        for unnamed in ({}, {"model": None}, {"model": None, "adapter_id": None}):
+            error = (await client.post(f"/v1/{path}", json={**body, **unnamed})).json()["error"]
+            assert (error["param"], error["code"]) == ("model", "missing_required_parameter")
+            assert "fine_tuned_model" in error["message"]
+    assert service.script.requests == []
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"store": False},
+        {"metadata": {"team": "desk"}},
+        {"parallel_tool_calls": True},
+        {"service_tier": "auto"},
+        {"modalities": ["text"]},
+        {"prompt_cache_key": "desk"},
+        {"safety_identifier": "user-1"},
+        {"verbosity": "low"},
+        {"functions": [], "function_call": "none"},
+    ],
+)
+async def test_fields_that_change_nothing_are_taken(service: Service, field: dict[str, Any]) -> None:
+    answers = [await ask(service, **given) for given in ({}, field)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    plain, labelled = service.script.requests
+    assert (plain.token_ids, plain.sampling) == (labelled.token_ids, labelled.sampling)
+
+
+async def test_a_top_p_of_zero_is_greedy(service: Service) -> None:
+    await ask(service, top_p=0, temperature=1.5)
+    [request] = service.script.requests
+    assert (request.sampling.temperature, request.sampling.top_p) == (0.0, 1.0)
+
+
+async def test_the_models_ends_and_the_stops_asked_for_reach_the_engine(service: Service) -> None:
+    """The engine stops at exactly these: <|im_end|> (2) is the base's end and <|endoftext|> (0) a special token."""
+    for fields, expected in (
+        ({}, (2,)),
+        ({"stop_token_ids": [9]}, (2, 9)),
+        ({"stop": ["<|endoftext|>", "fox"]}, (0, 2)),
+        ({"ignore_eos": True}, ()),
+        ({"ignore_eos": True, "stop": "<|im_end|>"}, (2,)),
+        ({"stop": "<|im_end|>."}, (2,)),  # more than a token: a string to look for
+    ):
+        assert (await ask(service, **fields)).status_code == 200
+        assert service.script.requests[-1].sampling.stop_token_ids == expected
+
+
+async def test_special_tokens_show_when_they_are_not_skipped(service: Service) -> None:
+    tokenizer = service.control.inference.tokenizer
+    service.script.tokens = [*tokenizer.encode("fox"), 1, *tokenizer.encode("dog")]
+    said = {}
+    for skip in (None, True, False):
+        answer = await ask(service, skip_special_tokens=skip, max_tokens=len(service.script.tokens))
+        said[skip] = answer.json()["choices"][0]["message"]["content"]
+    assert said == {None: "foxdog", True: "foxdog", False: "fox<|im_start|>dog"}
+
+
+async def test_tokens_of_logprobs_as_ids(service: Service) -> None:
+    answer = await ask(service, logprobs=True, top_logprobs=2, max_tokens=1, return_tokens_as_token_ids=True)
+    [place] = answer.json()["choices"][0]["logprobs"]["content"]
+    assert place["token"] == f"token_id:{service.script.tokens[0]}"
+    assert [other["token"] for other in place["top_logprobs"]] == [place["token"], "token_id:7"]
 
 
 async def test_max_tokens(service: Service) -> None:
@@ -130,13 +206,24 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
     ({"chat_template": "{{ x }}"}, "chat_template", "unsupported_parameter"),
     ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "unsupported_parameter"),
-    ({"functions": []}, "functions", "unknown_parameter"),
+    ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+    ({"function_call": "auto"}, "function_call", "unsupported_parameter"),
+    ({"store": True}, "store", "unsupported_parameter"),
+    ({"service_tier": "priority"}, "service_tier", "unsupported_parameter"),
+    ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
+    ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
+    ({"prediction": {"type": "content", "content": "x"}}, "prediction", "unsupported_parameter"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
+    ({"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
+    ({"model": None}, "model", "missing_required_parameter"),
+    ({"model": None, "adapter_id": None}, "model", "missing_required_parameter"),
+    ({"typo": None}, "typo", "unknown_parameter"),
     ({"typo": 1}, "typo", "unknown_parameter"),
     ({"n": 17}, "n", None),
     ({"n": 0}, "n", None),
     ({"temperature": 2.1}, "temperature", None),
     ({"temperature": "hot"}, "temperature", None),
-    ({"top_p": 0}, "top_p", None),
+    ({"top_p": -0.1}, "top_p", None),
     ({"top_k": -2}, "top_k", None),
     ({"min_p": 1.5}, "min_p", None),
     ({"frequency_penalty": 3}, "frequency_penalty", None),

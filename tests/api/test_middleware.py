@@ -32,7 +32,11 @@ async def test_a_slow_answer_is_no_slow_body(service: Service) -> None:
     service.script.hold_after = 1
     headers = {"authorization": f"Bearer {service.keys['default']['infer']}"}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(impatient), base_url="http://tenora.test") as client:
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        body = {
+            "model": service.control.inference.base_id,
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 3,
+        }
         answer = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers=headers))
         await service.script.until(lambda: len(service.script.requests) == 1)
         await asyncio.sleep(0.2)

@@ -72,8 +72,10 @@ async def test_every_promised_metric_is_there(service: Service, base_id: str) ->
 
 async def test_requests_are_counted_and_timed(service: Service, base_id: str) -> None:
     client = service.client("infer")
-    await client.post("/v1/chat/completions", json=BODY)
-    await client.post("/v1/chat/completions", json={**BODY, "stream": True, "n": 2})
+    await client.post("/v1/chat/completions", json={**BODY, "model": service.control.inference.base_id})
+    await client.post(
+        "/v1/chat/completions", json={**BODY, "model": service.control.inference.base_id, "stream": True, "n": 2}
+    )
     samples = await scrape(service)
     label = f'{{model_name="{base_id}"}}'
     assert samples[f"vllm:time_to_first_token_seconds_count{label}"] == 2
@@ -172,7 +174,11 @@ async def test_canaries_are_found_nowhere(service: Service, stream: io.StringIO)
     prompt = "CANARY the prompt"
     secret = service.keys["default"]["admin"]
     client = service.client("admin")
-    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 5}
+    body = {
+        "model": service.control.inference.base_id,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 5,
+    }
     answers = [
         await client.post("/v1/chat/completions", json={**body, "temperature": prompt}),
         await client.post("/v1/chat/completions", json={**body, prompt: 1, "messages": 5}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,15 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-async def service(settings: Settings, script: Script, tiny_base: Path) -> AsyncIterator[Service]:
-    engine = AsyncEngine.in_thread(settings, lambda wake: Engine.load(settings, tiny_base, wake=wake))
-    async with running(settings, script, tiny_base, engine) as service:
+def base(tiny_base: Path) -> Path:
+    """The base that is served."""
+    return tiny_base
+
+
+@pytest.fixture
+async def service(settings: Settings, script: Script, base: Path) -> AsyncIterator[Service]:
+    engine = AsyncEngine.in_thread(settings, lambda wake: Engine.load(settings, base, wake=wake))
+    async with running(settings, script, base, engine) as service:
         yield service
 
 
@@ -34,7 +41,9 @@ async def test_base_adapter_stream_and_scores(service: Service, make_adapter: Ca
     client = service.client("infer")
 
     async def ask(path: str = "/v1/chat/completions", **fields: Any) -> dict[str, Any]:
-        response = await client.post(path, json={"max_tokens": 8, "temperature": 0, **fields})
+        response = await client.post(
+            path, json={"model": service.control.inference.base_id, "max_tokens": 8, "temperature": 0, **fields}
+        )
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
@@ -59,3 +68,36 @@ async def test_base_adapter_stream_and_scores(service: Service, make_adapter: Ca
 
     samples = (await client.get("/metrics")).text
     assert 'vllm:cache_config_info{block_size="16"' in samples
+
+
+class TestABaseWhoseConfigurationNamesAnotherEnd:
+    """The configurations name <|endoftext|> (0); the tokenizer and its template <|im_end|> (2)."""
+
+    @pytest.fixture
+    def base(self, tiny_base: Path, tmp_path: Path) -> Path:
+        directory = Path(shutil.copytree(tiny_base, tmp_path / "other-end"))
+        for name in ("config.json", "generation_config.json"):
+            path = directory / name
+            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 0}))
+        return directory
+
+    async def test_every_end_ends_a_turn(self, service: Service) -> None:
+        """The bias makes the model say the token at every place."""
+
+        async def ask(token: int, **fields: Any) -> tuple[str, str, Any, int]:
+            body = {"model": service.control.inference.base_id, "max_tokens": 6, "temperature": 0, **fields}
+            body |= {"messages": [{"role": "user", "content": "hi"}], "logit_bias": {str(token): 100}}
+            answer = (await service.client("infer").post("/v1/chat/completions", json=body)).json()
+            [choice] = answer["choices"]
+            said = choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]
+            return *said, answer["usage"]["completion_tokens"]
+
+        assert [await ask(token) for token in (0, 2)] == [("", "stop", None, 1)] * 2
+        assert await ask(1) == ("", "length", None, 6)  # a special token that ends nothing does not show
+        assert await ask(1, skip_special_tokens=False) == ("<|im_start|>" * 6, "length", None, 6)
+        # Asked for as a string, which never stands in the text, it is a stop token.
+        assert await ask(1, stop="<|im_start|>") == ("", "stop", "<|im_start|>", 1)
+        assert await ask(1, stop="<|im_start|>", skip_special_tokens=False) == ("", "stop", "<|im_start|>", 1)
+        kept = await ask(1, stop=["x", "<|im_start|>"], include_stop_str_in_output=True)
+        assert kept == ("<|im_start|>", "stop", "<|im_start|>", 1)
+        assert await ask(2, ignore_eos=True) == ("", "length", None, 6)

@@ -45,7 +45,14 @@ async def test_chat_chunks(service: Service, base_id: str) -> None:
 
 
 async def test_streamed_logprobs(service: Service) -> None:
-    body = {"messages": HELLO, "max_tokens": 3, "stream": True, "logprobs": True, "top_logprobs": 1}
+    body = {
+        "model": service.control.inference.base_id,
+        "messages": HELLO,
+        "max_tokens": 3,
+        "stream": True,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
     response = await service.client("infer").post(CHAT, json=body)
     tokens = [
         entry["token"]
@@ -58,7 +65,9 @@ async def test_streamed_logprobs(service: Service) -> None:
 
 async def test_an_error_after_the_start_is_an_event_and_the_end(service: Service) -> None:
     service.script.fail_after = 2
-    response = await service.client("infer").post(CHAT, json={"messages": HELLO, "max_tokens": 9, "stream": True})
+    response = await service.client("infer").post(
+        CHAT, json={"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 9, "stream": True}
+    )
     assert response.status_code == 200
     *chunks, last = events(response.text)
     assert chunks
@@ -71,7 +80,11 @@ async def test_an_error_after_the_start_is_an_event_and_the_end(service: Service
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_client_that_leaves_aborts_its_generation(service: Service, stream: bool, n: int) -> None:
     service.script.hold_after = 2
-    call = Call(service, CHAT, {"messages": HELLO, "max_tokens": 100, "stream": stream, "n": n})
+    call = Call(
+        service,
+        CHAT,
+        {"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 100, "stream": stream, "n": n},
+    )
     await service.script.until(lambda: len(service.script.requests) == n)
     if stream:
         await call.until(lambda: "content" in call.text)
@@ -85,7 +98,11 @@ async def test_a_client_that_leaves_aborts_its_generation(service: Service, stre
 
 async def test_a_client_that_leaves_several_prompts_aborts_them_all(service: Service) -> None:
     service.script.hold_after = 1
-    call = Call(service, "/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 100, "stream": True})
+    call = Call(
+        service,
+        "/v1/completions",
+        {"model": service.control.inference.base_id, "prompt": ["a", "b", "c"], "max_tokens": 100, "stream": True},
+    )
     await service.script.until(lambda: len(service.script.requests) == 3)
     call.leave()
     await call.finished()
@@ -94,7 +111,7 @@ async def test_a_client_that_leaves_several_prompts_aborts_them_all(service: Ser
 
 async def test_a_client_that_leaves_before_the_first_token(service: Service) -> None:
     service.script.hold_after = 0
-    call = Call(service, CHAT, {"messages": HELLO, "stream": True})
+    call = Call(service, CHAT, {"model": service.control.inference.base_id, "messages": HELLO, "stream": True})
     await service.script.until(lambda: len(service.script.requests) == 1)
     call.leave()
     await call.finished()
@@ -104,7 +121,11 @@ async def test_a_client_that_leaves_before_the_first_token(service: Service) -> 
 async def test_a_client_that_stops_reading_is_cut_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attendance.EventStream.__init__, "__defaults__", (0.05,))
     service.script.hold_after = 3
-    call = Call(service, CHAT, {"messages": HELLO, "max_tokens": 100, "stream": True})
+    call = Call(
+        service,
+        CHAT,
+        {"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 100, "stream": True},
+    )
     await call.until(lambda: "content" in call.text)
     call.stalled.set()
     service.script.hold_after = 6
@@ -114,22 +135,28 @@ async def test_a_client_that_stops_reading_is_cut_off(service: Service, monkeypa
 
 
 async def test_a_completed_request_aborts_nothing(service: Service) -> None:
-    await service.client("infer").post(CHAT, json={"messages": HELLO, "max_tokens": 3})
-    await service.client("infer").post(CHAT, json={"messages": HELLO, "max_tokens": 3, "stream": True})
+    await service.client("infer").post(
+        CHAT, json={"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 3}
+    )
+    await service.client("infer").post(
+        CHAT, json={"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 3, "stream": True}
+    )
     assert service.script.aborted == []
 
 
 async def test_drain_lets_open_streams_finish_and_refuses_new_ones(service: Service) -> None:
     service.script.hold_after = 2
     lifecycle = service.app.state.lifecycle
-    call = Call(service, CHAT, {"messages": HELLO, "max_tokens": 5, "stream": True})
+    call = Call(
+        service, CHAT, {"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 5, "stream": True}
+    )
     await call.until(lambda: "content" in call.text)
     lifecycle.begin_drain()
     service.control.begin_drain()
     client = service.client()
     assert (await client.get("/readyz")).status_code == 503
     assert (await client.get("/livez")).status_code == 200
-    refused = await client.post(CHAT, json={"messages": HELLO})
+    refused = await client.post(CHAT, json={"model": service.control.inference.base_id, "messages": HELLO})
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "shutting_down"
     assert refused.headers["retry-after"]
@@ -145,7 +172,11 @@ async def test_drain_lets_open_streams_finish_and_refuses_new_ones(service: Serv
 async def test_what_outlasts_the_grace_ends_with_an_error(service: Service, stream: bool) -> None:
     service.script.hold_after = 2
     lifecycle = service.app.state.lifecycle
-    call = Call(service, CHAT, {"messages": HELLO, "max_tokens": 100, "stream": stream})
+    call = Call(
+        service,
+        CHAT,
+        {"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 100, "stream": stream},
+    )
     await service.script.until(lambda: len(service.script.requests) == 1)
     if stream:
         await call.until(lambda: "content" in call.text)

@@ -18,7 +18,6 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 KEY = "tk-test-key-of-this-test-0123456789"
-# Long enough for a signal to come in the middle: the tiny model's whole context.
 LONG = {"messages": [{"role": "user", "content": "Go on."}], "stream": True, "ignore_eos": True, "temperature": 1.0}
 
 
@@ -28,6 +27,12 @@ class Running:
 
     process: subprocess.Popen[str]
     url: str
+    model: str
+
+    @property
+    def long(self) -> dict[str, object]:
+        """A request long enough for a signal to come in the middle: the tiny model's whole context."""
+        return {"model": self.model, **LONG}
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
@@ -58,7 +63,7 @@ def running(tmp_path: Path, tiny_base: Path) -> Iterator[Running]:
         note = json.loads((tmp_path / "home" / "server.json").read_text())
         assert note["url"] in line
         assert note["pid"] == process.pid
-        yield Running(process, note["url"])
+        yield Running(process, note["url"], note["model"])
     finally:
         process.kill()
         process.wait()
@@ -68,7 +73,7 @@ def running(tmp_path: Path, tiny_base: Path) -> Iterator[Running]:
 def test_idle_server_ends_at_once(running: Running, tmp_path: Path) -> None:
     with running.client() as client:
         assert client.get("/readyz").status_code == 200
-        answer = client.post("/v1/chat/completions", json={**LONG, "stream": False, "max_tokens": 4}).json()
+        answer = client.post("/v1/chat/completions", json={**running.long, "stream": False, "max_tokens": 4}).json()
         assert answer["usage"]["completion_tokens"] == 4
     started = time.monotonic()
     assert running.stop() == 0
@@ -79,13 +84,13 @@ def test_idle_server_ends_at_once(running: Running, tmp_path: Path) -> None:
 def test_open_streams_finish_new_requests_are_refused(running: Running) -> None:
     with running.client() as client, running.client() as other:
         assert other.get("/readyz").status_code == 200  # its connection is open before the drain begins
-        with client.stream("POST", "/v1/chat/completions", json=LONG) as stream:
+        with client.stream("POST", "/v1/chat/completions", json=running.long) as stream:
             lines = stream.iter_lines()
             next(lines)
             running.process.send_signal(signal.SIGTERM)
             while other.get("/readyz").status_code == 200:
                 time.sleep(0.01)
-            refused = other.post("/v1/chat/completions", json={**LONG, "stream": False})
+            refused = other.post("/v1/chat/completions", json={**running.long, "stream": False})
             rest = [line for line in lines if line]
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "shutting_down"
@@ -95,7 +100,7 @@ def test_open_streams_finish_new_requests_are_refused(running: Running) -> None:
 
 
 def test_the_second_signal_ends_at_once(running: Running) -> None:
-    with running.client() as client, client.stream("POST", "/v1/chat/completions", json=LONG) as stream:
+    with running.client() as client, client.stream("POST", "/v1/chat/completions", json=running.long) as stream:
         next(stream.iter_lines())
         running.process.send_signal(signal.SIGTERM)
         deadline = threading.Timer(20, running.process.kill)

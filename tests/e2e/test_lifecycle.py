@@ -37,7 +37,7 @@ async def test_sigterm_lets_open_streams_finish(new_server: StartServer, long_ba
 
         async def one(number: int) -> tuple[int, str | None]:
             stream = await client.chat.create(
-                ask(f"Question {number}?"), stream=True, max_tokens=TOKENS, ignore_eos=True
+                ask(f"Question {number}?"), long_base.name, stream=True, max_tokens=TOKENS, ignore_eos=True
             )
             return await read(stream, started[number])
 
@@ -49,7 +49,7 @@ async def test_sigterm_lets_open_streams_finish(new_server: StartServer, long_ba
         assert await asyncio.to_thread(server.probe, "/livez") == 200
         assert not all(reader.done() for reader in readers)  # else the next line would prove nothing
         with pytest.raises(tc.UnavailableError):
-            await client.chat.create(ask("Too late?"), max_tokens=1)
+            await client.chat.create(ask("Too late?"), long_base.name, max_tokens=1)
         results = await asyncio.gather(*readers)
     assert {reason for _, reason in results} == {"length"}
     assert all(pieces > 1 for pieces, _ in results)
@@ -62,7 +62,9 @@ async def test_a_stream_longer_than_the_grace_ends_with_an_error_event(
     server = new_server(long_base, TENORA_DRAIN_SECONDS="1")
     server.start()
     async with server.async_client() as client:
-        stream = await client.chat.create(ask("Question?"), stream=True, max_tokens=3500, ignore_eos=True)
+        stream = await client.chat.create(
+            ask("Question?"), long_base.name, stream=True, max_tokens=3500, ignore_eos=True
+        )
         await anext(aiter(stream))
         server.terminate()
         with pytest.raises(tc.StreamError) as raised:
@@ -75,7 +77,7 @@ def test_a_second_sigterm_ends_at_once(new_server: StartServer, long_base: Path)
     server = new_server(long_base, TENORA_DRAIN_SECONDS="600")
     server.start()
     with server.client() as client:
-        stream = client.chat.create(ask("Question?"), stream=True, max_tokens=3900, ignore_eos=True)
+        stream = client.chat.create(ask("Question?"), long_base.name, stream=True, max_tokens=3900, ignore_eos=True)
         next(stream)
         server.terminate()
         until(lambda: server.probe("/readyz") == 503, "readyz says 503", 20)

@@ -15,9 +15,9 @@ from tenora.engine.sequence import Sequence
 _ids = count()
 
 
-def sampling(max_tokens: int = 8, temperature: float = 0.0, ignore_eos: bool = True, **given: Any) -> SamplingParams:
-    """Greedy and blind to end tokens unless told otherwise."""
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, **given)
+def sampling(max_tokens: int = 8, temperature: float = 0.0, **given: Any) -> SamplingParams:
+    """Greedy unless told otherwise."""
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, **given)
 
 
 def generate(

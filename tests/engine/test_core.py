@@ -155,7 +155,7 @@ def test_prefixes_are_shared_within_a_salt_and_an_adapter_version_only(
 
 def test_prefixes_of_another_length_class_are_not_shared() -> None:
     """With a RoPE scaling that depends on the length, the same tokens have other keys in a longer prompt."""
-    short, long = (Sequence.start(generate(prompt(8)), 0, frozenset(), length_class) for length_class in (0, 1))
+    short, long = (Sequence.start(generate(prompt(8)), 0, length_class) for length_class in (0, 1))
     assert not set(short.hashes(4, 8)) & set(long.hashes(4, 8))
 
 
@@ -224,11 +224,10 @@ def test_sequences_end_as_they_were_told(driver: MakeDriver) -> None:
     answer = run(stop_token_ids=(stop,), min_tokens=cut + 3)
     assert len(answer.tokens) >= cut + 3
     assert stop not in answer.tokens[: cut + 3]
-    # The model's own end token, forced by a bias, ends a sequence unless it is ignored.
-    (eos,) = tiny.engine.decoder.spec.eos_token_ids
-    answer = run(logit_bias={eos: 1000.0}, ignore_eos=False)
-    assert (answer.tokens, answer.finish_reason, answer.outputs[-1].stop_token_id) == ([], "stop", eos)
-    assert run(logit_bias={eos: 1000.0}).tokens == [eos] * 12
+    # The engine has no end tokens of its own: what ends a text is known where text becomes tokens.
+    answer = run(logit_bias={2: 1000.0}, stop_token_ids=(2,))
+    assert (answer.tokens, answer.finish_reason, answer.outputs[-1].stop_token_id) == ([], "stop", 2)
+    assert run(logit_bias={2: 1000.0}).tokens == [2] * 12
 
 
 def test_a_sequence_ends_at_the_models_limit(driver: MakeDriver) -> None:

@@ -35,7 +35,6 @@ def test_config_json_and_the_transformers_object_agree(variant: str, tiny: Calla
     spec = ModelSpec.from_directory(directory)
     assert spec == ModelSpec.from_config(config)
     assert dict(spec.rope_parameters) == config.rope_parameters
-    assert spec.eos_token_ids == {2}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -56,12 +55,6 @@ def test_old_rope_fields_mean_the_same() -> None:
     assert [(spec.rope_type, spec.rope_parameters["rope_theta"], spec.rope_parameters["factor"]) for spec in specs] == [
         ("linear", 5e5, 2.0)
     ] * 2
-
-
-def test_eos_of_the_generation_config_wins() -> None:
-    config = {"model_type": "llama", "eos_token_id": 2}
-    assert ModelSpec.from_config(config).eos_token_ids == {2}
-    assert ModelSpec.from_config(config, {"eos_token_id": [7, 9]}).eos_token_ids == {7, 9}
 
 
 def test_target_modules_are_the_linear_layers_of_transformers(tiny: Callable[..., Path]) -> None:

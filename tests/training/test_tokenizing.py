@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
+from tenora.control.records import GenerationRequest, Target
+from tenora.control.stops import Stops
+from tenora.engine.messages import SamplingParams
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
@@ -154,6 +159,64 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     row = {"messages": [*chat("a", "b")["messages"], *chat("a", "b")["messages"]]}
     with pytest.raises(UnusableRowsError, match="renders messages\\[1\\] differently"):
         tokenize_file(write_lines(tmp_path / "rows.jsonl", [row]), moving, max_length=512)
+
+
+TEMPLATE = "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\n' + m.content }}}}{end}{{% endfor %}}{asking}"
+BETWEEN = "{% if m.role == 'assistant' and not loop.last %}{{ '<|endoftext|>' }}{% endif %}"
+ASKING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def based(tiny_base: Path, directory: Path, end: str, ends: list[int]) -> Tokenizer:
+    """The tiny base's tokenizer with <|endoftext|> (0) as its own end and another template."""
+    shutil.copytree(tiny_base, directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE.format(end=end, asking=ASKING))
+    for name, values in (
+        ("tokenizer_config", {"eos_token": "<|endoftext|>"}),
+        ("config", {"eos_token_id": 0}),
+        ("generation_config", {"eos_token_id": ends}),
+    ):
+        path = directory / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("end", "ends", "learned"),
+    [
+        # Qwen2.5's bases: the template's end of turn is no end of any configuration.
+        ("{{ '<|im_end|>\n' }}", [0], ["One.<|im_end|>", "Two.<|im_end|>"]),
+        # GLM: what begins the next message ends the last one.
+        ("", [0, 1], ["One.<|im_start|>", "Two.<|im_start|>"]),
+        (BETWEEN, [0], ["One.<|endoftext|>", "Two.<|endoftext|>"]),
+    ],
+)
+def test_every_learned_answer_ends_with_a_token_that_serving_stops_at(
+    tiny_base: Path, tmp_path: Path, end: str, ends: list[int], learned: list[str]
+) -> None:
+    tokenizer = based(tiny_base, tmp_path / "base", end, ends)
+    row = {"messages": [*chat("a?", "One.")["messages"], *chat("b?", "Two.")["messages"]]}
+    dataset = tokenize_file(write_lines(tmp_path / "rows.jsonl", [row]), tokenizer, max_length=512)
+    assert learned_text(dataset, tokenizer) == learned
+    tokens, weights = dataset.row(0)
+    lasts = [index for index in np.flatnonzero(weights) if index + 1 == len(weights) or not weights[index + 1]]
+    request = GenerationRequest(
+        target=Target("base", None, "t", "t"), prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1)
+    )
+    assert {int(tokens[index]) for index in lasts} <= set(Stops.of(request, tokenizer).tokens)
+
+
+@pytest.mark.parametrize("end", ["", "{{ '\n\n' }}", "{{ '<|no token|>\n' }}"])
+def test_a_template_whose_end_of_turn_is_no_token_is_refused_with_the_reason(
+    tiny_base: Path, tmp_path: Path, end: str
+) -> None:
+    tokenizer = based(tiny_base, tmp_path / "base", end, [0])
+    path = write_lines(tmp_path / "rows.jsonl", [chat("a?", "One.")])
+    with pytest.raises(UnusableRowsError, match=r"holds no end token.*rows of `prompt` and `completion`") as caught:
+        tokenize_file(path, tokenizer, max_length=512)
+    assert [issue.code for issue in caught.value.report.issues] == ["ambiguous_format"]
+    completions = write_lines(tmp_path / "other.jsonl", [{"prompt": "a? ", "completion": "One."}])
+    dataset = tokenize_file(completions, tokenizer, max_length=512)
+    assert learned_text(dataset, tokenizer) == ["One.<|endoftext|>"]
 
 
 def test_datasets_survive_disk_and_split_into_disjoint_parts(tmp_path: Path) -> None:

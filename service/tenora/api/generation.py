@@ -66,6 +66,8 @@ def generation_request(
         n=body.choices,
         stop=body.stop or (),
         include_stop=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=body.skip_special_tokens is not False,
         priority=body.priority or 0,
     )
 

@@ -17,6 +17,7 @@ from tenora.control.database import Database
 from tenora.control.names import random_word
 from tenora.control.records import Delta, GenerationRequest, Principal, Target
 from tenora.control.resolution import find_digest
+from tenora.control.stops import Stops
 from tenora.control.streams import ChoiceStream
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NotFoundError
@@ -56,7 +57,7 @@ class Inference:
 
         Raises:
             ModelNotFoundError: no such model for this tenant; the same for another tenant's.
-            InvalidRequestError: `adapter_id` beside a `model` that is not the base.
+            InvalidRequestError: neither is given, or `adapter_id` beside a `model` that is not the base.
         """
         principal.require("infer")
         if adapter_id is not None and model not in {None, self.base_id}:
@@ -64,8 +65,14 @@ class Inference:
                 f"With adapter_id, model must be the base {self.base_id!r} or absent; name the adapter in one of them.",
                 param="adapter_id",
             )
-        # Absent means the base; an empty name does not.
-        wanted = next(name for name in (adapter_id, model, self.base_id) if name is not None)
+        wanted = model if adapter_id is None else adapter_id
+        if wanted is None:
+            raise InvalidRequestError(
+                f"model is missing or null. Send an adapter's name, or {self.base_id!r} for the base; GET /v1/models "
+                "lists them. A job's fine_tuned_model is null until it has succeeded.",
+                code="missing_required_parameter",
+                param="model",
+            )
         shown = wanted if model is None else model
         adapter = None if wanted == self.base_id else await self._find(principal, wanted)
         return Target(
@@ -134,7 +141,7 @@ class Inference:
         command = Generate(
             request_id=request_id,
             token_ids=list(request.prompt_token_ids),
-            sampling=_of_choice(request.sampling, index),
+            sampling=_of_choice(request.sampling, stream.stops, index),
             adapter=request.target.adapter,
             group=request.target.tenant_id,
             cache_salt=request.target.cache_salt,
@@ -166,11 +173,10 @@ class Inference:
         return list(ids)
 
 
-def _of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Choices of one seeded request differ, and each is the same every time."""
-    if sampling.seed is None or index == 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % _SEEDS)
+def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingParams:
+    """With every token that ends it. Choices of one seeded request differ, and each is the same every time."""
+    seed = sampling.seed if sampling.seed is None or index == 0 else (sampling.seed + index) % _SEEDS
+    return msgspec.structs.replace(sampling, stop_token_ids=tuple(sorted(stops.tokens)), seed=seed)
 
 
 def _flat(content: Any) -> str:

@@ -256,13 +256,19 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LogprobEntry:
-    """A token in text form: `logprob` natural log, `top` best first."""
+    """A token in text form: `logprob` natural log, `top` best first.
+
+    Attributes:
+        offset: of a generated token, the character of the generated text at which it begins; the parts of a character
+            all begin at it.
+    """
 
     token_id: int
     token: str
     bytes: Sequence[int]
     logprob: float
     top: Sequence[tuple[int, str, Sequence[int], float]] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +302,8 @@ class GenerationRequest:
     Attributes:
         sampling: `max_tokens` None means as many as the context holds.
         stop: stop strings; the text ends before the first match (after it with `include_stop`).
+        ignore_eos: the model's own end tokens end nothing.
+        skip_special_tokens: they are left out of the text.
     """
 
     target: Target
@@ -304,4 +312,6 @@ class GenerationRequest:
     n: int = 1
     stop: Sequence[str] = ()
     include_stop: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
     priority: int = 0

@@ -1,8 +1,46 @@
-"""Stop strings in a stream of text that arrives in pieces."""
+"""What ends a generation: end tokens, stop tokens, and stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tenora.control.records import GenerationRequest
+    from tenora.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What ends the text of a request.
+
+    Attributes:
+        tokens: by id, the stop token or string that the answer names as its reason; None for the model's own ends.
+        strings: those to look for in the text.
+    """
+
+    tokens: Mapping[int, int | str | None]
+    strings: Sequence[str]
+
+    @classmethod
+    def of(cls, request: GenerationRequest, tokenizer: Tokenizer) -> Stops:
+        """All that the request asks for, and the model's own ends unless it ignores them.
+
+        A stop string that is exactly a special token never shows in the text: it is that token.
+        """
+        tokens: dict[int, int | str | None] = {}
+        if not request.ignore_eos:
+            tokens.update(dict.fromkeys(tokenizer.eos_token_ids))
+        strings = []
+        for stop in request.stop:
+            token_id = tokenizer.special_token_id(stop)
+            if token_id is None:
+                strings.append(stop)
+            else:
+                tokens[token_id] = stop
+        tokens.update({token_id: token_id for token_id in request.sampling.stop_token_ids})
+        return cls(tokens, strings)
 
 
 class StopScanner:

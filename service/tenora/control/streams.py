@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry
-from tenora.control.stops import StopScanner
+from tenora.control.stops import Stops, StopScanner
 from tenora.engine.messages import FinishReason, SequenceOutput, TokenLogprob
-from tenora.model.tokenizer import Detokenizer
+from tenora.model.tokenizer import Detokenizer, beginning
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ class ChoiceStream:
     lie wholly behind the end of the text are not handed out.
 
     Attributes:
+        stops: what ends the text; its tokens are for the engine to stop at.
         finished: the last delta was made.
     """
 
@@ -40,9 +41,10 @@ class ChoiceStream:
         self.finished = False
         self._index = index
         self._request = request
+        self.stops = Stops.of(request, tokenizer)
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
-        self._scanner = StopScanner(request.stop, include=request.include_stop)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.skip_special_tokens)
+        self._scanner = StopScanner(self.stops.strings, include=request.include_stop)
         self._waiting: deque[_Token] = deque()
         self._produced = 0  # characters that the detokenizer gave
         self._passed = 0  # characters that were passed on
@@ -66,6 +68,8 @@ class ChoiceStream:
             finish, reason = self._finish(output)
             if self._scanner.matched is None:
                 text += self._scanner.flush()
+            if isinstance(reason, str) and self._scanner.matched is None and self._request.include_stop:
+                text += reason  # a stop string that is a special token: the engine keeps the token to itself
         self._passed += len(text)
         self.finished = finish is not None
         tokens = self._release()
@@ -93,7 +97,7 @@ class ChoiceStream:
         shown: list[str] = []
         for position, token_id in enumerate(output.token_ids):
             piece = self._detokenizer.push([token_id])
-            logprob = None if output.logprobs is None else self._entry(output.logprobs[position])
+            logprob = None if output.logprobs is None else self._entry(output.logprobs[position], piece)
             # A token without text is part of the next character (or special): it travels with what comes next.
             self._waiting.append(_Token(token_id, logprob, self._produced, self._produced + max(len(piece), 1)))
             self._produced += len(piece)
@@ -112,8 +116,8 @@ class ChoiceStream:
     def _finish(self, output: SequenceOutput) -> tuple[FinishReason | None, int | str | None]:
         if self._scanner.matched is not None:
             return "stop", self._scanner.matched
-        asked_for = output.stop_token_id in self._request.sampling.stop_token_ids
-        return output.finish_reason, output.stop_token_id if asked_for else None
+        stop = output.stop_token_id
+        return output.finish_reason, None if stop is None else self.stops.tokens.get(stop)
 
     def _release(self) -> list[_Token]:
         """The waiting tokens whose text was passed on; at the end all, except those behind a stop string."""
@@ -127,7 +131,8 @@ class ChoiceStream:
             released.append(self._waiting.popleft())
         return released
 
-    def _entry(self, token: TokenLogprob) -> LogprobEntry:
+    def _entry(self, token: TokenLogprob, piece: str = "") -> LogprobEntry:
+        """A token in text form; `piece` is the text that came with it, still to be counted."""
         text, raw = self._tokenizer.token_text, self._tokenizer.token_bytes
         return LogprobEntry(
             token_id=token.token_id,
@@ -135,6 +140,7 @@ class ChoiceStream:
             bytes=tuple(raw(token.token_id)),
             logprob=token.logprob,
             top=tuple((other, text(other), tuple(raw(other)), logprob) for other, logprob in token.top),
+            offset=self._produced + beginning(piece, text(token.token_id)),
         )
 
 

@@ -269,11 +269,10 @@ class Engine:
         if self.scheduler.get(request.request_id) is not None:
             _log.error("a request id is in use; the second request is ignored", extra={"request": request.request_id})
             return
-        eos = self.decoder.spec.eos_token_ids
         length_class = self.decoder.rotary.length_class(len(request.token_ids))
         try:
             check_request(request, vocab_size=self.decoder.spec.vocab_size, max_model_len=self.max_model_len)
-            self.scheduler.add(Sequence.start(request, self._arrivals, eos, length_class))
+            self.scheduler.add(Sequence.start(request, self._arrivals, length_class))
         except TenoraError as error:
             code = error.code if error.code == "context_length_exceeded" else "invalid_request"
             self._rejected.append(failed(request.request_id, code or "invalid_request", error.message))

@@ -23,7 +23,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         prompt_logprobs_from: index of the first prompt token that gets them, at least 1; what lies before may come from
             the prefix cache.
         seed: with a seed, equal requests give equal tokens whatever else is in the batch.
-        stop_token_ids: end the sequence beside the model's own end tokens.
+        stop_token_ids: all the tokens that end the sequence: the engine knows none of its own.
     """
 
     max_tokens: int
@@ -38,7 +38,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1

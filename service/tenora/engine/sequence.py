@@ -18,7 +18,7 @@ class Sequence:
 
     Attributes:
         arrival: order of arrival, the tie-breaker of priorities.
-        stop_ids: tokens that end it (the model's end tokens unless ignored, and the request's own).
+        stop_ids: tokens that end it.
         seed: the request's, or a random one: noise depends on it and on the position alone.
         token_ids: prompt, then output.
         length_class: `Rotary.length_class` of the prompt.
@@ -65,13 +65,10 @@ class Sequence:
         self.order = (self.request.priority, self.arrival)
 
     @classmethod
-    def start(
-        cls, request: Generate, arrival: int, eos_token_ids: frozenset[int] = frozenset(), length_class: int = 0
-    ) -> Sequence:
+    def start(cls, request: Generate, arrival: int, length_class: int = 0) -> Sequence:
         """Make the sequence of a request."""
         sampling = request.sampling
         stops = frozenset(sampling.stop_token_ids)
-        stops = stops if sampling.ignore_eos else stops | eos_token_ids
         greedy = sampling.temperature < GREEDY_BELOW
         return cls(
             request=request,

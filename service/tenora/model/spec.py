@@ -33,14 +33,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, "eos_token_id": 2},
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": {
         "vocab_size": 32000,
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
-        "eos_token_id": 2,
     },
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
@@ -70,7 +69,6 @@ class ModelSpec:
         qk_norm: q and k go through an RMSNorm over the head dimension before RoPE (Qwen3).
         sliding_window: per layer, how many positions a token sees, itself included; None is all of them.
         rope_parameters: transformers' `rope_parameters` in standard form (`rope_type`, `rope_theta`, …).
-        eos_token_ids: tokens that end a sequence.
     """
 
     family: str
@@ -91,7 +89,6 @@ class ModelSpec:
     hidden_act: str
     sliding_window: tuple[int | None, ...]
     rope_parameters: Mapping[str, Any] = field(hash=False)
-    eos_token_ids: frozenset[int] = frozenset()
 
     @property
     def q_size(self) -> int:
@@ -109,7 +106,7 @@ class ModelSpec:
         return str(self.rope_parameters["rope_type"])
 
     @classmethod
-    def from_config(cls, config: Any, generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
+    def from_config(cls, config: Any) -> ModelSpec:
         """Read a transformers configuration, or the dict of a `config.json`.
 
         Raises:
@@ -151,18 +148,16 @@ class ModelSpec:
             hidden_act=values["hidden_act"],
             sliding_window=_windows(family, values, layers),
             rope_parameters=_rope_parameters(values),
-            eos_token_ids=_eos_token_ids(values, generation_config or {}),
         )
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelSpec:
-        """Read `config.json` and, if there is one, `generation_config.json` of a Hugging Face directory.
+        """Read the `config.json` of a Hugging Face directory.
 
         Raises:
             UnsupportedModelError: as `from_config`, or a file is missing or not JSON.
         """
-        config = read_json(directory / "config.json", required=True)
-        return cls.from_config(config, read_json(directory / "generation_config.json"))
+        return cls.from_config(read_json(directory / "config.json", required=True))
 
 
 def target_modules(spec: ModelSpec) -> tuple[TargetModule, ...]:
@@ -276,12 +271,3 @@ def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in rope:
             raise _unsupported(f"its {rope_type} RoPE lacks {name}")
     return rope
-
-
-def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = config.get("eos_token_id")
-    if value is None:
-        return frozenset()
-    return frozenset(value if isinstance(value, list | tuple) else [value])

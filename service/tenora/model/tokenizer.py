@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from tenora.errors import InvalidRequestError, UnsupportedModelError
+from tenora.model.ends import declared_ends, find_turn_end
 from tenora.model.spec import read_json
 from tenora.model.template import ChatTemplate
 
@@ -26,7 +27,9 @@ class Tokenizer:
     """The tokenizer of a base model with its chat template.
 
     Attributes:
-        eos_token_ids: tokens that end a sequence: the generation configuration's and the tokenizer's own.
+        eos_token_ids: all the tokens that end a text: those that were given, the tokenizer's own, and the one that ends
+            an assistant's message in the chat template.
+        turn_end: how the chat template ends an assistant's message; None without a template.
         special_tokens: the named ones, such as `{"bos_token": "<s>"}`.
     """
 
@@ -42,9 +45,14 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.special_tokens = dict(special_tokens)
-        own = backend.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
-        self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
         self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
+        own = _own_end(backend, self.special_tokens)
+        # An id that the vocabulary lacks ends nothing, and no request could name it.
+        known = {end for end in eos_token_ids if 0 <= end < 2**31 and backend.id_to_token(end) is not None}
+        ends = frozenset(known if own is None else known | {own})
+        self.turn_end = find_turn_end(self._plain_chat, self._added_ids, ends) if "default" in self._templates else None
+        turn = None if self.turn_end is None else self.turn_end.token_id
+        self.eos_token_ids = ends if turn is None else ends | {turn}
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -65,13 +73,10 @@ class Tokenizer:
         config = read_json(directory / "tokenizer_config.json")
         named = {**read_json(directory / "special_tokens_map.json"), **config}
         special = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name) is not None}
-        eos = read_json(directory / "generation_config.json").get("eos_token_id")
-        if eos is None:
-            eos = read_json(directory / "config.json").get("eos_token_id")
         return cls(
             backend,
             special_tokens=special,
-            eos_token_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
+            eos_token_ids=declared_ends(directory, _own_end(backend, special)),
             templates=_templates(directory, config),
         )
 
@@ -125,6 +130,15 @@ class Tokenizer:
         """
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools))
 
+    def offsets(self, ids: Iterable[int]) -> list[int]:
+        """For each token the character of the ids' text, special tokens included, at which it begins."""
+        detokenizer, written, offsets = Detokenizer(self, skip_special_tokens=False), 0, []
+        for token_id in ids:
+            piece = detokenizer.push([token_id])
+            offsets.append(written + beginning(piece, self.token_text(token_id)))
+            written += len(piece)
+        return offsets
+
     def token_text(self, token_id: int) -> str:
         """A single token for display, special ones included; part of a character shows as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -148,6 +162,18 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out by default."""
         return token_id in self._special_ids
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that `text` is, to the character; None if it is not exactly one."""
+        token_id = self._added_ids.get(text)
+        return token_id if token_id is not None and self.is_special(token_id) else None
+
+    def _plain_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return self.render_chat(messages, add_generation_prompt=False)
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {text: token_id for token_id, text in self._added.items()}
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -214,6 +240,27 @@ class Detokenizer:
         if self._held:
             self._context, self._held = self._held, []
         self._given = len(self._tokenizer.decode(self._context, self._skip)) - held_back
+
+
+def beginning(piece: str, token: str) -> int:
+    """Where in a piece of a `Detokenizer` the token that brought it begins.
+
+    Before it may stand what earlier tokens left unfinished. A token that is only a part of a character begins where the
+    character does.
+
+    Args:
+        piece: what was given out when the token was pushed.
+        token: the token's own text, as `Tokenizer.token_text` has it.
+    """
+    own = len(token.rstrip("\ufffd"))
+    return max(0, len(piece) - own) if own else 0
+
+
+def _own_end(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> int | None:
+    """The id of the tokenizer's `eos_token`."""
+    token = special_tokens.get("eos_token")
+    found: int | None = None if token is None else backend.token_to_id(token)
+    return found
 
 
 def _content(token: Any) -> str:

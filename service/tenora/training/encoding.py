@@ -20,6 +20,10 @@ _MOVING_TEMPLATE = (
     "The base model's chat template renders messages[{index}] differently once other messages follow it; split the "
     "conversation into rows that each end with the message to learn, and set `weight` 0 on the others."
 )
+_ENDLESS = (
+    "The base model's chat template ends an assistant's message with {text!r}, which holds no end token, so an adapter "
+    "could not learn where to stop; write rows of `prompt` and `completion`, which end with the end-of-text token."
+)
 
 Encoded = tuple[list[int], list[int]]
 """Token ids and, for each, 1 if it is learned, else 0."""
@@ -74,15 +78,19 @@ def encode_example(
 def _encode(row: SupervisedRow, tokenizer: Tokenizer, checker: RowChecker) -> Encoded | None:
     """Tokenize a row; None if it cannot be, with the reason reported to `checker`.
 
-    Chat: learned are the content of each assistant message that counts and the token that ends its turn, not the
-    template's text around them. Prompt and completion: learned are the completion and the end-of-text token that is
-    appended to it. Text: everything, and that token.
+    Chat: learned are the content of each assistant message that counts and the token that ends its turn, at which
+    serving stops, not the template's text around them. Prompt and completion: learned are the completion and the
+    end-of-text token that is appended to it. Text: everything, and that token.
     """
     if isinstance(row, ChatRow):
         rendered = _render(row, tokenizer, checker)
         if rendered is None:
             return None
         tokens, weights = encode_spans(*rendered, tokenizer, add_special_tokens=False)
+        if not _learns_to_end(tokens, weights, tokenizer):
+            text = "" if tokenizer.turn_end is None else tokenizer.turn_end.text
+            checker.report("ambiguous_format", _ENDLESS.format(text=text))
+            return None
     else:
         if isinstance(row, TextRow):
             tokens = tokenizer.encode(row.text, add_special_tokens=True)
@@ -136,6 +144,25 @@ def encode_spans(
         last = ends[-1] + 1 if ends else last
         weights[first:last] = [1] * (last - first)
     return tokens, weights
+
+
+def _learns_to_end(tokens: list[int], weights: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether every learned message ends with an end token, once those that the template puts elsewhere are learned.
+
+    Some templates write the end only between messages: then it is the token behind the learned ones, and after the last
+    message it is added here. Both lists are changed in place.
+    """
+    between = None if tokenizer.turn_end is None else tokenizer.turn_end.token_id
+    for index in [index for index, weight in enumerate(weights) if weight and not any(weights[index + 1 : index + 2])]:
+        if tokens[index] in tokenizer.eos_token_ids:
+            continue
+        if between is None or (index + 1 < len(tokens) and tokens[index + 1] != between):
+            return False
+        if index + 1 == len(tokens):
+            tokens.append(between)
+            weights.append(1)
+        weights[index + 1] = 1
+    return True
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:

@@ -36,7 +36,7 @@ async def create_chat_completion(
     generation = await prepare(control.inference, body, target)
     tally = Tally()
     deltas = generate(control.inference, [generation], tally, timer)
-    answer = ChatAnswer(target.name, body.choices, tally)
+    answer = ChatAnswer(target.name, body.choices, tally, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         return EventStream(answer.chunks(deltas, logprobs=bool(body.logprobs), usage=body.include_usage), lifecycle)
     collected = await attended(collect(deltas, tally, body.choices), request.receive, lifecycle)
@@ -59,6 +59,7 @@ class ChatAnswer:
     model: str
     n: int
     tally: Tally
+    as_ids: bool = False  # tokens of logprobs show as `token_id:5`
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -70,7 +71,7 @@ class ChatAnswer:
             schema.ChatChoice(
                 index=index,
                 message=schema.ChatMessage(content=choice.text),
-                logprobs=token_logprobs(choice.logprobs) if logprobs else None,
+                logprobs=token_logprobs(choice.logprobs, as_ids=self.as_ids) if logprobs else None,
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
@@ -97,7 +98,7 @@ class ChatAnswer:
                     for index in range(self.n):
                         yield self._chunk(schema.ChunkChoice(index=index, delta={"role": "assistant", "content": ""}))
                 if delta.text or (logprobs and delta.logprobs):
-                    content = token_logprobs(delta.logprobs or ()) if logprobs else None
+                    content = token_logprobs(delta.logprobs or (), as_ids=self.as_ids) if logprobs else None
                     yield self._chunk(
                         schema.ChunkChoice(index=delta.index, delta={"content": delta.text}, logprobs=content)
                     )
@@ -116,17 +117,19 @@ class ChatAnswer:
         return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=[choice]).model_dump_json()
 
 
-def token_logprobs(entries: Sequence[LogprobEntry]) -> schema.ChatLogprobs:
-    """Log-probabilities in OpenAI's chat shape."""
+def token_logprobs(entries: Sequence[LogprobEntry], *, as_ids: bool = False) -> schema.ChatLogprobs:
+    """Log-probabilities in OpenAI's chat shape; with `as_ids` tokens show as vLLM's `token_id:5`."""
     return schema.ChatLogprobs(
         content=[
             schema.TokenLogprob(
-                token=entry.token,
+                token=f"token_id:{entry.token_id}" if as_ids else entry.token,
                 logprob=entry.logprob,
                 bytes=list(entry.bytes),
                 top_logprobs=[
-                    schema.TopLogprob(token=token, logprob=logprob, bytes=list(raw))
-                    for _, token, raw, logprob in entry.top
+                    schema.TopLogprob(
+                        token=f"token_id:{token_id}" if as_ids else token, logprob=logprob, bytes=list(raw)
+                    )
+                    for token_id, token, raw, logprob in entry.top
                 ],
             )
             for entry in entries

@@ -94,16 +94,28 @@ def prepare(inference: Inference, body: schema.CompletionRequest, target: Target
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt as text, and the text of its first token, which has no log-probability."""
+    """A prompt as text.
+
+    Attributes:
+        first: its first token, which has no log-probability: id, text and bytes.
+        offsets: the character at which each token begins.
+    """
 
     text: str
-    first_token: str
+    first: tuple[int, str, Sequence[int]]
+    offsets: Sequence[int]
 
 
 def echoed(inference: Inference, prompt: schema.Prompt, ids: Sequence[int]) -> Echo:
     """What `echo` repeats of a prompt."""
-    text = prompt if isinstance(prompt, str) else inference.tokenizer.decode(ids, skip_special_tokens=False)
-    return Echo(text, inference.tokenizer.decode(ids[:1], skip_special_tokens=False))
+    tokenizer = inference.tokenizer
+    first = (ids[0], tokenizer.token_text(ids[0]), tokenizer.token_bytes(ids[0]))
+    if not isinstance(prompt, str):
+        return Echo(tokenizer.decode(ids, skip_special_tokens=False), first, tokenizer.offsets(ids))
+    # What the tokenizer puts before a text (a bos) is not of the text.
+    put = tokenizer.encode("", add_special_tokens=True)
+    before = next((place for place, pair in enumerate(zip(ids, put, strict=False)) if pair[0] != pair[1]), len(put))
+    return Echo(prompt, first, [0] * before + tokenizer.offsets(ids[before:]))
 
 
 @dataclass(slots=True)
@@ -133,17 +145,17 @@ class CompletionAnswer:
     def _choice(self, source: int, index: int, choice: Choice, collected: Collected) -> schema.CompletionChoice:
         echo = self.echo[source] if self.echo is not None else None
         prompt = collected.prompt_logprobs.get(source)
-        entries: list[LogprobEntry | None] = [] if self.scored_only else [*choice.logprobs]
-        if echo is not None and prompt is not None:
-            entries = [*prompt, *entries]
+        shape = self._logprobs()
+        if shape is not None:
+            if echo is not None and prompt is not None:
+                shape.add_prompt(echo, prompt)
+            if not self.scored_only:
+                shape.add(choice.logprobs, after=len(echo.text) if echo is not None else 0)
         text = "" if self.scored_only else choice.text
-        wanted = self.body.logprobs
         return schema.CompletionChoice(
             index=source * self.body.choices + index,
             text=f"{echo.text}{text}" if echo is not None else text,
-            logprobs=None
-            if wanted is None
-            else legacy_logprobs(entries, wanted, first_token=echo.first_token if echo else ""),
+            logprobs=None if shape is None else shape.shaped,
             finish_reason="length" if self.scored_only else choice.finish_reason,
             stop_reason=None if self.scored_only else choice.stop_reason,
             prompt_logprobs=prompt_logprobs(prompt, self.body.prompt_logprobs),
@@ -151,17 +163,17 @@ class CompletionAnswer:
 
     async def chunks(self, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
         """The JSON of each event: the echo if wanted, the text as it comes, then the usage if it is wanted."""
-        offsets: dict[int, int] = {}
+        begun: set[int] = set()
         async with closing(deltas) as items:
             async for source, delta in items:
                 index = source * self.body.choices + delta.index
-                if index not in offsets and self.echo is not None:
+                if self.echo is not None and index not in begun:
+                    begun.add(index)
                     yield self._chunk(index, self.echo[source].text)
-                offset = offsets.setdefault(index, 0)
                 logprobs = None
-                if self.body.logprobs is not None and delta.logprobs:
-                    logprobs = legacy_logprobs(delta.logprobs, self.body.logprobs, offset=offset)
-                    offsets[index] += sum(len(entry.token) for entry in delta.logprobs)
+                if delta.logprobs and (shape := self._logprobs()) is not None:
+                    shape.add(delta.logprobs)
+                    logprobs = shape.shaped
                 if self.scored_only:
                     if delta.finish_reason:
                         yield self._chunk(index, "", finish_reason="length")
@@ -169,6 +181,11 @@ class CompletionAnswer:
                     yield self._chunk(index, delta.text, logprobs, delta.finish_reason, delta.stop_reason)
         if self.body.include_usage:
             yield self._answer([], usage=True).model_dump_json()
+
+    def _logprobs(self) -> LegacyLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        return LegacyLogprobs(self.body.logprobs, as_ids=bool(self.body.return_tokens_as_token_ids))
 
     def _chunk(
         self,
@@ -188,21 +205,57 @@ class CompletionAnswer:
         return schema.Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=used)
 
 
-def legacy_logprobs(
-    entries: Sequence[LogprobEntry | None], count: int, *, offset: int = 0, first_token: str = ""
-) -> schema.CompletionLogprobs:
-    """Log-probabilities in the older shape, `count` alternatives each; an entry of None is a prompt's first token."""
-    shaped = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    for entry in entries:
-        token = first_token if entry is None else entry.token
-        shaped.tokens.append(token)
-        shaped.text_offset.append(offset)
-        offset += len(token)
-        if entry is None:
-            shaped.token_logprobs.append(None)
-            shaped.top_logprobs.append(None)
-            continue
-        shaped.token_logprobs.append(entry.logprob)
-        alternatives = {text: logprob for _, text, _, logprob in entry.top[:count]}
-        shaped.top_logprobs.append({entry.token: entry.logprob} | alternatives)
-    return shaped
+class LegacyLogprobs:
+    """Log-probabilities in OpenAI's older shape, where a place is a mapping from a token's text to its value.
+
+    Tokens that are no text by themselves are spelled `bytes:\\xf0\\x9f`, as OpenAI spells them. Where two tokens of a
+    place still read the same, the chosen one keeps its text and the others are `token_id:5`, as vLLM has it.
+
+    Args:
+        count: alternatives at each place.
+        as_ids: all tokens are `token_id:5`.
+
+    Attributes:
+        shaped: what was added so far.
+    """
+
+    def __init__(self, count: int, *, as_ids: bool = False) -> None:
+        self.shaped = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        self._count = count
+        self._as_ids = as_ids
+
+    def add_prompt(self, echo: Echo, entries: Sequence[LogprobEntry | None]) -> None:
+        """The tokens of a prompt; an entry of None is its first one."""
+        for offset, entry in zip(echo.offsets, entries, strict=True):
+            self._add(entry, offset) if entry is not None else self._add_first(echo.first, offset)
+
+    def add(self, entries: Sequence[LogprobEntry], *, after: int = 0) -> None:
+        """Generated tokens, whose text comes `after` so many characters."""
+        for entry in entries:
+            self._add(entry, after + entry.offset)
+
+    def _add_first(self, token: tuple[int, str, Sequence[int]], offset: int) -> None:
+        self.shaped.tokens.append(self._spelled(*token))
+        self.shaped.token_logprobs.append(None)
+        self.shaped.top_logprobs.append(None)
+        self.shaped.text_offset.append(offset)
+
+    def _add(self, entry: LogprobEntry, offset: int) -> None:
+        token = self._spelled(entry.token_id, entry.token, entry.bytes)
+        place = {token: entry.logprob}
+        for token_id, text, raw, logprob in entry.top[: self._count]:
+            if token_id != entry.token_id:
+                spelled = self._spelled(token_id, text, raw)
+                place[spelled if spelled not in place else f"token_id:{token_id}"] = logprob
+        self.shaped.tokens.append(token)
+        self.shaped.token_logprobs.append(entry.logprob)
+        self.shaped.top_logprobs.append(place)
+        self.shaped.text_offset.append(offset)
+
+    def _spelled(self, token_id: int, text: str, raw: Sequence[int]) -> str:
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        # A token may be U+FFFD itself.
+        if "\ufffd" not in text or bytes(raw) == text.encode():
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, invalid
+from tenora.api.schemas.fixed import (
+    ClientTemplate,
+    Modalities,
+    TemplateArguments,
+    TextFormat,
+    ToolChoice,
+    Tools,
+    Unsupported,
+)
 from tenora.api.schemas.sampling import MAX_LOGPROBS, GenerationBody, PromptLogprobs, Usage
 from tenora.errors import InvalidRequestError
 
@@ -64,22 +73,6 @@ class Message(RequestModel):
         return turn
 
 
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-}
-_WHY: dict[str, str] = {
-    "tools": "Tools are not supported yet. Leave the field out.",
-    "tool_choice": 'Tools are not supported yet. Leave the field out, or send "none".',
-    "response_format": 'Only {"type": "text"} is supported yet. Leave the field out.',
-    "chat_template": "A client may not send a chat template; the model's own is used. Leave the field out.",
-    "chat_template_kwargs": "A client may not steer the chat template. Leave the field out.",
-}
-
-
 class ChatCompletionRequest(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -88,19 +81,21 @@ class ChatCompletionRequest(GenerationBody):
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    tools: Any = Field(default=None, description="Not supported yet.")
-    tool_choice: Any = Field(default=None, description='Not supported yet, but for "none".')
-    response_format: Any = Field(default=None, description='Not supported yet, but for {"type": "text"}.')
-    chat_template: Any = Field(default=None, description="Refused.")
-    chat_template_kwargs: Any = Field(default=None, description="Refused.")
-
-    @field_validator(*_ALLOWED)
-    @classmethod
-    def _supported(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        if value not in _ALLOWED[name]:
-            raise InvalidRequestError(_WHY[name], code="unsupported_parameter", param=name)
-        return value
+    tools: Tools = Field(default=None, description="Not supported yet, but for [].")
+    tool_choice: ToolChoice = Field(default=None, description='Not supported yet, but for "none".')
+    functions: Tools = Field(default=None, description="Not supported, but for [].")
+    function_call: ToolChoice = Field(default=None, description='Not supported, but for "none".')
+    response_format: TextFormat = Field(default=None, description='Not supported yet, but for {"type": "text"}.')
+    chat_template: ClientTemplate = Field(default=None, description="Refused.")
+    chat_template_kwargs: TemplateArguments = Field(default=None, description="Refused, but for {}.")
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted and not used.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(default=None, description="Accepted and not used.")
+    modalities: Modalities = None
+    audio: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    reasoning_effort: Unsupported = None
+    web_search_options: Unsupported = None
 
     @model_validator(mode="after")
     def _logprobs_fit(self) -> Self:

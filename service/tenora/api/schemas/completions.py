@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, model_validator
 
 from tenora.api.schemas.base import ResponseModel, invalid
-from tenora.api.schemas.sampling import MAX_LOGPROBS, GenerationBody, PromptLogprobs, Usage
+from tenora.api.schemas.fixed import only
+from tenora.api.schemas.sampling import MAX_CHOICES, MAX_LOGPROBS, GenerationBody, PromptLogprobs, Usage
 from tenora.errors import InvalidRequestError
 
 MAX_PROMPTS = 256
@@ -46,12 +47,22 @@ class CompletionRequest(GenerationBody):
     prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    suffix: Annotated[Any, only("", why="Text cannot be inserted. Leave the field out.")] = Field(
+        default=None, description="Not supported."
+    )
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="As many as `n`: all are returned.")
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> Self:
         if len(self.prompt) * self.choices > MAX_SEQUENCES:
             raise InvalidRequestError(
                 f"Prompts times n must be at most {MAX_SEQUENCES}. Send fewer prompts.", param="n"
+            )
+        if self.best_of not in {None, self.choices}:
+            raise InvalidRequestError(
+                "Answers are not ranked: best_of must equal n. Leave the field out.",
+                code="unsupported_parameter",
+                param="best_of",
             )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens must be at least 1 unless echo is true.", param="max_tokens")

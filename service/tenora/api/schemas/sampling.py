@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.api.schemas.fixed import Label, Metadata, ServiceTier, Store, Unsupported
 from tenora.engine.messages import SamplingParams
 from tenora.errors import InvalidRequestError
 
@@ -37,7 +38,11 @@ class StreamOptions(RequestModel):
 class GenerationBody(RequestModel):
     """What chat and text completions have in common. An explicit null means the default."""
 
-    model: str | None = Field(default=None, max_length=256, description="The base, or an adapter by any of its names.")
+    model: str | None = Field(
+        default=None,
+        max_length=256,
+        description="The base, or an adapter by any of its names; needed unless there is an adapter_id.",
+    )
     adapter_id: str | None = Field(
         default=None, max_length=256, description="An adapter, when `model` is the base or absent."
     )
@@ -48,11 +53,18 @@ class GenerationBody(RequestModel):
     stream_options: StreamOptions | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1, description="0 is greedy.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=300)
-    user: str | None = Field(default=None, max_length=512, description="Accepted and not used.")
+    user: Label = None
+    store: Store = None
+    metadata: Metadata = None
+    service_tier: ServiceTier = None
+    prompt_cache_key: Label = None
+    prompt_cache_retention: Label = None
+    prompt_cache_options: Unsupported = None
+    safety_identifier: Label = None
     # as vLLM has them
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="-1 and 0: all tokens.")
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -61,7 +73,9 @@ class GenerationBody(RequestModel):
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = Field(default=None, description="false: special tokens show in the text.")
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="Tokens of logprobs as `token_id:5`.")
     priority: int | None = Field(
         default=None, ge=-1000, le=1000, description="Lower runs earlier among one's own requests."
     )
@@ -97,8 +111,9 @@ class GenerationBody(RequestModel):
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
-            temperature=_default(self.temperature, 1.0),
-            top_p=_default(self.top_p, 1.0),
+            # Of no probability at all, the likeliest token is what is left.
+            temperature=0.0 if self.top_p == 0 else _default(self.temperature, 1.0),
+            top_p=self.top_p or 1.0,
             top_k=max(0, self.top_k or 0),
             min_p=_default(self.min_p, 0.0),
             repetition_penalty=_default(self.repetition_penalty, 1.0),
@@ -107,7 +122,6 @@ class GenerationBody(RequestModel):
             logit_bias=self.logit_bias or {},
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
