@@ -95,3 +95,42 @@ async def test_models_and_errors(sdk: openai.AsyncOpenAI, service: Service, make
     assert unknown.value.param == "typo"
     with pytest.raises(openai.AuthenticationError):
         await sdk.with_options(api_key="tk-wrong").models.list()
+
+
+async def test_what_the_sdk_sends_besides_changes_nothing(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    messages = [{"role": "user", "content": "Say it."}]
+    plain = await sdk.chat.completions.create(model=base_id, messages=messages, max_tokens=4, seed=1)
+    labelled = await sdk.chat.completions.create(
+        model=base_id,
+        messages=messages,
+        max_tokens=4,
+        seed=1,
+        top_p=0,
+        store=False,
+        metadata={"team": "desk"},
+        parallel_tool_calls=True,
+        service_tier="auto",
+        modalities=["text"],
+        prompt_cache_key="desk",
+        safety_identifier="someone",
+        verbosity="low",
+        stop=None,
+        logit_bias=None,
+        reasoning_effort=None,
+        audio=None,
+    )
+    assert labelled.choices[0].message.content == plain.choices[0].message.content
+    for field, value in (("reasoning_effort", "high"), ("service_tier", "priority"), ("store", True)):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.chat.completions.create(model=base_id, messages=messages, extra_body={field: value})
+        assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
+
+
+async def test_a_job_that_has_not_ended_has_no_model_to_ask(sdk: openai.AsyncOpenAI, base_id: str) -> None:
+    file = await sdk.files.create(file=("train.jsonl", TRAINING_ROWS.encode()), purpose="fine-tune")
+    job = await sdk.fine_tuning.jobs.create(model=base_id, training_file=file.id)
+    assert job.fine_tuned_model is None
+    with pytest.raises(openai.BadRequestError, match="fine_tuned_model is null until") as caught:
+        await sdk.chat.completions.create(model=job.fine_tuned_model, messages=[{"role": "user", "content": "Hi"}])
+    assert caught.value.param == "model"
+    await sdk.fine_tuning.jobs.cancel(job.id)

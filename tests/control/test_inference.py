@@ -54,12 +54,12 @@ async def test_names_resolve(control: Control, acme: Principal, import_adapter: 
         target = await resolve(acme, model, adapter_id)
         assert target.adapter is not None
         assert (target.adapter.digest, target.name) == (second.digest, shown)
-    for model in (None, BASE):
-        target = await resolve(acme, model, None)
-        assert (target.adapter, target.name) == (None, BASE)
-    with pytest.raises(InvalidRequestError) as caught:
-        await resolve(acme, "desk", "desk")
-    assert caught.value.param == "adapter_id"
+    target = await resolve(acme, BASE, None)
+    assert (target.adapter, target.name) == (None, BASE)
+    for names, param in (((None, None), "model"), (("desk", "desk"), "adapter_id")):
+        with pytest.raises(InvalidRequestError) as caught:
+            await resolve(acme, *names)
+        assert caught.value.param == param
 
 
 async def test_unknown_and_foreign_names_are_the_same(
