@@ -49,6 +49,9 @@ async def test_it_answers_what_a_job_with_the_same_body_would_do(service: Servic
         "tokens_per_second": None,
         "seconds": None,
         "measured": False,
+        "publish": "if_better",
+        "min_gain": 0.0,
+        "replaces": None,
     }
     assert (await client.get("/v1/fine_tuning/jobs")).json()["data"] == []
 

@@ -17,6 +17,7 @@ import numpy as np
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.targets import TargetModule
+from tenora.control.held_out import held_out_rows
 from tenora.engine.messages import EngineStats, Generate, Ready, SequenceOutput, TokenLogprob
 from tenora.errors import UnavailableError
 from tenora.training.spec import (
@@ -24,6 +25,7 @@ from tenora.training.spec import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    HeldOut,
     Rewards,
     StepEvent,
     StoppedEvent,
@@ -54,6 +56,7 @@ class ScriptedEngine:
         self.last_heartbeat = time.monotonic()
         self.steps = 4
         self.winner = 1  # of a sweep
+        self.loss = 0.5  # nats per token of results on held-out rows; adapters are served with 1, the base with 2
         self.reply: Callable[[Generate], list[SequenceOutput]] = lambda request: []
         self.score: Callable[[Generate], list[SequenceOutput]] = scores
         self.generated: list[Generate] = []
@@ -171,7 +174,19 @@ class ScriptedEngine:
             trained_tokens=self.steps * 10,
             seconds=1.0,
             trial=self.winner if spec.trials else None,
+            held_out=self.held_out(spec),
             **evaluation,
+        )
+
+    def held_out(self, spec: TrainSpec) -> HeldOut:
+        """The same loss for each learned token, but of rejected answers six times as much."""
+        rows = held_out_rows(spec)
+        tokens = [int(rows.row(row)[1].sum()) for row in range(len(rows))]
+        worse = [6.0 if row % rows.rows_per_example else 1.0 for row in range(len(rows))]
+        return HeldOut(
+            tokens=tokens,
+            adapter=[self.loss * factor * count for factor, count in zip(worse, tokens, strict=True)],
+            start=[3.0 * count for count in tokens],
         )
 
     def _trials(self, spec: TrainSpec) -> list[TrialEvent]:
@@ -209,7 +224,9 @@ class ScriptedEngine:
         if spec.trials:
             won = spec.trials[self.winner]
             lora = msgspec.structs.replace(lora, rank=won.rank, alpha=won.alpha)
-        modules = random_modules(self.targets, lora.target_modules, lora.rank, spec.seed)
+        modules = random_modules(
+            self.targets, lora.target_modules, lora.rank, spec.seed + round(spec.learning_rate * 1e9)
+        )
         write_adapter(path, base_model=spec.base_model, lora=lora, modules=modules)
         if self.broken:
             (path / "adapter_model.safetensors").chmod(0o600)

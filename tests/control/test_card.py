@@ -13,6 +13,7 @@ import yaml
 from tenora.control.card import (
     MIN_ROWS,
     Card,
+    Judgement,
     Lineage,
     Parent,
     TrainingFile,
@@ -98,7 +99,10 @@ def card(**changes: Any) -> Card:
     tokens, adapter, base = rows(30, 0.2)
     values: dict[str, Any] = {
         "source": "held-out rows",
+        "verdicts": {"start": Judgement(verdict="better")},
         "held_out": compare(tokens, adapter, base, seed=0),
+        "base": compare(tokens, adapter, base, seed=0),
+        "replaced": None,
         "few_shot": None,
         "forgetting": forgetting(2.0, 1.5, tokens=2),
         "overfitting": overfitting(2.0, 2.1),

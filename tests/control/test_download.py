@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -39,7 +40,11 @@ async def test_a_few_rows_are_reported_by_cross_validation(service: Service) -> 
     assert "Base, 3 examples in the prompt" in card
 
 
-async def test_preferences_pass_the_gate_too(service: Service) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+async def test_preferences_pass_the_gate_and_are_judged(
+    service: Service, tiny_base: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The verdict's figures are what PEFT computes of DPO's objective from the downloaded adapter."""
     control = service.control
     acme = await tenant(control, "acme")
     pairs = [
@@ -52,15 +57,53 @@ async def test_preferences_pass_the_gate_too(service: Service) -> None:
     ]
     file = await upload(control, acme, pairs)
     job = await create_job(
-        control, acme, training_file=file.id, method={"type": "dpo"}, lora={"rank": 4}, n_epochs=1, learning_rate=5e-3
+        control,
+        acme,
+        name="polite",
+        training_file=file.id,
+        validation_file=(await upload(control, acme, pairs[:8])).id,
+        method={"type": "dpo"},
+        lora={"rank": 4},
+        n_epochs=1,
+        learning_rate=5e-3,
     )
     done = await until(control, acme, job.id)
     assert done.status == "succeeded", done.error
     said = done.evaluation
     assert said is not None
-    assert (said["held_out"], said["few_shot"]) == (None, None)
+    assert said["few_shot"] is None
+    assert {name: found["verdict"] for name, found in said["verdicts"].items()} == {
+        "start": said["held_out"]["verdict"],
+        "base": said["held_out"]["verdict"],
+        "few_shot_base": "not measured",
+        "replaced": "not measured",
+    }
+    card = await unpack(control, acme, "polite", tmp_path / "polite")
+    assert "Few-shot base: **not measured**" in card
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "polite")
+    losses = []
+    for pair in pairs[:8]:
+        rewards = []
+        for answer in (pair["preferred_output"], pair["non_preferred_output"]):
+            ids = tokenizer.encode_chat([*pair["input"]["messages"], *answer], add_generation_prompt=False)
+            start = len(tokenizer.encode_chat(pair["input"]["messages"]))
+            end = ids.index(tokenizer.encode("<|im_end|>")[0], start) + 1
+            policy = answer_logprob(model, ids, start, end)
+            with model.disable_adapter():
+                rewards.append(0.1 * (policy - answer_logprob(model, ids, start, end)))
+        losses.append(float(np.logaddexp(0.0, rewards[1] - rewards[0])))
+    assert said["held_out"]["adapter_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert said["held_out"]["other_loss"] == pytest.approx(np.log(2))
     assert said["parity"]["gap"] < 1e-4 < said["parity"]["effect"]
     assert said["lineage"]["settings"]["beta"] == 0.1
+
+
+def answer_logprob(model: torch.nn.Module, ids: list[int], start: int, end: int) -> float:
+    """The log-probability of the tokens from `start` to `end`."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(logprobs[torch.arange(start - 1, end - 1), torch.tensor(ids[start:end])].sum())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

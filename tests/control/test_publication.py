@@ -71,6 +71,7 @@ async def test_the_card_rides_on_job_and_adapter(control: Control, acme: Princip
         "low": 0,
         "high": 0,
         "verdict": "better",
+        "unit": "nats per token",
     }
     few_shot = said["few_shot"]
     assert (few_shot["shots"], few_shot["base_loss"]) == (3, 3.0)

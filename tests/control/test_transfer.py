@@ -77,7 +77,9 @@ async def test_every_name_of_an_adapter_may_be_the_start(
     for name, digest in starts.items():
         for fields in ({"lora": {"init_from": name}}, {"model": name}):
             file = await upload(control, acme)
-            request = JobRequest(**{"model": BASE, "training_file": file.id, "name": "next", **fields})
+            request = JobRequest(
+                **{"model": BASE, "training_file": file.id, "name": "next", "publish": "always", **fields}
+            )
             job = await until(control, acme, (await control.jobs.create(acme, request)).id)
             assert job.status == "succeeded", job.error
             assert (job.parent, job.parent_digest, job.model) == (name, digest, fields.get("model", BASE))

@@ -126,7 +126,7 @@ def test_killed_at_a_publish(new_server: StartServer, tmp_path: Path, tiny_base:
         old = client.adapters.get("desk").digest
         file = client.files.upload(write_rows(tmp_path / "rows.jsonl", 16))
         try:
-            job_id = client.jobs.create(file, name="desk", hyperparameters={"n_epochs": 1}).id
+            job_id = client.jobs.create(file, name="desk", hyperparameters={"n_epochs": 1}, publish="always").id
         except tc.TransportError:
             job_id = ""  # killed before the answer left; the job is in the list
     server.exit_status()

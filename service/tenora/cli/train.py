@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,17 @@ def train(
     early_stopping: Annotated[
         bool, typer.Option("--early-stopping", help="End when three evaluations in a row were no better.")
     ] = False,
+    publish: Annotated[
+        Literal["always", "if_better", "never"] | None,
+        typer.Option(
+            "--publish",
+            help="Whether the name shall mean the result: if_better than what it means (the default), always or never.",
+        ),
+    ] = None,
+    min_gain: Annotated[
+        float | None,
+        typer.Option("--min-gain", min=0, help="Held-out nats per token by which it must be better, for if_better."),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option("--sweep", help="Values to try, as rank=8,16 or learning_rate=1e-4..1e-3; may be repeated."),
@@ -58,6 +69,8 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         early_stopping=early_stopping or None,
+        publish=publish,
+        min_gain=min_gain,
         method=None if method is None else {"type": method},
         lora=_given(rank=rank, init_from=init_from) or None,
         sweep=sweep_of(sweep or [], trials),
@@ -75,6 +88,13 @@ def train(
         typer.echo(finished.model_dump_json())
         return
     report(finished)
+
+
+def _verdicts(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What is said of the adapter beside the others, as far as it was measured."""
+    labels = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
+    said: Mapping[str, Mapping[str, Any]] = evaluation.get("verdicts") or {}
+    return {label: str(said[name]["verdict"]) for name, label in labels.items() if name in said}
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -154,6 +174,15 @@ def report(job: Job) -> None:
     if isinstance(base, int | float) and isinstance(adapter, int | float):
         start = "base" if job.parent is None else job.parent
         typer.echo(f"held-out loss  {base:.3f} ({start})  ->  {adapter:.3f} (adapter)")
+    for label, verdict in _verdicts(evaluation).items():
+        typer.echo(f"{label:<15}{verdict}")
     typer.echo(f"model          {job.fine_tuned_model}")
     name = job.name or job.fine_tuned_model
+    if job.published is not None:
+        typer.echo(f"name           {job.published.reason}")
+        if not job.published.alias_moved:
+            typer.echo(
+                f"               tenora adapters rollback {job.name} {job.published.version} has it mean this one."
+            )
+            name = job.fine_tuned_model
     typer.echo(f'try it         tenora chat {name} -m "..."')

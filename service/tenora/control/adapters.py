@@ -130,15 +130,16 @@ class Adapters:
         """Every version, newest first."""
         principal.require("adapters")
         async with self._database.read() as session:
-            alias, _ = await self._active(session, principal, name)
+            alias = await self._alias(session, principal, name)
             query = versions_of(principal.tenant_id, alias.name).order_by(AdapterVersionRow.version.desc())
             return self._records(principal, await pairs(session, query))
 
     async def rollback(self, principal: Principal, name: str, version: int | str) -> AdapterRecord:
-        """Point the alias at another of its versions, given as a number or as hex digits of its digest."""
+        """Point the alias at one of its versions, given as a number or as hex digits of its digest."""
         principal.require("adapters")
         async with self._database.write() as session:
-            alias, before = await self._active(session, principal, name)
+            alias = await self._alias(session, principal, name)
+            before = await one_pair(session, active_version(principal.tenant_id, alias.name))
             query = versions_of(principal.tenant_id, alias.name).where(version_filter(version))
             found = await pairs(session, query.order_by(AdapterVersionRow.version.desc()))
             if not found:
@@ -151,8 +152,8 @@ class Adapters:
                 )
             _, row = found[0]
             alias.version = row.version
-        if alias.pinned:
-            await self.move_pin(before.digest, row.digest)
+        if alias.pinned and before is not None:
+            await self.move_pin(before[1].digest, row.digest)
         return self._record(principal, (alias, row))
 
     async def pin(self, principal: Principal, name: str, pinned: bool) -> AdapterRecord:
@@ -200,7 +201,7 @@ class Adapters:
         """
         principal.require("adapters")
         async with self._database.write() as session:
-            alias, _ = await self._active(session, principal, name)
+            alias = await self._alias(session, principal, name)
             rows = await pairs(session, versions_of(principal.tenant_id, alias.name))
             digests = await delete_versions(session, principal.tenant_id, [row for _, row in rows])
             await session.delete(alias)
@@ -271,6 +272,14 @@ class Adapters:
         found: tuple[AdapterRow, AdapterVersionRow] | None = None
         if bare is not None:
             found = await one_pair(session, active_version(principal.tenant_id, bare))
+        if found is None:
+            raise _missing(name)
+        return found
+
+    async def _alias(self, session: AsyncSession, principal: Principal, name: str) -> AdapterRow:
+        """The alias, which may mean none of its versions: a job's result that was not to take its name over."""
+        bare = split_canonical(principal, name)
+        found = None if bare is None else await find_alias(session, principal.tenant_id, bare)
         if found is None:
             raise _missing(name)
         return found

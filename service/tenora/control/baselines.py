@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenora.control.card import TrainingFile
 from tenora.control.database import RegistryBusyError
 from tenora.control.few_shot import Prompted, few_shot_prompts
+from tenora.control.held_out import held_out_rows
 from tenora.control.job_context import JobContext
 from tenora.control.job_rows import Claim, LeaseLostError, owned
 from tenora.control.parity import probe_rows, score_rows
@@ -38,7 +39,6 @@ SCORED_ROWS = 20
 SHARE = 0.03  # of the training work may be spent on the k-shot rows, within the two bounds below
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384
 _PASSES = 3  # a trained token costs as much as three scored ones: forward, gradient of inputs, low-rank gradients
-_WEIGHT = 0.1  # beside the tenants' groups: requests come first
 _GIVE_WAY_SECONDS = 10.0  # that a k-shot row waits for the requests of tenants to end: its prefill slows them down
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 0.5  # that a finished run waits for the probe rows, if they are missing still
@@ -117,16 +117,6 @@ async def measuring(context: JobContext, claim: Claim, spec: TrainSpec) -> Async
         await measuring.stop()
 
 
-def held_out_rows(spec: TrainSpec) -> TokenizedDataset:
-    """What a run is measured on, in the order of its `HeldOut`: rows of all tasks, with folds those it trains on.
-
-    Raises:
-        DatasetError: a file is missing or broken.
-    """
-    paths = [task.valid_path or task.train_path for task in spec.tasks]
-    return concatenate([TokenizedDataset.load(Path(path)) for path in paths])
-
-
 async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Measuring) -> None:
     """Measure and keep; the job goes on without what fails here."""
     try:
@@ -135,7 +125,7 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
         measuring.found = msgspec.convert(row.baselines or {}, Baselines)
         if measuring.found.complete:
             return
-        scorer = Scorer(context.engine, f"{claim.tenant_id}/baselines", weight=_WEIGHT)
+        scorer = Scorer.behind_requests(context.engine, claim.tenant_id)
         await _probe(context, claim, spec, scorer, measuring)
         await _few_shot(context, claim, spec, scorer, measuring)
     except LeaseLostError:

@@ -26,6 +26,8 @@ STRONG_OVERFITTING = 1.10
 """A tenth of the loss is more than a second epoch gains on most small files: the last epochs undid what came before."""
 
 Verdict = Literal["better", "worse", "no difference", "too few rows"]
+Unit = Literal["nats per token", "nats per pair"]
+Against = Literal["start", "base", "few_shot_base", "replaced"]
 OverfitVerdict = Literal["none", "some", "strong"]
 Source = Literal["held-out rows", "cross-validation"]
 
@@ -34,7 +36,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Held-out loss of the adapter beside something else's, on the same rows.
 
     Attributes:
-        rows, tokens: what was measured; losses are means over these learned tokens, in nats.
+        rows, tokens: what was measured: rows, or pairs of preference rows, and their learned tokens.
+        unit: of the losses: means over learned tokens, or over pairs of DPO's objective.
         adapter_loss, other_loss: the means.
         difference: adapter - other; below 0 the adapter is better.
         low, high: 95% interval of the difference, by a paired bootstrap over rows.
@@ -49,6 +52,42 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     low: float
     high: float
     verdict: Verdict
+    unit: Unit = "nats per token"
+
+    def __str__(self) -> str:
+        """In words."""
+        what = "pairs" if self.unit == "nats per pair" else "rows"
+        return (
+            f"held-out loss {self.adapter_loss:.4f} against {self.other_loss:.4f} on {self.rows} {what}, a difference "
+            f"of {self.difference:+.4f} ({self.low:+.4f} to {self.high:+.4f}) {self.unit}: {self.verdict}"
+        )
+
+
+class Judgement(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict, or why there is none."""
+
+    verdict: Verdict | Literal["not measured"]
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, comparison: Comparison | None, why_not: str) -> Judgement:
+        """The verdict of a comparison; `why_not` if there is none."""
+        if comparison is None:
+            return cls(verdict="not measured", reason=why_not)
+        return cls(verdict=comparison.verdict)
+
+
+class Replaced(msgspec.Struct, frozen=True, kw_only=True):
+    """The version that the adapter's name meant when its job ended.
+
+    Attributes:
+        comparison: the adapter beside it, on held-out rows that neither has learned; None if there are none.
+    """
+
+    name: str
+    version: int
+    digest: str
+    comparison: Comparison | None
 
 
 class FewShot(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,12 +154,18 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         source: where the held-out figures come from.
+        verdicts: against each of `Against`.
         held_out: the adapter beside what training started from.
+        base: beside the base; the same as `held_out` where training started from that.
+        replaced: beside what its name meant; None if the name is new.
         near_duplicates: held-out rows that are nearly rows of the training file.
     """
 
     source: Source
+    verdicts: dict[Against, Judgement]
     held_out: Comparison | None
+    base: Comparison | None
+    replaced: Replaced | None
     few_shot: FewShot | None
     forgetting: Forgetting | None
     overfitting: Overfitting | None
@@ -131,34 +176,48 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_json(self) -> dict[str, Any]:
         """Builtin values, with None for numbers that JSON cannot carry."""
-        found: dict[str, Any] = _json(msgspec.to_builtins(self))
-        return found
+        return as_json(self)
 
 
-def compare(tokens: Sequence[int], adapter: Sequence[float], other: Sequence[float], *, seed: int) -> Comparison | None:
-    """Compare two losses on the same rows; None without a learned token.
+def as_json(said: msgspec.Struct) -> dict[str, Any]:
+    """Builtin values, with None for numbers that JSON cannot carry."""
+    found: dict[str, Any] = _json(msgspec.to_builtins(said))
+    return found
+
+
+def compare(
+    tokens: Sequence[int],
+    adapter: Sequence[float],
+    other: Sequence[float],
+    *,
+    seed: int,
+    unit: Unit = "nats per token",
+) -> Comparison | None:
+    """Compare two losses on the same examples; None without a learned token.
 
     Args:
-        tokens: learned tokens of each row.
-        adapter, other: losses of each row in nats, summed over its learned tokens.
+        tokens: learned tokens of each example.
+        adapter, other: losses of each example in nats: of a row summed over its learned tokens.
         seed: of the bootstrap; equal arguments give equal intervals.
+        unit: what a mean is over: learned tokens, or pairs, which count alike however long they are.
     """
     count = np.array(tokens, dtype=np.int64)
-    total = int(count.sum())
-    if not total:
+    if not count.sum():
         return None
+    weights = count if unit == "nats per token" else np.ones_like(count)
+    total = int(weights.sum())
     differences = np.array(adapter, dtype=np.float64) - np.array(other, dtype=np.float64)
-    difference = float(differences.sum()) / total
-    low, high = bootstrap(differences, count, seed=seed)
+    low, high = bootstrap(differences, weights, seed=seed)
     return Comparison(
         rows=len(count),
-        tokens=total,
+        tokens=int(count.sum()),
         adapter_loss=float(np.sum(adapter)) / total,
         other_loss=float(np.sum(other)) / total,
-        difference=difference,
+        difference=float(differences.sum()) / total,
         low=low,
         high=high,
         verdict=_verdict(len(count), low, high),
+        unit=unit,
     )
 
 

@@ -20,7 +20,8 @@ from tenora.control.job_plan import Resolved, resolve
 from tenora.control.job_preparing import preparation_of
 from tenora.control.job_requests import check_request
 from tenora.control.preparation import Preparation, TaskRows, count_rows, read_tasks
-from tenora.control.records import JobRequest, Principal
+from tenora.control.records import JobRequest, Principal, Publish
+from tenora.control.resolution import active_version, one_pair
 from tenora.control.schema import JobEventRow
 from tenora.control.starting_point import find_parent
 from tenora.control.storage import Storage
@@ -49,6 +50,15 @@ class TaskEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Replaces:
+    """A version that a name means."""
+
+    name: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a job would take.
 
@@ -65,6 +75,8 @@ class Estimate:
         tokens_per_second: what a job reads on this service, the median of the latest steps of all jobs; None before the
             first one.
         seconds: `read_tokens` at that speed, without waiting for a turn and without evaluations; None without a speed.
+        publish, min_gain: as the job would have them.
+        replaces: what its name means now, which the result would be held against; None if that is nothing.
     """
 
     rows: int
@@ -81,6 +93,9 @@ class Estimate:
     read_tokens: int
     tokens_per_second: float | None
     seconds: float | None
+    publish: Publish
+    min_gain: float | None
+    replaces: Replaces | None
     tasks: Sequence[TaskEstimate]
 
     @property
@@ -120,9 +135,11 @@ class Estimates:
             sources = await find_sources(session, principal.tenant_id, request)
             parent = await find_parent(session, principal, asked, limits, self._blobs)
             speed = await _recent_speed(session)
-        row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
+            row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
+            now = await one_pair(session, active_version(principal.tenant_id, row.name))
+        replaces = None if now is None else Replaces(row.name, now[1].version, now[1].digest)
         job = await preparation_of(self._storage, self._blobs, row)
-        return await asyncio.to_thread(_estimate, job, self._tokenizer, limits, speed)
+        return await asyncio.to_thread(_estimate, job, self._tokenizer, limits, speed, replaces)
 
 
 async def _recent_speed(session: AsyncSession) -> float | None:
@@ -133,7 +150,9 @@ async def _recent_speed(session: AsyncSession) -> float | None:
     return statistics.median(found) if found else None
 
 
-def _estimate(job: Preparation, tokenizer: Tokenizer, limits: Limits, speed: float | None) -> Estimate:
+def _estimate(
+    job: Preparation, tokenizer: Tokenizer, limits: Limits, speed: float | None, replaces: Replaces | None
+) -> Estimate:
     tasks = read_tasks(job, tokenizer, limits)
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
@@ -155,6 +174,9 @@ def _estimate(job: Preparation, tokenizer: Tokenizer, limits: Limits, speed: flo
         read_tokens=read,
         tokens_per_second=speed,
         seconds=None if speed is None else read / speed,
+        publish=job.asked.settings["publish"],
+        min_gain=job.asked.settings.get("min_gain"),
+        replaces=replaces,
         tasks=[
             TaskEstimate(
                 name=task.source.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from tenora.adapters.ref import AdapterRef
 from tenora.control.baselines import Baselines, Measuring
 from tenora.control.blobs import Blob
 from tenora.control.card import (
+    Against,
     Card,
+    Comparison,
     FewShot,
+    Judgement,
     Lineage,
     Parent,
     TrainingFile,
@@ -22,25 +26,41 @@ from tenora.control.card import (
     forgetting,
     overfitting,
 )
+from tenora.control.held_out import HeldOutExamples
 from tenora.control.job_context import JobContext
+from tenora.control.job_requests import PUBLISHING, Asked
 from tenora.control.job_rows import Claim, owned
 from tenora.control.names import unix_now
 from tenora.control.parity import Parity, compare_paths, probe_rows, require_weights, score_rows
 from tenora.control.schema import JobRow
-from tenora.control.scoring import Scorer
-from tenora.errors import RateLimitedError, TrainingError, UnavailableError
+from tenora.control.scoring import Scorer, is_gone
+from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import FinishedEvent, HeldOut, TrainSpec
 
 WITHHELD = frozenset({"parity_failed", "parity_unavailable", "untrained_modules"})
 """Codes of jobs whose adapter did not pass."""
 _URGENT = -1  # before the tenant's own requests: a finished adapter waits for nothing else
+_NO_ROWS = "The run says nothing of its held-out rows one by one."
 _PACKAGES = ("tenora", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """An adapter that was let through.
+
+    Attributes:
+        card: complete, but for what its name means.
+        held_out: what it was measured on; None if the run says nothing of it.
+    """
+
+    card: Card
+    held_out: HeldOutExamples | None
 
 
 async def examine(
     context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, blob: Blob, measuring: Measuring
-) -> Card:
+) -> Examined:
     """Let the stored adapter through, or not, and say what it is worth.
 
     Args:
@@ -70,7 +90,7 @@ async def examine(
     try:
         served = await score_rows(scorer, rows, ref)
     except (RateLimitedError, UnavailableError) as error:
-        if not context.engine.alive or error.code in {"engine_lost", "engine_shutdown", "draining"}:
+        if is_gone(error, context.engine):
             raise
         raise TrainingError(
             f"The adapter could not be tried out before publishing: {error.message}", code="parity_unavailable"
@@ -85,24 +105,67 @@ async def examine(
     )
     async with context.database.read() as session:
         row = await owned(session, claim)
-    return await asyncio.to_thread(_card, row, spec, event, base, parity)
-
-
-def _card(row: JobRow, spec: TrainSpec, event: FinishedEvent, base: Baselines, parity: Parity) -> Card:
-    held_out, few_shot = None, None
-    notes = list(base.notes)
+    held_out = None
     if event.held_out is not None:
-        held_out = compare(event.held_out.tokens, event.held_out.adapter, event.held_out.start, seed=spec.seed)
+        held_out = await asyncio.to_thread(HeldOutExamples.load, spec, event.held_out)
+    against_base = await _against_base(context, claim, spec, held_out)
+    return Examined(await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base), held_out)
+
+
+async def _against_base(
+    context: JobContext, claim: Claim, spec: TrainSpec, held_out: HeldOutExamples | None
+) -> Comparison | str:
+    """The adapter beside the base, or why it was not measured.
+
+    What training starts from was measured by the run; where that is another adapter the base is scored here.
+    """
+    if held_out is None:
+        return _NO_ROWS
+    if not spec.init_path:
+        comparison = await asyncio.to_thread(held_out.against_start)
+        return _NO_ROWS if comparison is None else comparison
+    max_length = context.engine.ready.max_model_len
+    chosen = await asyncio.to_thread(held_out.choose, range(held_out.dataset.examples), max_length=max_length)
+    try:
+        losses = await held_out.score(Scorer.behind_requests(context.engine, claim.tenant_id), chosen, None)
+    except TenoraError as error:
+        if is_gone(error, context.engine):
+            raise
+        return f"The base could not be scored: {error.message}"
+    comparison = await asyncio.to_thread(held_out.compare, losses)
+    return _NO_ROWS if comparison is None else comparison
+
+
+def _card(
+    row: JobRow,
+    spec: TrainSpec,
+    event: FinishedEvent,
+    base: Baselines,
+    parity: Parity,
+    examples: HeldOutExamples | None,
+    against_base: Comparison | str,
+) -> Card:
+    notes = list(base.notes)
+    held_out = None if examples is None else examples.against_start()
+    few_shot = None
+    if event.held_out is not None and spec.method == "supervised":
         few_shot = _few_shot(event.held_out, base, seed=spec.seed)
-    else:
-        notes.append("Preference pairs have no loss per token that could be compared with the base's.")
+    base_comparison, no_base = (None, against_base) if isinstance(against_base, str) else (against_base, "")
+    verdicts: dict[Against, Judgement] = {
+        "start": Judgement.of(held_out, _NO_ROWS),
+        "base": Judgement.of(base_comparison, no_base),
+        "few_shot_base": Judgement.of(None if few_shot is None else few_shot.comparison, _no_few_shot(spec, base)),
+    }
     if not base.complete:
         notes.append("The run was over before the base was measured on all rows that were meant.")
     if parity.gap is None:
         notes.append("The run named no probe rows, so serving was not compared with training token by token.")
     return Card(
         source="cross-validation" if spec.folds else "held-out rows",
+        verdicts=verdicts,
         held_out=held_out,
+        base=base_comparison,
+        replaced=None,
         few_shot=few_shot,
         forgetting=forgetting(event.general_loss, event.base_general_loss, tokens=len(spec.general_text) - 1),
         overfitting=overfitting(event.valid_loss, event.last_loss),
@@ -111,6 +174,16 @@ def _card(row: JobRow, spec: TrainSpec, event: FinishedEvent, base: Baselines, p
         lineage=_lineage(row, spec, event, base.files),
         notes=notes,
     )
+
+
+def _no_few_shot(spec: TrainSpec, base: Baselines) -> str:
+    """Why the adapter was not held against examples in the prompt."""
+    if spec.method == "dpo":
+        return (
+            "Preferences are measured beside what training started from, with the same prompt; examples in the prompt "
+            "have no such figure."
+        )
+    return " ".join(base.notes) or "The run was over before it was measured."
 
 
 def _few_shot(held_out: HeldOut, base: Baselines, *, seed: int) -> FewShot | None:
@@ -132,12 +205,18 @@ def _lineage(row: JobRow, spec: TrainSpec, event: FinishedEvent, files: list[Tra
         base_model=spec.base_model,
         parent=None if row.parent is None else Parent(name=row.parent, digest=row.parent_digest or ""),
         files=files,
-        settings=settings_of(spec, event.trial),
+        settings=settings_of(spec, event.trial) | publishing_of(row),
         seed=spec.seed,
         versions={name: metadata.version(name) for name in _PACKAGES},
         created_at=row.created_at,
         finished_at=unix_now(),
     )
+
+
+def publishing_of(row: JobRow) -> dict[str, Any]:
+    """What the job asks of its name."""
+    asked = Asked.stored(row.requested)
+    return {name: asked.settings[name] for name in PUBLISHING if name in asked.settings}
 
 
 def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from tenora.control.adapter_shape import Limits, ParentShape, lora_spec
-from tenora.control.job_requests import OF_METHOD, Asked
+from tenora.control.job_requests import OF_METHOD, PUBLISHING, Asked
 from tenora.control.sweeps import points
 from tenora.training.recipes import (
     FEW_SHOT_RANK,
@@ -138,6 +138,7 @@ def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[s
         **{name: getattr(spec, name) for name in _OF_SPEC},
         "max_seq_length": max_seq_length,
         "truncate": bool(asked.settings.get("truncate")),
+        **{name: asked.settings[name] for name in PUBLISHING if name in asked.settings},
     }
 
 

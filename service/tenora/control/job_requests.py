@@ -11,7 +11,7 @@ import msgspec
 from tenora.control.adapter_shape import LORA, Limits, lora_spec
 from tenora.control.field_checks import flag, is_int, known_fields, one_of, real, whole
 from tenora.control.names import SUFFIX_PATTERN, check_name, check_suffix
-from tenora.control.records import SETTINGS, JobRequest
+from tenora.control.records import SETTINGS, USUAL_PUBLISH, JobRequest, Publish
 from tenora.control.sweeps import check_sweep
 from tenora.control.training_sources import check_sources
 from tenora.errors import InvalidRequestError
@@ -20,6 +20,7 @@ from tenora.training.spec import Method, Scheduler
 
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 OF_METHOD: Mapping[Method, tuple[str, ...]] = {"supervised": HYPERPARAMETERS, "dpo": (*HYPERPARAMETERS, "beta")}
+PUBLISHING = ("publish", "min_gain")
 MAX_SEED = 2**31 - 1
 METADATA_KEY = re.compile(r'[^"\\\x00-\x1f]{1,64}')
 
@@ -165,7 +166,20 @@ def _settings(request: JobRequest, limits: Limits) -> dict[str, Any]:
             flag(given[name], name)
     if "early_stopping" in given:
         given["early_stopping"] = _early_stopping(given["early_stopping"])
-    return given
+    return given | _publishing(given)
+
+
+def _publishing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the name shall mean the result, and the gain that is asked for, which only if_better looks at."""
+    publish = one_of(given.get("publish", USUAL_PUBLISH), "publish", get_args(Publish))
+    if publish == "if_better":
+        return {"publish": publish, "min_gain": real(given.get("min_gain", 0.0), "min_gain", least=0.0, most=100.0)}
+    if "min_gain" in given:
+        raise InvalidRequestError(
+            f"min_gain is looked at only with publish if_better, and publish is {publish}; leave one of them out.",
+            param="min_gain",
+        )
+    return {"publish": publish}
 
 
 def _early_stopping(value: Any) -> int:

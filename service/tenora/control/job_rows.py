@@ -196,6 +196,7 @@ def job_record(row: JobRow, tenant: str) -> JobRecord:
         error=row.error,
         result_files=tuple(row.result_files),
         evaluation=row.evaluation,
+        published=row.published,
     )
 
 

@@ -10,11 +10,12 @@ import time
 from tenora.control.baselines import Measuring, measuring
 from tenora.control.closing import closing
 from tenora.control.database import RegistryBusyError
+from tenora.control.job_checkpoints import keep_checkpoint
 from tenora.control.job_context import JobContext
 from tenora.control.job_rows import Claim, LeaseLostError, drop_lease, log, owned
 from tenora.control.pace import Pace
 from tenora.control.preparation import is_prepared, spec_of
-from tenora.control.publication import keep_checkpoint, publish_result
+from tenora.control.publication import publish_result
 from tenora.control.sweep_table import choose_winner, record_trial, shares_done
 from tenora.control.training_log import Metrics, eval_line, fold_line, step_line, trial_line
 from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError

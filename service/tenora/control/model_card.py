@@ -24,7 +24,7 @@ def model_card(record: AdapterRecord) -> str:
         _front_matter(record),
         f"# {record.name}, version {record.version}",
         _about(record, said),
-        *(section(said) for section in (_quality, _few_shot, _more, _tasks, _lineage, _notes)),
+        *(section(said) for section in (_verdicts, _quality, _replaced, _few_shot, _more, _tasks, _lineage, _notes)),
         _use(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -60,21 +60,69 @@ def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
     return f"A LoRA adapter, {origin}.\n\n" + _table(("", ""), rows)
 
 
+def _verdicts(said: Mapping[str, Any]) -> str:
+    """Whether it is any good, before all figures."""
+    found: Mapping[str, Mapping[str, Any]] = said.get("verdicts") or {}
+    names = {
+        "start": "What training started from",
+        "base": "Base",
+        "few_shot_base": "Few-shot base",
+        "replaced": "The version that its name meant",
+    }
+    lines = []
+    for name, label in names.items():
+        if name in found:
+            reason = f" ({found[name]['reason'].rstrip('.')})" if found[name].get("reason") else ""
+            lines.append(f"- {label}: **{found[name]['verdict']}**{reason}")
+    return "## Verdicts\n\nThis adapter on held-out rows, beside:\n\n" + "\n".join(lines) if lines else ""
+
+
 def _quality(said: Mapping[str, Any]) -> str:
     found = said.get("held_out")
     if not found:
         return ""
+    pairs = found.get("unit") == "nats per pair"
     text = (
-        f"Measured on {found['rows']} rows with {found['tokens']:,} learned tokens ({said['source']}), in nats per "
-        "token; the interval is a paired bootstrap over rows, 95%."
+        f"Measured on {found['rows']} {'pairs' if pairs else 'rows'} with {found['tokens']:,} learned tokens "
+        f"({said['source']}), in {found.get('unit', 'nats per token')}; the interval is a paired bootstrap over "
+        f"{'pairs' if pairs else 'rows'}, 95%."
     )
-    rows = [
-        ("This adapter", _number(found["adapter_loss"])),
-        ("What training started from", _number(found["other_loss"])),
-        ("Difference", f"{_signed(found['difference'])} ({_signed(found['low'])} to {_signed(found['high'])})"),
-        ("Verdict", f"**{found['verdict']}**"),
-    ]
+    if pairs:
+        text += " The loss is DPO's, log 2 where training started: what is lower prefers the chosen answers more."
+    rows = _compared(found, "What training started from")
+    base = said.get("base")
+    if base and base != found:
+        rows += [(f"Base, on {base['rows']} of them", _number(base["other_loss"])), *_difference(base, "the base")]
     return f"## Held-out loss\n\n{text}\n\n" + _table(("", "loss"), rows)
+
+
+def _replaced(said: Mapping[str, Any]) -> str:
+    found = said.get("replaced")
+    if not found:
+        return ""
+    name = f"Version {found['version']} of {found['name']}"
+    against = found["comparison"]
+    if not against:
+        return ""
+    text = (
+        f"{name} (`{found['digest'][:12]}`) is what the name meant when this adapter was ready. On {against['rows']} "
+        f"held-out rows that neither has learned ({against['tokens']:,} learned tokens), in {against['unit']}."
+    )
+    return "## Against the version in use\n\n" + text + "\n\n" + _table(("", "loss"), _compared(against, name))
+
+
+def _compared(found: Mapping[str, Any], other: str) -> list[tuple[str, Any]]:
+    return [
+        ("This adapter", _number(found["adapter_loss"])),
+        (other, _number(found["other_loss"])),
+        *_difference(found, ""),
+    ]
+
+
+def _difference(found: Mapping[str, Any], other: str) -> list[tuple[str, Any]]:
+    of = f" to {other}" if other else ""
+    interval = f"{_signed(found['difference'])} ({_signed(found['low'])} to {_signed(found['high'])})"
+    return [(f"Difference{of}", interval), (f"Verdict{of and f', beside {other}'}", f"**{found['verdict']}**")]
 
 
 def _few_shot(said: Mapping[str, Any]) -> str:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.baselines import Measuring
 from tenora.control.blobs import Blob
-from tenora.control.examination import WITHHELD, examine
+from tenora.control.card import Card, Judgement, as_json
+from tenora.control.examination import WITHHELD, Examined, examine
+from tenora.control.job_checkpoints import result_name, withdraw_checkpoints
 from tenora.control.job_context import JobContext
-from tenora.control.job_requests import model_name
+from tenora.control.job_requests import Asked
 from tenora.control.job_rows import Claim, end, finite, log, owned
-from tenora.control.names import new_id, unix_now
+from tenora.control.predecessor import Beside, Predecessor, find_predecessor, hold_against, rows_of
+from tenora.control.records import USUAL_PUBLISH
 from tenora.control.resolution import active_version, one_pair
 from tenora.control.result_files import ResultFile, discard_results, write_results
-from tenora.control.schema import CheckpointRow, JobRow, TenantRow
+from tenora.control.row_record import Keys, RowRecord
+from tenora.control.schema import AdapterRow, AdapterVersionRow
+from tenora.control.scoring import Scorer
+from tenora.control.takeover import Decision, Published, decide
 from tenora.control.training_log import evaluation_of
 from tenora.control.versions import NewVersion, add_version
 from tenora.errors import TrainingError
-from tenora.training.spec import CheckpointEvent, FinishedEvent, TrainSpec
-
-KEPT_CHECKPOINTS = 3  # callable ones of a job, as OpenAI keeps
+from tenora.training.spec import FinishedEvent, TrainSpec
 
 
 async def publish_result(
@@ -48,7 +52,7 @@ async def publish_result(
         await _publish(context, claim, spec, event, measuring)
     except TrainingError as error:
         if error.code in WITHHELD:
-            await _withdraw_checkpoints(context, claim)
+            await withdraw_checkpoints(context, claim)
         raise
 
 
@@ -57,36 +61,80 @@ async def _publish(
 ) -> None:
     async with context.blobs.publishing(Path(event.path)) as blob:
         context.failpoints.hit("publish.after_blob")
-        card = await examine(context, claim, spec, event, blob, measuring)
-        evaluation = {name: finite(value) for name, value in evaluation_of(event).items()} | card.as_json()
+        examined = await examine(context, claim, spec, event, blob, measuring)
+        rows, keys = await rows_of(context, claim, spec, examined.held_out)
         results = await write_results(context, claim)
         try:
             context.failpoints.hit("publish.after_result_file")
-            async with context.database.write() as session:
-                moved = await _record_result(session, claim, event, blob, results, evaluation)
-                await session.flush()
-                context.failpoints.hit("publish.before_commit")
+            moved = None
+            while not isinstance(moved, Moved):
+                predecessor = await _predecessor(context, claim)
+                judged = await _judge(context, claim, spec, event, examined, keys, predecessor)
+                async with context.database.write() as session:
+                    moved = await _record_result(session, claim, event, blob, results, rows, judged)
+                    await session.flush()
+                    context.failpoints.hit("publish.before_commit")
         except BaseException:
             await discard_results(results)
             raise
     context.failpoints.hit("publish.after_commit")
-    if moved is not None:
-        await context.adapters.move_pin(moved, blob.digest)
+    if moved.pinned is not None:
+        await context.adapters.move_pin(moved.pinned, blob.digest)
 
 
-async def keep_checkpoint(context: JobContext, claim: Claim, event: CheckpointEvent) -> None:
-    """Make a checkpoint callable and let go of the job's oldest ones.
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A result beside what its name meant when it was looked at."""
 
-    The run may have removed the directory already when it is far ahead of us; then there is nothing to keep.
-    """
-    if not await asyncio.to_thread(Path(event.path).is_dir):
-        return
-    async with context.blobs.publishing(Path(event.path)) as blob:
-        context.failpoints.hit("jobs.after_checkpoint_blob")
-        async with context.database.write() as session:
-            row = await owned(session, claim)
-            dropped = await _record_checkpoint(session, row, event, blob)
-    await context.blobs.release(dropped)
+    card: Card
+    evaluation: Mapping[str, Any]
+    predecessor: Predecessor | None
+    beside: Beside
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A job whose rows are written. `pinned` is the digest that its pinned alias pointed at before it moved."""
+
+    pinned: str | None
+
+
+async def _predecessor(context: JobContext, claim: Claim) -> Predecessor | None:
+    async with context.database.read() as session:
+        row = await owned(session, claim)
+        return await find_predecessor(session, row.tenant_id, row.name)
+
+
+async def _judge(
+    context: JobContext,
+    claim: Claim,
+    spec: TrainSpec,
+    event: FinishedEvent,
+    examined: Examined,
+    keys: Keys,
+    predecessor: Predecessor | None,
+) -> Judged:
+    """Hold the result against what its name means. It takes its time, so it is no part of the transaction."""
+    beside = Beside(why_not="The name is new.")
+    if predecessor is not None:
+        beside = await hold_against(
+            context,
+            predecessor,
+            examined.held_out,
+            keys,
+            Scorer.behind_requests(context.engine, claim.tenant_id),
+            base_model=spec.base_model,
+            parent_digest=Path(spec.init_path).name or None,
+        )
+    card = examined.card
+    card = msgspec.structs.replace(
+        card,
+        verdicts={**card.verdicts, "replaced": Judgement.of(beside.comparison, beside.why_not or "")},
+        replaced=None if predecessor is None else predecessor.replaced(beside.comparison),
+        notes=card.notes if beside.note is None else [*card.notes, beside.note],
+    )
+    evaluation = {name: finite(value) for name, value in evaluation_of(event).items()} | card.as_json()
+    return Judged(card, evaluation, predecessor, beside)
 
 
 async def _record_result(
@@ -95,12 +143,24 @@ async def _record_result(
     event: FinishedEvent,
     blob: Blob,
     results: Sequence[ResultFile],
-    evaluation: Mapping[str, Any],
-) -> str | None:
-    """Write every row of a published job; the digest that a pinned alias pointed at before."""
+    rows: RowRecord | None,
+    judged: Judged,
+) -> Moved | None:
+    """Write every row of a published job; None, and nothing written, if its name means something else by now."""
     row = await owned(session, claim)
     before = await one_pair(session, active_version(row.tenant_id, row.name))
-    model = await _model_name(session, row)
+    if (None if before is None else before[1].id) != (judged.predecessor and judged.predecessor.id):
+        return None
+    model = await result_name(session, row)
+    settings = Asked.stored(row.requested).settings
+    decision = decide(
+        settings.get("publish", USUAL_PUBLISH),
+        settings.get("min_gain", 0.0),
+        digest=blob.digest,
+        replaced=judged.card.replaced,
+        base=judged.card.base,
+        why_not=judged.beside.why_not,
+    )
     new = NewVersion(
         row.tenant_id,
         row.name,
@@ -108,69 +168,42 @@ async def _record_result(
         source="job",
         job_id=row.id,
         model_name=model,
-        evaluation=evaluation,
+        evaluation=judged.evaluation,
         parent=row.parent,
         parent_digest=row.parent_digest,
+        rows=rows,
     )
-    alias, _ = await add_version(session, new, blob)
+    alias, version = await add_version(session, new, blob, moves=decision.moves)
     session.add_all([result.row(row.tenant_id) for result in results])
     row.fine_tuned_model = model
     row.trained_tokens = event.trained_tokens
-    row.evaluation = dict(evaluation)
+    row.evaluation = dict(judged.evaluation)
+    row.published = as_json(
+        Published(
+            alias_moved=decision.moves,
+            version=version.version,
+            digest=blob.digest,
+            code=decision.code,
+            reason=decision.reason,
+            replaced=judged.card.replaced,
+        )
+    )
     row.result_files = [result.id for result in results]
     end(row, "succeeded")
+    log(session, row, _said(alias, version, decision), level="warn" if decision.warns else "info")
+    await session.flush()  # keeps the order of the lines
     log(session, row, f"New fine-tuned model created: {model}")
-    await session.flush()  # keeps the order of the two lines
-    log(session, row, "The job has successfully completed")
-    return before[1].digest if before is not None and alias.pinned else None
-
-
-async def _withdraw_checkpoints(context: JobContext, claim: Claim) -> None:
-    """Make the job's checkpoints callable no more: they would be served as wrongly as the result."""
-    async with context.database.write() as session:
-        row = await owned(session, claim)
-        of_job = (CheckpointRow.tenant_id == row.tenant_id, CheckpointRow.job_id == row.id)
-        digests = set(await session.scalars(select(CheckpointRow.digest).where(*of_job)))
-        await session.execute(delete(CheckpointRow).where(*of_job))
-    await context.blobs.release(digests)
-
-
-async def _record_checkpoint(session: AsyncSession, row: JobRow, event: CheckpointEvent, blob: Blob) -> set[str]:
-    """Write the checkpoint's row, over that of an earlier attempt at this step; digests that lost a row."""
-    of_job = (CheckpointRow.tenant_id == row.tenant_id, CheckpointRow.job_id == row.id)
-    metrics = {
-        "step": event.step,
-        "train_loss": event.train_loss,
-        "train_mean_token_accuracy": event.train_accuracy,
-        "valid_loss": event.valid_loss,
-        "valid_mean_token_accuracy": event.valid_accuracy,
-        "full_valid_loss": event.valid_loss,
-        "full_valid_mean_token_accuracy": event.valid_accuracy,
-    }
-    dropped: set[str] = set()
-    checkpoint = await session.scalar(select(CheckpointRow).where(*of_job, CheckpointRow.step_number == event.step))
-    if checkpoint is None:
-        checkpoint = CheckpointRow(
-            id=new_id("ftckpt"),
-            tenant_id=row.tenant_id,
-            job_id=row.id,
-            created_at=unix_now(),
-            step_number=event.step,
-            model_name=f"{await _model_name(session, row)}:ckpt-step-{event.step}",
-        )
-        session.add(checkpoint)
-    else:
-        dropped.add(checkpoint.digest)
-    checkpoint.digest = blob.digest
-    checkpoint.metrics = {name: value for name, value in metrics.items() if finite(value) is not None}
     await session.flush()
-    kept = select(CheckpointRow).where(*of_job).order_by(CheckpointRow.step_number.desc()).offset(KEPT_CHECKPOINTS)
-    for old in await session.scalars(kept):
-        dropped.add(old.digest)
-        await session.delete(old)
-    return dropped
+    log(session, row, "The job has successfully completed")
+    return Moved(before[1].digest if before is not None and decision.moves and alias.pinned else None)
 
 
-async def _model_name(session: AsyncSession, row: JobRow) -> str:
-    tenant = await session.get_one(TenantRow, row.tenant_id)
-    return model_name(row.model, tenant.name, row.suffix, row.id)
+def _said(alias: AdapterRow, version: AdapterVersionRow, decision: Decision) -> str:
+    """What the owner is told of the name."""
+    if decision.moves:
+        return f"{alias.name} means version {version.version} now. {decision.reason}"
+    return (
+        f"{alias.name} does not mean this result, version {version.version}. {decision.reason} It is callable as "
+        f"{version.model_name} and {alias.name}@{version.digest[:12]}; to have the name mean it, POST "
+        f'/v1/adapters/{alias.name}/rollback {{"version": {version.version}}}.'
+    )

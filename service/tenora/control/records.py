@@ -14,10 +14,13 @@ T = TypeVar("T")
 Scope = Literal["infer", "train", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Publish = Literal["always", "if_better", "never"]
+USUAL_PUBLISH: Publish = "if_better"
 TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 SETTINGS = (
     *("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "max_seq_length", "max_steps"),
     *("truncate", "packing", "eval_interval", "early_stopping"),
+    *("publish", "min_gain"),
 )
 """Fields of a job that belong to no other object."""
 
@@ -107,6 +110,8 @@ class JobRequest:
         packing: False gives each row a pass of its own.
         eval_interval: optimizer steps between evaluations; 0 is once an epoch.
         early_stopping: evaluations without a better one after which to end; True is 3, False and 0 never do.
+        publish: whether the name shall mean the result: always, if_better (the default) than what it means, or never.
+        min_gain: of if_better: nats per learned token, per pair of DPO, by which it must be better.
         sweep: values to try; see `tenora.control.sweeps`.
         name: alias under which the result is callable; made from `suffix` or the job's id if absent.
     """
@@ -131,6 +136,8 @@ class JobRequest:
     packing: bool | None = None
     eval_interval: int | None = None
     early_stopping: bool | int | None = None
+    publish: str | None = None
+    min_gain: float | None = None
     sweep: Mapping[str, Any] | None = None
     suffix: str | None = None
     name: str | None = None
@@ -148,6 +155,7 @@ class JobRecord:
         settings: the fields of `SETTINGS`.
         sweep_results: a row per trial, with the keys of `tenora.control.sweeps.TRIAL_COLUMNS`.
         parent, parent_digest: name and digest of the adapter that it started from.
+        published: what became of the result, as `tenora.control.takeover.Published`.
     """
 
     id: str
@@ -178,6 +186,7 @@ class JobRecord:
     error: Mapping[str, Any] | None  # {code, message, param}
     result_files: Sequence[str]
     evaluation: Mapping[str, Any] | None  # {valid_loss, valid_accuracy, base_loss, best_step, steps, ...}
+    published: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

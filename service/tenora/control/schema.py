@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 # SQLite only auto-increments a column of the exact type INTEGER.
 Sequence = BigInteger().with_variant(Integer, "sqlite")
 Id = String(64)
+Binary = bytes  # by a name that no column has
 
 
 class Base(DeclarativeBase):
@@ -110,6 +111,7 @@ class JobRow(Base):
     error: Mapped[dict[str, Any] | None]
     result_files: Mapped[list[str]]
     evaluation: Mapped[dict[str, Any] | None]
+    published: Mapped[dict[str, Any] | None]  # `tenora.control.takeover.Published`
     plan: Mapped[dict[str, Any] | None]
     baselines: Mapped[dict[str, Any] | None]  # `tenora.control.baselines.Baselines`, as far as it was measured
     attempts: Mapped[int]  # runs that ended because the engine died
@@ -158,7 +160,10 @@ class CheckpointRow(Base):
 
 
 class AdapterRow(Base):
-    """An alias: a tenant's name for one of its versions. Moving `version` is publishing and rolling back."""
+    """An alias: a tenant's name for one of its versions. Moving `version` is publishing and rolling back.
+
+    A `version` of 0 is none of them: the name means nothing yet.
+    """
 
     __tablename__ = "adapters"
     seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
@@ -193,6 +198,8 @@ class AdapterVersionRow(Base):
     evaluation: Mapped[dict[str, Any] | None]
     parent: Mapped[str | None] = mapped_column(String(600))  # the adapter that its training started from
     parent_digest: Mapped[str | None] = mapped_column(String(64))
+    # `tenora.control.row_record.RowRecord`: eight bytes a row, so no listing reads it.
+    rows: Mapped[Binary | None] = mapped_column(LargeBinary, deferred=True, deferred_raiseload=True)
     __table_args__ = (
         UniqueConstraint("adapter_id", "version", name="uq_adapter_versions_adapter_version"),
         UniqueConstraint("tenant_id", "model_name", name="uq_adapter_versions_tenant_model"),

@@ -13,7 +13,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.control.closing import closing
 from tenora.control.names import random_word
 from tenora.engine.messages import Generate, SamplingParams
-from tenora.errors import RateLimitedError, UnavailableError
+from tenora.errors import RateLimitedError, TenoraError, UnavailableError
 
 if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 60.0  # of a busy engine: a full queue, no free slot, a step that ran out of memory
+_BEHIND = 0.1  # weight beside the tenants' groups
 _GONE = frozenset({"engine_lost", "engine_shutdown", "draining"})
+
+
+def is_gone(error: TenoraError, engine: AsyncEngine) -> bool:
+    """Whether scoring failed with the engine, which a later one can do again."""
+    return error.code in _GONE or not engine.alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,11 @@ class Scorer:
     group: str
     weight: float = 1.0
     priority: int = 0
+
+    @classmethod
+    def behind_requests(cls, engine: AsyncEngine, tenant_id: str) -> Scorer:
+        """For the many rows of a comparison, in a group beside the tenants' own: their requests come first."""
+        return cls(engine, f"{tenant_id}/baselines", weight=_BEHIND)
 
     async def score(
         self, tokens: Sequence[int], places: Sequence[int], adapter: AdapterRef | None = None
@@ -59,8 +70,7 @@ class Scorer:
             try:
                 scores = await self._once(tokens, places[0], adapter)
             except (RateLimitedError, UnavailableError) as error:
-                gone = error.code in _GONE or not self.engine.alive
-                if gone or time.monotonic() + error.retry_after > deadline:
+                if is_gone(error, self.engine) or time.monotonic() + error.retry_after > deadline:
                     raise
                 _log.info("scoring waits for the engine: %s", error.message)
                 await asyncio.sleep(error.retry_after)

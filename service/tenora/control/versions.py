@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenora.control.blobs import Blob
 from tenora.control.names import DIGEST_PREFIX, new_id, unix_now
 from tenora.control.records import AdapterRecord
+from tenora.control.row_record import RowRecord
 from tenora.control.schema import AdapterRow, AdapterVersionRow
 from tenora.errors import InvalidRequestError
 
@@ -29,10 +30,13 @@ class NewVersion:
     evaluation: Mapping[str, Any] | None = None
     parent: str | None = None
     parent_digest: str | None = None
+    rows: RowRecord | None = None
 
 
-async def add_version(session: AsyncSession, new: NewVersion, blob: Blob) -> tuple[AdapterRow, AdapterVersionRow]:
-    """Add a version to the alias, which is made if need be and then points at it."""
+async def add_version(
+    session: AsyncSession, new: NewVersion, blob: Blob, *, moves: bool = True
+) -> tuple[AdapterRow, AdapterVersionRow]:
+    """Add a version to the alias, which is made if need be, and points at it if it `moves`."""
     now = unix_now()
     alias = await find_alias(session, new.tenant_id, new.name)
     if alias is None:
@@ -64,9 +68,11 @@ async def add_version(session: AsyncSession, new: NewVersion, blob: Blob) -> tup
         evaluation=None if new.evaluation is None else dict(new.evaluation),
         parent=new.parent,
         parent_digest=new.parent_digest,
+        rows=None if new.rows is None else new.rows.encode(),
     )
     session.add(row)
-    alias.version = row.version
+    if moves:
+        alias.version = row.version
     await session.flush()
     return alias, row
 

@@ -64,7 +64,7 @@ def finished(learner: Learner) -> FinishedEvent:
         trained_tokens=progress.trained_tokens,
         seconds=time.monotonic() - learner.started,
         last_loss=progress.last_loss,
-        held_out=None if spec.method == "dpo" else _held_out(learner, best),
+        held_out=_held_out(learner, best),
         probe=_probe(learner, best),
         tasks=best.tasks,
         general_loss=best.general_loss,

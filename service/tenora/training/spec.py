@@ -230,6 +230,8 @@ class FoldEvent(msgspec.Struct, frozen=True, kw_only=True, tag="fold"):
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """The held-out rows one by one: losses in nats, summed over a row's learned tokens.
 
+    Of DPO they are plain losses too, with the chosen and the rejected answer of a pair side by side.
+
     Attributes:
         tokens: learned tokens of each row.
         adapter, start: loss of each row under the result, and under what training started from.
@@ -259,8 +261,8 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
 
     Attributes:
         last_loss: held-out loss of the last evaluation, for the verdict on overfitting.
-        held_out: the rows behind `valid_loss` and `base_loss`; None for DPO. With `TrainSpec.folds` they are the
-            training rows, each measured by an adapter that had not seen it.
+        held_out: the rows behind `valid_loss` and `base_loss`. With `TrainSpec.folds` they are the training rows, each
+            measured by an adapter that had not seen it.
         probe: for the comparison with the serving path.
         tasks: held-out loss of each task, if there are several.
         general_loss, base_general_loss: of the result and of the base, nats per token of `TrainSpec.general_text`; None

@@ -206,6 +206,7 @@ class Estimate(ApiObject):
     Attributes:
         tokens, trained_tokens: of the rows to train on, once.
         steps, read_tokens: of the whole job, over all folds or trials.
+        replaces: the version that the job's name means now, which its result would be held against.
         tasks: the same for each training file, with near-duplicates between the two sides.
     """
 
@@ -224,6 +225,9 @@ class Estimate(ApiObject):
     tokens_per_second: float | None = None
     seconds: float | None = None
     measured: bool = False
+    publish: str | None = None
+    min_gain: float | None = None
+    replaces: Mapping[str, Any] | None = None
     tasks: Sequence[Mapping[str, Any]] = ()
 
 
@@ -233,6 +237,46 @@ class JobFailure(ApiObject):
     code: str | None = None
     message: str
     param: str | None = None
+
+
+class Comparison(ApiObject):
+    """Held-out loss of a result beside something else's, on the same rows; a `difference` below 0 is better.
+
+    Attributes:
+        unit: nats per token, or per pair of preference rows.
+        low, high: 95% interval of the difference.
+        verdict: better, worse, no difference or too few rows.
+    """
+
+    rows: int
+    tokens: int
+    unit: str = "nats per token"
+    adapter_loss: float | None = None
+    other_loss: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str
+
+
+class Replaced(ApiObject):
+    """The version that a name meant when the job ended; `comparison` is None if the two could not be compared."""
+
+    name: str
+    version: int
+    digest: str
+    comparison: Comparison | None = None
+
+
+class Published(ApiObject):
+    """What became of a job's result: whether its name means it now (`alias_moved`), and why."""
+
+    alias_moved: bool
+    version: int
+    digest: str
+    code: str
+    reason: str
+    replaced: Replaced | None = None
 
 
 class JobState(ApiObject):
@@ -249,6 +293,8 @@ class JobState(ApiObject):
     hyperparameters: Mapping[str, Any] = Field(default_factory=dict)
     lora: Mapping[str, Any] = Field(default_factory=dict)
     seed: int | None = None
+    publish: str | None = None
+    min_gain: float | None = None
     name: str | None = None
     error: JobFailure | None = None
     fine_tuned_model: str | None = None
@@ -260,6 +306,7 @@ class JobState(ApiObject):
     parent: str | None = None
     metadata: Mapping[str, str] | None = None
     evaluation: Mapping[str, Any] | None = None
+    published: Published | None = None
 
     @property
     def finished(self) -> bool:

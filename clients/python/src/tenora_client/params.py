@@ -73,6 +73,8 @@ class JobParams(TypedDict, total=False):
         packing: False gives each row a pass of its own.
         eval_interval: optimizer steps between evaluations; 0 is once an epoch.
         early_stopping: end after so many evaluations without a better one; True is 3, False never does.
+        publish: whether `name` shall mean the result: "if_better" (the default) than what it means, "always", "never".
+        min_gain: with "if_better": by how many nats per learned token (per pair of DPO) it must be better.
         sweep: values of rank, learning_rate, n_epochs and batch_size to try, each a list or an object of min, max and
             log; with `sampler` ("grid" or "random") and `trials`.
         extra: further fields of the request body, sent as they are.
@@ -99,5 +101,7 @@ class JobParams(TypedDict, total=False):
     packing: bool
     eval_interval: int
     early_stopping: bool | int
+    publish: Literal["always", "if_better", "never"]
+    min_gain: float
     sweep: Mapping[str, Any]
     extra: Mapping[str, Any]

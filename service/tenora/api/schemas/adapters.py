@@ -11,12 +11,14 @@ from tenora.api.schemas.base import RequestModel, ResponseModel
 
 EVALUATION = (
     "Of an adapter that a job made. `valid_loss`, `base_loss` and the like are the run's own. `held_out` compares the "
-    "adapter with what training started from, row by row: `difference` in nats per learned token with a 95% interval "
-    "(`low`, `high`), `verdict` better, worse, no difference or too few rows; `source` says whether the rows were held "
-    "out or cross-validated. `few_shot` compares it with the base that has `shots` training rows in its prompt. "
+    "adapter with what training started from, row by row: `difference` in nats per learned token (`unit`: or per "
+    "preference pair) with a 95% interval (`low`, `high`), `verdict` better, worse, no difference or too few rows; "
+    "`source` says whether the rows were held out or cross-validated. `base` compares it with the base, `replaced` "
+    "with the version that its name meant when the job ended, and `few_shot` with the base that has `shots` training "
+    "rows in its prompt; `verdicts` has the verdict against each of them, or not measured with the reason. "
     "`forgetting` is the change on a general text, `overfitting` what went on after the best evaluation, "
-    "`near_duplicates` how many held-out rows are nearly training rows, `parity` how far serving is from training, and "
-    "`lineage` what it was made of. `notes` says what could not be measured."
+    "`near_duplicates` how many held-out rows are nearly training rows, `parity` how far serving is from training, "
+    "and `lineage` what it was made of. `notes` says what could not be measured."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tenora.api.schemas.base import ResponseModel
+from tenora.control.records import Publish
 
 
 class DuplicatePairObject(ResponseModel):
@@ -28,6 +29,14 @@ class TaskEstimateObject(ResponseModel):
     near_duplicate_pairs: list[DuplicatePairObject]
 
 
+class ReplacesObject(ResponseModel):
+    """The version that the job's name means now, which its result would be held against."""
+
+    name: str
+    version: int
+    digest: str
+
+
 class EstimateObject(ResponseModel):
     """An `Estimate` of the control plane; `seconds` is null until the service has measured its speed."""
 
@@ -47,4 +56,7 @@ class EstimateObject(ResponseModel):
     tokens_per_second: float | None
     seconds: float | None
     measured: bool
+    publish: Publish
+    min_gain: float | None
+    replaces: ReplacesObject | None
     tasks: list[TaskEstimateObject]

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, StrictBool
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
+from tenora.control.card import Unit, Verdict
 from tenora.control.job_requests import HYPERPARAMETERS
-from tenora.control.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, JobStatus
+from tenora.control.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, JobStatus, Publish
 from tenora.control.sweeps import MAX_TRIALS
+from tenora.control.takeover import Code
 from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
 
 MAX_SUFFIX = 64
@@ -153,6 +155,20 @@ class JobCreateRequest(RequestModel):
     early_stopping: Annotated[
         bool | int | None, PlainValidator(_evaluations, json_schema_input_type=bool | int | None)
     ] = Field(default=None, description="End after so many evaluations without a better one; true is 3, 0 never does.")
+    publish: Publish | None = Field(
+        default=None,
+        description="Whether `name` shall mean the result. if_better, the default: only if its held-out loss is lower "
+        "than that of the version that the name means, on rows that neither has learned; a new name means its first "
+        "version. always; never. Withheld or not, the version is stored and callable by `fine_tuned_model` and "
+        "`name@digest`, and `published` says what was decided.",
+    )
+    min_gain: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="With if_better: the gain that is asked for, in nats per learned token, per pair of DPO; of a new "
+        "name over the base.",
+    )
     sweep: Sweep | None = None
 
     def to_request(self) -> JobRequest:
@@ -188,6 +204,50 @@ class JobError(ResponseModel):
     param: str | None = None
 
 
+class ComparisonObject(ResponseModel):
+    """Held-out loss of a result beside something else's, on the same rows; `difference` below 0 is better.
+
+    Attributes:
+        low, high: 95% interval of the difference.
+    """
+
+    rows: int
+    tokens: int
+    unit: Unit
+    adapter_loss: float | None
+    other_loss: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    verdict: Verdict
+
+
+class ReplacedObject(ResponseModel):
+    """The version that the name meant when the job ended; `comparison` is null if the two could not be compared."""
+
+    name: str
+    version: int
+    digest: str
+    comparison: ComparisonObject | None
+
+
+class PublishedObject(ResponseModel):
+    """What became of a job's result.
+
+    Attributes:
+        alias_moved: the job's name means it now.
+        version, digest: of the result, which is callable by id in any case.
+        code, reason: why.
+    """
+
+    alias_moved: bool
+    version: int
+    digest: str
+    code: Code
+    reason: str
+    replaced: ReplacedObject | None
+
+
 class JobObject(ResponseModel):
     """A fine-tuning job, with the fields of the request that are Tenora's own, in numbers once the files were read.
 
@@ -196,6 +256,7 @@ class JobObject(ResponseModel):
         sweep_results: a row per trial of the sweep.
         parent, parent_digest: the adapter that it started from.
         evaluation: what is known of the result.
+        published: whether its name means it, and why; null while there is no result.
     """
 
     id: str
@@ -232,11 +293,14 @@ class JobObject(ResponseModel):
     packing: bool | None
     eval_interval: int | None
     early_stopping: int | None
+    publish: Publish | None
+    min_gain: float | None
     sweep: dict[str, Any] | None
     sweep_results: list[dict[str, Any]] | None
     parent: str | None
     parent_digest: str | None
     evaluation: dict[str, Any] | None
+    published: PublishedObject | None
 
     @classmethod
     def of(cls, record: JobRecord) -> Self:
@@ -269,6 +333,7 @@ class JobObject(ResponseModel):
             parent=record.parent,
             parent_digest=record.parent_digest,
             evaluation=None if record.evaluation is None else dict(record.evaluation),
+            published=None if record.published is None else PublishedObject.model_validate(record.published),
         )
 
 
