@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=512 * 2**20, ge=1024, description="Largest uploaded training file.")
     max_adapter_bytes: int = Field(default=1024 * 2**20, ge=1024, description="Largest uploaded adapter.")
     adapter_dirs: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(), description="Directories from which admins may load adapters by path."
+        default=(), description="Directories from which the default tenant's admins may load adapters by path."
     )
 
     # training

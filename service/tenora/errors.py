@@ -25,9 +25,14 @@ An error says what is wrong **and what to do**. HTTP status codes live in one ta
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 2000
+LONGEST_PARAM = 200
+
 
 class TenoraError(Exception):
     """Base of the tree.
+
+    What is quoted may be of any length and is anybody's: it is cut here, for answers, rows and logs alike.
 
     Attributes:
         message: one sentence for the person who has to act on it.
@@ -38,11 +43,22 @@ class TenoraError(Exception):
     code: str | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = brief(message, LONGEST_MESSAGE)
+        super().__init__(self.message)
+        self.param = None if param is None else brief(param, LONGEST_PARAM)
         if code is not None:
             self.code = code
+
+
+def brief(text: str, most: int) -> str:
+    """`text` in at most `most` characters, its middle left out; a lone surrogate, which is no text, as its escape."""
+    if len(text) > most:
+        tail = most // 3  # the end of a message says what to do
+        text = f"{text[: most - tail - 1]}…{text[-tail:]}"
+    if text.isascii():
+        return text
+    escaped = text.encode(errors="backslashreplace").decode()
+    return escaped if len(escaped) <= most or escaped == text else brief(escaped, most)
 
 
 class InvalidRequestError(TenoraError):

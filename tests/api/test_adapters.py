@@ -171,3 +171,17 @@ class TestVllm:
     async def test_only_admins_name_paths(self, service: Service, make_adapter: MakeAdapter) -> None:
         body = {"lora_name": "fox", "lora_path": str(make_adapter(1))}
         assert (await service.client("adapters").post("/v1/load_lora_adapter", json=body)).status_code == 403
+
+    async def test_the_operators_directories_are_the_default_tenants_alone(
+        self, service: Service, make_adapter: MakeAdapter
+    ) -> None:
+        directory = make_adapter(1)
+        answers = [
+            await service.client("admin", "other").post(
+                "/v1/load_lora_adapter", json={"lora_name": "fox", "lora_path": path}
+            )
+            for path in (str(directory), "/nowhere")
+        ]
+        assert {answer.status_code for answer in answers} == {403}
+        assert answers[0].json() == answers[1].json()
+        assert (await service.client("admin", "other").get("/v1/adapters")).json()["data"] == []

@@ -17,6 +17,7 @@ from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
 from tenora.control.model_card import README_NAME
 from tenora.control.records import Principal
+from tenora.control.tenants import DEFAULT_TENANT
 from tenora.engine.messages import EngineStats
 from tenora.errors import (
     AdapterFormatError,
@@ -264,7 +265,7 @@ async def test_loading_by_path(
     adapter_files(allowed, targets, seed=1)
     adapter_files(tmp_path, targets, seed=2)
     control = await open_control(adapter_dirs=(allowed,))
-    acme, reader = await tenant(control, "acme"), await tenant(control, "acme", "adapters")
+    acme, reader = await tenant(control, DEFAULT_TENANT), await tenant(control, DEFAULT_TENANT, "adapters")
     good = allowed / "adapter-1-4"
     load = control.adapters.load_path
     record = await load(acme, name="desk", path=good, replace=False)

@@ -24,6 +24,7 @@ from tenora.engine.link import ThreadLink
 from tenora.engine.messages import Event, Generate, SequenceOutput
 from tenora.engine.supervisor import MAX_SOCKET_PATH, ProcessLink, _private_directory, launch_message
 from tenora.errors import UnavailableError, UnsupportedModelError
+from tenora.model.catalog import _run
 from tests.engine.driver import Driver
 from tests.engine.requests import generate, sampling
 
@@ -181,6 +182,26 @@ def test_secrets_do_not_reach_the_child(tmp_path: Path) -> None:
     assert b"hunter2" not in message
     restored = Settings.model_validate(json.loads(message)["settings"])
     assert restored == settings.model_copy(update={"api_key": None, "database_url": None})
+
+
+async def test_no_child_finds_a_secret_in_its_environment(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENORA_API_KEY", "tk-secret")
+    monkeypatch.setenv("TENORA_DATABASE_URL", "postgresql://u:hunter2@h/d")
+    engine = AsyncEngine(SETTINGS, tiny_base)
+    await engine.start()
+    try:
+        inherited = psutil.Process(pid_of(engine)).environ()
+    finally:
+        await engine.close(0)
+    assert "PATH" in inherited
+    assert not [name for name in inherited if name.startswith("TENORA_")]
+
+    said: list[str] = []
+    program = "import os, json; print(json.dumps([name for name in os.environ if name.startswith('TENORA_')]))"
+    assert _run([sys.executable, "-c", program], said.append, tmp_path)[0] == 0  # as a base is converted
+    assert json.loads(said[0]) == []
 
 
 def test_the_socket_path_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> e.InvalidRequestE
     kind, location = str(problem["type"]), problem["loc"]
     if kind == "json_invalid":
         return e.InvalidRequestError("The body is not valid JSON. Send one JSON object.", code="invalid_json")
-    param = field_name(location) or None
+    param = e.brief(field_name(location), e.LONGEST_PARAM) or None
     if param is None:
         return e.InvalidRequestError(
             "The body must be one JSON object, sent with `Content-Type: application/json`.", code="invalid_json"

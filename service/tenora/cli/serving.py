@@ -188,7 +188,10 @@ def announced(settings: Settings, control: Control, listener: socket.socket) -> 
     """Say where the server is: on stdout, and in the state directory for the command line."""
     url = url_of(listener)
     path = settings.root / SERVER_FILE
-    path.write_text(json.dumps({"url": url, "pid": os.getpid(), "model": control.inference.base_id}) + "\n")
+    note = json.dumps({"url": url, "pid": os.getpid(), "model": control.inference.base_id})
+    path.unlink(missing_ok=True)  # of a process that was killed, and with whatever permissions it had
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{note}\n")
     made = control.bootstrap
     if made.secret is not None:
         typer.echo(f"API key of the default tenant, shown once and kept in {made.credentials}: {made.secret}")

@@ -25,6 +25,7 @@ from tenora.control.records import AdapterRecord, Principal
 from tenora.control.resolution import active_version, all_versions, one_pair, pairs, split_canonical, versions_of
 from tenora.control.schema import AdapterRow, AdapterVersionRow, CheckpointRow
 from tenora.control.storage import Storage, full_disk, remove
+from tenora.control.tenants import DEFAULT_TENANT
 from tenora.control.versions import NewVersion, adapter_record, add_version, find_alias, version_filter
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
 
@@ -90,15 +91,19 @@ class Adapters:
             await asyncio.to_thread(remove, directory)
 
     async def load_path(self, principal: Principal, *, name: str, path: Path, replace: bool) -> AdapterRecord:
-        """Import a PEFT directory of this machine, as vLLM's load_lora_adapter does; needs the scope `admin`.
+        """Import a PEFT directory of this machine, as vLLM's load_lora_adapter does; needs the operator's own key.
+
+        That is one of the default tenant with the scope `admin`: another tenant's admin is a customer, and what lies in
+        the operator's directories may be anybody's.
 
         Raises:
-            PermissionDeniedError: the path is not under one of `adapter_dirs`.
+            PermissionDeniedError: the path is not under one of `adapter_dirs`, or they are not the caller's.
             InvalidRequestError: code already_loaded, the name exists and `replace` is false.
         """
         principal.require("admin")
         check_name(name, param="lora_name", reserved=self._base_id)
-        config, weights = await asyncio.to_thread(check_loadable, path, self._settings.adapter_dirs)
+        allowed = self._settings.adapter_dirs if principal.tenant == DEFAULT_TENANT else ()
+        config, weights = await asyncio.to_thread(check_loadable, path, allowed)
         if not replace:
             async with self._database.read() as session:
                 if await find_alias(session, principal.tenant_id, name) is not None:

@@ -18,6 +18,7 @@ import zmq.asyncio
 from tenora.config import Settings
 from tenora.engine.link import decode_event, encode
 from tenora.engine.messages import Command, Event, Ready
+from tenora.environment import for_child
 
 LAST_WORDS_MS = 50  # after the child's exit, its last frames are read until this much silence
 MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
@@ -166,7 +167,7 @@ def _private_directory() -> Path:
 async def _spawn(settings: Settings) -> asyncio.subprocess.Process:
     threads = str(settings.threads or available_cpus())
     # OpenMP sizes its pool when it is imported, before the child could say how many threads it wants.
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    environment = for_child({"OMP_NUM_THREADS": threads})
     # After each operation of torch its idle threads spin, by default for milliseconds, on cores that our own kernels
     # want next: a forward pass of 512 tokens took half as long again.
     environment.setdefault("GOMP_SPINCOUNT", "2000")

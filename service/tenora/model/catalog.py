@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from tenora.environment import for_child
 from tenora.errors import UnsupportedModelError
 from tenora.model.spec import SUPPORTED, ModelSpec
 
@@ -228,7 +229,7 @@ def _run(command: list[str], line: Callable[[str], None], work: Path) -> tuple[i
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **quiet},
+            env=for_child(quiet),
         ) as process,
     ):
         try:
