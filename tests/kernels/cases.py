@@ -106,13 +106,15 @@ def make_case(
     train: bool = False,
     seed: int = 0,
     narrow: bool = False,
+    weights: torch.dtype | None = None,
 ) -> Case:
-    """Random x and y of `dtype` for rows in `slots`."""
+    """Random x and y of `dtype` for rows in `slots`; the adapters too, unless `weights` is another type."""
     generator = torch.Generator().manual_seed(seed + 1)
     rows, width = len(slots), site.slices[-1][1]
     x = torch.randn(rows, site.in_features, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
-    return Case(y, x, site, make_tables(ranks, dtype, train=train, seed=seed, narrow=narrow), list(slots))
+    tables = make_tables(ranks, weights or dtype, train=train, seed=seed, narrow=narrow)
+    return Case(y, x, site, tables, list(slots))
 
 
 def worst(got: Tensor, wanted: Tensor) -> float:

@@ -22,6 +22,10 @@ from tenora.training.spec import Scheduler
 class Vector:
     weights: torch.Tensor
     grad: torch.Tensor
+    refreshed: torch.Tensor | None = None
+
+    def refresh(self) -> None:
+        self.refreshed = self.weights.clone()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -41,6 +45,8 @@ def test_adamw_equals_torch(weight_decay: float) -> None:
         ours.step(rate)
     torch.testing.assert_close(parameters.weights, theirs.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(ours.exp_avg_sq, reference.state[theirs]["exp_avg_sq"], rtol=1e-6, atol=0)
+    assert parameters.refreshed is not None
+    assert torch.equal(parameters.refreshed, parameters.weights), "it is told of the weights as they are at the end"
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])

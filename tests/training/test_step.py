@@ -67,6 +67,7 @@ def make_adapter(decoder: Decoder, lora: LoraSpec, seed: int = 0, arena: Trainin
     adapter.initialise(seed)
     noise = torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(seed))
     adapter.weights.add_(noise, alpha=0.03)
+    adapter.refresh()
     return adapter
 
 

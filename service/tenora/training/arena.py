@@ -3,6 +3,10 @@
 The modules of an adapter lie back to back, so that its weights, gradient and moments are each one vector, and a step on
 one adapter touches no other one's bytes. The arena is made anew when an adapter comes or goes, between two passes; a
 `TrainedAdapter` knows where its own part is then.
+
+Where the base computes in a two-byte type, passes read a copy of the masters in that type, as mixed-precision training
+does (Micikevicius et al. 2018): products of two-byte operands run on the tensor cores, float32 ones beside them do not.
+The copy has the values that the adapter will be served with.
 """
 
 from __future__ import annotations
@@ -27,15 +31,20 @@ class TrainingArena:
     """Master weights and gradients of the adapters that train on one base.
 
     Attributes:
-        tables: what `add_lora` reads weights from and adds gradients to. Replaced by `add` and `remove`, which must not
-            be called while a pass is under way.
+        masters: the weights in float32, which optimizers change.
+        tables: what `add_lora` reads weights from, in the type of the base, and adds float32 gradients to; the masters
+            themselves where that type is float32. Both are replaced by `add` and `remove`, which must not be called
+            while a pass is under way.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], *, device: torch.device) -> None:
+    def __init__(
+        self, targets: Sequence[TargetModule], *, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """An empty arena on `device`, for a base that computes in `dtype`."""
         self.targets = tuple(targets)
-        self._device = device
+        self._device, self._dtype = device, dtype
         self._adapters: list[TrainedAdapter] = []
-        self.tables = self._tables([], torch.zeros(0, device=device), torch.zeros(0, device=device))
+        self.masters, self.tables = self._allocate([])
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -57,22 +66,30 @@ class TrainingArena:
 
     def _rebuild(self, adapters: list[TrainedAdapter]) -> None:
         """Lay these adapters side by side in a new arena. Nothing has changed if memory runs out."""
-        total = sum(adapter.numel for adapter in adapters)
-        arena = torch.zeros(total, dtype=torch.float32, device=self._device)
-        grad = torch.zeros_like(arena)
-        tables = self._tables(adapters, arena, grad)
+        masters, tables = self._allocate(adapters)
+        spans: list[slice] = []
         start = 0
         for adapter in adapters:
             span = slice(start, start + adapter.numel)
             if adapter in self._adapters:
-                arena[span] = adapter.weights
-                grad[span] = adapter.grad
+                masters.arena[span] = adapter.weights
+                _gradient(tables)[span] = adapter.grad
+            spans.append(span)
             start = span.stop
-        self.tables, self._adapters = tables, adapters
-        start = 0
-        for slot, adapter in enumerate(adapters):
-            adapter.slot, adapter.span = slot, slice(start, start + adapter.numel)
-            start += adapter.numel
+        if tables is not masters:
+            tables.arena.copy_(masters.arena)
+        self.masters, self.tables, self._adapters = masters, tables, adapters
+        for slot, (adapter, span) in enumerate(zip(adapters, spans, strict=True)):
+            adapter.slot, adapter.span = slot, span
+
+    def _allocate(self, adapters: Sequence[TrainedAdapter]) -> tuple[LoraTables, LoraTables]:
+        """Masters and what passes read, all zero."""
+        arena = torch.zeros(sum(adapter.numel for adapter in adapters), dtype=torch.float32, device=self._device)
+        grad = torch.zeros_like(arena)
+        masters = self._tables(adapters, arena, grad)
+        if self._dtype == torch.float32:
+            return masters, masters
+        return masters, self._tables(adapters, arena.to(self._dtype), grad)
 
     def _tables(self, adapters: Sequence[TrainedAdapter], arena: Tensor, grad: Tensor) -> LoraTables:
         tables = LoraTables.empty(
@@ -114,15 +131,19 @@ class TrainedAdapter:
 
     @property
     def weights(self) -> Tensor:
-        """float32 [numel], a view of the master weights."""
-        return self.tables.arena[self.span]
+        """float32 [numel], a view of the master weights. Whoever changes them calls `refresh` afterwards."""
+        return self._arena.masters.arena[self.span]
 
     @property
     def grad(self) -> Tensor:
         """float32 [numel], a view of the gradient."""
-        if self.tables.grad is None:
-            raise TrainingError("The arena was built without gradients.")
-        return self.tables.grad[self.span]
+        return _gradient(self.tables)[self.span]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring what passes read up to date with the master weights."""
+        if self.tables is not self._arena.masters:
+            self.tables.arena[self.span].copy_(self.weights)
 
     def initialise(self, seed: int) -> None:
         """Set A uniform in ±1/√in (PEFT's Kaiming initialisation) and B zero, so that the adapter begins as the base.
@@ -132,9 +153,10 @@ class TrainedAdapter:
         generator = torch.Generator().manual_seed(seed)
         for target in self._modules():
             bound = 1 / math.sqrt(target.in_features)
-            a = self.tables.a(target.row, self.slot)
+            a = self._arena.masters.a(target.row, self.slot)
             a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
-            self.tables.bt(target.row, self.slot).zero_()
+            self._arena.masters.bt(target.row, self.slot).zero_()
+        self.refresh()
 
     def start_from(self, modules: Mapping[str, tuple[Float32Array, Float32Array, float]]) -> None:
         """Begin as another adapter does, after `initialise`.
@@ -163,16 +185,17 @@ class TrainedAdapter:
                     f"The starting adapter has rank {rank} at {path}; train with a rank of at least that.",
                     code="init_from_mismatch",
                 )
-            self.tables.a(target.row, self.slot)[:rank].copy_(torch.from_numpy(a))
+            self._arena.masters.a(target.row, self.slot)[:rank].copy_(torch.from_numpy(a))
             bt = torch.from_numpy(np.ascontiguousarray(b.T)).mul(scale / scaling(self.lora))
-            self.tables.bt(target.row, self.slot)[:rank].copy_(bt)
+            self._arena.masters.bt(target.row, self.slot)[:rank].copy_(bt)
+        self.refresh()
 
     def export(self) -> dict[str, tuple[Float32Array, Float32Array]]:
         """The adapter per module path: A [r, in] and B [out, r], float32 copies on the host."""
         return {
             target.path: (
-                self.tables.a(target.row, self.slot).cpu().numpy().copy(),
-                np.ascontiguousarray(self.tables.bt(target.row, self.slot).t().cpu().numpy()),
+                self._arena.masters.a(target.row, self.slot).cpu().numpy().copy(),
+                np.ascontiguousarray(self._arena.masters.bt(target.row, self.slot).t().cpu().numpy()),
             )
             for target in self._modules()
         }
@@ -183,6 +206,12 @@ class TrainedAdapter:
 
     def _modules(self) -> list[TargetModule]:
         return [target for target, rank in zip(self._arena.targets, self.ranks, strict=True) if rank]
+
+
+def _gradient(tables: LoraTables) -> Tensor:
+    if tables.grad is None:
+        raise TrainingError("The arena was built without gradients.")
+    return tables.grad
 
 
 def scaling(lora: LoraSpec) -> float:

@@ -195,6 +195,7 @@ def load_state(workdir: Path, state: State) -> Progress | None:
         for name, tensor in loaded.items():
             places[name].copy_(tensor)
     state.optimizer.steps = steps
+    state.optimizer.parameters.refresh()
     return progress
 
 

@@ -68,7 +68,7 @@ class FusedTraining:
             tokens_per_pass: most tokens of a pass.
             start: makes a run.
         """
-        arena = TrainingArena(target_modules(decoder.spec), device=decoder.device)
+        arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=decoder.dtype)
         self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass)
         self._start = start
         self._runs: dict[str, _Hosted] = {}

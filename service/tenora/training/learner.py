@@ -80,6 +80,7 @@ class Learner:
                 if spec.method == "dpo":
                     self.reference = host.arena.add(spec.lora)
                     self.reference.weights.copy_(self.adapter.weights)
+                    self.reference.refresh()
             self.optimizer = AdamW(self.adapter, weight_decay=spec.weight_decay)
             rows = len(corpus.train) if spec.method == "dpo" else 0
             self.train_reference = np.full(rows, np.nan, np.float32)  # log π_ref of each row, once it was computed

@@ -17,6 +17,9 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 class Parameters(Protocol):
     """What is optimised; the two views may lie elsewhere at every step."""
 
+    def refresh(self) -> None:
+        """The weights have changed: bring what was made from them up to date."""
+
     @property
     def weights(self) -> Tensor:
         """float32 [n], changed in place."""
@@ -42,7 +45,10 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update the weights from the gradient, as `torch.optim.AdamW` does, decoupled weight decay included."""
+        """Update the weights from the gradient, as `torch.optim.AdamW` does, decoupled weight decay included.
+
+        The last thing it does is `parameters.refresh()`.
+        """
         weights, grad = self.parameters.weights, self.parameters.grad
         self.steps += 1
         self.exp_avg.lerp_(grad, 1 - BETA1)
@@ -51,6 +57,7 @@ class AdamW:
         if self.weight_decay:
             weights.mul_(1 - learning_rate * self.weight_decay)
         weights.addcdiv_(self.exp_avg, denominator, value=-learning_rate / (1 - BETA1**self.steps))
+        self.parameters.refresh()
 
 
 @torch.no_grad()

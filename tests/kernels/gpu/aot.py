@@ -31,32 +31,50 @@ TARGETS: dict[configs.Arch, GPUTarget] = {
 }
 BUDGETS = Path(__file__).with_name("budgets.json")
 PROCESSES = 2
+_MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfma_)")
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
 def compile_launch(launch: Launch, arch: configs.Arch) -> dict[str, int]:
-    """Registers, stack and shared memory of a program, in units of one thread and bytes.
+    """Registers, stack, shared memory and instructions of the tensor cores, in units of one thread and bytes.
 
     On gfx942 registers are vector registers, and the stack is the private segment plus spilled vector registers; scalar
     ones spill into vector registers, not into memory.
     """
+    compiled = compile_kernel(launch, arch)
+    text = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
+    taken = _hip(compiled) if arch == "gfx942" else _cuda(compiled)
+    return {"shared": int(compiled.metadata.shared), **taken, "mma": len(_MMA.findall(text))}
+
+
+def compile_kernel(launch: Launch, arch: configs.Arch) -> Any:
+    """Triton's compiled kernel of a launch."""
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
-    compiled: Any = triton.compile(source, target=TARGETS[arch], options=dict(launch.options))
-    return {"shared": int(compiled.metadata.shared), **(_hip(compiled) if arch == "gfx942" else _cuda(compiled))}
+    return triton.compile(source, target=TARGETS[arch], options=dict(launch.options))
 
 
-def _cuda(compiled: Any) -> dict[str, int]:
+def machine_code(launch: Launch, arch: configs.Arch) -> list[str]:
+    """The instructions of a compiled launch in their order, as NVIDIA's disassembler writes them; for CUDA."""
+    listing = _dump(compile_kernel(launch, arch), "--dump-sass")
+    return [
+        found[1] for line in listing.splitlines() if (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;", line))
+    ]
+
+
+def _dump(compiled: Any, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        out = subprocess.run(
-            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _cuda(compiled: Any) -> dict[str, int]:
+    out = _dump(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", out)
     assert found, out
     # A kernel that does not fit the tensor memory compiles to nothing, without an error.
@@ -117,7 +135,10 @@ def compile_all(arch: configs.Arch, cache: Path | None = None) -> dict[str, dict
 
 
 def with_slack(measured: dict[str, int]) -> dict[str, int]:
-    """A budget: registers may grow to the next multiple of 8 above 4 more; stack and shared memory not at all."""
+    """A budget: registers may grow to the next multiple of 8 above 4 more; stack and shared memory not at all.
+
+    Instructions of the tensor cores are no upper bound: see `test_aot.py`.
+    """
     return {**measured, "registers": (measured["registers"] + 4 + 7) // 8 * 8}
 
 

@@ -56,6 +56,11 @@ class Launch:
         return (self.name, self.signature, self.constants, self.divisible, self.options)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As it is written in a title."""
+    return str(dtype).removeprefix("torch.")
+
+
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -159,28 +164,19 @@ ODD = Model("odd", (40,) * 6 + (72,), (40, 24, 24, 40, 72, 72, 40))  # nothing i
 SMOL = Model("135M", (576,) * 6 + (1536,), (576, 192, 192, 576, 1536, 1536, 576))
 
 
-def _run(model: Model, site_name: str, max_rank: int, dtype: torch.dtype, rows: int, *, train: bool) -> None:
-    arena = torch.empty(1 << 20, dtype=dtype, device="meta")
-    grad = torch.empty(1 << 20, dtype=torch.float32, device="meta") if train else None
-    lora_tables = LoraTables.empty(arena, in_features=model.inputs, out_features=model.outputs, slots=64, grad=grad)
-    site = model.sites()[site_name]
-    x = torch.empty(rows, site.in_features, dtype=dtype, device="meta")
-    y = torch.empty(rows, site.slices[-1][1], dtype=dtype, device="meta")
-    batch = GpuLora(lora_tables, max_rows=rows, max_rank=max_rank).batch(
-        torch.empty(rows, dtype=torch.int32, device="meta")
-    )
-    if train:
-        dx = torch.empty(rows, site.in_features, dtype=torch.float32, device="meta")
-        backend.backward(y, x, site, batch, dx)
-        return
-    step = batch.step
-    if rows <= configs.DECODE_ROWS:
-        launch.launch_forward(y, x, site, step)
-        return
-    backend.forward(y, x, site, batch)
-    weight = torch.empty(y.shape[1], x.shape[1], dtype=dtype, device="meta")
-    if dtype != torch.float32:
-        backend.linear(x, weight, None, site, batch, in_gemm=True)
+@dataclass(frozen=True)
+class OperandTypes:
+    """Types of a backward pass: dY, x, the weights that are read, their gradient, dX."""
+
+    dy: torch.dtype
+    x: torch.dtype
+    weights: torch.dtype
+    grad: torch.dtype
+    dx: torch.dtype
+
+
+TRAINED = OperandTypes(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+"""Those that the service trains with on a bfloat16 base (`tests/training/test_arena.py` looks)."""
 
 
 def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
@@ -202,37 +198,89 @@ EVERYTHING = LOW_RANK + PAGED
 _HEADS = ((32, 8, 128), (9, 3, 64), (8, 4, 256), (32, 32, 96), (32, 1, 128))
 
 
-def _cases() -> Iterator[tuple[Model, str, int, torch.dtype, int, bool, tuple[str, ...]]]:
-    """(model, site, highest rank, type, rows, backward, kernels): every entry of the tables in `configs` once."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+@dataclass(frozen=True)
+class Product:
+    """A low-rank product that is launched.
+
+    Attributes:
+        rank: the highest of the pool.
+        rows: of the batch, which decide on decode or prefill tiles.
+        dtype: of x and y.
+        weights: of the arena; None: the same. With another type its products run on no tensor core.
+        backward: the backward pass, with gradients of the weights, instead of the forward pass.
+        kernels: those of its launches that are compiled.
+    """
+
+    model: Model
+    site: str
+    rank: int
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+    weights: torch.dtype | None = None
+    backward: bool = False
+    kernels: tuple[str, ...] = LOW_RANK
+
+    @property
+    def label(self) -> str:
+        kind = "decode" if self.rows <= configs.DECODE_ROWS else "prefill"
+        if self.backward:
+            kind = "backward" if kind == "prefill" else "backward, few rows,"
+        on = "" if self.weights is None else f" on {name_of(self.weights)}"
+        return f"{kind} {self.model.name} {self.site} r{self.rank} {name_of(self.dtype)}{on}"
+
+    def launch(self) -> None:
+        """Launch it on tensors without memory."""
+        model, rows, site = self.model, self.rows, self.model.sites()[self.site]
+        arena = torch.empty(1 << 20, dtype=self.weights or self.dtype, device="meta")
+        grad = torch.empty(1 << 20, dtype=TRAINED.grad, device="meta") if self.backward else None
+        lora_tables = LoraTables.empty(arena, in_features=model.inputs, out_features=model.outputs, slots=64, grad=grad)
+        x = torch.empty(rows, site.in_features, dtype=self.dtype, device="meta")
+        y = torch.empty(rows, site.slices[-1][1], dtype=self.dtype, device="meta")
+        batch = GpuLora(lora_tables, max_rows=rows, max_rank=self.rank).batch(
+            torch.empty(rows, dtype=torch.int32, device="meta")
+        )
+        if self.backward:
+            dx = torch.empty(rows, site.in_features, dtype=TRAINED.dx, device="meta")
+            backend.backward(y, x, site, batch, dx)
+            return
+        backend.forward(y, x, site, batch)
+        weight = torch.empty(y.shape[1], x.shape[1], dtype=self.dtype, device="meta")
+        if rows > configs.DECODE_ROWS and self.weights is None and self.dtype != torch.float32:
+            backend.linear(x, weight, None, site, batch, in_gemm=True)
+
+
+def _products() -> Iterator[Product]:
+    """Every entry of the tables in `configs` once."""
     for rank in (16, 64):
         for rows in (32, 2048):
-            yield LLAMA_8B, "qkv", rank, bf16, rows, False, LOW_RANK
-        yield LLAMA_8B, "qkv", rank, bf16, 2048, True, LOW_RANK
-        yield SMOL, "qkv", rank, bf16, 32, False, LOW_RANK
-        yield SMOL, "qkv", rank, bf16, 2048, False, ("gemm_lora",)
-    yield LLAMA_8B, "down", 16, bf16, 32, False, ("shrink", "expand")  # most planes
+            yield Product(LLAMA_8B, "qkv", rank, rows)
+            yield Product(LLAMA_8B, "qkv", rank, rows, backward=True)
+        yield Product(SMOL, "qkv", rank, 32)
+        yield Product(SMOL, "qkv", rank, 2048, kernels=("gemm_lora",))
+    yield Product(LLAMA_8B, "down", 16, 32, kernels=("shrink", "expand"))  # most planes
     for rows in (32, 2048):
-        yield ODD, "qkv", 16, bf16, rows, False, ("shrink", "expand")
-    for dtype in (fp16, fp32):
+        yield Product(ODD, "qkv", 16, rows, kernels=("shrink", "expand"))
+    for dtype in (torch.float16, torch.float32):
         for rows in (32, 2048):
-            yield LLAMA_8B, "qkv", 64, dtype, rows, False, LOW_RANK
-        yield LLAMA_8B, "qkv", 64, dtype, 2048, True, LOW_RANK
+            yield Product(LLAMA_8B, "qkv", 64, rows, dtype)
+        yield Product(LLAMA_8B, "qkv", 64, 2048, dtype, backward=True)
+    # Nothing in the service mixes its types so, but `add_lora` takes it.
+    for rows in (32, 2048):
+        yield Product(LLAMA_8B, "qkv", 16, rows, weights=torch.float32)
+    yield Product(LLAMA_8B, "qkv", 16, 2048, weights=torch.float32, backward=True)
 
 
 def all_launches(arch: configs.Arch) -> list[Launch]:
     """Every kernel in every configuration of the tables, once each."""
     found: dict[Any, Launch] = {}
-    for model, site, rank, dtype, rows, train, kernels in _cases():
-        kind = "backward" if train else "decode" if rows <= configs.DECODE_ROWS else "prefill"
-        label = f"{kind} {model.name} {site} r{rank} {str(dtype).removeprefix('torch.')}"
-        with recording(label, arch) as log:
-            _run(model, site, rank, dtype, rows, train=train)
+    for product in _products():
+        with recording(product.label, arch) as log:
+            product.launch()
         for item in log:
-            if item.name in kernels:
+            if item.name in product.kernels:
                 found.setdefault(item.key, item)
     for (heads, kv_heads, dim), dtype in itertools.product(_HEADS, (torch.bfloat16, torch.float16, torch.float32)):
-        with recording(f"decode {heads}/{kv_heads} x {dim} {str(dtype).removeprefix('torch.')}", arch) as log:
+        with recording(f"decode {heads}/{kv_heads} x {dim} {name_of(dtype)}", arch) as log:
             _attend(heads, kv_heads, dim, dtype)
         for item in log:
             found.setdefault(item.key, item)

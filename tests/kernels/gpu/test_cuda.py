@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 RANKS = [[r] * 7 for r in (1, 4, 8, 16, 33, 64, 128, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TYPES = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+"""Of the rows and of the weights."""
 SITES = {"qkv": QKV, "gate_up": GATE_UP, "down": DOWN}
 
 
@@ -32,11 +34,11 @@ def on_device(case: Case) -> Case:
     return case
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "weights"), TYPES, ids=str)
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("rows", [0, 1, 8, 40, 256, 257, 512])
-def test_equals_the_reference(rows: int, site: str, dtype: torch.dtype) -> None:
-    case = make_case(shuffled(rows, len(RANKS), rows), RANKS, site=SITES[site], dtype=dtype)
+def test_equals_the_reference(rows: int, site: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    case = make_case(shuffled(rows, len(RANKS), rows), RANKS, site=SITES[site], dtype=dtype, weights=weights)
     wanted = reference(case)
     on_device(case)
     got = forward(case)
@@ -88,11 +90,12 @@ def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
     assert error() > 2 * TOLERANCE[dtype], "a missing rank went unseen"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "weights"), TYPES, ids=str)
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("rows", [0, 40, 300])
-def test_gradients(rows: int, site: str, dtype: torch.dtype) -> None:
-    case = make_case(shuffled(rows, 6, rows), RANKS[:6], site=SITES[site], dtype=dtype, train=True)
+def test_gradients(rows: int, site: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Of equal types those of training: dY, x and weights of the base's type, gradients in float32."""
+    case = make_case(shuffled(rows, 6, rows), RANKS[:6], site=SITES[site], dtype=dtype, weights=weights, train=True)
     generator = torch.Generator().manual_seed(5)
     dy = torch.randn(rows, case.width(), generator=generator, dtype=torch.float64).to(dtype)
     wanted_dx, _, wanted_arena = reference_gradients(case, dy)

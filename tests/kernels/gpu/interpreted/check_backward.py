@@ -10,6 +10,7 @@ from tenora_kernels.gpu import backend
 from tenora_kernels.layout import LoraSite
 from tests.kernels.cases import DOWN, QKV, Case, make_case, worst
 from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of
+from tests.kernels.gpu.launches import TRAINED, OperandTypes
 from tests.kernels.test_gradients import reference_gradients
 
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
@@ -36,6 +37,26 @@ def test_equal_autograd_of_the_reference(layout: str, dtype: torch.dtype) -> Non
     wanted_dx, _, wanted_arena = reference_gradients(case, dy)
     dx, grad = gradients(case, dy)
     # dX is summed in float32 from 16 or 24 bits of dS; the interpreter truncates these where a device rounds.
+    assert worst(dx, wanted_dx) <= 4e-6
+    assert worst(grad, wanted_arena) <= 4e-6
+
+
+def test_the_types_that_training_has_are_among_them() -> None:
+    """dY, x and the weights of one two-byte type, gradients in float32."""
+    case = make_case(*SMALL, dtype=TRAINED.x, train=True)
+    assert case.tables.grad is not None
+    found = OperandTypes(
+        weight_of(case).dtype, case.x.dtype, case.tables.arena.dtype, case.tables.grad.dtype, TRAINED.dx
+    )
+    assert found == TRAINED
+    assert TRAINED.x in INTERPRETED
+
+
+def test_rows_of_one_type_on_weights_of_another() -> None:
+    case = make_case(*SMALL, dtype=torch.bfloat16, weights=torch.float32, train=True)
+    dy = weight_of(case)
+    wanted_dx, _, wanted_arena = reference_gradients(case, dy)
+    dx, grad = gradients(case, dy)
     assert worst(dx, wanted_dx) <= 4e-6
     assert worst(grad, wanted_arena) <= 4e-6
 

@@ -13,6 +13,7 @@ from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of, edit,
 MIX = LAYOUTS["mixed, a quarter base"]
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
 DTYPES = list(INTERPRETED)
+MIXED_TYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,6 +33,12 @@ def test_equals_the_reference(layout: str, dtype: torch.dtype) -> None:
 def test_several_blocks_of_everything(site: LoraSite, small_blocks: None) -> None:
     case = make_case(*SMALL, site=site)
     assert worst(forward(case), reference(case)) <= INTERPRETED[torch.float32]
+
+
+@pytest.mark.parametrize(("dtype", "weights"), MIXED_TYPES, ids=str)
+def test_rows_of_one_type_on_weights_of_another(dtype: torch.dtype, weights: torch.dtype) -> None:
+    case = make_case(*SMALL, dtype=dtype, weights=weights)
+    assert worst(forward(case), reference(case)) <= INTERPRETED[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
