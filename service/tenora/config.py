@@ -7,15 +7,39 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Role = Literal["all", "serve", "train"]
+
+ON_CPU: Final[Mapping[str, int]] = {
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 512,
+    "kv_cache_bytes": 512 * 2**20,
+    "adapter_pool_bytes": 512 * 2**20,
+}
+"""What a CPU gets where 0 leaves it open; for a GPU `tenora.engine.resources` looks at the device."""
+
+
+def _at_least(least: int) -> AfterValidator:
+    """0, or at least so much."""
+
+    def check(value: int) -> int:
+        if value < 0 or 0 < value < least:
+            raise ValueError(f"must be 0 or at least {least}")
+        return value
+
+    return AfterValidator(check)
+
+
+AtLeast16 = Annotated[int, _at_least(16)]
+AtLeastMiB = Annotated[int, _at_least(2**20)]
 
 
 class Settings(BaseSettings):
@@ -38,15 +62,24 @@ class Settings(BaseSettings):
 
     # engine
     threads: int = Field(default=0, ge=0, description="CPU threads of the engine; 0 takes every core it may use.")
-    max_num_seqs: int = Field(default=64, ge=1, description="Sequences that decode together.")
-    max_num_batched_tokens: int = Field(default=512, ge=16, description="Tokens of one step, prefill chunks included.")
+    max_num_seqs: int = Field(
+        default=0, ge=0, description="Sequences that decode together; 0: 64 on a CPU, 256 on a GPU."
+    )
+    max_num_batched_tokens: AtLeast16 = Field(
+        default=0,
+        description="Tokens of one step, prefill chunks included; 0: 512 on a CPU, 2048 on a GPU, 8192 from 80 GB on.",
+    )
     max_model_len: int = Field(
         default=0, ge=0, description="Longest sequence; 0 takes the model's own limit, capped by KV memory."
     )
     block_size: int = Field(default=16, ge=1, description="Tokens in a KV block.")
-    kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20, description="Memory of the KV cache.")
-    adapter_pool_bytes: int = Field(
-        default=512 * 2**20, ge=2**20, description="Memory of the adapter slots on the device."
+    kv_cache_bytes: AtLeastMiB = Field(
+        default=0,
+        description="Memory of the KV cache; 0: 512 MiB on a CPU, on a GPU what is left of 0.9 of it.",
+    )
+    adapter_pool_bytes: AtLeastMiB = Field(
+        default=0,
+        description="Memory of the adapter slots on the device; 0: 512 MiB, or on a GPU a twentieth if that is more.",
     )
     host_cache_bytes: int = Field(
         default=128 * 2**20,

@@ -19,7 +19,7 @@ def default(name: str, value: Any) -> str:
     """A default as the table writes it."""
     if value is None:
         return "unset"
-    if name.endswith("_bytes") and value % MIB == 0:
+    if name.endswith("_bytes") and value and value % MIB == 0:
         return f"{value} ({value // MIB} MiB)"
     if value == ():
         return "none"

@@ -29,12 +29,10 @@ def half(tiny_base: Path) -> Decoder:
 
 
 class Spy:
-    """The backend of every low-rank product from here on: what types came, and whether the weights were those of now."""
+    """The backend of every low-rank product from here on: what types came."""
 
     def __init__(self) -> None:
         self.types: set[OperandTypes] = set()
-        self.trained: LoraTables | None = None
-        self.stale = 0
         self.calls = 0
         self._select = ops.select_backend
 

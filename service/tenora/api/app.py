@@ -65,5 +65,5 @@ def build_metrics(control: Control) -> Metrics:
         stats=lambda: engine.stats,
         last_step=last_step,
         leases_lost=lambda: control.jobs.leases_lost,
-        block_size=engine.ready.block_size,
+        cache=lambda: engine.ready.memory,
     )

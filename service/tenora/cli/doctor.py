@@ -20,7 +20,7 @@ import typer
 from tenora import __version__
 from tenora.cli.connection import local_url
 from tenora.cli.options import load_settings
-from tenora.config import Settings
+from tenora.config import ON_CPU, Settings
 from tenora.errors import ConfigurationError, TenoraError, UnsupportedModelError
 from tenora.model.catalog import CATALOGUE
 from tenora.model.spec import ModelSpec
@@ -136,7 +136,7 @@ def cpu_flags() -> frozenset[str]:
 
 def check_memory(settings: Settings) -> Finding:
     """Is there room for the caches that are configured."""
-    caches = settings.kv_cache_bytes + settings.adapter_pool_bytes
+    caches = sum(getattr(settings, name) or ON_CPU[name] for name in ("kv_cache_bytes", "adapter_pool_bytes"))
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024

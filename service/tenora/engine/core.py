@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ from tenora.engine.messages import (
     StopTraining,
 )
 from tenora.engine.outputs import Item, advance, failed, is_final
+from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
+from tenora.engine.resources import Facts, Resources, resources
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
 from tenora.engine.sequence import Sequence
@@ -60,7 +63,11 @@ IDLE_SLICE_SECONDS = 0.02  # of training between two looks at the commands while
 
 
 class Engine:
-    """One accelerator's data plane. Single-threaded: every method runs on the thread of the step loop."""
+    """One accelerator's data plane. Single-threaded: every method runs on the thread of the step loop.
+
+    Attributes:
+        settings: with everything settled that was left open.
+    """
 
     def __init__(
         self,
@@ -71,16 +78,18 @@ class Engine:
         commands_wait: Callable[[], bool] = lambda: False,
         start_run: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
     ) -> None:
-        """Take its memory. Raises ConfigurationError if the KV memory does not hold one block.
+        """Take its memory. Raises ConfigurationError if there is not enough for keys and values.
 
         Args:
             decoder: the resident base.
-            settings: block size, KV and adapter memory, limits.
+            settings: block size, KV and adapter memory, limits; what they leave open is settled by the device.
             wake: called from a background thread when an adapter has been read, so that an idle loop takes a step.
             commands_wait: whether a command has arrived that was not added yet; training makes room for it.
             start_run: makes a training run.
         """
         spec = decoder.spec
+        found = _share_out(decoder, settings)
+        self.settings = settings = found.settle(settings)
         per_block = KVCache.bytes_per_block(spec, settings.block_size, decoder.dtype)
         num_blocks = settings.kv_cache_bytes // per_block
         if num_blocks == 0:
@@ -120,7 +129,12 @@ class Engine:
             max_rank=settings.max_lora_rank,
         )
         self.runner = ModelRunner(decoder, cache, self.pool.tables, graphs)
-        training = FusedTraining(decoder, tokens_per_pass=settings.train_tokens_per_microbatch, start=start_run)
+        training = FusedTraining(
+            decoder,
+            tokens_per_pass=settings.train_tokens_per_microbatch,
+            memory=found.training_bytes,
+            start=start_run,
+        )
         self.trainer = Trainer(training, share=settings.training_share, commands_wait=commands_wait)
         self._doomed: set[str] = set()  # deleted versions that a sequence may still use
         self._rejected: list[Item] = []
@@ -154,7 +168,7 @@ class Engine:
         with watching(progress.kernels):
             decoder.warm_up(train=settings.role != "serve")
         engine = cls(decoder, settings, wake=wake, commands_wait=commands_wait)
-        engine.runner.warm_up(settings.max_num_batched_tokens)
+        engine.runner.warm_up(engine.settings.max_num_batched_tokens)
         return engine
 
     @property
@@ -166,6 +180,10 @@ class Engine:
             max_model_len=self.max_model_len,
             kv_blocks=self.blocks.num_blocks,
             block_size=self.blocks.block_size,
+            kv_cache_bytes=self.settings.kv_cache_bytes,
+            adapter_pool_bytes=self.settings.adapter_pool_bytes,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_num_batched_tokens=self.settings.max_num_batched_tokens,
             target_modules=tuple(dict.fromkeys(target.name for target in self.targets)),
         )
 
@@ -321,6 +339,21 @@ class Engine:
             self._doomed.discard(digest)
             self.loader.forget(digest)
             self.blocks.forget(digest)
+
+
+def _share_out(decoder: Decoder, settings: Settings) -> Resources:
+    """What the engine takes of its device; on a card after the largest step was run once."""
+    facts = Facts.of(decoder)
+    found = resources(facts, decoder.spec, settings, dtype=decoder.dtype)
+    if facts.type == "cuda":
+        step = rehearse(
+            decoder, tokens=found.max_num_batched_tokens, seqs=found.max_num_seqs, block_size=settings.block_size
+        )
+        seen = peak_bytes(step, decoder.device)
+        del step
+        found = resources(facts, decoder.spec, settings, dtype=decoder.dtype, activations=seen)
+    _log.info("memory and limits", extra={"device": asdict(facts), **asdict(found)})
+    return found
 
 
 def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:

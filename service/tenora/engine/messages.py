@@ -210,7 +210,17 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int
     kv_blocks: int
     block_size: int
+    kv_cache_bytes: int = 0
+    adapter_pool_bytes: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
     target_modules: tuple[str, ...]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """How memory was shared out and what follows from it, by name."""
+        names = ("block_size", "kv_cache_bytes", "adapter_pool_bytes", "max_num_seqs", "max_num_batched_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):

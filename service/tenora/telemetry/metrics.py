@@ -73,7 +73,7 @@ class Metrics:
         stats: gives the engine's latest statistics.
         last_step: gives the Unix time of the engine's last heartbeat.
         leases_lost: gives the number of jobs that another process took from this one.
-        block_size: tokens of a KV block.
+        cache: gives how the KV cache is laid out and what else the engine settled at its start, by name.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Metrics:
         stats: Callable[[], Stats],
         last_step: Callable[[], float],
         leases_lost: Callable[[], int],
-        block_size: int,
+        cache: Callable[[], Mapping[str, int]],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library does not annotate it
         self.registry = CollectorRegistry()
         self._model = model
-        self.registry.register(_EngineCollector(model, stats, last_step, block_size))
+        self.registry.register(_EngineCollector(model, stats, last_step, cache))
         self.registry.register(_JobCollector(leases_lost))
         ProcessCollector(registry=self.registry)
 
@@ -187,7 +187,7 @@ class _EngineCollector(Collector):
     model: str
     stats: Callable[[], Stats]
     last_step: Callable[[], float]
-    block_size: int
+    cache: Callable[[], Mapping[str, int]]
 
     def collect(self) -> Iterator[Metric]:
         stats = self.stats()
@@ -203,7 +203,8 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries, model
         )
         yield _counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits, model)
-        cache = {"block_size": str(self.block_size), "num_gpu_blocks": str(stats.kv_blocks_total), **model}
+        settled = {name: str(value) for name, value in self.cache().items()}
+        cache = {**settled, "num_gpu_blocks": str(stats.kv_blocks_total), **model}
         yield _gauge("vllm:cache_config_info", "How the KV cache is laid out.", 1, cache)
         # One series: routers read the newest value and split the labels. Digests, not names: names are tenants' own.
         adapters = {

@@ -59,6 +59,7 @@ class FusedTraining:
         decoder: Decoder,
         *,
         tokens_per_pass: int = 2048,
+        memory: int = 0,
         start: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
     ) -> None:
         """Take no memory yet.
@@ -66,10 +67,11 @@ class FusedTraining:
         Args:
             decoder: the base; its weights are only read.
             tokens_per_pass: most tokens of a pass.
+            memory: bytes of the device that all of it may take; 0: what is usual for its kind.
             start: makes a run.
         """
         arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=decoder.dtype)
-        self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass)
+        self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory)
         self._start = start
         self._runs: dict[str, _Hosted] = {}
         self._failed: list[TrainEvent] = []

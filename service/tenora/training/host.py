@@ -12,6 +12,7 @@ from tenora.training.work import WorkQueue
 # Of a pass whose activations are kept. On a CPU larger ones are hardly faster, they only hold the pass longer between
 # two boundaries.
 _ACTIVATION_BYTES = {"cpu": 768 * 2**20, "cuda": 8 * 2**30}
+_KEPT_SHARE = 0.75  # of the memory that training was given: the rest is for adapters, gradients and moments
 _USUAL_RANK = 16
 
 
@@ -21,6 +22,7 @@ class TrainingHost:
 
     Attributes:
         tokens_per_pass: most tokens of a fused pass; a single longer row makes one of its own.
+        memory: bytes that training was given of the device; 0 if nobody has counted.
         kept_tokens: tokens of the largest pass whose activations are kept; longer ones run their layers twice.
         general_losses: of the base on the texts that runs have measured it on.
     """
@@ -29,12 +31,15 @@ class TrainingHost:
     arena: TrainingArena
     queue: WorkQueue
     tokens_per_pass: int = 2048
+    memory: int = 0
     kept_tokens: int = field(init=False)
     general_losses: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         per_token = kept_bytes_per_token(self.decoder, _USUAL_RANK, Keep.ALL)
-        budget = _ACTIVATION_BYTES.get(self.decoder.device.type, _ACTIVATION_BYTES["cpu"])
+        budget = int(self.memory * _KEPT_SHARE) or _ACTIVATION_BYTES.get(
+            self.decoder.device.type, _ACTIVATION_BYTES["cpu"]
+        )
         self.kept_tokens = max(1, budget // per_token)
 
     @property

@@ -1,4 +1,4 @@
-"""What the compiler made of the order and the products that the kernels ask for: sm_90's machine code, without a GPU."""
+"""What the compiler made of the order and the products that the kernels ask for: machine code of sm_90, no GPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_shrink_waits_before_it_reads_anything_and_then_lets_expand_begin(rows: 
 
 @pytest.mark.parametrize("rows", [32, 2048], ids=["few rows", "many rows"])
 def test_training_runs_on_the_tensor_cores_with_the_types_that_it_has(rows: int) -> None:
-    """A float32 arena beside bfloat16 rows gave shrink no such instruction and 256 multiplications of single numbers."""
+    """A float32 arena beside bfloat16 rows gave shrink none, and 256 multiplications of single numbers."""
     assert TRAINED.x == TRAINED.weights == torch.bfloat16
     found = launches(Product(LLAMA_8B, "qkv", 16, rows, backward=True))
     assert set(found) >= {"shrink", "expand_joint", "lora_wgrad"}
