@@ -33,7 +33,7 @@ async def test_it_answers_what_a_job_with_the_same_body_would_do(service: Servic
         "near_duplicates": 0,
         "near_duplicate_pairs": [],
     }
-    tokens = {name: found.pop(name) for name in ("tokens", "trained_tokens", "read_tokens")}
+    tokens = {name: found.pop(name) for name in ("tokens", "trained_tokens", "read_tokens", "measured_tokens")}
     assert 54 < tokens["trained_tokens"] < tokens["tokens"] < tokens["read_tokens"] < 2 * tokens["tokens"]
     assert found == {
         "object": "fine_tuning.estimate",
@@ -46,6 +46,7 @@ async def test_it_answers_what_a_job_with_the_same_body_would_do(service: Servic
         "folds": 0,
         "trials": 0,
         "steps": 12,
+        "evaluations": 3,
         "tokens_per_second": None,
         "seconds": None,
         "measured": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ async def test_it_is_what_the_job_then_does(
     read = pack(corpus.train, range(len(corpus.train))).tokens
     assert found.read_tokens == round(read * found.steps / per_epoch)
     assert (found.folds, found.trials) == (0, 0)
+    assert found.evaluations == 1 + math.ceil(found.steps / per_epoch)
+    held_out = pack(corpus.valid, range(len(corpus.valid))).row_tokens
+    reference = min(read, found.read_tokens) if spec.method == "dpo" else 0
+    assert found.measured_tokens == found.evaluations * (held_out + len(spec.general_text)) + reference
 
 
 async def test_several_files_count_by_their_weights(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
@@ -98,7 +103,7 @@ async def test_time_comes_from_measured_speed_alone(control: Control, acme: Prin
     await until(control, umbrella, job.id, "succeeded")
     after = await control.estimates.estimate(acme, asked)
     assert (after.measured, after.tokens_per_second) == (True, 100.0)  # what the scripted engine says
-    assert after.seconds == after.read_tokens / 100.0
+    assert after.seconds == (after.read_tokens + after.measured_tokens / 3) / 100.0
 
 
 async def test_nothing_is_stored(control: Control, acme: Principal, home: Path) -> None:

@@ -27,6 +27,7 @@ from tenora.control.schema import FileRow, JobRow
 from tenora.control.scoring import Scorer
 from tenora.errors import TenoraError
 from tenora.training.dataset import TokenizedDataset, concatenate
+from tenora.training.recipes import LEARNING_COST
 from tenora.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ SHOTS = 3  # enough to show a form; each costs every scored row its tokens again
 SCORED_ROWS = 20
 SHARE = 0.03  # of the training work may be spent on the k-shot rows, within the two bounds below
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384
-_PASSES = 3  # a trained token costs as much as three scored ones: forward, gradient of inputs, low-rank gradients
 _GIVE_WAY_SECONDS = 10.0  # that a k-shot row waits for the requests of tenants to end: its prefill slows them down
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 0.5  # that a finished run waits for the probe rows, if they are missing still
@@ -172,7 +172,7 @@ def _choose(tokenizer: Tokenizer, spec: TrainSpec, max_length: int) -> tuple[lis
     """The rows to score, and how many shots stand before each: as many up to SHOTS as leave a row that fits."""
     train = concatenate([TokenizedDataset.load(Path(task.train_path)) for task in spec.tasks])
     held_out, same = held_out_rows(spec), not any(task.valid_path for task in spec.tasks)
-    budget = int(SHARE * _PASSES * spec.n_epochs * train.num_tokens)
+    budget = int(SHARE * LEARNING_COST * spec.n_epochs * train.num_tokens)
     budget = min(max(budget, _LEAST_TOKENS), _MOST_TOKENS)
     for shots in range(SHOTS, 0, -1):
         fitting = few_shot_prompts(

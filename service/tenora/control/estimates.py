@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tenora.control.adapter_shape import Limits
 from tenora.control.blobs import Blobs
 from tenora.control.database import Database
+from tenora.control.general import general_text
 from tenora.control.job_creation import find_sources, new_job
-from tenora.control.job_plan import Resolved, resolve
+from tenora.control.job_plan import resolve
 from tenora.control.job_preparing import preparation_of
 from tenora.control.job_requests import check_request
 from tenora.control.preparation import Preparation, TaskRows, count_rows, read_tasks
@@ -25,9 +25,9 @@ from tenora.control.resolution import active_version, one_pair
 from tenora.control.schema import JobEventRow
 from tenora.control.starting_point import find_parent
 from tenora.control.storage import Storage
+from tenora.control.workload import workload
 from tenora.training.duplicates import DuplicatePair
-from tenora.training.packing import stream_length
-from tenora.training.recipes import halving_rungs
+from tenora.training.recipes import LEARNING_COST
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -70,11 +70,11 @@ class Estimate:
         n_epochs, batch_size: as they would be; "auto" if a sweep chooses.
         folds: of cross-validation for few rows; 0 holds rows out.
         trials: of a sweep; 0 without one.
-        steps: optimizer steps, over all folds or trials; with early stopping the most that are made.
-        read_tokens: that the model reads in all these steps.
+        steps, evaluations, read_tokens, measured_tokens: of the run, as `tenora.control.workload.Workload` has them.
         tokens_per_second: what a job reads on this service, the median of the latest steps of all jobs; None before the
             first one.
-        seconds: `read_tokens` at that speed, without waiting for a turn and without evaluations; None without a speed.
+        seconds: `read_tokens` at that speed and `measured_tokens` at three times it, without waiting for a turn; None
+            without a speed.
         publish, min_gain: as the job would have them.
         replaces: what its name means now, which the result would be held against; None if that is nothing.
     """
@@ -90,7 +90,9 @@ class Estimate:
     folds: int
     trials: int
     steps: int
+    evaluations: int
     read_tokens: int
+    measured_tokens: int
     tokens_per_second: float | None
     seconds: float | None
     publish: Publish
@@ -156,8 +158,8 @@ def _estimate(
     tasks = read_tasks(job, tokenizer, limits)
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
-    epochs, steps = _work(found, counts.examples)
-    read = round(epochs * _tokens_per_epoch(tasks))
+    text = general_text(tokenizer, limits.max_model_len)
+    work = workload(found, tasks, counts.examples, job.asked.method, general=len(text))
     swept = job.asked.sweep or {}
     return Estimate(
         rows=sum(task.train.examples for task in tasks),
@@ -170,10 +172,12 @@ def _estimate(
         batch_size="auto" if "batch_size" in swept else found.hyperparameters.batch_size,
         folds=found.folds,
         trials=len(found.trials),
-        steps=steps,
-        read_tokens=read,
+        steps=work.steps,
+        evaluations=work.evaluations,
+        read_tokens=work.read_tokens,
+        measured_tokens=work.measured_tokens,
         tokens_per_second=speed,
-        seconds=None if speed is None else read / speed,
+        seconds=None if speed is None else (work.read_tokens + work.measured_tokens / LEARNING_COST) / speed,
         publish=job.asked.settings["publish"],
         min_gain=job.asked.settings.get("min_gain"),
         replaces=replaces,
@@ -195,45 +199,3 @@ def _estimate(
 
 def _held_out(task: TaskRows) -> int:
     return 0 if task.valid is None else task.valid.examples
-
-
-def _tokens_per_epoch(tasks: Sequence[TaskRows]) -> float:
-    """Tokens that the model reads in a pass over the rows, of each task by its weight."""
-    largest = max(task.source.weight for task in tasks)
-    return sum(
-        task.source.weight / largest * sum(stream_length(task.train.row(row)[1]) for row in range(len(task.train)))
-        for task in tasks
-    )
-
-
-def _work(found: Resolved, examples: int) -> tuple[float, int]:
-    """Passes over the rows, and optimizer steps, over all folds or trials."""
-    chosen, max_steps = found.hyperparameters, int(found.spec_fields.get("max_steps", 0))
-    if found.trials:
-        sizes = [_fit(examples, trial.n_epochs, trial.batch_size, max_steps) for trial in found.trials]
-        # Which trials go on is not known, so each rung counts so many of the average one.
-        share = _share_of_trials(len(sizes)) / len(sizes)
-        return share * sum(epochs for epochs, _ in sizes), math.ceil(share * sum(steps for _, steps in sizes))
-    epochs, steps = _fit(examples, chosen.n_epochs, chosen.batch_size, max_steps)
-    if found.folds:
-        # Each fold leaves its own rows out, and the fit on all rows may stop before the last epoch.
-        fold = math.ceil(examples * (found.folds - 1) / found.folds)
-        _, fold_steps = _fit(fold, chosen.n_epochs, chosen.batch_size, 0)
-        return chosen.n_epochs * found.folds, found.folds * fold_steps + steps
-    return epochs, steps
-
-
-def _fit(examples: int, n_epochs: int, batch_size: int, max_steps: int) -> tuple[float, int]:
-    """Passes and steps of a single fit."""
-    per_epoch = math.ceil(examples / batch_size)
-    steps = max_steps or n_epochs * per_epoch
-    return steps / per_epoch, steps
-
-
-def _share_of_trials(trials: int) -> float:
-    """How many whole trials the work of all of them amounts to, with halving."""
-    work, before, runners = 0.0, 0.0, trials
-    for share, survivors in halving_rungs(trials):
-        work += (share - before) * runners
-        before, runners = share, survivors
-    return work

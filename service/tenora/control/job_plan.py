@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,7 @@ class Resolved:
     Attributes:
         folds: of cross-validation; 0 holds rows out.
         trials: of a sweep; empty without one.
+        seed: of the run.
         spec_fields: further fields of the TrainSpec that were asked for.
     """
 
@@ -54,6 +57,7 @@ class Resolved:
     lora: LoraSpec
     folds: int
     trials: tuple[TrialSpec, ...]
+    seed: int
     spec_fields: Mapping[str, Any]
 
 
@@ -71,12 +75,17 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     chosen = resolve_hyperparameters(
         counts.examples, counts.tokens, requested, method=asked.method, few_shot=counts.few_shot
     )
+    max_steps = int(asked.settings.get("max_steps", 0))
+    if max_steps:
+        n_epochs = _epochs_of(max_steps, counts.examples, chosen.batch_size)
+        chosen = dataclasses.replace(chosen, n_epochs=n_epochs)
     lora = lora_spec(asked.lora, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank)
     return Resolved(
         hyperparameters=chosen,
         lora=lora,
         folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
         trials=_trials(asked, limits, parent, chosen, counts, seed),
+        seed=seed,
         spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
     )
 
@@ -95,16 +104,25 @@ def _trials(
     for point in points(asked.sweep, limits, seed):
         rank = {"rank": point["rank"]} if "rank" in point else {}
         shape = lora_spec({**asked.lora, **rank}, limits, parent)
+        batch_size = min(int(point.get("batch_size", chosen.batch_size)), max(counts.examples, 1))
+        n_epochs = int(point.get("n_epochs", chosen.n_epochs))
+        if max_steps := int(asked.settings.get("max_steps", 0)):
+            n_epochs = _epochs_of(max_steps, counts.examples, batch_size)
         trials.append(
             TrialSpec(
                 rank=shape.rank,
                 alpha=shape.alpha,
                 learning_rate=float(point.get("learning_rate", chosen.learning_rate)),
-                n_epochs=int(point.get("n_epochs", chosen.n_epochs)),
-                batch_size=min(int(point.get("batch_size", chosen.batch_size)), max(counts.examples, 1)),
+                n_epochs=n_epochs,
+                batch_size=batch_size,
             )
         )
     return tuple(trials)
+
+
+def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:
+    """The passes over the rows that so many steps come to, the last one perhaps not to its end."""
+    return math.ceil(max_steps / max(math.ceil(examples / batch_size), 1))
 
 
 def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
         lora=_given(known_fields(request.lora, LORA, "lora"), LORA),
         sweep=None if request.sweep is None else dict(request.sweep),
     )
+    if asked.settings.get("max_steps") and asked.hyperparameters["n_epochs"] != "auto":
+        raise InvalidRequestError(
+            "max_steps says how long the job trains, so n_epochs would change nothing; give one of them.",
+            param="n_epochs",
+        )
     starts_from = {name: asked.lora[name] for name in ("init_from",) if name in asked.lora}
     if not all(isinstance(name, str) and name for name in starts_from.values()):
         raise InvalidRequestError("lora.init_from must be the name of an adapter.", param="lora.init_from")

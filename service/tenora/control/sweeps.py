@@ -97,7 +97,13 @@ def check_sweep(given: Mapping[str, Any], limits: Limits) -> dict[str, Choices |
     size = math.inf if ranges else math.prod(len(one.values) for one in space.values() if isinstance(one, Choices))
     if size < 2:
         raise InvalidRequestError("A sweep needs two settings to compare; add values.", param="sweep")
-    if trials is None and not ranges and size > MAX_TRIALS:
+    if sampler == "grid" and trials is not None and trials < size:
+        raise InvalidRequestError(
+            f"A grid has all {size} settings, and sweep.trials asks for {trials} of them; leave sweep.trials out, or "
+            "use the sampler random.",
+            param="sweep.trials",
+        )
+    if trials is None and sampler != "random" and not ranges and size > MAX_TRIALS:
         raise InvalidRequestError(
             f"The sweep's lists make {size} settings and may make {MAX_TRIALS}; shorten them, or set sweep.trials to "
             "have so many of them drawn.",
@@ -109,7 +115,7 @@ def check_sweep(given: Mapping[str, Any], limits: Limits) -> dict[str, Choices |
 def points(given: Mapping[str, Any], limits: Limits, seed: int) -> list[dict[str, Value]]:
     """The settings to try, in the order of trials, each once: equal requests and seeds give equal ones."""
     space = check_sweep(given, limits)
-    trials: int | None = given.get("trials")
+    trials: int | None = given.get("trials") or (USUAL_TRIALS if given.get("sampler") == "random" else None)
     random = np.random.default_rng(seed)
     lists = [values.values for values in space.values() if isinstance(values, Choices)]
     if len(lists) == len(space):

@@ -81,9 +81,8 @@ class Corpus:
 
     def fold(self, number: int, folds: int, *, seed: int) -> tuple[Corpus, Int64Array]:
         """The corpus of cross-validation fold `number` of `folds`, and the examples that it holds out."""
-        order = np.random.default_rng([seed, folds]).permutation(self.train.examples)
-        held_out = np.sort(order[number::folds])
-        kept = np.setdiff1d(order, held_out)
+        held_out = folded(self.train, folds, seed=seed)[number]
+        kept = np.setdiff1d(np.arange(self.train.examples), held_out)
         part = replace(
             self,
             train=self.train.select(kept),
@@ -116,6 +115,12 @@ class Corpus:
             for task, count in enumerate(self._drawn())
         ]
         return random.permutation(np.concatenate(drawn))
+
+
+def folded(rows: TokenizedDataset, folds: int, *, seed: int) -> list[Int64Array]:
+    """The examples that each fold of a cross-validation holds out, ascending."""
+    order = np.random.default_rng([seed, folds]).permutation(rows.examples)
+    return [np.sort(order[number::folds]) for number in range(folds)]
 
 
 def _tasks(datasets: Sequence[TokenizedDataset]) -> Int64Array:

@@ -12,12 +12,10 @@ from tenora.training.dataset import TokenizedDataset
 from tenora.training.host import TrainingHost
 from tenora.training.objectives import PreferenceLoss, RewardSums, row_sums
 from tenora.training.packing import PackedRows, microbatches
-from tenora.training.spec import Rewards, TrainSpec
+from tenora.training.spec import PROBE_ROWS, Rewards, TrainSpec
 from tenora.training.step import TokenLosses
 from tenora.training.work import Work, WorkQueue
 
-PROBE_ROWS = 4
-"""Held-out rows whose token log-probabilities are kept, to be compared with those of the serving path."""
 _PACKED_AT_ONCE = 64  # examples; packing is quadratic, and nothing else runs meanwhile
 
 

@@ -1,8 +1,13 @@
 """Few-shot: too few rows to hold any out. The step count is chosen by cross-validation, then all rows are learned.
 
-Each fold is trained on the others and measured on its own rows after every epoch, all folds in fused passes. The epoch
-with the lowest loss over all rows is where the final fit on all rows ends, on the same learning rate's course. Every
-row was measured once by an adapter that had not seen it, so the held-out figures cover all rows.
+Each fold is trained on the others and measured on its own rows at every evaluation, all folds in fused passes. The
+evaluation with the lowest loss over all rows is where the final fit on all rows ends, on the same learning rate's
+course. Every row was measured once by an adapter that had not seen it, so the held-out figures cover all rows.
+
+Evaluations are named by the steps of the final fit: after each of its epochs, or every `eval_interval` of its steps. A
+fold has fewer rows, so with `n_epochs` it makes as large a share of its own steps until then, which is as many passes;
+with `max_steps` it makes as many steps. With `early_stopping` the folds end together, when the loss over all rows has
+not fallen for so many evaluations.
 """
 
 from __future__ import annotations
@@ -15,13 +20,26 @@ import numpy as np
 
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Evaluated, write_checkpoint
-from tenora.training.evaluation import PROBE_ROWS, general_loss, measure
+from tenora.training.evaluation import general_loss, measure
 from tenora.training.host import TrainingHost
 from tenora.training.interleave import interleave
 from tenora.training.learner import Learner
 from tenora.training.packing import Int64Array
 from tenora.training.plain import load_corpus
-from tenora.training.spec import EvalEvent, FinishedEvent, FoldEvent, HeldOut, Items, Probe, StepEvent, TrainSpec
+from tenora.training.schedule import evaluation_steps
+from tenora.training.spec import (
+    PROBE_ROWS,
+    EvalEvent,
+    FinishedEvent,
+    FoldEvent,
+    HeldOut,
+    Items,
+    Probe,
+    StepEvent,
+    TrainSpec,
+)
+
+_NEVER = 2**31  # steps: more than any run makes
 
 
 class FoldsPlan:
@@ -61,16 +79,20 @@ class FoldsPlan:
 
     def items(self) -> Items:
         """Events, and None where it waits, up to the FinishedEvent."""
-        yield from interleave([self._fold(number) for number in range(len(self._folds))])
-        curve = [self._epoch(number) for number in range(len(self._folds[0][0].progress.curve))]
-        losses = [epoch.valid_loss for epoch in curve]
+        curve: list[Evaluated] = []
+        for step in (0, *self._evaluations()):
+            yield from interleave([self._fold(number, step) for number in range(len(self._folds))])
+            curve.append(self._together(step))
+            if self._is_stale([found.valid_loss for found in curve[1:]]):
+                break
+        losses = [found.valid_loss for found in curve]
         best = min(range(1, len(curve)), key=lambda number: losses[number])
-        for number, epoch in enumerate(curve):
+        for number, found in enumerate(curve):
             yield EvalEvent(
                 run_id=self._spec.run_id,
-                step=epoch.step,
-                valid_loss=epoch.valid_loss,
-                valid_accuracy=epoch.valid_accuracy,
+                step=found.step,
+                valid_loss=found.valid_loss,
+                valid_accuracy=found.valid_accuracy,
                 base_loss=losses[0],
                 best=0 < number <= best and losses[number] == min(losses[1 : number + 1]),
             )
@@ -103,10 +125,26 @@ class FoldsPlan:
             raise RuntimeError("the run was closed.")
         return self._final
 
-    def _fold(self, number: int) -> Items:
-        """A fold's course. Its steps are no use alone; its evaluations tell how far the cross-validation is."""
+    def _evaluations(self) -> list[int]:
+        """The steps of the fit on all rows at which it is decided whether it ends there."""
+        final = self._learner
+        return evaluation_steps(final.total_steps, self._spec.eval_interval or final.steps_per_epoch)
+
+    def _steps_of(self, learner: Learner, step: int) -> int:
+        """What a fold has made when the fit on all rows has made `step` steps."""
+        if not step:
+            return 0
+        return max(1, round(step * learner.total_steps / self._learner.total_steps))
+
+    def _is_stale(self, losses: list[float]) -> bool:
+        """Whether the loss over all rows has not fallen for as many evaluations as the run waits."""
+        patience = self._spec.early_stopping
+        return 0 < patience < len(losses) and min(losses[:-patience]) <= min(losses[-patience:])
+
+    def _fold(self, number: int, step: int) -> Items:
+        """A fold's course up to there. Its steps are no use alone; its evaluations tell how far all of it is."""
         learner, _ = self._folds[number]
-        for item in learner.fit():
+        for item in learner.fit(self._steps_of(learner, step)):
             if item is None:
                 yield None
             elif isinstance(item, EvalEvent) and item.step:
@@ -133,16 +171,17 @@ class FoldsPlan:
         learners = [self._learner, *(learner for learner, _ in self._folds)]
         return sum(learner.progress.trained_tokens for learner in learners)
 
-    def _epoch(self, number: int) -> Evaluated:
-        """The folds after an epoch, together: every row under the adapter that had not seen it."""
+    def _together(self, step: int) -> Evaluated:
+        """The folds at an evaluation, together: every row under the adapter that had not seen it."""
         rows, correct, tokens = np.zeros(len(self._corpus.train)), 0.0, 0
         for learner, held_out in self._folds:
-            found = learner.progress.curve[number]
+            own_step = self._steps_of(learner, step)
+            found = next(found for found in learner.progress.curve if found.step == own_step)
             rows[held_out] = found.rows
             own = sum(learner.progress.row_tokens)
             correct, tokens = correct + found.valid_accuracy * own, tokens + own
         return Evaluated(
-            step=number * self._learner.steps_per_epoch,
+            step=step,
             valid_loss=float(rows.sum()) / max(tokens, 1),
             valid_accuracy=correct / max(tokens, 1),
             rows=rows.tolist(),
@@ -180,13 +219,12 @@ class FoldsPlan:
 
 
 def _spec_of(spec: TrainSpec, name: str) -> TrainSpec:
-    """Of a learner: whole epochs, every one of them measured."""
+    """Of a learner, which is told where to stop and to be measured."""
     return msgspec.structs.replace(
         spec,
         workdir=str(Path(spec.workdir) / name),
         folds=0,
-        max_steps=0,
-        eval_interval=0,
+        eval_interval=_NEVER,
         early_stopping=0,
         general_text=(),
     )

@@ -40,6 +40,7 @@ FEW_SHOT_ROWS = 50
 FEW_SHOT_RANK = 8
 MAX_FOLDS = 5
 HALVING_FACTOR = 3  # of the trials that reach a rung of a sweep one in so many goes on
+LEARNING_COST = 3  # a learned token costs as much as three that are read: forward, gradients of inputs and weights
 EARLY_STOPPING_EVALUATIONS = 3  # without a better one, where a job asks to stop early without a number
 _MAX_HELD_OUT = 100  # rows; an evaluation of more costs time and moves the mean by little
 

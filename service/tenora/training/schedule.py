@@ -1,4 +1,4 @@
-"""Learning rate over a run: linear warm-up, then linear, cosine or no decay."""
+"""The course of a run: its learning rate, with a linear warm-up and then a decay or none, and where it is measured."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def learning_rate(step: int, *, peak: float, total_steps: int, warmup_ratio: flo
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
     """Steps of warm-up: the ratio of all steps, rounded up."""
     return math.ceil(total_steps * warmup_ratio)
+
+
+def evaluation_steps(total_steps: int, interval: int) -> list[int]:
+    """The steps after which a run is measured, besides step 0: every `interval` of them, and the last one."""
+    return [*range(interval, total_steps, interval), total_steps]

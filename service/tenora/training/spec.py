@@ -11,6 +11,8 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 Scheduler = Literal["linear", "cosine", "constant"]
 Method = Literal["supervised", "dpo"]
 TrialStatus = Literal["running", "stopped", "finished", "failed"]
+PROBE_ROWS = 4
+"""Held-out rows whose token log-probabilities are kept, to be compared with those of the serving path."""
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -205,7 +205,8 @@ class Estimate(ApiObject):
 
     Attributes:
         tokens, trained_tokens: of the rows to train on, once.
-        steps, read_tokens: of the whole job, over all folds or trials.
+        steps, evaluations, read_tokens, measured_tokens: of the whole job, over all folds or trials; tokens that the
+            model reads to learn, and to measure.
         replaces: the version that the job's name means now, which its result would be held against.
         tasks: the same for each training file, with near-duplicates between the two sides.
     """
@@ -221,7 +222,9 @@ class Estimate(ApiObject):
     folds: int = 0
     trials: int = 0
     steps: int
+    evaluations: int = 0
     read_tokens: int
+    measured_tokens: int = 0
     tokens_per_second: float | None = None
     seconds: float | None = None
     measured: bool = False

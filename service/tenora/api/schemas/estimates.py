@@ -38,7 +38,12 @@ class ReplacesObject(ResponseModel):
 
 
 class EstimateObject(ResponseModel):
-    """An `Estimate` of the control plane; `seconds` is null until the service has measured its speed."""
+    """An `Estimate` of the control plane; `seconds` is null until the service has measured its speed.
+
+    Attributes:
+        steps, evaluations: of the whole run, over all its folds or trials; with early stopping the most there may be.
+        read_tokens, measured_tokens: that the model reads in the steps, and at the evaluations.
+    """
 
     object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
     rows: int
@@ -52,7 +57,9 @@ class EstimateObject(ResponseModel):
     folds: int
     trials: int
     steps: int
+    evaluations: int
     read_tokens: int
+    measured_tokens: int
     tokens_per_second: float | None
     seconds: float | None
     measured: bool

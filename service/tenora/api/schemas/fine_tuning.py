@@ -148,7 +148,9 @@ class JobCreateRequest(RequestModel):
     weight_decay: float | None = Field(default=None, ge=0, le=1)
     max_grad_norm: float | None = Field(default=None, gt=0, le=1000)
     max_seq_length: int | None = Field(default=None, ge=8, lt=2**31)
-    max_steps: int | None = Field(default=None, ge=0, lt=2**31, description="0 lets the epochs decide.")
+    max_steps: int | None = Field(
+        default=None, ge=0, lt=2**31, description="Instead of n_epochs; 0 lets the epochs decide."
+    )
     truncate: StrictBool | None = Field(default=None, description="Cut rows that are too long, do not refuse them.")
     packing: StrictBool | None = None
     eval_interval: int | None = Field(default=None, ge=0, lt=2**31, description="In steps; 0 is once an epoch.")
