@@ -1,15 +1,16 @@
-"""The bounded regular expressions against Python's own, and against patterns made to run away."""
+"""The bounded regular expressions against Python's own and PEFT's, and against patterns made to run away."""
 
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 
-from tenora.adapters.matching import PatternMatcher, layer_number
+from tenora.adapters import matching
+from tenora.adapters.matching import MAX_EXPRESSIONS, Expressions, KeyTable, layer_number
 from tenora.adapters.pattern import MAX_LENGTH, Pattern, PatternError
 from tenora.errors import AdapterFormatError
 
@@ -70,18 +71,39 @@ def test_equals_python_on_module_paths(pattern: str) -> None:
         assert ours.fullmatch(path) == (re.fullmatch(pattern, path) is not None)
 
 
-REFUSED = [
-    *(r"(?=a)", r"(?!a)", r"(?<=a)b", r"(?i)a", r"(?#x)", r"(a)\1", r"(?P=x)", r"\p", r"\x41"),
-    *("(", ")", "a)", "[a", "[]", "a**", "*", "a{2}{3}", "{2}", "a{", "a{x}", "a{}", "a{3,2}", "a{10000}"),
-    *("[b-a]", "\\", "(?P<>a)", "(?P<1>a)", "(?P<a", "^*", "a\\"),
-    *("((a{99}){99}){99}", "(" * 60 + ")" * 60, "a" * (MAX_LENGTH + 1)),
+AHEAD = [
+    r"^(?!.*visual).*\.(q_proj|o_proj)",
+    r"(?!.*(?:visual|mlp)).*",
+    r"(?=.*self_attn)(?!.*q_proj).*_proj",
+    r"^(?=model\.)(?:(?:.*q_proj)|.*o_proj)$",
+    r"^(?!(?:model\.)?layers\.1\.)[^(|]+",
 ]
 
 
-@pytest.mark.parametrize("pattern", REFUSED, ids=lambda pattern: pattern[:20])
+@pytest.mark.parametrize("pattern", AHEAD)
+def test_conditions_at_the_start_are_those_of_python(pattern: str) -> None:
+    ours = Pattern(pattern)
+    paths = [*PATHS, "model.visual.blocks.0.attn.q_proj", "lm_head"]
+    assert [ours.fullmatch(path) for path in paths] == [re.fullmatch(pattern, path) is not None for path in paths]
+
+
+REFUSED = [
+    *(r".*(?=a)", r"(?!a)b|c", r"(?<=a)b", r"a(?#x)", r"(a)\1", r"(?P<x>a)(?P=x)", r"\p", r"\pL", r"[[:alpha:]]", "a++"),
+    *("(", ")", "a)", "[a", "[]", "a**", "*", "a{2}{3}", "{2}", "a{3,2}", "a{10000}", "(?>a)", "a\nb", "\ud800"),
+    *("[b-a]", "\\", "(?P<>a)", "(?P<1>a)", "(?P<a", "^*", "a\\", "(?!a"),
+    *("((a{99}){99}){99}", "(" * 1000 + ")" * 1000 + "(", "a" * (MAX_LENGTH + 1)),
+]
+
+
+@pytest.mark.parametrize("pattern", REFUSED, ids=lambda pattern: ascii(pattern)[:20])
 def test_what_is_not_understood_is_refused(pattern: str) -> None:
     with pytest.raises(PatternError):
         Pattern(pattern)
+
+
+def test_look_ahead_elsewhere_is_refused_with_what_to_do() -> None:
+    with pytest.raises(AdapterFormatError, match=r"look-around is read only at the start.*List the module names"):
+        Expressions().compile("target_modules", r".*\.(?!visual).*q_proj")
 
 
 EVIL = [
@@ -92,31 +114,52 @@ EVIL = [
 
 @pytest.mark.parametrize("pattern", EVIL, ids=lambda pattern: pattern[:20])
 def test_nothing_runs_away(pattern: str) -> None:
-    """Each ends soon, with the right answer or with a refusal."""
-    started = time.process_time()
-    matcher = PatternMatcher()
+    """Each ends, with the right answer or with a refusal; by backtracking none would before the test is stopped."""
     paths = [f"model.layers.{i}.self_attn.{'a' * 40}!" for i in range(200)]
     try:
-        matched = any(matcher.full("target_modules", pattern, path) for path in paths)
-    except AdapterFormatError:
-        matched = False
-    assert not matched
-    assert time.process_time() - started < 20
+        matches = Pattern(pattern)
+    except PatternError:
+        return
+    assert not any(matches.fullmatch(path) for path in paths)
 
 
-def test_a_plain_key_is_as_its_expression() -> None:
-    matcher = PatternMatcher()
-    for key in (
-        "q_proj",
-        "self_attn.q_proj",
-        "model.layers.1.self_attn.q_proj",
-        "q.proj",
-        "proj",
-        "1.self_attn.q_proj",
-        ".",
-    ):
-        for path in PATHS:
-            assert matcher.suffix("rank_pattern", key, path) == bool(re.match(rf"(.*\.)?({key})$", path)), (key, path)
+# Kinds of keys of which one configuration holds thousands; the last one's automata alone took minutes.
+MANY = [
+    [f"(x{i}|y)*z" for i in range(3000)],
+    ["(a|b)*" * 30 + f"c{i}" for i in range(4000)],
+    [f"(q{{900}}|k{{900}}){i}" for i in range(4000)],
+]
+
+
+@pytest.mark.parametrize("keys", MANY, ids=lambda keys: keys[0][:12])
+def test_expressions_are_counted_before_they_are_compiled(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    real = matching.Pattern
+    monkeypatch.setattr(matching, "Pattern", lambda *args, **kwargs: compiled.append(args) or real(*args, **kwargs))
+    with pytest.raises(AdapterFormatError, match="list the module names instead"):
+        KeyTable("rank_pattern", dict.fromkeys(keys, 2), Expressions())
+    assert len(compiled) <= MAX_EXPRESSIONS
+
+
+KEYS = [
+    *("q_proj", "self_attn.q_proj", "model.layers.1.self_attn.q_proj", "q.proj", "proj", "1.self_attn.q_proj", "."),
+    *("^model.layers.0.self_attn.q_proj", "^q_proj", "q_proj$", r"self_attn\.q_proj", r"self_attn\.q\.proj", "x" * 60),
+    *("^model.layers.0.self_attn.q_proj$", r"layers.\d+.mlp.down_proj", "self_attn.(q|o)_proj", ".*", "e.f.q_proj"),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_matches_as_peft_matches_it(key: str) -> None:
+    table = KeyTable("rank_pattern", {key: True}, Expressions())
+    for path in PATHS:
+        assert table.get(path, False) == bool(re.match(rf"(.*\.)?({key})$", path)), path
+
+
+@given(st.permutations(KEYS))
+def test_the_first_key_that_matches_wins(keys: list[str]) -> None:
+    table = KeyTable("rank_pattern", {key: key for key in keys}, Expressions())
+    for path in PATHS:
+        assert table.get(path, path) == get_pattern_key(keys, path)
 
 
 @pytest.mark.parametrize(

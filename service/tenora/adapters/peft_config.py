@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tenora.adapters.matching import PatternMatcher, layer_number
+from tenora.adapters.matching import Expressions, KeyTable, ends_with_any, layer_number, suffixes
+from tenora.adapters.pattern import Pattern
 from tenora.adapters.safetensors_file import parse_json_object
 from tenora.adapters.targets import TargetModule
 from tenora.errors import AdapterFormatError
 
 MAX_CONFIG_BYTES = 2**20
-_MAX_PATTERNS = 4096
+_MAX_PATTERNS = 2048
 ALL_LINEAR = "all-linear"
+_PEFT_DEFAULT = 8  # of r and of lora_alpha, where a configuration leaves them out
+_NOT_ADAPTED = ("embed_tokens", "lm_head")
 
 # Every field that changes what the adapter computes in a way that the low-rank op does not, with what to do about it.
 _UNSUPPORTED = {
@@ -81,50 +84,55 @@ class PeftConfig:
         """Rank and scaling of each target module that the adapter covers, by path, as PEFT resolves them.
 
         Raises:
-            AdapterFormatError: if a name in `target_modules` is no module of the base, or nothing is covered.
+            AdapterFormatError: if nothing is covered, the embeddings or the head are, or the patterns are too many or
+                cannot be read.
         """
-        matcher = PatternMatcher()
-        self._refuse_unknown_names(targets)
+        expressions = Expressions()
+        ranks = KeyTable("rank_pattern", self.rank_pattern, expressions)
+        alphas = KeyTable("alpha_pattern", self.alpha_pattern, expressions)
+        wanted = _selection("target_modules", self.target_modules, expressions)
+        left_out = _selection("exclude_modules", self.exclude_modules, expressions)
         covered: dict[str, tuple[int, float]] = {}
         for target in targets:
-            if self._covers(target.path, matcher):
-                rank = _first_match("rank_pattern", self.rank_pattern, target.path, self.rank, matcher)
-                alpha = _first_match("alpha_pattern", self.alpha_pattern, target.path, self.alpha, matcher)
+            if self._covers(target.path, wanted) and not _selects(left_out, target.path):
+                rank = ranks.get(target.path, self.rank)
+                alpha = alphas.get(target.path, self.alpha)
                 covered[target.path] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
-        if not covered:
-            names = sorted({target.name for target in targets})
-            raise AdapterFormatError(
-                f"target_modules is {_shown(self.target_modules)}, which with its layers and exclusions matches none; "
-                f"this base has {', '.join(names)}."
-            )
+        self._refuse_missing(targets, covered)
         return covered
 
-    def _refuse_unknown_names(self, targets: Sequence[TargetModule]) -> None:
-        if isinstance(self.target_modules, str):
-            return
-        for name in self.target_modules:
-            if not any(_ends_with(target.path, name) for target in targets):
-                names = sorted({target.name for target in targets})
-                raise AdapterFormatError(
-                    f"target_modules names {name!r}, which this base does not have or which cannot be adapted; "
-                    f"it has {', '.join(names)}."
-                )
+    def _refuse_missing(self, targets: Sequence[TargetModule], covered: Collection[str]) -> None:
+        """Raise if nothing is covered, or a name is one of the base's modules that cannot be adapted.
 
-    def _covers(self, path: str, matcher: PatternMatcher) -> bool:
-        if isinstance(self.exclude_modules, str):
-            if self.exclude_modules and matcher.full("exclude_modules", self.exclude_modules, path):
-                return False
-        elif any(_ends_with(path, name) for name in self.exclude_modules):
+        Other names that the base lacks are passed over beside those that match, as PEFT does.
+        """
+        names = ", ".join(sorted({target.name for target in targets}))
+        listed = () if isinstance(self.target_modules, str) else self.target_modules
+        for name in listed:
+            if name.rpartition(".")[2] in _NOT_ADAPTED:
+                raise AdapterFormatError(
+                    f"target_modules names {name!r}, which cannot be adapted here; this base has {names}."
+                )
+        if covered:
+            return
+        known = {suffix for target in targets for suffix in suffixes(target.path)}
+        if listed and (missing := [name for name in listed if name not in known]):
+            raise AdapterFormatError(
+                f"target_modules names {missing[0]!r}, which this base does not have or which cannot be adapted; "
+                f"it has {names}."
+            )
+        raise AdapterFormatError(
+            f"target_modules is {_shown(self.target_modules)}, which with its layers and exclusions matches none; "
+            f"this base has {names}."
+        )
+
+    def _covers(self, path: str, wanted: _Selection) -> bool:
+        if not _selects(wanted, path):
             return False
-        if isinstance(self.target_modules, str):
-            # layers_to_transform does not apply to expressions: they name their layers themselves.
-            is_all = self.target_modules.lower() == ALL_LINEAR
-            return is_all or matcher.full("target_modules", self.target_modules, path)
-        if path in self.target_modules:
+        # layers_to_transform does not apply to expressions and whole paths: they name their layers themselves.
+        if self.layers is None or not isinstance(wanted, frozenset) or path in wanted:
             return True
-        if not any(_ends_with(path, name) for name in self.target_modules):
-            return False
-        return self.layers is None or self._layer(path) in self.layers
+        return self._layer(path) in self.layers
 
     def _layer(self, path: str) -> int | None:
         if not self.layers_pattern:
@@ -162,8 +170,8 @@ def parse_config(text: bytes) -> PeftConfig:
             "adapter with path_initial_model_for_weight_conversion."
         )
     return PeftConfig(
-        rank=_positive_int("r", raw.get("r")),
-        alpha=_finite("lora_alpha", raw.get("lora_alpha")),
+        rank=_positive_int("r", raw.get("r", _PEFT_DEFAULT)),
+        alpha=_finite("lora_alpha", raw.get("lora_alpha", _PEFT_DEFAULT)),
         use_rslora=_flag("use_rslora", raw.get("use_rslora", False)),
         target_modules=_names("target_modules", raw.get("target_modules"), required=True),
         exclude_modules=_names("exclude_modules", raw.get("exclude_modules"), required=False),
@@ -175,12 +183,21 @@ def parse_config(text: bytes) -> PeftConfig:
     )
 
 
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+_Selection = frozenset[str] | Pattern | None  # names, an expression, or every module
 
 
-def _first_match(field: str, values: Mapping[str, Any], path: str, default: Any, matcher: PatternMatcher) -> Any:
-    return next((value for key, value in values.items() if matcher.suffix(field, key, path)), default)
+def _selection(field: str, value: tuple[str, ...] | str, expressions: Expressions) -> _Selection:
+    if not isinstance(value, str):
+        return frozenset(value)
+    if field == "target_modules" and value.lower() == ALL_LINEAR:
+        return None
+    return expressions.compile(field, value)
+
+
+def _selects(selection: _Selection, path: str) -> bool:
+    if isinstance(selection, Pattern):
+        return selection.fullmatch(path)
+    return selection is None or ends_with_any(path, selection)
 
 
 def _shown(value: Any) -> str:
