@@ -16,6 +16,7 @@
     ├── UnavailableError            no capacity, or no engine, now
     │   └── PoolFullError           every adapter slot is in use or pinned
     ├── StorageFullError            the disk is full
+    ├── AdapterDamagedError         a stored adapter is not what was stored
     ├── UnsupportedModelError       a base model that Tenora cannot serve
     ├── TrainingError               a training run that stopped and says why
     └── ConfigurationError          settings that do not fit together
@@ -172,6 +173,18 @@ class StorageFullError(TenoraError):
     """The disk is full; nothing was written."""
 
     code = "storage_full"
+
+
+class AdapterDamagedError(TenoraError):
+    """The stored files of an adapter version are gone or changed; it must be stored anew."""
+
+    code = "adapter_damaged"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"The stored files of the adapter version {digest[:12]} are damaged, so it is not used. Import the same "
+            "adapter again, or roll back to another version."
+        )
 
 
 class UnsupportedModelError(TenoraError):

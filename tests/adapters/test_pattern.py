@@ -88,7 +88,18 @@ def test_conditions_at_the_start_are_those_of_python(pattern: str) -> None:
 
 
 REFUSED = [
-    *(r".*(?=a)", r"(?!a)b|c", r"(?<=a)b", r"a(?#x)", r"(a)\1", r"(?P<x>a)(?P=x)", r"\p", r"\pL", r"[[:alpha:]]", "a++"),
+    *(
+        r".*(?=a)",
+        r"(?!a)b|c",
+        r"(?<=a)b",
+        r"a(?#x)",
+        r"(a)\1",
+        r"(?P<x>a)(?P=x)",
+        r"\p",
+        r"\pL",
+        r"[[:alpha:]]",
+        "a++",
+    ),
     *("(", ")", "a)", "[a", "[]", "a**", "*", "a{2}{3}", "{2}", "a{3,2}", "a{10000}", "(?>a)", "a\nb", "\ud800"),
     *("[b-a]", "\\", "(?P<>a)", "(?P<1>a)", "(?P<a", "^*", "a\\", "(?!a"),
     *("((a{99}){99}){99}", "(" * 1000 + ")" * 1000 + "(", "a" * (MAX_LENGTH + 1)),
@@ -102,7 +113,7 @@ def test_what_is_not_understood_is_refused(pattern: str) -> None:
 
 
 def test_look_ahead_elsewhere_is_refused_with_what_to_do() -> None:
-    with pytest.raises(AdapterFormatError, match=r"look-around is read only at the start.*List the module names"):
+    with pytest.raises(AdapterFormatError, match=r"look-around is read only at the start.*List module names"):
         Expressions().compile("target_modules", r".*\.(?!visual).*q_proj")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -139,6 +140,53 @@ def test_every_weight_type(dtype: torch.dtype, name: str, base: transformers.Pre
         if "lora_" in parameter_name:
             parameter.data = parameter.data.to(dtype).float()
     assert_same_deltas(our_deltas(weights), peft_deltas(model))
+
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("a_type", TYPES)
+@pytest.mark.parametrize("b_type", TYPES)
+def test_a_and_b_may_differ_in_their_float_type(
+    a_type: torch.dtype, b_type: torch.dtype, base: transformers.PreTrainedModel, tiny_base: Path, tmp_path: Path
+) -> None:
+    """float64 included: both are the float32 values that PEFT computes with."""
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_NAME)
+    tensors = {name: value.to(a_type if ".lora_A." in name else b_type) for name, value in tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS_NAME)
+    ours = our_deltas(read_adapter(tmp_path, TARGETS, max_rank=64))
+    assert_same_deltas(ours, peft_deltas(peft.PeftModel.from_pretrained(load(tiny_base), tmp_path)))
+    summary = validate_files((tmp_path / CONFIG_NAME).read_bytes(), tmp_path / WEIGHTS_NAME, TARGETS, max_rank=64)
+    assert summary.bfloat16 == (a_type == b_type == torch.bfloat16)
+
+
+BY_HAND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "r and lora_alpha left out": ({"r": 8, "lora_alpha": 8}, {"r": ..., "lora_alpha": ...}),
+    "a name that the base lacks beside others": (
+        {"r": 3},
+        {"target_modules": ["q_proj", "c_attn", "layers.9.up_proj"]},
+    ),
+    "a look-ahead": ({"r": 3}, {"target_modules": r"^(?!.*(?:visual|layers\.1)).*\.(q|k)_proj$"}),
+    "two look-aheads": ({"r": 3}, {"target_modules": r"(?=model\.)(?!.*mlp).*\.[qk]_proj"}),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_configurations_that_others_write(
+    case: str, base: transformers.PreTrainedModel, tiny_base: Path, tmp_path: Path
+) -> None:
+    trained, written = BY_HAND[case]
+    names = written.get("target_modules", ["q_proj"])
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=names, **trained))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    fields = {**json.loads((tmp_path / CONFIG_NAME).read_text()), **written}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    theirs = peft_deltas(peft.PeftModel.from_pretrained(load(tiny_base), tmp_path))
+    assert_same_deltas(our_deltas(read_adapter(tmp_path, TARGETS, max_rank=64)), theirs)
 
 
 def test_the_keys_of_configurations_by_hand(base: transformers.PreTrainedModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter, validate_files
 from tenora.errors import AdapterFormatError
@@ -66,9 +67,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no targets": ({"target_modules": None}, "target_modules is None; it must be a list"),
     "empty targets": ({"target_modules": []}, "target_modules is []"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules is [1]"),
-    "unknown target": (
-        {"target_modules": ["q_proj", "c_attn"]},
-        "target_modules names 'c_attn', which this base does not have",
+    "unknown targets": (
+        {"target_modules": ["c_proj", "c_attn"]},
+        "target_modules names 'c_proj', which this base does not have",
     ),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules names 'embed_tokens'"),
     "nothing matched": ({"target_modules": "q_proj"}, "matches none; this base has down_proj, gate_proj"),
@@ -80,9 +81,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "look-around": (
         {"target_modules": ".*(?=q_proj)q_proj"},
-        "target_modules holds the pattern '.*(?=q_proj)q_proj', which cannot",
+        "look-around is read only at the start of target_modules and before no alternatives. List module names",
     ),
-    "broken regex": ({"target_modules": "(q_proj"}, "an unmatched '('"),
+    "broken regex": ({"target_modules": "(q_proj"}, "'(q_proj', which cannot be read: Python does not read it"),
     "broken key": ({"rank_pattern": {"q_proj)|(": 3}}, "rank_pattern holds the pattern 'q_proj)|('"),
     "targets that leave a tensor out": (
         {"target_modules": ["q_proj"]},
@@ -137,10 +138,6 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "transposed": (_put(f"{Q0}.lora_B.weight", np.ones((4, 48), np.float32)), "has shape [4, 48], but this base"),
     "three axes": (_put(f"{Q0}.lora_A.weight", np.ones((1, 4, 48), np.float32)), "has shape [1, 4, 48]"),
     "empty": (_put(f"{Q0}.lora_A.weight", np.ones((0, 48), np.float32)), "a rank of 0 adapts nothing"),
-    "mixed types": (
-        _put(f"{Q0}.lora_A.weight", np.ones((4, 48), np.float16)),
-        f"{Q0}.lora_A.weight is F16 but its lora_B is F32",
-    ),
     "head": (_put(f"{PREFIX}lm_head.lora_A.weight", ONES), "adapts lm_head, which this base does not have"),
     "layer 9": (
         _put(f"{PREFIX}model.layers.9.self_attn.q_proj.lora_A.weight", ONES),
@@ -148,9 +145,26 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "adapter name": (
         _put(f"{Q0}.lora_A.default.weight", ONES),
-        f"{Q0}.lora_A.default.weight is not named as PEFT saves it",
+        f"{Q0}.lora_A.default.weight is of a state_dict, with the adapter's name in it; save the adapter",
     ),
     "no prefix": (_put("model.layers.0.self_attn.q_proj.lora_A.weight", ONES), "is not named as PEFT saves it"),
+    "kohya": (_put("lora_unet_down_blocks_0.lora_down.weight", ONES), "is of a kohya adapter for image models"),
+    "kohya's alpha": (_put(f"{Q0}.alpha", np.ones((), np.float32)), "as kohya's tools name it (lora_down, lora_up"),
+    "diffusers": (_put("transformer.blocks.0.attn.to_q.lora_A.weight", ONES), "is of a diffusers adapter for image"),
+    "MLX": (_put("model.layers.0.self_attn.q_proj.lora_a", ONES), "MLX, which also stores A and B transposed"),
+    "compiled": (
+        _put(f"{PREFIX}_orig_mod.model.layers.0.self_attn.q_proj.lora_A.weight", ONES),
+        f"is of a wrapped model; rename its tensors to {PREFIX}<module>.lora_A.weight",
+    ),
+    "twice": (_put(f"{PREFIX}{Q0}.lora_A.weight", ONES), "is of a PEFT model within a PEFT model"),
+    "images and text": (
+        _put(f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_A.weight", ONES),
+        "is of a model for images and text; train on the text model itself",
+    ),
+    "AutoModel": (
+        _put(f"{PREFIX}layers.0.self_attn.q_proj.lora_A.weight", ONES),
+        "was trained on AutoModel, without the head; train on AutoModelForCausalLM",
+    ),
     "magnitude": (_put(f"{Q0}.lora_magnitude_vector", np.ones(48, np.float32)), "belongs to DoRA"),
     "embedding": (_put(f"{PREFIX}model.embed_tokens.lora_embedding_A", ONES), "adapts the embeddings"),
     "bias": (_put(f"{Q0}.lora_B.bias", np.ones(48, np.float32)), "is a bias"),
@@ -189,9 +203,25 @@ def test_rank_above_the_limit(tmp_path: Path) -> None:
 
 
 def test_too_many_tensors(tmp_path: Path) -> None:
-    weights = {**tensors(), **{f"extra.{i}": np.ones(1, np.float32) for i in range(40)}}
+    weights = {**tensors(), **{f"extra.{i}": np.ones(1, np.float32) for i in range(80)}}
     save(tmp_path, config(), weights)
-    assert "holds 52 tensors, this base has room for 42" in refusal(tmp_path)
+    assert "holds 92 tensors, far more than this base has modules" in refusal(tmp_path)
+
+
+def test_another_writers_file_is_told_by_its_names_and_not_by_what_it_lacks(tmp_path: Path) -> None:
+    weights = {name.removeprefix(PREFIX): value for name, value in tensors().items()}
+    save(tmp_path, config(), weights)
+    assert refusal(tmp_path).endswith(
+        "is not named as PEFT saves it (base_model.model.<module>.lora_A.weight); rename its tensors to "
+        "base_model.model.<module>.lora_A.weight, or save it with PeftModel.save_pretrained."
+    )
+
+
+def test_a_float64_weight_beyond_float32_is_refused(tmp_path: Path) -> None:
+    header = {f"{Q0}.lora_A.weight": np.full((4, 48), 1e300), f"{Q0}.lora_B.weight": np.ones((48, 4))}
+    save(tmp_path, config(target_modules=["layers.0.self_attn.q_proj"]), {})
+    safetensors.numpy.save_file(header, tmp_path / WEIGHTS_NAME)
+    assert f"{Q0}.lora_A.weight holds NaN or infinite" in refusal(tmp_path)
 
 
 def _entry(shape: list[Any], offsets: list[Any], dtype: str = "F32") -> dict[str, Any]:
@@ -226,9 +256,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     ),
     "integers": (
         raw_safetensors(_header(a=_entry([1], [0, 4], "I32")), b"1234"),
-        "a is of type 'I32'; use one of F32, F16, BF16",
+        "a is of type 'I32'; use one of F32, F16, BF16, F64",
     ),
-    "double": (raw_safetensors(_header(a=_entry([1], [0, 8], "F64")), b"12345678"), "a is of type 'F64'"),
     "type is a list": (
         raw_safetensors(b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', b"1234"),
         "a is of type []",

@@ -49,7 +49,7 @@ class Expressions:
             pattern = self._compiled[text, as_suffix] = Pattern(text, as_suffix=as_suffix)
         except PatternError as error:
             raise AdapterFormatError(
-                f"{field} holds the pattern {text[:80]!r}, which cannot be read: {error}. List the module names instead."
+                f"{field} holds the pattern {text[:80]!r}, which cannot be read: {error}. List module names instead."
             ) from error
         return pattern
 

@@ -19,8 +19,14 @@ import re2
 MAX_LENGTH = 2048
 _MAX_MEMORY = 2**18  # bytes of one automaton: ten thousand states, 2 ms; real expressions take a few hundred
 # An escape, a set, a repetition without a lower bound, or any other character.
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{,(?P<most>\d+)\}|.", re.DOTALL)
-_SET_OPERATIONS = ("[", "--", "&&", "~~", "||")  # within a set: RE2 reads names of classes, Python may read sets one day
+_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{,(?P<most>\d+)\}|.", re.DOTALL)
+_SET_OPERATIONS = (
+    "[",
+    "--",
+    "&&",
+    "~~",
+    "||",
+)  # within a set: RE2 reads names of classes, Python may read sets one day
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _OPTIONS = re2.Options()
 _OPTIONS.max_mem = _MAX_MEMORY
@@ -45,15 +51,15 @@ class Pattern:
             raise PatternError(f"it has {len(text)} characters, more than {MAX_LENGTH}")
         if not text.isprintable():
             raise PatternError("it holds characters that no module's name has")
-        tokens = _translated(text)
+        pieces = _translated(text)
         _require_python(text)
         conditions: list[tuple[bool, str]] = []
         if as_suffix:
             # As PEFT puts it. By itself first: what is unbalanced must not become valid by what is put around it.
             _require_python(f"(.*\\.)?({text})$")
-            body = f"(?:.*\\.)?(?:{''.join(tokens)})"
+            body = f"(?:.*\\.)?(?:{''.join(pieces)})"
         else:
-            conditions, rest = _split_conditions(tokens)
+            conditions, rest = _split_conditions(pieces)
             body = "".join(rest)
         self._conditions = [(wanted, _compiled(condition)) for wanted, condition in conditions]
         self._body = _compiled(body)
@@ -67,15 +73,15 @@ class Pattern:
 
 def _translated(text: str) -> list[str]:
     """The expression in pieces, each as RE2 writes what Python means by it."""
-    tokens: list[str] = []
-    for match in _TOKEN.finditer(text):
-        token = match[0]
-        if len(token) > 1 and token[0] == "[" and any(operation in token[1:-1] for operation in _SET_OPERATIONS):
+    pieces: list[str] = []
+    for match in _PIECE.finditer(text):
+        piece = match[0]
+        if len(piece) > 1 and piece[0] == "[" and any(operation in piece[1:-1] for operation in _SET_OPERATIONS):
             raise PatternError("it holds a set within a set")
         if match["most"] is not None:
-            token = f"{{0,{match['most']}}}"
-        tokens.append(r"\z" if token == r"\Z" else token)
-    return tokens
+            piece = f"{{0,{match['most']}}}"
+        pieces.append(r"\z" if piece == r"\Z" else piece)
+    return pieces
 
 
 def _require_python(text: str) -> None:
@@ -86,37 +92,37 @@ def _require_python(text: str) -> None:
         raise PatternError(f"Python does not read it ({error})") from error
 
 
-def _split_conditions(tokens: list[str]) -> tuple[list[tuple[bool, str]], list[str]]:
+def _split_conditions(pieces: list[str]) -> tuple[list[tuple[bool, str]], list[str]]:
     """Look-aheads at the start of an expression, each with whether it must match; and what follows them."""
-    at = 1 if tokens[:1] == ["^"] else 0
+    at = 1 if pieces[:1] == ["^"] else 0
     start = at
     conditions: list[tuple[bool, str]] = []
-    while "".join(tokens[at : at + 3]) in ("(?=", "(?!"):
-        end = _closing(tokens, at)
-        conditions.append((tokens[at + 2] == "=", "".join(tokens[at + 3 : end])))
+    while "".join(pieces[at : at + 3]) in ("(?=", "(?!"):
+        end = _closing(pieces, at)
+        conditions.append((pieces[at + 2] == "=", "".join(pieces[at + 3 : end])))
         at = end + 1
-    rest = tokens[at:]
+    rest = pieces[at:]
     if conditions and _has_alternatives(rest):
         _refuse_look_around()  # a condition belongs to the first alternative only
-    return conditions, tokens[:start] + rest
+    return conditions, pieces[:start] + rest
 
 
-def _closing(tokens: list[str], opening: int) -> int:
+def _closing(pieces: list[str], opening: int) -> int:
     """Where the group that begins at `opening` ends; Python has compiled it, so it does."""
     depth = 0
-    for at in range(opening, len(tokens)):
-        depth += (tokens[at] == "(") - (tokens[at] == ")")
+    for at in range(opening, len(pieces)):
+        depth += (pieces[at] == "(") - (pieces[at] == ")")
         if depth == 0:
             return at
     raise PatternError("a group is not closed")
 
 
-def _has_alternatives(tokens: list[str]) -> bool:
+def _has_alternatives(pieces: list[str]) -> bool:
     """Whether a `|` stands outside of all groups."""
     depth = 0
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        if depth == 0 and token == "|":
+    for piece in pieces:
+        depth += (piece == "(") - (piece == ")")
+        if depth == 0 and piece == "|":
             return True
     return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +16,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from tenora.adapters.atomic import new_directory
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, content_hasher, digest_of
+from tenora.adapters.foreign_names import PREFIX, foreign_name, unexpected_name
 from tenora.adapters.peft_config import MAX_CONFIG_BYTES, parse_config
 from tenora.adapters.safetensors_file import (
     Array,
     TensorEntry,
+    as_float32,
     parse_header,
     read_array,
     read_arrays,
     read_header_text,
+    require_below,
     write_file,
 )
 from tenora.adapters.targets import TargetModule
-from tenora.errors import AdapterFormatError
+from tenora.errors import AdapterDamagedError, AdapterFormatError
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _KEPT_PLANS = 8  # kinds of adapters (ranks, modules, types) whose headers are remembered
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -44,7 +46,8 @@ class LoraModule:
         scaling: alpha / rank, or alpha / √rank for rsLoRA.
         a: [rank, in_features].
         b: [out_features, rank], as in the file.
-        dtype: float32, float16 or bfloat16; bfloat16 arrays are the bits as uint16.
+        dtype: float32, float16 or bfloat16, of both; bfloat16 arrays are the bits as uint16. What the file has in
+            float64, or in two types, is float32, as PEFT loads it.
     """
 
     path: str
@@ -68,6 +71,7 @@ class AdapterSummary:
         rank: the highest of its modules.
         target_modules: last parts of the paths that it adapts (`q_proj`), in the order of the base.
         parameters: number of weights.
+        bfloat16: whether all of them are bfloat16.
         nbytes: size of the weights in the file.
         config: adapter_config.json.
     """
@@ -75,6 +79,7 @@ class AdapterSummary:
     rank: int
     target_modules: tuple[str, ...]
     parameters: int
+    bfloat16: bool
     nbytes: int
     config: Mapping[str, Any]
 
@@ -147,23 +152,39 @@ class AdapterReader:
         self._max_rank = max_rank
         self._plans: OrderedDict[bytes, _Plan] = OrderedDict()
 
-    def read(self, directory: Path) -> AdapterWeights:
-        """Read and check the adapter of a directory; raises as `read_adapter`."""
-        config = read_config(directory)
+    def read(self, directory: Path, digest: str | None = None) -> AdapterWeights:
+        """Read and check the adapter of a directory.
+
+        Args:
+            directory: as `read_adapter`.
+            digest: what its bytes must be (`tenora.adapters.digest`); they are hashed on their way.
+
+        Raises:
+            AdapterDamagedError: the files are not those that the digest names, or are gone.
+            AdapterFormatError, FileNotFoundError: as `read_adapter`.
+        """
+        hasher = None
+        try:
+            config = read_config(directory)
+            hasher = None if digest is None else content_hasher(config)
+            weights = self._read(directory, config, hasher)
+        except (AdapterFormatError, FileNotFoundError) as error:
+            if digest is not None and digest_of(directory) != digest:
+                raise AdapterDamagedError(digest) from error
+            raise
+        if digest is not None and hasher is not None and hasher.hexdigest() != digest:
+            raise AdapterDamagedError(digest)
+        return weights
+
+    def _read(self, directory: Path, config: bytes, hasher: hashlib._Hash | None) -> AdapterWeights:
         with _open_weights(directory / WEIGHTS_NAME) as file:
-            plan = self._plan(config, *_header(config, file))
-            arrays = dict(zip((entry.name for entry in plan.entries), read_arrays(file, plan.entries), strict=True))
-        modules = {
-            planned.target.path: LoraModule(
-                path=planned.target.path,
-                rank=planned.rank,
-                scaling=planned.scaling,
-                a=arrays[planned.a.name],
-                b=arrays[planned.b.name],
-                dtype=_DTYPES[planned.a.dtype],
-            )
-            for planned in plan.modules
-        }
+            header, file_size = _header(config, file)
+            plan = self._plan(config, header, file_size)
+            if hasher is not None:
+                hasher.update(len(header).to_bytes(8, "little") + header)
+            found = read_arrays(file, plan.entries, hasher)
+            arrays = dict(zip((entry.name for entry in plan.entries), found, strict=True))
+        modules = {planned.target.path: _module(planned, arrays) for planned in plan.modules}
         summary = plan.summary
         return AdapterWeights(modules, summary.rank, summary.target_modules, summary.config, summary.nbytes)
 
@@ -194,7 +215,16 @@ def read_adapter(directory: Path, targets: Sequence[TargetModule], *, max_rank: 
     return AdapterReader(targets, max_rank=max_rank).read(directory)
 
 
-def validate_files(config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterSummary:
+def summarise(directory: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterSummary:
+    """What the adapter of a directory is. No weight is read. Raises as `read_adapter`."""
+    config = read_config(directory)
+    with _open_weights(directory / WEIGHTS_NAME) as file:
+        return _plan(config, *_header(config, file), targets, max_rank).summary
+
+
+def validate_files(
+    config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int, largest: float = math.inf
+) -> AdapterSummary:
     """Check an upload exactly as `read_adapter` does, holding one tensor in memory at a time.
 
     Args:
@@ -202,14 +232,15 @@ def validate_files(config: bytes, weights: Path, targets: Sequence[TargetModule]
         weights: the safetensors file, under any name.
         targets: the modules of the base that can be adapted.
         max_rank: highest rank that is accepted.
+        largest: weights of this magnitude or more cannot be served (`ArenaRoom.largest`).
 
     Raises:
-        AdapterFormatError: as `read_adapter`.
+        AdapterFormatError: as `read_adapter`, or a weight is too large.
     """
     with _open_weights(weights) as file:
         plan = _plan(config, *_header(config, file), targets, max_rank)
         for entry in plan.entries:
-            read_array(file, entry)
+            require_below(largest, entry, read_array(file, entry))
     return plan.summary
 
 
@@ -245,18 +276,22 @@ def _plan(config: bytes, header: bytes, file_size: int, targets: Sequence[Target
     """Everything that can be checked without reading a weight."""
     parsed = parse_config(config)
     covered = parsed.resolve(targets)
-    entries = parse_header(header, file_size, max_tensors=2 * len(targets))
+    # Two tensors a module; with room for those of other formats, so that a name among them can tell which it is.
+    entries = parse_header(header, file_size, max_tensors=4 * len(targets))
+    if (reason := foreign_name(entries)) is not None:
+        raise AdapterFormatError(reason)
     modules = [
         _planned(target, *covered[target.path], entries, max_rank) for target in targets if target.path in covered
     ]
     expected = {entry.name for planned in modules for entry in (planned.a, planned.b)}
     for name in entries:
         if name not in expected:
-            raise AdapterFormatError(_why_unexpected(name, targets))
+            raise AdapterFormatError(unexpected_name(name, {target.path for target in targets}))
     summary = AdapterSummary(
         rank=max(planned.rank for planned in modules),
         target_modules=tuple(dict.fromkeys(planned.target.name for planned in modules)),
         parameters=sum(p.rank * (p.target.in_features + p.target.out_features) for p in modules),
+        bfloat16=all(entry.dtype == "BF16" for entry in entries.values()),
         nbytes=sum(planned.a.nbytes + planned.b.nbytes for planned in modules),
         config=parsed.raw,
     )
@@ -270,13 +305,11 @@ def _planned(
         raise AdapterFormatError(f"{target.path} has rank {rank}; this server accepts ranks up to {max_rank}.")
     a = _tensor(entries, target, "lora_A", (rank, target.in_features))
     b = _tensor(entries, target, "lora_B", (target.out_features, rank))
-    if a.dtype != b.dtype:
-        raise AdapterFormatError(f"{a.name} is {a.dtype} but its lora_B is {b.dtype}; save both in one type.")
     return _Planned(target, rank, scaling, a, b)
 
 
 def _tensor(entries: Mapping[str, TensorEntry], target: TargetModule, part: str, shape: tuple[int, int]) -> TensorEntry:
-    name = f"{_PREFIX}{target.path}.{part}.weight"
+    name = f"{PREFIX}{target.path}.{part}.weight"
     entry = entries.get(name)
     if entry is None:
         raise AdapterFormatError(
@@ -291,28 +324,11 @@ def _tensor(entries: Mapping[str, TensorEntry], target: TargetModule, part: str,
     return entry
 
 
-# What the name of an unexpected tensor tells about the kind of adapter; the first that fits.
-_FOREIGN_PARTS = (
-    ("lora_magnitude_vector", "belongs to DoRA, which also rescales the base weights; train plain LoRA"),
-    ("lora_embedding", "adapts the embeddings, which is not served; train linear modules only"),
-    (".embed_tokens.", "adapts the embeddings, which is not served; train linear modules only"),
-    (".bias", "is a bias, which is not served; train with bias='none' and lora_bias=False"),
-)
-
-
-def _why_unexpected(name: str, targets: Sequence[TargetModule]) -> str:
-    """The sentence for a tensor that belongs to no module of the plan."""
-    for part, reason in _FOREIGN_PARTS:
-        if part in name:
-            return f"{name} {reason}."
-    if ".lora_" not in name:
-        return f"{name} is not a low-rank weight; train without modules_to_save and without trained tokens."
-    path, _, rest = name.removeprefix(_PREFIX).partition(".lora_")
-    if not name.startswith(_PREFIX) or rest not in ("A.weight", "B.weight"):
-        return f"{name} is not named as PEFT saves it ({_PREFIX}<module>.lora_A.weight); save it with save_pretrained."
-    if any(target.path == path for target in targets):
-        return f"{name} is in the file, but target_modules and layers leave it out; they must agree."
-    return f"{name} adapts {path}, which this base does not have or which cannot be adapted."
+def _module(planned: _Planned, arrays: Mapping[str, Array]) -> LoraModule:
+    a, b, dtype = arrays[planned.a.name], arrays[planned.b.name], planned.a.dtype
+    if dtype != planned.b.dtype or dtype == "F64":
+        a, b, dtype = as_float32(a), as_float32(b), "F32"
+    return LoraModule(planned.target.path, planned.rank, planned.scaling, a, b, _DTYPES[dtype])
 
 
 def write_adapter(
@@ -339,8 +355,8 @@ def write_adapter(
             raise ValueError(f"{path} has A {a.dtype} {a.shape} and B {b.dtype} {b.shape}, not [r, in] and [out, r].")
         if a.shape[0] != lora.rank:
             rank_pattern[path] = a.shape[0]
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b
     names = {path.rpartition(".")[2] for path in modules}
     if names != set(lora.target_modules):
         raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(lora.target_modules)}.")

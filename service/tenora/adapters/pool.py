@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenora.adapters.arena_room import ALIGNMENT_BYTES
 from tenora.adapters.free_list import FreeList
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
@@ -18,7 +19,6 @@ from tenora.errors import AdapterFormatError, PoolFullError
 from tenora_kernels import memory
 from tenora_kernels.layout import LoraTables
 
-_ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load of any kernel
 _MAX_MOVED_BYTES = 32 * 2**20  # moving this much takes about 10 ms, a third of a step
 
 
@@ -83,7 +83,7 @@ class SlotPool:
             raise ValueError("the targets must be given in the order of their rows 0, 1, 2, …")
         self._targets = tuple(targets)
         self._itemsize = dtype.itemsize
-        self._free = FreeList(max_bytes // dtype.itemsize, _ALIGNMENT_BYTES // dtype.itemsize)
+        self._free = FreeList(max_bytes // dtype.itemsize, ALIGNMENT_BYTES // dtype.itemsize)
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self.tables = LoraTables(

@@ -6,6 +6,7 @@ The format: 8 bytes, little endian, the length of the header; a JSON object from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,13 @@ MAX_HEADER_BYTES = 8 * 2**20
 MAX_NAME_LENGTH = 512
 _MAX_DIMENSION = 2**40  # far above any real shape; keeps products of hostile numbers small
 # numpy has no bfloat16: such tensors are their bits as uint16.
-_ARRAY_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_FILE_TYPES = {np.dtype(array_type): name for name, array_type in _ARRAY_TYPES.items()}
+_ARRAY_TYPES: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F64": np.float64,
+}
+_FILE_TYPES = {np.dtype(array_type): name for name, array_type in _ARRAY_TYPES.items() if name != "F64"}
 _CHUNK = 65536  # values that are looked at together, so that what is computed of them stays in the cache
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -35,7 +41,7 @@ class TensorEntry:
     """One tensor of a file.
 
     Attributes:
-        dtype: F32, F16 or BF16.
+        dtype: F32, F16, BF16 or F64.
         start: position of its first byte in the file.
         nbytes: its size.
     """
@@ -75,7 +81,8 @@ def parse_header(text: bytes, file_size: int, *, max_tensors: int) -> dict[str, 
 
     Raises:
         AdapterFormatError: if the header is not JSON or not complete, if there are more than `max_tensors` tensors, if
-            a dtype is not a float of 16 or 32 bits, or if the offsets leave gaps, overlap or do not end with the file.
+            a dtype is not a float of 16 bits or more, or if the offsets leave gaps, overlap or do not end with the
+            file.
     """
     header = parse_json_object(text, what="the safetensors header")
     metadata = header.pop("__metadata__", {})
@@ -83,7 +90,7 @@ def parse_header(text: bytes, file_size: int, *, max_tensors: int) -> dict[str, 
         raise AdapterFormatError("__metadata__ of the safetensors header must map strings to strings.")
     if len(header) > max_tensors:
         raise AdapterFormatError(
-            f"The file holds {len(header)} tensors, this base has room for {max_tensors}: it is made for another base."
+            f"The file holds {len(header)} tensors, far more than this base has modules: it is made for another base."
         )
     end = 8 + len(text)
     found = [_entry(name, value, end) for name, value in header.items()]
@@ -133,12 +140,13 @@ def read_array(file: BinaryIO, entry: TensorEntry) -> Array:
     return read_arrays(file, [entry])[0]
 
 
-def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry]) -> list[Array]:
+def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry], hasher: hashlib._Hash | None = None) -> list[Array]:
     """The values of tensors that lie back to back in the file, as views of one buffer: one read, one check.
 
     Args:
         file: an open safetensors file.
         entries: in the order of their bytes, without gaps, as `parse_header` gives them.
+        hasher: gets the bytes.
 
     Raises:
         AdapterFormatError: as `read_array`.
@@ -149,6 +157,8 @@ def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry]) -> list[Array]:
     buffer: npt.NDArray[np.uint8] = np.empty(last - first, dtype=np.uint8)
     file.seek(first)
     got = file.readinto(buffer.data)  # type: ignore[attr-defined]  # of buffered files
+    if hasher is not None:
+        hasher.update(buffer.data)
     arrays = [_view(buffer, entry, first) for entry in entries]
     for entry in entries:
         if entry.start + entry.nbytes > first + got:
@@ -172,13 +182,35 @@ def _view(buffer: Array, entry: TensorEntry, origin: int) -> Array:
     return flat.reshape(entry.shape)
 
 
+def as_float32(array: Array) -> Array:
+    """The values in float32, to nearest; uint16 arrays are the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
+    return array.astype(np.float32)
+
+
+def require_below(largest: float, entry: TensorEntry, array: Array) -> None:
+    """Raise AdapterFormatError if a value of the tensor has the magnitude `largest` or more."""
+    if largest == math.inf or array.size == 0:
+        return
+    highest = float(np.abs(as_float32(array)).max())
+    if highest >= largest:
+        raise AdapterFormatError(
+            f"{entry.name} holds {highest:g}, which the type that this server computes in cannot hold; train it again "
+            "with a lower learning rate, or have the operator serve the base in a wider type."
+        )
+
+
 def all_finite(array: Array) -> bool:
-    """Whether no value is NaN or infinite; uint16 arrays are the bits of bfloat16."""
+    """Whether no value is NaN or infinite, in float32 for float64; uint16 arrays are the bits of bfloat16."""
     flat = array.reshape(-1)
     return all(_chunk_is_finite(flat[start : start + _CHUNK]) for start in range(0, flat.size, _CHUNK))
 
 
 def _chunk_is_finite(values: Array) -> bool:
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
     if values.dtype != np.uint16:
         return bool(np.isfinite(values).all())
     # An exponent of ones is infinity or NaN: the bits without the sign are then the largest.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -12,17 +11,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from tenora.adapters.atomic import fsync, new_directory, rename_into_place
-from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_config
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, digest_of
+from tenora.adapters.peft_format import read_config
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.safetensors_file import parse_json_object
 from tenora.errors import AdapterFormatError, NotFoundError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STAGING = "staging"
-_CHUNK = 2**20
 
 
 class AdapterStore:
@@ -95,15 +93,7 @@ class AdapterStore:
 
     def verify(self, digest: str) -> bool:
         """Whether a version is stored and its bytes are the ones that its digest names. Reads all of them."""
-        directory = self.path(digest)
-        try:
-            with (directory / WEIGHTS_NAME).open("rb") as weights:
-                hasher = _hasher((directory / CONFIG_NAME).read_bytes())
-                for chunk in _chunks(weights):
-                    hasher.update(chunk)
-        except FileNotFoundError:
-            return False
-        return hasher.hexdigest() == digest
+        return digest_of(self.path(digest)) == digest
 
     def delete(self, digest: str) -> bool:
         """Remove a version; False if there was none. Whoever has its files open keeps reading them."""
@@ -140,11 +130,11 @@ class AdapterStore:
 
     def _stage(self, config: bytes, weights: Path, directory: Path) -> str:
         """Write both files, flushed to disk, and return their digest."""
-        hasher = _hasher(config)
+        hasher = content_hasher(config)
         with new_directory(directory) as temporary:
             (temporary / CONFIG_NAME).write_bytes(config)
             with weights.open("rb") as source, (temporary / WEIGHTS_NAME).open("wb") as copy:
-                for chunk in _chunks(source):
+                for chunk in chunks(source):
                     hasher.update(chunk)
                     copy.write(chunk)
             for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -159,18 +149,6 @@ def canonical_config(config: bytes) -> bytes:
     """
     fields = parse_json_object(config, what=CONFIG_NAME)
     return (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode()
-
-
-def _hasher(config: bytes) -> hashlib._Hash:
-    hasher = hashlib.sha256(b"tenora adapter 1\n")
-    hasher.update(len(config).to_bytes(8, "little"))
-    hasher.update(config)
-    return hasher
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK):
-        yield chunk
 
 
 @contextlib.contextmanager

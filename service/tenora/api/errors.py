@@ -66,6 +66,7 @@ TABLE: Mapping[type[e.TenoraError], Answer] = {
     e.UnavailableError: Answer(503, "server_error"),
     e.PoolFullError: Answer(503, "server_error"),
     e.StorageFullError: Answer(507, "server_error"),
+    e.AdapterDamagedError: Answer(500, "server_error"),
     # These three concern the operator. A request that meets one was right; the server cannot serve it.
     e.UnsupportedModelError: Answer(500, "server_error"),
     e.TrainingError: Answer(500, "server_error"),
@@ -111,6 +112,8 @@ def error_response(scope: Scope, error: e.TenoraError) -> JSONResponse:
     if status == 409:
         # The SDK repeats every 409 unless told otherwise. Ours are about state, so repeating cannot help, but for one.
         headers["x-should-retry"] = "true" if error.code == "idempotency_in_progress" else "false"
+    if isinstance(error, e.AdapterDamagedError):
+        headers["x-should-retry"] = "false"  # clients repeat a 500; only a new import helps
     if status in {408, 413}:
         headers["connection"] = "close"  # the rest of the body is not worth reading
     return JSONResponse(error_body(error), status, headers)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Select, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.control.blobs import Blobs

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select, union
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.adapters.peft_format import WEIGHTS_NAME, read_config, validate_files
+from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.peft_format import read_config, validate_files
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.database import Database

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME
 from tenora.control.storage import full_disk
 from tenora.errors import AdapterFormatError, PayloadTooLargeError, PermissionDeniedError
 
