@@ -180,12 +180,6 @@ class AdapterDamagedError(TenoraError):
 
     code = "adapter_damaged"
 
-    def __init__(self, digest: str) -> None:
-        super().__init__(
-            f"The stored files of the adapter version {digest[:12]} are damaged, so it is not used. Import the same "
-            "adapter again, or roll back to another version."
-        )
-
 
 class UnsupportedModelError(TenoraError):
     """The base model is missing, or is of a kind that Tenora cannot serve; the message lists what it can."""

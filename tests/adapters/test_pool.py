@@ -146,7 +146,7 @@ def test_releases_that_nobody_owes() -> None:
 def test_larger_than_the_pool() -> None:
     pool = make_pool(elements=64)
     put(pool, "a", adapter((1, 0, 0)))
-    with pytest.raises(AdapterFormatError, match="the whole pool has 256"):
+    with pytest.raises(AdapterFormatError, match="all of the pool has 256"):
         put(pool, "b", adapter((0, 0, 5)))
     assert pool.resident() == ("a",), "nothing is evicted for what cannot fit"
 

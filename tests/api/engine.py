@@ -81,6 +81,8 @@ class ScriptedEngine:
             kv_blocks=32,
             block_size=16,
             target_modules=("q_proj", "v_proj"),
+            adapter_pool_bytes=512 * 2**20,
+            adapter_slots=256,
         )
 
     @property

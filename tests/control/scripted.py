@@ -47,6 +47,8 @@ class ScriptedEngine:
             kv_blocks=64,
             block_size=16,
             target_modules=tuple(sorted({target.name for target in targets})),
+            adapter_pool_bytes=512 * 2**20,
+            adapter_slots=256,
         )
         self.stats = EngineStats()
         self._up = asyncio.Event()

@@ -26,7 +26,7 @@ from tests.control.conftest import (
 )
 from tests.control.scripted import ScriptedEngine
 
-LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj"}))
+LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj"}), lambda rank, modules: None)
 
 
 def test_lists_make_a_grid() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tenora.adapters.digest import digest_of
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.core import Engine
@@ -178,7 +179,12 @@ def make_adapter(
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16().float()  # the same values in every type of the pool
     adapted.save_pretrained(directory)
-    return AdapterRef(digest=f"digest-{directory.name}", path=str(directory))
+    return ref_of(directory)
+
+
+def ref_of(directory: Path) -> AdapterRef:
+    """The files as they lie there now."""
+    return AdapterRef(digest=digest_of(directory) or "gone", path=str(directory))
 
 
 MakeDriver = Callable[..., Driver]

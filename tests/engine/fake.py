@@ -29,7 +29,14 @@ FAIL = 404  # … is answered by a failure whose code is the group
 SILENT = 111  # … is never answered
 
 READY = Ready(
-    device="cpu", dtype="float32", max_model_len=128, kv_blocks=8, block_size=16, target_modules=("q_proj", "v_proj")
+    device="cpu",
+    dtype="float32",
+    max_model_len=128,
+    kv_blocks=8,
+    block_size=16,
+    target_modules=("q_proj", "v_proj"),
+    adapter_pool_bytes=2**20,
+    adapter_slots=8,
 )
 
 

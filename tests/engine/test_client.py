@@ -15,6 +15,9 @@ from tenora.engine import client, keeper
 from tenora.engine.client import AsyncEngine
 from tenora.engine.messages import Generate
 from tenora.errors import (
+    AdapterDamagedError,
+    AdapterFormatError,
+    ConflictError,
     ContextLengthError,
     InvalidRequestError,
     RateLimitedError,
@@ -122,6 +125,11 @@ async def test_too_many_waiting_requests_are_turned_away(engine: AsyncEngine) ->
         ("adapter_unavailable", UnavailableError),
         ("out_of_memory", UnavailableError),
         ("engine_error", UnavailableError),
+        ("adapter_damaged", AdapterDamagedError),
+        ("adapter_overflow", AdapterFormatError),
+        ("adapter_too_large", AdapterFormatError),
+        ("invalid_adapter", AdapterFormatError),
+        ("adapters_pinned", ConflictError),
         ("invalid_request", InvalidRequestError),
         ("context_length_exceeded", ContextLengthError),
     ],

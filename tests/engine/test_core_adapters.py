@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+import pytest
+import safetensors.torch
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import (
     EvictAdapter,
     PinAdapter,
 )
-from tests.engine.driver import MakeDriver, make_adapter
+from tests.engine.driver import MakeDriver, make_adapter, ref_of
 from tests.engine.requests import generate, prompt, sampling
 
 
@@ -31,7 +35,7 @@ class TestAdapters:
         requests = [generate([5], adapter=missing), generate([5], adapter=adapters[0]), generate([5])]
         gone, *others = tiny.run(*requests)
         assert gone.failure is not None
-        assert gone.failure.code == "adapter_unavailable"
+        assert gone.failure.code == "adapter_damaged"
         assert all(len(answer.tokens) == 8 for answer in others)
         assert tiny.engine.stats().adapter_load_failures == 1
 
@@ -42,16 +46,16 @@ class TestAdapters:
         directory.mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (directory / name).write_bytes((Path(adapters[0].path) / name).read_bytes()[:-8])
-        (answer,) = driver().run(generate([5], adapter=AdapterRef("broken", str(directory))))
+        (answer,) = driver().run(generate([5], adapter=ref_of(directory)))
         assert answer.failure is not None
-        assert answer.failure.code == "adapter_unavailable"
+        assert answer.failure.code == "invalid_adapter"
         assert len(answer.failure.message) > 40
 
     def test_an_adapter_that_was_repaired_is_loaded(
         self, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
     ) -> None:
         tiny = driver()
-        late = AdapterRef("late", str(tmp_path / "late"))
+        late = AdapterRef(adapters[0].digest, str(tmp_path / "late"))
         (answer,) = tiny.run(generate([5], adapter=late))
         assert answer.failure is not None
         (tmp_path / "late").symlink_to(adapters[0].path)
@@ -64,7 +68,7 @@ class TestAdapters:
         huge = make_adapter(tiny_base, tmp_path / "huge", rank=256, targets=("gate_proj", "up_proj", "down_proj"))
         big, small = driver(max_lora_rank=256).run(generate([5], adapter=huge), generate([5], adapter=adapters[0]))
         assert big.failure is not None
-        assert big.failure.code == "adapter_unavailable"
+        assert big.failure.code == "adapter_too_large"
         assert len(small.tokens) == 8
 
     def test_pinned_adapters_stay(self, driver: MakeDriver, adapters: list[AdapterRef]) -> None:
@@ -96,7 +100,7 @@ class TestAdapters:
         tiny.step()
         (answer,) = tiny.run(generate([5], adapter=adapters[1]))
         assert answer.failure is not None
-        assert "pinned" in answer.failure.message
+        assert answer.failure.code == "adapters_pinned"
 
     def test_a_deleted_version_goes_when_its_last_sequence_ends(
         self, driver: MakeDriver, adapters: list[AdapterRef]
@@ -116,3 +120,66 @@ class TestAdapters:
             (again,) = tiny.run(generate(request.token_ids, request.sampling, adapter=adapters[0]))
             assert again.cached == expected
             assert again.tokens == answer.tokens
+
+    def test_content_that_is_used_again_while_an_old_stream_ends_keeps_its_pin_and_its_cache(
+        self, driver: MakeDriver, adapters: list[AdapterRef]
+    ) -> None:
+        tiny = driver()
+        request = generate(prompt(12), sampling(max_tokens=10), adapter=adapters[0])
+        old = tiny.add(request)
+        while not old.outputs:
+            tiny.step()
+        tiny.engine.add(EvictAdapter(adapters[0].digest))
+        tiny.engine.add(PinAdapter(adapters[0]))
+        while not old.done:
+            tiny.step()
+        assert tiny.engine.stats().adapters_resident == (adapters[0].digest,)
+        for adapter in adapters[1:] * 2:
+            tiny.tokens([5], sampling(max_tokens=1), adapter)
+        assert adapters[0].digest in tiny.engine.stats().adapters_resident
+        (again,) = tiny.run(generate(request.token_ids, request.sampling, adapter=adapters[0]))
+        assert (again.cached, again.tokens) == (8, old.tokens)
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_a_bit_that_changed_on_disk_is_never_served(
+        self, name: str, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
+    ) -> None:
+        """Every byte of both files counts: of the configuration, the header and the weights, first and last."""
+        tiny = driver()
+        stored = AdapterRef(adapters[1].digest, str(tmp_path / "stored"))
+        shutil.copytree(adapters[1].path, stored.path)
+        path = Path(stored.path) / name
+        whole = path.read_bytes()
+        places = [0, 1, 8, 100, len(whole) // 2, len(whole) - 1]
+        for place in places:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+            damaged, other = tiny.run(generate([5], adapter=stored), generate([5], adapter=adapters[0]))
+            assert damaged.failure is not None
+            assert damaged.failure.code == "adapter_damaged", place
+            assert stored.digest[:12] in damaged.failure.message
+            assert len(other.tokens) == 8
+        assert stored.digest not in tiny.engine.stats().adapters_resident
+        path.write_bytes(whole)
+        assert tiny.tokens([5], sampling(), stored) == tiny.tokens([5], sampling(), adapters[1])
+
+    @pytest.mark.parametrize("scored", [False, True])
+    def test_an_adapter_that_overflows_is_told_so_once_and_for_all(
+        self, scored: bool, driver: MakeDriver, adapters: list[AdapterRef], tmp_path: Path
+    ) -> None:
+        shutil.copytree(adapters[0].path, tmp_path / "huge")
+        weights = tmp_path / "huge" / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(weights)
+        safetensors.torch.save_file({name: value.sign() * 1e38 for name, value in tensors.items()}, weights)
+        params = sampling(max_tokens=0, prompt_logprobs=0) if scored else sampling()
+        overflowing = generate([5, 6, 7], params, adapter=ref_of(tmp_path / "huge"))
+        bad, good = driver().run(overflowing, generate([5, 6, 7], adapter=adapters[0]))
+        assert bad.failure is not None
+        assert bad.failure.code == "adapter_overflow"
+        assert len(good.tokens) == 8
+
+    def test_sampling_that_overflows_is_a_bad_request(self, driver: MakeDriver) -> None:
+        bad, good = driver().run(generate([5], sampling(repetition_penalty=5e-324)), generate([5]))
+        assert bad.failure is not None
+        assert bad.failure.code == "invalid_request"
+        assert "repetition_penalty" in bad.failure.message
+        assert len(good.tokens) == 8

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import StartTraining, StopTraining
 from tenora.model.decoder import Decoder
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
-from tests.engine.driver import Driver, greedy, load_peft
+from tests.engine.driver import Driver, greedy, load_peft, ref_of
 from tests.engine.requests import generate, sampling
 
 SENTENCE = [11, 47, 200, 33, 90, 151, 62, 310]
@@ -71,7 +70,7 @@ def test_a_run_ends_in_an_adapter_that_the_same_engine_serves(
     assert tiny.engine.stats().trained_tokens == steps[-1].trained_tokens == 10 * 16 * 7
     assert tiny.engine.stats().training_runs == 0
 
-    adapter = AdapterRef("trained", finished.path)
+    adapter = ref_of(Path(finished.path))
     assert tiny.tokens(SENTENCE[:1], sampling(max_tokens=7), adapter) == SENTENCE[1:]
     assert greedy(load_peft(tiny_base, adapter), SENTENCE[:1], 7)[0] == SENTENCE[1:]
     assert tiny.tokens(requests[0].token_ids, requests[0].sampling) == expected[0], "the base has changed"

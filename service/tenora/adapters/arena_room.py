@@ -44,11 +44,16 @@ class ArenaRoom:
         """Raise AdapterFormatError if an adapter of this size can never be served."""
         usable = self.nbytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         if nbytes > usable:
-            raise AdapterFormatError(
-                f"The adapter takes {nbytes} bytes on the device, and all of the pool has {usable}: it could never be "
-                "served. Train a lower rank or fewer modules, or have the operator raise TENORA_ADAPTER_POOL_BYTES.",
-                code="adapter_too_large",
-            )
+            raise too_large(nbytes, usable)
+
+
+def too_large(nbytes: int, pool: int) -> AdapterFormatError:
+    """The error of an adapter that takes more than all of the pool."""
+    return AdapterFormatError(
+        f"The adapter takes {nbytes} bytes on the device, and all of the pool has {pool}: it can never be served. "
+        "Train a lower rank or fewer modules, or have the operator raise TENORA_ADAPTER_POOL_BYTES.",
+        code="adapter_too_large",
+    )
 
 
 def lora_parameters(targets: Sequence[TargetModule], names: Sequence[str], rank: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from tenora.errors import AdapterDamagedError
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _CHUNK = 2**20
@@ -30,6 +32,14 @@ def digest_of(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     return hasher.hexdigest()
+
+
+def damaged(digest: str) -> AdapterDamagedError:
+    """The error of a version whose files are not those that its digest names."""
+    return AdapterDamagedError(
+        f"The stored files of the adapter version {digest[:12]} are damaged or gone, so it is not used. Import the "
+        "same adapter again, or roll back to another version."
+    )
 
 
 def chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from tenora.adapters.arena_room import ArenaRoom
 from tenora.adapters.atomic import new_directory
-from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, content_hasher, digest_of
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, content_hasher, damaged, digest_of
 from tenora.adapters.foreign_names import PREFIX, foreign_name, unexpected_name
 from tenora.adapters.peft_config import MAX_CONFIG_BYTES, parse_config
 from tenora.adapters.safetensors_file import (
@@ -31,7 +32,7 @@ from tenora.adapters.safetensors_file import (
     write_file,
 )
 from tenora.adapters.targets import TargetModule
-from tenora.errors import AdapterDamagedError, AdapterFormatError
+from tenora.errors import AdapterFormatError
 
 _KEPT_PLANS = 8  # kinds of adapters (ranks, modules, types) whose headers are remembered
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -170,10 +171,10 @@ class AdapterReader:
             weights = self._read(directory, config, hasher)
         except (AdapterFormatError, FileNotFoundError) as error:
             if digest is not None and digest_of(directory) != digest:
-                raise AdapterDamagedError(digest) from error
+                raise damaged(digest) from error
             raise
         if digest is not None and hasher is not None and hasher.hexdigest() != digest:
-            raise AdapterDamagedError(digest)
+            raise damaged(digest)
         return weights
 
     def _read(self, directory: Path, config: bytes, hasher: hashlib._Hash | None) -> AdapterWeights:
@@ -223,7 +224,7 @@ def summarise(directory: Path, targets: Sequence[TargetModule], *, max_rank: int
 
 
 def validate_files(
-    config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int, largest: float = math.inf
+    config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int, room: ArenaRoom | None = None
 ) -> AdapterSummary:
     """Check an upload exactly as `read_adapter` does, holding one tensor in memory at a time.
 
@@ -232,16 +233,20 @@ def validate_files(
         weights: the safetensors file, under any name.
         targets: the modules of the base that can be adapted.
         max_rank: highest rank that is accepted.
-        largest: weights of this magnitude or more cannot be served (`ArenaRoom.largest`).
+        room: where it is to be served.
 
     Raises:
-        AdapterFormatError: as `read_adapter`, or a weight is too large.
+        AdapterFormatError: as `read_adapter`, or it does not fit the room, or a weight is too large for its type.
     """
     with _open_weights(weights) as file:
         plan = _plan(config, *_header(config, file), targets, max_rank)
+        summary = plan.summary
+        if room is not None:
+            room.require(room.bytes_of(summary.parameters, bfloat16=summary.bfloat16))
+        largest = math.inf if room is None else room.largest
         for entry in plan.entries:
             require_below(largest, entry, read_array(file, entry))
-    return plan.summary
+    return summary
 
 
 def read_config(directory: Path) -> bytes:

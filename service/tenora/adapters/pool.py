@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenora.adapters.arena_room import ALIGNMENT_BYTES
+from tenora.adapters.arena_room import ALIGNMENT_BYTES, too_large
 from tenora.adapters.free_list import FreeList
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
-from tenora.errors import AdapterFormatError, PoolFullError
+from tenora.errors import PoolFullError
 from tenora_kernels import memory
 from tenora_kernels.layout import LoraTables
 
@@ -238,10 +238,7 @@ class SlotPool:
         """Evict, and compact if need be, until a slot and one hole of `size` are free; or raise and change nothing."""
         needed = self._free.rounded(size)
         if needed > self._free.capacity:
-            raise AdapterFormatError(
-                f"The adapter takes {size * self._itemsize} bytes, the whole pool has "
-                f"{self._free.capacity * self._itemsize}; train a lower rank or enlarge adapter_pool_bytes."
-            )
+            raise too_large(size * self._itemsize, self._free.capacity * self._itemsize)
         evictable = [digest for digest, resident in self._residents.items() if resident.evictable]
         room = self._free.free + sum(self._free.rounded(self._residents[digest].size) for digest in evictable)
         if room < needed or not (self._free_slots or evictable):

@@ -10,14 +10,14 @@ training multiplies the difference into B, but it is another effective learning 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tenora.adapters.peft_config import PeftConfig
 from tenora.adapters.targets import TargetModule
 from tenora.control.field_checks import flag, known_fields, real, whole
-from tenora.errors import InvalidRequestError
+from tenora.errors import AdapterFormatError, InvalidRequestError
 from tenora.training.spec import ALL_LINEAR, LoraSpec
 
 LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init_from")
@@ -31,6 +31,8 @@ class Limits:
     max_rank: int
     max_model_len: int
     target_modules: frozenset[str]  # short names of the base's modules
+    fits: Callable[[int, tuple[str, ...]], None]
+    """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def lora_spec(
         usual_rank: where neither says one.
 
     Raises:
-        InvalidRequestError: out of bounds, or the parent does not fit into it.
+        InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
     """
     known_fields(lora, LORA, "lora")
     rank = lora.get("rank")
@@ -82,6 +84,10 @@ def lora_spec(
     modules = _target_modules(lora.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
+    try:
+        limits.fits(rank, modules)
+    except AdapterFormatError as error:
+        raise InvalidRequestError(error.message, code=error.code, param="lora.rank") from error
     rslora = lora.get("use_rslora")
     if rslora is None and parent is not None:
         rslora = parent.use_rslora

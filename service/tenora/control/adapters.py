@@ -6,13 +6,12 @@ import asyncio
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import Select, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME
-from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.control.blobs import Blobs
 from tenora.control.database import Database
@@ -21,6 +20,7 @@ from tenora.control.idempotency import Receipt
 from tenora.control.model_card import README_NAME, model_card
 from tenora.control.names import check_name
 from tenora.control.peft_upload import check_loadable, stage_upload
+from tenora.control.pins import Pins
 from tenora.control.records import AdapterRecord, Principal
 from tenora.control.resolution import active_version, all_versions, one_pair, pairs, split_canonical, versions_of
 from tenora.control.schema import AdapterRow, AdapterVersionRow, CheckpointRow
@@ -38,6 +38,9 @@ class Adapters:
 
     `name` is an alias or its canonical form `tenant/name`. A missing adapter and another tenant's give the same
     NotFoundError.
+
+    Attributes:
+        pins: of all tenants.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Adapters:
         self._storage = storage
         self._blobs = blobs
         self._engine = engine
+        self.pins = Pins(database, blobs, engine)
         self._base_id = base_id
         self._failpoints = failpoints
 
@@ -80,6 +84,7 @@ class Adapters:
             AdapterFormatError: not a LoRA adapter of this base; the message names the tensor.
             PayloadTooLargeError, StorageFullError: too large for the limit, or for the disk.
             InvalidRequestError: a bad name, or the base model's.
+            ConflictError: code pins_full, what is pinned leaves no room for it.
         """
         principal.require("adapters")
         check_name(name, reserved=self._base_id)
@@ -157,34 +162,34 @@ class Adapters:
                 )
             _, row = found[0]
             alias.version = row.version
+            if alias.pinned:
+                await self.pins.require_allowed(session, row.digest)
         if alias.pinned and before is not None:
-            await self.move_pin(before[1].digest, row.digest)
+            await self.pins.move(before[1].digest, row.digest)
         return self._record(principal, (alias, row))
 
     async def pin(self, principal: Principal, name: str, pinned: bool) -> AdapterRecord:
-        """Keep the adapter's slot on the device whatever else is called, or no longer."""
+        """Keep the adapter's slot on the device whatever else is called, or no longer.
+
+        Raises:
+            ConflictError: code pins_full, see `tenora.control.pins`; nothing is stored.
+        """
         principal.require("adapters")
         async with self._database.write() as session:
             alias, row = await self._active(session, principal, name)
+            if pinned and not alias.pinned:
+                alias.pinned = True
+                await self.pins.require_allowed(session, row.digest)
             alias.pinned = pinned
         if pinned:
-            await self._engine.pin(self._ref(row.digest))
+            await self.pins.keep(row.digest)
         else:
-            await self._unpin(row.digest)
+            await self.pins.let_go(row.digest)
         return self._record(principal, (alias, row))
 
-    async def pin_all(self) -> None:
-        """At start: tell the engine about every pinned adapter, of all tenants."""
-        async with self._database.read() as session:
-            digests = set(await session.scalars(_pinned_digests()))
-        for digest in digests:
-            await self._engine.pin(self._ref(digest))
-
     async def move_pin(self, old: str, new: str) -> None:
-        """A pinned alias moved from one version to another."""
-        await self._engine.pin(self._ref(new))
-        if old != new:
-            await self._unpin(old)
+        """A job moved a pinned alias from one version to another."""
+        await self.pins.move(old, new)
 
     async def archive(self, principal: Principal, name: str) -> Path:
         """A zip of the active version's PEFT directory with its card; the caller removes it after sending it."""
@@ -202,7 +207,8 @@ class Adapters:
     async def delete(self, principal: Principal, name: str) -> None:
         """Remove the alias, its versions and the checkpoints of the jobs that made them.
 
-        Requests that run finish. Slot, host copy and disk are freed unless another adapter has the same content.
+        Accepted requests finish, those that wait for a slot too; then slot, host copy and disk are freed unless
+        another adapter has the same content.
         """
         principal.require("adapters")
         async with self._database.write() as session:
@@ -211,6 +217,9 @@ class Adapters:
             digests = await delete_versions(session, principal.tenant_id, [row for _, row in rows])
             await session.delete(alias)
         self._failpoints.hit("adapters.after_delete")
+        if alias.pinned:
+            for row in (row for _, row in rows if row.version == alias.version):
+                await self.pins.let_go(row.digest)
         await self._blobs.release(digests)
 
     async def delete_result(self, principal: Principal, model_name: str) -> None:
@@ -247,6 +256,8 @@ class Adapters:
             if alias is not None and len(versions) == 1:
                 await session.delete(alias)
         self._failpoints.hit("adapters.after_delete")
+        if alias is not None and alias.pinned:
+            await self.pins.let_go(row.digest)
         await self._blobs.release(digests)
 
     async def _publish(
@@ -259,15 +270,18 @@ class Adapters:
                 found = await one_pair(session, active_version(principal.tenant_id, name))
                 if found is not None:
                     before = found[1].digest
+                await self.pins.require_room_beside(session, blob)
                 if found is None or before != blob.digest:
                     new = NewVersion(principal.tenant_id, name, self._base_id, source="upload")
                     found = await add_version(session, new, blob)
+                    if found[0].pinned:
+                        await self.pins.require_allowed(session, blob.digest)
                 if receipt is not None:
                     await receipt.write(session, self._record(principal, found))
         self._failpoints.hit("adapters.after_create")
         alias, row = found
         if alias.pinned and before is not None:
-            await self.move_pin(before, row.digest)
+            await self.pins.move(before, row.digest)
         return self._record(principal, (alias, row))
 
     async def _active(
@@ -289,17 +303,6 @@ class Adapters:
             raise _missing(name)
         return found
 
-    async def _unpin(self, digest: str) -> None:
-        """Unpin a digest unless another alias, of any tenant, still pins it."""
-        async with self._database.read() as session:
-            still = await session.scalar(_pinned_digests().where(AdapterVersionRow.digest == digest).limit(1))
-        if still is None:
-            await self._engine.pin(self._ref(digest), pinned=False)
-
-    def _ref(self, digest: str) -> AdapterRef:
-        # Not the store's `ref`, which insists that the blob exists: a pin may meet a deletion, and the engine copes.
-        return AdapterRef(digest=digest, path=str(self._blobs.store.path(digest)))
-
     def _records(
         self, principal: Principal, rows: Iterable[tuple[AdapterRow, AdapterVersionRow]]
     ) -> Sequence[AdapterRecord]:
@@ -320,14 +323,6 @@ async def delete_versions(session: AsyncSession, tenant_id: str, rows: Sequence[
         await session.delete(row)
     await session.flush()
     return digests
-
-
-def _pinned_digests() -> Select[Any]:
-    return (
-        select(AdapterVersionRow.digest)
-        .join(AdapterRow, AdapterRow.id == AdapterVersionRow.adapter_id)
-        .where(AdapterRow.pinned.is_(True), AdapterRow.version == AdapterVersionRow.version)
-    )
 
 
 def _zip(directory: Path, card: str, archive: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select, union
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
-from tenora.adapters.peft_format import read_config, validate_files
+from tenora.adapters.peft_format import read_config, summarise, validate_files
+from tenora.adapters.ref import AdapterRef
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.database import Database
 from tenora.control.records import TERMINAL
 from tenora.control.schema import AdapterVersionRow, CheckpointRow, JobRow
 from tenora.control.storage import full_disk
+from tenora.errors import AdapterFormatError, NotFoundError
 
 if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
@@ -28,19 +31,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A stored adapter: its digest and what its files say. `bytes` is the size of the weights."""
+    """A stored adapter: its digest and what its files say.
+
+    Attributes:
+        bytes: size of the weights in the file.
+        device_bytes: what they take in the engine's arena.
+    """
 
     digest: str
     rank: int
     target_modules: Sequence[str]
     bytes: int
+    device_bytes: int
 
 
 class Blobs:
     """The adapter store together with the rule that a blob lives as long as a row names it.
 
     A blob is stored before the row that names it and deleted after the last one is gone. One that is being published is
-    not deleted between being stored and being named.
+    not deleted between being stored and being named, and one that requests use not before they end. If the process dies
+    meanwhile, the next start sweeps it.
 
     Attributes:
         store: where they lie.
@@ -62,8 +72,66 @@ class Blobs:
         self._database = database
         self._engine = engine
         self._lock = asyncio.Lock()  # of storing and deleting
-        self._publishing: Counter[str] = Counter()  # digest → blocks of `publishing` that may still name it
+        self._held: Counter[str] = Counter()  # digest → open blocks of `publishing` and `use`
         self._postponed: set[str] = set()  # digests that were to be freed meanwhile
+        self._going: set[str] = set()  # digests that are being deleted
+        self._sizes: dict[str, int] = {}  # digest → bytes on the device, which never change
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def room(self) -> ArenaRoom:
+        """The engine's memory for adapters."""
+        ready = self._engine.ready
+        return ArenaRoom(
+            nbytes=ready.adapter_pool_bytes,
+            slots=ready.adapter_slots,
+            dtype=ready.dtype,
+            keeps_bfloat16=ready.device == "cpu" and ready.dtype == "float32",
+        )
+
+    def ref(self, digest: str) -> AdapterRef:
+        """What the engine needs to find a version, whether it is stored or not: a pin may meet a deletion."""
+        return AdapterRef(digest=digest, path=str(self.store.path(digest)))
+
+    def require_trainable(self, rank: int, names: Sequence[str]) -> None:
+        """Raise AdapterFormatError if an adapter that is trained so, in float32, could never be served."""
+        self.room.require(self.room.bytes_of(lora_parameters(self.targets, names, rank)))
+
+    async def device_bytes(self, digest: str) -> int:
+        """What a stored version takes on the device; 0 if its files cannot be read, for then it is never there."""
+        if digest not in self._sizes:
+            try:
+                summary = await asyncio.to_thread(
+                    summarise, self.store.path(digest), self.targets, max_rank=self.max_rank
+                )
+            except (AdapterFormatError, OSError):
+                return 0
+            self._sizes[digest] = self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+        return self._sizes[digest]
+
+    @contextlib.contextmanager
+    def use(self, digest: str) -> Iterator[None]:
+        """Keep a blob for as long as the block runs, whatever becomes of the rows that name it.
+
+        Raises:
+            NotFoundError: it is not stored, or is being deleted.
+        """
+        if digest in self._going:
+            raise NotFoundError(f"The adapter version {digest} was deleted.")
+        self.store.ref(digest)
+        self._held[digest] += 1
+        try:
+            yield
+        finally:
+            self._held -= Counter([digest])
+            if digest in self._postponed and not self._held[digest]:
+                release = asyncio.create_task(self.release([digest]), name="blob-release")
+                self._releases.add(release)
+                release.add_done_callback(self._releases.discard)
+
+    async def settle(self) -> None:
+        """Wait until what was postponed and may go by now is gone."""
+        await asyncio.gather(*self._releases)
 
     @contextlib.asynccontextmanager
     async def publishing(self, directory: Path) -> AsyncIterator[Blob]:
@@ -77,19 +145,18 @@ class Blobs:
         """
         async with self._lock:
             blob = await asyncio.to_thread(self._put, directory)
-            self._publishing[blob.digest] += 1
+            self._held[blob.digest] += 1
         try:
             yield blob
         except BaseException:
             self._postponed.add(blob.digest)
             raise
         finally:
-            self._publishing -= Counter([blob.digest])
+            self._held -= Counter([blob.digest])
             if blob.digest in self._postponed:
-                self._postponed.discard(blob.digest)
                 await self.release([blob.digest])
 
-    async def release(self, digests: Iterable[str]) -> None:
+    async def release(self, digests: Collection[str]) -> None:
         """Rows that named these digests were deleted: free those that no row of any tenant names any more."""
         async with self._lock:
             await self._delete_unnamed(digests)
@@ -113,20 +180,33 @@ class Blobs:
             return await asyncio.to_thread(remove_orphans)
 
     def _put(self, directory: Path) -> Blob:
-        summary = validate_files(read_config(directory), directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank)
+        room, config = self.room, read_config(directory)
+        summary = validate_files(config, directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank, room=room)
         with full_disk():
             digest = self.store.put(directory)
-        return Blob(digest=digest, rank=summary.rank, target_modules=summary.target_modules, bytes=summary.nbytes)
+        self._sizes[digest] = room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+        return Blob(
+            digest=digest,
+            rank=summary.rank,
+            target_modules=summary.target_modules,
+            bytes=summary.nbytes,
+            device_bytes=self._sizes[digest],
+        )
 
-    async def _delete_unnamed(self, digests: Iterable[str]) -> None:
+    async def _delete_unnamed(self, digests: Collection[str]) -> None:
+        self._postponed -= set(digests)
         async with self._database.read() as session:
             named = await _named(session, set(digests))
         for digest in set(digests) - named:
-            if self._publishing[digest]:
+            if self._held[digest]:
                 self._postponed.add(digest)
                 continue
-            await self._engine.evict(digest)
-            await asyncio.to_thread(self.store.delete, digest)
+            self._going.add(digest)  # nobody begins with it between here and its end
+            try:
+                await self._engine.evict(digest)
+                await asyncio.to_thread(self.store.delete, digest)
+            finally:
+                self._going.discard(digest)
 
 
 async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:

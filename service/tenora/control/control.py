@@ -85,7 +85,7 @@ class Control:
         self.estimates = Estimates(database, storage, self._blobs, tokenizer, self._limits)
         self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
-        self.inference = Inference(database, store, engine, tokenizer, model.id, self._admit)
+        self.inference = Inference(database, self._blobs, engine, tokenizer, model.id, self._admit)
         context = JobContext(
             settings, database, storage, self._blobs, self.adapters, engine, tokenizer, self._limits, failpoints
         )
@@ -123,7 +123,7 @@ class Control:
 
     async def start(self) -> None:
         """Begin to work on jobs, take over those of a dead process, and pin what is pinned. The engine has started."""
-        await self.adapters.pin_all()
+        await self.adapters.pins.restore()
         await self._runner.start()
         self._housekeeper = asyncio.create_task(self._keep_house(), name="control-housekeeping")
 
@@ -134,6 +134,7 @@ class Control:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
         await self._runner.stop()
+        await self._blobs.settle()
         await self._registry.close()
         os.close(self._lock)
 
@@ -155,6 +156,7 @@ class Control:
             max_rank=self.settings.max_lora_rank,
             max_model_len=self.engine.ready.max_model_len,
             target_modules=self._target_names,
+            fits=self._blobs.require_trainable,
         )
 
     async def sweep(self, started: float) -> None:

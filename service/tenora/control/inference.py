@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.store import AdapterStore
+from tenora.control.blobs import Blobs
 from tenora.control.closing import closing
 from tenora.control.database import Database
 from tenora.control.names import random_word
@@ -41,7 +41,7 @@ class Inference:
     """
 
     database: Database
-    store: AdapterStore
+    blobs: Blobs
     engine: AsyncEngine
     tokenizer: Tokenizer
     base_id: str
@@ -132,9 +132,21 @@ class Inference:
         name = f"gen-{random_word(16)}"
         choices = [self._choice(request, index, f"{name}-{index}") for index in range(request.n)]
         merged = choices[0] if len(choices) == 1 else _interleave(choices)
-        async with contextlib.aclosing(merged):
-            async for delta in merged:
-                yield delta
+        with self._kept(request.target):
+            async with contextlib.aclosing(merged):
+                async for delta in merged:
+                    yield delta
+
+    @contextlib.contextmanager
+    def _kept(self, target: Target) -> Iterator[None]:
+        """Keep the version's files until the request ends, also if the adapter is deleted while it waits for a slot."""
+        with contextlib.ExitStack() as stack:
+            if target.adapter is not None:
+                try:
+                    stack.enter_context(self.blobs.use(target.adapter.digest))
+                except NotFoundError as error:
+                    raise ModelNotFoundError(target.name) from error  # deleted since it was resolved
+            yield
 
     async def _choice(self, request: GenerationRequest, index: int, request_id: str) -> AsyncGenerator[Delta, None]:
         stream = ChoiceStream(index, request, self.tokenizer)
@@ -163,7 +175,7 @@ class Inference:
         if digest is None:
             raise ModelNotFoundError(name)
         try:
-            return self.store.ref(digest)
+            return self.blobs.store.ref(digest)
         except NotFoundError as error:
             raise ModelNotFoundError(name) from error  # deleted since the row was read
 

@@ -185,6 +185,8 @@ class Engine:
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.settings.max_num_batched_tokens,
             target_modules=tuple(dict.fromkeys(target.name for target in self.targets)),
+            adapter_pool_bytes=self.pool.max_bytes,
+            adapter_slots=self.pool.tables.slots,
         )
 
     @property
@@ -197,6 +199,8 @@ class Engine:
         self._worked = True
         match command:
             case Generate():
+                if command.adapter is not None:
+                    self._doomed.discard(command.adapter.digest)  # its content was stored again meanwhile
                 self._add_sequence(command)
             case Abort(request_id=request_id):
                 if (sequence := self.scheduler.get(request_id)) is not None:
@@ -206,6 +210,8 @@ class Engine:
             case StopTraining(run_id=run_id, pause=pause):
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):
+                if pinned:
+                    self._doomed.discard(ref.digest)
                 self.loader.pin(ref, pinned)
             case EvictAdapter(digest=digest):
                 self._doomed.add(digest)
@@ -279,7 +285,9 @@ class Engine:
         arena = self.pool.tables.arena
 
         def read(ref: AdapterRef) -> PreparedAdapter:
-            return prepare(reader.read(Path(ref.path)), self.targets, dtype=arena.dtype, device=arena.device)
+            return prepare(
+                reader.read(Path(ref.path), ref.digest), self.targets, dtype=arena.dtype, device=arena.device
+            )
 
         return read
 

@@ -12,7 +12,7 @@ from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.scheduler import Blocked
-from tenora.errors import PoolFullError, TenoraError, UnavailableError
+from tenora.errors import AdapterDamagedError, AdapterFormatError, PoolFullError, TenoraError, UnavailableError
 from tenora.model.device import survive
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class AdapterLoader:
         """A slot with one more reference, or why there is none yet.
 
         Raises:
-            UnavailableError: the adapter cannot be loaded. The next call tries again.
+            AdapterDamagedError, AdapterFormatError: it cannot be loaded and will not be as it is.
+            UnavailableError: it could not be loaded this time. After any of them the next call tries again.
         """
         slot = self.pool.acquire(ref.digest)
         if slot is not None:
@@ -130,7 +131,7 @@ class AdapterLoader:
         for ref in list(self._wanted_pins.values()):
             try:
                 slot = self.acquire(ref)
-            except UnavailableError as error:
+            except TenoraError as error:
                 _log.warning("an adapter cannot be pinned", extra={"digest": ref.digest, "reason": error.message})
                 del self._wanted_pins[ref.digest]
                 continue
@@ -191,9 +192,12 @@ class AdapterLoader:
             else:
                 raise error
 
-    def _failure(self, ref: AdapterRef, error: Exception) -> UnavailableError:
+    def _failure(self, ref: AdapterRef, error: Exception) -> TenoraError:
         self.failures += 1
-        return _unavailable(ref, error)
+        _log.warning("an adapter could not be loaded", extra={"digest": ref.digest}, exc_info=error)
+        if isinstance(error, AdapterDamagedError | AdapterFormatError):
+            return error
+        return _unavailable(error)
 
     def _timed_read(self, ref: AdapterRef) -> PreparedAdapter:
         started = time.monotonic()
@@ -203,12 +207,12 @@ class AdapterLoader:
             self.load_seconds += time.monotonic() - started
 
 
-def _unavailable(ref: AdapterRef, error: Exception) -> UnavailableError:
+def _unavailable(error: Exception) -> UnavailableError:
+    """What may pass by itself: a disk that cannot be read now, memory."""
     if isinstance(error, TenoraError):
         reason = error.message
     elif isinstance(error, OSError):
         reason = f"its files cannot be read ({error.strerror or type(error).__name__})"
     else:
         reason = type(error).__name__
-    _log.warning("an adapter could not be loaded", extra={"digest": ref.digest}, exc_info=error)
     return UnavailableError(f"The adapter could not be loaded: {reason}", code="adapter_unavailable")

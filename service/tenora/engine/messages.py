@@ -139,7 +139,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
 class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"):
     """The sequence ended with an error.
 
-    `code`: invalid_request, context_length_exceeded, adapter_unavailable, out_of_memory, engine_error, engine_shutdown.
+    `code`: invalid_request, context_length_exceeded; of the adapter invalid_adapter, adapter_too_large,
+    adapter_overflow, adapter_damaged, adapters_pinned; and, which pass by themselves, adapter_unavailable,
+    out_of_memory, engine_error, engine_shutdown.
     """
 
     request_id: str
@@ -215,6 +217,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     target_modules: tuple[str, ...]
+    adapter_pool_bytes: int
+    adapter_slots: int
 
     @property
     def memory(self) -> dict[str, int]:

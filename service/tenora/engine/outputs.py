@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
 from tenora.engine.runner import Result
 from tenora.engine.sequence import Sequence
@@ -27,13 +29,13 @@ def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
         result: what the step gave it.
         max_model_len: tokens that a sequence may have, prompt included.
     """
+    if (failure := _not_finite(sequence, result)) is not None:
+        return failure
     token_ids: list[int] = []
     finish_reason: FinishReason | None = None
     stop_token_id = None
     if result.token is None:
         finish_reason = "length"  # max_tokens is 0: only the prompt was to be scored
-    elif result.token < 0:
-        return failed(sequence.id, "engine_error", "The model gave no finite score for any token; check the adapter.")
     elif result.token in sequence.stop_ids:
         finish_reason, stop_token_id = "stop", result.token
     else:
@@ -55,3 +57,17 @@ def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
         stop_token_id=stop_token_id,
         queue_seconds=sequence.queue_seconds if first else None,
     )
+
+
+def _not_finite(sequence: Sequence, result: Result) -> SequenceFailed | None:
+    """The failure of a sequence whose scores are not numbers. With the same adapter or request it comes again."""
+    scored = sequence.prompt_logprobs if sequence.digest and not sequence.reported else None
+    if (result.token is None or result.token >= 0) and not any(e and math.isnan(e.logprob) for e in scored or ()):
+        return None
+    if sequence.digest:
+        message = "The adapter's weights overflow: with them the model gives no token a finite score. Train it again."
+        return failed(sequence.id, "adapter_overflow", message)
+    if not sequence.plain:
+        message = "The sampling parameters leave no token with a finite score; choose values of ordinary size."
+        return failed(sequence.id, "invalid_request", message)
+    return failed(sequence.id, "engine_error", "The model gave no finite score for any token.")

@@ -35,7 +35,7 @@ def _check_sampling(sampling: SamplingParams) -> None:
         "temperature": (sampling.temperature, sampling.temperature >= 0),
         "top_p": (sampling.top_p, 0 < sampling.top_p <= 1),
         "min_p": (sampling.min_p, 0 <= sampling.min_p <= 1),
-        "repetition_penalty": (sampling.repetition_penalty, sampling.repetition_penalty > 0),
+        "repetition_penalty": (sampling.repetition_penalty, 0.001 <= sampling.repetition_penalty <= 1000),
         "frequency_penalty": (sampling.frequency_penalty, True),
         "presence_penalty": (sampling.presence_penalty, True),
         "logit_bias": (sum(sampling.logit_bias.values()), True),

@@ -14,7 +14,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
 from tenora.engine.sequence import Sequence
-from tenora.errors import UnavailableError
+from tenora.errors import ConflictError, TenoraError
 
 LOOK_AHEAD = 32  # waiting sequences whose adapters are read while others run
 
@@ -30,7 +30,7 @@ class Residency(Protocol):
     """Gives adapters a slot on the device."""
 
     def acquire(self, ref: AdapterRef) -> int | Blocked:
-        """The slot, with one more reference; or why there is none yet. UnavailableError if it cannot be loaded."""
+        """The slot, with one more reference; or why there is none yet. TenoraError if it cannot be loaded."""
         ...
 
     def release(self, digest: str) -> None:
@@ -69,7 +69,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
-        self.failed: list[tuple[Sequence, UnavailableError]] = []  # ended by the last `schedule`
+        self.failed: list[tuple[Sequence, TenoraError]] = []  # ended by the last `schedule`
         self.adapter_use: Counter[str] = Counter()  # digest → live sequences
         self.preemptions = 0
         self.prefix_queries = 0
@@ -195,20 +195,20 @@ class Scheduler:
             return None
         try:
             slot = self.residency.acquire(sequence.request.adapter)
-        except UnavailableError as error:
+        except TenoraError as error:
             self._fail_waiting(sequence.digest, error)
             return None
         if slot is Blocked.FULL and not any(running.slot >= 0 for running in self.running):
             # Nobody will release a slot: waiting would be for ever.
-            message = "Every adapter slot is pinned; unpin an adapter or raise TENORA_MAX_ADAPTERS."
-            self._fail_waiting(sequence.digest, UnavailableError(message, code="adapter_unavailable"))
+            message = "The adapter has no room beside the pinned ones; unpin an adapter or enlarge the pool."
+            self._fail_waiting(sequence.digest, ConflictError(message, code="adapters_pinned"))
             return None
         if isinstance(slot, Blocked):
             return slot
         sequence.slot = slot
         return None
 
-    def _fail_waiting(self, digest: str, error: UnavailableError) -> None:
+    def _fail_waiting(self, digest: str, error: TenoraError) -> None:
         for waiting in self.waiting.waiting_for(digest):
             self.failed.append((waiting, error))
             self.finish(waiting)

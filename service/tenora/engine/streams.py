@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from tenora.engine.messages import SequenceFailed, SequenceOutput
-from tenora.errors import ContextLengthError, InvalidRequestError, TenoraError, UnavailableError
+from tenora.errors import (
+    AdapterDamagedError,
+    AdapterFormatError,
+    ConflictError,
+    ContextLengthError,
+    InvalidRequestError,
+    TenoraError,
+    UnavailableError,
+)
 from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent
+
+OF_THE_ADAPTER: Mapping[str, type[TenoraError]] = {
+    "invalid_adapter": AdapterFormatError,
+    "adapter_too_large": AdapterFormatError,
+    "adapter_overflow": AdapterFormatError,
+    "adapter_damaged": AdapterDamagedError,
+    "adapters_pinned": ConflictError,
+}
+"""Codes of failures that do not pass by themselves; every other one but those of a bad request does."""
+_KINDS: Mapping[str, type[TenoraError]] = {
+    "invalid_request": InvalidRequestError,
+    "context_length_exceeded": ContextLengthError,
+    **OF_THE_ADAPTER,
+}
 
 
 class SequenceStream:
@@ -41,12 +64,11 @@ class SequenceStream:
 
     def fail_as(self, failed: SequenceFailed) -> None:
         """End it with the engine's error."""
-        kind: type[TenoraError] = {
-            "invalid_request": InvalidRequestError,
-            "context_length_exceeded": ContextLengthError,
-        }.get(failed.code, UnavailableError)
-        code = None if failed.code == "invalid_request" else failed.code
-        self.fail(kind(failed.message, code=code))
+        kind = _KINDS.get(failed.code, UnavailableError)
+        error = kind(failed.message, code=None if failed.code == "invalid_request" else failed.code)
+        if failed.code in OF_THE_ADAPTER:
+            error.param = "model"
+        self.fail(error)
 
     def fail(self, error: TenoraError) -> None:
         """End it with an error, after what is in the buffer."""

@@ -68,7 +68,7 @@ class GenerationBody(RequestModel):
     # as vLLM has them
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="-1 and 0: all tokens.")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.001, le=10)  # a smaller one overflows the logits
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
