@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, damaged
 from tenora.config import Settings
 from tenora.control.blobs import Blobs
 from tenora.control.database import Database
@@ -192,14 +192,20 @@ class Adapters:
         await self.pins.move(old, new)
 
     async def archive(self, principal: Principal, name: str) -> Path:
-        """A zip of the active version's PEFT directory with its card; the caller removes it after sending it."""
+        """A zip of the active version's PEFT directory with its card; the caller removes it after sending it.
+
+        Raises:
+            AdapterDamagedError: the files are not what was stored.
+        """
         record = await self.get(principal, name)
         archive = self._storage.stage(".zip")
         try:
-            await asyncio.to_thread(_zip, self._blobs.store.path(record.digest), model_card(record), archive)
+            with self._blobs.use(record.digest):
+                directory = self._blobs.store.path(record.digest)
+                await asyncio.to_thread(_zip, directory, record.digest, model_card(record), archive)
         except BaseException as error:
             await asyncio.to_thread(remove, archive)
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, NotFoundError):
                 raise _missing(name) from error  # deleted meanwhile
             raise
         return archive
@@ -325,14 +331,26 @@ async def delete_versions(session: AsyncSession, tenant_id: str, rows: Sequence[
     return digests
 
 
-def _zip(directory: Path, card: str, archive: Path) -> None:
+def _zip(directory: Path, digest: str, card: str, archive: Path) -> None:
+    """Pack a version, whose bytes are compared with its digest on their way."""
     readme = zipfile.ZipInfo(README_NAME)  # its time is a constant: equal cards make equal archives
     readme.external_attr = 0o644 << 16
     # Stored, not deflated: trained weights are noise to a compressor.
     with full_disk(), zipfile.ZipFile(archive, "x", zipfile.ZIP_STORED) as file:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            file.write(directory / name, name)
+        try:
+            config = (directory / CONFIG_NAME).read_bytes()
+            hasher = content_hasher(config)
+            file.writestr(zipfile.ZipInfo.from_file(directory / CONFIG_NAME, CONFIG_NAME), config)
+            entry = zipfile.ZipInfo.from_file(directory / WEIGHTS_NAME, WEIGHTS_NAME)
+            with (directory / WEIGHTS_NAME).open("rb") as weights, file.open(entry, "w") as packed:
+                for chunk in chunks(weights):
+                    hasher.update(chunk)
+                    packed.write(chunk)
+        except FileNotFoundError as error:
+            raise damaged(digest) from error
         file.writestr(readme, card)
+    if hasher.hexdigest() != digest:
+        raise damaged(digest)
 
 
 def _missing(name: str) -> NotFoundError:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 
+from tenora.adapters.digest import damaged
 from tenora.control.baselines import Measuring, measuring
 from tenora.control.closing import closing
 from tenora.control.database import RegistryBusyError
@@ -90,6 +91,10 @@ class JobTraining:
         workdir = context.storage.workdir(row.tenant_id, row.id)
         if row.plan is not None and await asyncio.to_thread(is_prepared, row.plan, workdir):
             parent = None if row.parent_digest is None else context.blobs.store.path(row.parent_digest)
+            if row.parent_digest is not None and not await asyncio.to_thread(
+                context.blobs.store.verify, row.parent_digest
+            ):
+                raise damaged(row.parent_digest)
             return spec_of(row.plan, workdir, parent)
         async with context.database.write() as session:
             row = await owned(session, self._claim)
