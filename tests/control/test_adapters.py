@@ -9,10 +9,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from tenora.adapters.targets import TargetModule
@@ -22,16 +20,14 @@ from tenora.control.records import Principal
 from tenora.control.tenants import DEFAULT_TENANT
 from tenora.engine.messages import EngineStats
 from tenora.errors import (
-    AdapterDamagedError,
     AdapterFormatError,
-    ConflictError,
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
     PayloadTooLargeError,
     PermissionDeniedError,
 )
-from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, create_job, tenant, until
+from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, tenant
 from tests.control.scripted import ScriptedEngine
 
 
@@ -318,170 +314,3 @@ async def test_a_restart_keeps_adapters_and_sweeps_orphans(
     assert blobs(home) == {first.digest, second.digest}
     assert (await control.adapters.get(acme, "desk")).digest == first.digest
     assert (await control.inference.resolve(acme, "desk", None)).adapter is not None
-
-
-def damage(home: Path, digest: str) -> None:
-    """Flip one bit of one weight on the disk."""
-    path = home / "adapters" / digest[:2] / digest / WEIGHTS_NAME
-    path.chmod(0o600)
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 0x10
-    path.write_bytes(content)
-
-
-def limit(engine: ScriptedEngine, **room: object) -> None:
-    """Give the engine another pool."""
-    engine.ready = msgspec.structs.replace(engine.ready, **room)
-
-
-async def test_an_adapter_that_could_never_be_served_is_refused_at_import(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter, home: Path
-) -> None:
-    size = (await import_adapter(control, acme, "desk")).bytes
-    limit(engine, adapter_pool_bytes=size)
-    await import_adapter(control, acme, "desk", seed=1)
-    with pytest.raises(
-        AdapterFormatError, match=f"all of the pool has {size}: it can never be served. Train"
-    ) as caught:
-        await import_adapter(control, acme, "large", rank=5)
-    assert caught.value.code == "adapter_too_large"
-    assert [one.name for one in await control.adapters.list(acme)] == ["desk"]
-    assert len(blobs(home)) == 2
-
-
-async def test_weights_that_the_compute_type_cannot_hold_are_refused_at_import(
-    control: Control, acme: Principal, engine: ScriptedEngine, tmp_path: Path, targets: Sequence[TargetModule]
-) -> None:
-    config, weights = adapter_files(tmp_path, targets)
-    arrays = safetensors.numpy.load_file(weights)
-    next(iter(arrays.values()))[0, 0] = 65520.0  # the smallest number that float16 rounds to infinity
-    safetensors.numpy.save_file(arrays, weights)
-    await control.adapters.import_(acme, name="desk", config=config, weights=weights)
-    limit(engine, dtype="float16")
-    with pytest.raises(AdapterFormatError, match="holds 65520, which the type that this server computes in cannot"):
-        await control.adapters.import_(acme, name="desk", config=config, weights=weights)
-
-
-async def test_a_job_whose_adapter_could_never_be_served_is_refused(
-    control: Control, acme: Principal, engine: ScriptedEngine
-) -> None:
-    limit(engine, adapter_pool_bytes=2**16)
-    with pytest.raises(InvalidRequestError, match="it can never be served") as caught:
-        await create_job(control, acme, lora={"rank": 64})
-    assert (caught.value.param, caught.value.code) == ("lora.rank", "adapter_too_large")
-    await create_job(control, acme, lora={"rank": 1, "target_modules": ["q_proj"]})
-
-
-async def test_pins_leave_half_of_the_slots_to_everyone_else(
-    control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
-) -> None:
-    limit(engine, adapter_slots=4)
-    digests = [(await import_adapter(control, acme, f"a{seed}", seed=seed)).digest for seed in range(3)]
-    await import_adapter(control, umbrella, "same", seed=0)
-    for name in ("a0", "a1", "a1"):
-        await control.adapters.pin(acme, name, True)
-    with pytest.raises(
-        ConflictError, match="3 adapters would be pinned, and pins may take half of the 4 slots"
-    ) as caught:
-        await control.adapters.pin(acme, "a2", True)
-    assert caught.value.code == "pins_full"
-    assert not (await control.adapters.get(acme, "a2")).pinned
-    assert engine.pins == {digests[0]: True, digests[1]: True}
-    assert (await control.adapters.pin(umbrella, "same", True)).pinned  # of the same content, which takes no more
-    await control.adapters.pin(acme, "a1", False)
-    assert (await control.adapters.pin(acme, "a2", True)).pinned
-
-
-async def test_pins_leave_room_for_the_largest_adapter(
-    control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
-) -> None:
-    unit = (await import_adapter(control, acme, "one", seed=1, rank=1)).bytes
-    limit(engine, adapter_pool_bytes=8 * unit)
-    await import_adapter(control, acme, "four", seed=2, rank=4)
-    await import_adapter(control, acme, "five", seed=3, rank=5)
-    with pytest.raises(ConflictError, match=f"would take {5 * unit} bytes, and they may take half of the pool"):
-        await control.adapters.pin(acme, "five", True)
-    await import_adapter(control, umbrella, "six", seed=4, rank=6)
-    with pytest.raises(ConflictError, match=f"the largest adapter needs {6 * unit}"):
-        await control.adapters.pin(acme, "four", True)
-    await control.adapters.pin(acme, "one", True)
-    with pytest.raises(ConflictError, match="pinned adapters leave"):
-        await import_adapter(control, umbrella, "eight", seed=5, rank=8)
-    assert [one.name for one in await control.adapters.list(umbrella)] == ["six"]
-    with pytest.raises(ConflictError, match="cannot be pinned"):  # a version that its pinned name cannot move to
-        await import_adapter(control, acme, "one", seed=6, rank=5)
-    assert (await control.adapters.get(acme, "one")).version == 1
-
-
-async def test_pins_that_no_longer_fit_are_reported_at_start(
-    open_control: OpenControl,
-    import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    control = await open_control()
-    acme = await tenant(control, "acme")
-    digests = [(await import_adapter(control, acme, f"a{seed}", seed=seed)).digest for seed in range(2)]
-    for name in ("a0", "a1"):
-        await control.adapters.pin(acme, name, True)
-    await control.close()
-    engine.pins.clear()
-    limit(engine, adapter_slots=2)
-    control = await open_control()
-    assert len(engine.pins) == 1
-    assert set(engine.pins) < set(digests)
-    assert "a pin is not kept: 2 adapters would be pinned, and pins may take half of the 2 slots" in caplog.text
-
-
-async def test_a_deleted_version_stays_for_the_requests_that_were_accepted(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
-) -> None:
-    record = await import_adapter(control, acme, "desk", seed=1)
-    with control._blobs.use(record.digest), control._blobs.use(record.digest):
-        await control.adapters.delete(acme, "desk")
-        assert blobs(home) == {record.digest}
-        assert engine.evicted == []
-        with pytest.raises(ModelNotFoundError):
-            await control.inference.resolve(acme, "desk", None)
-    await control._blobs.settle()
-    assert blobs(home) == set()
-    assert engine.evicted == [record.digest]
-    with pytest.raises(NotFoundError), control._blobs.use(record.digest):
-        pass
-
-
-async def test_content_imported_again_while_an_old_request_ends_keeps_pin_and_cache(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
-) -> None:
-    record = await import_adapter(control, acme, "desk", seed=1)
-    await control.adapters.pin(acme, "desk", True)
-    with control._blobs.use(record.digest):
-        await control.adapters.delete(acme, "desk")
-        assert engine.pins == {record.digest: False}
-        await import_adapter(control, acme, "again", seed=1)
-        await control.adapters.pin(acme, "again", True)
-    await control._blobs.settle()
-    assert blobs(home) == {record.digest}
-    assert (engine.evicted, engine.pins) == ([], {record.digest: True})
-
-
-async def test_damaged_weights_are_not_given_out(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, home: Path
-) -> None:
-    """Not as a download, a pin or the start of a job; and the same content imported again mends it."""
-    record = await import_adapter(control, acme, "desk", seed=1)
-    await import_adapter(control, acme, "other", seed=2)
-    damage(home, record.digest)
-    with pytest.raises(AdapterDamagedError, match=record.digest[:12]):
-        await control.adapters.archive(acme, "desk")
-    with pytest.raises(AdapterDamagedError):
-        await control.adapters.pin(acme, "desk", True)
-    assert not (await control.adapters.get(acme, "desk")).pinned
-    job = await until(control, acme, (await create_job(control, acme, lora={"init_from": "desk"})).id)
-    assert job.status == "failed"
-    assert job.error is not None
-    assert job.error["code"] == "adapter_damaged"
-    (await control.adapters.archive(acme, "other")).unlink()
-    assert list((home / "staging").iterdir()) == []
-    await import_adapter(control, acme, "desk", seed=1)
-    (await control.adapters.archive(acme, "desk")).unlink()

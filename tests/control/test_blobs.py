@@ -1,0 +1,126 @@
+"""Stored adapters: what is let in, how long it stays, and that damage is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.targets import TargetModule
+from tenora.control.control import Control
+from tenora.control.records import Principal
+from tenora.errors import (
+    AdapterDamagedError,
+    AdapterFormatError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotFoundError,
+)
+from tests.control.conftest import ImportAdapter, adapter_files, create_job, until
+from tests.control.scripted import ScriptedEngine
+from tests.control.test_adapters import blobs
+from tests.control.test_pins import limit
+
+
+def damage(home: Path, digest: str) -> None:
+    """Flip one bit of one weight on the disk."""
+    path = home / "adapters" / digest[:2] / digest / WEIGHTS_NAME
+    path.chmod(0o600)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x10
+    path.write_bytes(content)
+
+
+async def test_an_adapter_that_could_never_be_served_is_refused_at_import(
+    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter, home: Path
+) -> None:
+    size = (await import_adapter(control, acme, "desk")).bytes
+    limit(engine, adapter_pool_bytes=size)
+    await import_adapter(control, acme, "desk", seed=1)
+    with pytest.raises(
+        AdapterFormatError, match=f"all of the pool has {size}: it can never be served. Train"
+    ) as caught:
+        await import_adapter(control, acme, "large", rank=5)
+    assert caught.value.code == "adapter_too_large"
+    assert [one.name for one in await control.adapters.list(acme)] == ["desk"]
+    assert len(blobs(home)) == 2
+
+
+async def test_weights_that_the_compute_type_cannot_hold_are_refused_at_import(
+    control: Control, acme: Principal, engine: ScriptedEngine, tmp_path: Path, targets: Sequence[TargetModule]
+) -> None:
+    config, weights = adapter_files(tmp_path, targets)
+    arrays = safetensors.numpy.load_file(weights)
+    next(iter(arrays.values()))[0, 0] = 65520.0  # the smallest number that float16 rounds to infinity
+    safetensors.numpy.save_file(arrays, weights)
+    await control.adapters.import_(acme, name="desk", config=config, weights=weights)
+    limit(engine, dtype="float16")
+    with pytest.raises(AdapterFormatError, match="holds 65520, which the type that this server computes in cannot"):
+        await control.adapters.import_(acme, name="desk", config=config, weights=weights)
+
+
+async def test_a_job_whose_adapter_could_never_be_served_is_refused(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    limit(engine, adapter_pool_bytes=2**16)
+    with pytest.raises(InvalidRequestError, match="it can never be served") as caught:
+        await create_job(control, acme, lora={"rank": 64})
+    assert (caught.value.param, caught.value.code) == ("lora.rank", "adapter_too_large")
+    await create_job(control, acme, lora={"rank": 1, "target_modules": ["q_proj"]})
+
+
+async def test_a_deleted_version_stays_for_the_requests_that_were_accepted(
+    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
+) -> None:
+    record = await import_adapter(control, acme, "desk", seed=1)
+    with control._blobs.use(record.digest), control._blobs.use(record.digest):
+        await control.adapters.delete(acme, "desk")
+        assert blobs(home) == {record.digest}
+        assert engine.evicted == []
+        with pytest.raises(ModelNotFoundError):
+            await control.inference.resolve(acme, "desk", None)
+    await control._blobs.settle()
+    assert blobs(home) == set()
+    assert engine.evicted == [record.digest]
+    with pytest.raises(NotFoundError), control._blobs.use(record.digest):
+        pass
+
+
+async def test_content_imported_again_while_an_old_request_ends_keeps_pin_and_cache(
+    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
+) -> None:
+    record = await import_adapter(control, acme, "desk", seed=1)
+    await control.adapters.pin(acme, "desk", True)
+    with control._blobs.use(record.digest):
+        await control.adapters.delete(acme, "desk")
+        assert engine.pins == {record.digest: False}
+        await import_adapter(control, acme, "again", seed=1)
+        await control.adapters.pin(acme, "again", True)
+    await control._blobs.settle()
+    assert blobs(home) == {record.digest}
+    assert (engine.evicted, engine.pins) == ([], {record.digest: True})
+
+
+async def test_damaged_weights_are_not_given_out(
+    control: Control, acme: Principal, import_adapter: ImportAdapter, home: Path
+) -> None:
+    """Not as a download, a pin or the start of a job; and the same content imported again mends it."""
+    record = await import_adapter(control, acme, "desk", seed=1)
+    await import_adapter(control, acme, "other", seed=2)
+    damage(home, record.digest)
+    with pytest.raises(AdapterDamagedError, match=record.digest[:12]):
+        await control.adapters.archive(acme, "desk")
+    with pytest.raises(AdapterDamagedError):
+        await control.adapters.pin(acme, "desk", True)
+    assert not (await control.adapters.get(acme, "desk")).pinned
+    job = await until(control, acme, (await create_job(control, acme, lora={"init_from": "desk"})).id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "adapter_damaged"
+    (await control.adapters.archive(acme, "other")).unlink()
+    assert list((home / "staging").iterdir()) == []
+    await import_adapter(control, acme, "desk", seed=1)
+    (await control.adapters.archive(acme, "desk")).unlink()
