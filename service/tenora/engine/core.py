@@ -185,7 +185,6 @@ class Engine:
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.settings.max_num_batched_tokens,
             target_modules=tuple(dict.fromkeys(target.name for target in self.targets)),
-            adapter_pool_bytes=self.pool.max_bytes,
             adapter_slots=self.pool.tables.slots,
         )
 

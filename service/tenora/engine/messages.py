@@ -216,9 +216,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     adapter_pool_bytes: int = 0
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
+    adapter_slots: int = 0
     target_modules: tuple[str, ...]
-    adapter_pool_bytes: int
-    adapter_slots: int
 
     @property
     def memory(self) -> dict[str, int]:
