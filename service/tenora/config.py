@@ -121,7 +121,7 @@ class Settings(BaseSettings):
         default=300.0, gt=0, description="How long the engine may load without progress; it may get on for longer."
     )
     engine_hang_seconds: float = Field(
-        default=60.0, gt=0, description="Without a heartbeat for this long, livez fails."
+        default=60.0, ge=2, description="Without a heartbeat for this long, the engine is replaced."
     )
     key_cache_seconds: float = Field(default=5.0, ge=0, description="A revoked key works at most this much longer.")
 

@@ -35,7 +35,6 @@ SETTINGS = Settings(
     kv_cache_bytes=2**20,
     adapter_pool_bytes=2**20,
     max_adapters=4,
-    engine_hang_seconds=2.0,
     log_level="warning",
 )
 PARENT = """
@@ -121,13 +120,6 @@ async def test_the_life_of_a_child(
         after = psutil.Process(child).cpu_times()
         assert after.user + after.system - before.user - before.system < 0.5
 
-        # A hung one is seen.
-        os.kill(child, signal.SIGSTOP)
-        await until(lambda: not engine.healthy)
-        assert engine.alive
-        os.kill(child, signal.SIGCONT)
-        await until(lambda: engine.healthy)
-
         # kill -9: what is open fails at once, and a new child answers.
         outputs = engine.generate(generate([5], sampling(max_tokens=500)))
         await anext(outputs)
@@ -145,6 +137,28 @@ async def test_the_life_of_a_child(
         await engine.close(5)
     assert not psutil.pid_exists(child)
     assert psutil.Process().num_fds() <= descriptors + 1  # torch may have opened one of its own
+
+
+async def test_a_child_that_hangs_is_killed_and_replaced(tiny_base: Path, run_directory: Path) -> None:
+    engine = AsyncEngine(SETTINGS.model_copy(update={"engine_hang_seconds": 3.0}), tiny_base)
+    await engine.start()
+    try:
+        outputs = engine.generate(generate([5], sampling(max_tokens=500)))
+        await anext(outputs)
+        child = pid_of(engine)
+        os.kill(child, signal.SIGSTOP)
+        with pytest.raises(UnavailableError) as caught:
+            await _exhaust(outputs)
+        assert caught.value.code == "engine_lost"
+        with pytest.raises(UnavailableError):
+            await tokens_of(engine, generate([9]))
+        await until(lambda: engine.healthy)
+        assert pid_of(engine) != child
+        assert not psutil.pid_exists(child)
+        assert engine.trouble is None
+        assert await tokens_of(engine, generate([9], sampling(max_tokens=2)))
+    finally:
+        await engine.close(0)
 
 
 async def test_a_child_that_cannot_load_says_why(tmp_path: Path, run_directory: Path) -> None:

@@ -43,14 +43,17 @@ OUTPUT_BUFFER = 1024  # outputs that a consumer may lag behind
 class AsyncEngine:
     """The engine as the API process sees it. Every method runs on the event loop that called `start`.
 
-    The engine lives elsewhere and may die: then every open request ends with UnavailableError at once, and a new one is
-    started with exponential back-off. Pinned adapters are pinned again.
+    The engine lives elsewhere and may die or hang: then every open request ends with UnavailableError, and a new engine
+    is started with exponential back-off. Pinned adapters are pinned again.
     """
 
     def __init__(self, settings: Settings, model_dir: Path, *, link: Callable[[], Link] | None = None) -> None:
         self._settings = settings
         self._keeper = EngineKeeper(
-            link or (lambda: ProcessLink(settings, model_dir)), on_event=self._on_event, on_lost=self._on_lost
+            link or (lambda: ProcessLink(settings, model_dir)),
+            on_event=self._on_event,
+            on_lost=self._on_lost,
+            hang_seconds=settings.engine_hang_seconds,
         )
         self._stats = EngineStats()
         self._sequences: dict[str, SequenceStream] = {}
@@ -99,8 +102,13 @@ class AsyncEngine:
         return self.alive and time.monotonic() - self.last_heartbeat < self._settings.engine_hang_seconds
 
     @property
+    def trouble(self) -> str | None:
+        """What a restart of this process would help against, and nothing else; None while there is no such thing."""
+        return self._keeper.trouble
+
+    @property
     def restarts(self) -> int:
-        """How often a dead engine was replaced."""
+        """How often an engine that died or hung was replaced."""
         return self._keeper.restarts
 
     @property

@@ -15,10 +15,13 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/livez")
 async def livez(control: ControlDep) -> JSONResponse:
-    """200 unless the engine's loop hangs. An idle loop beats, and a dead engine is restarted: both are alive."""
-    engine = control.engine
-    hangs = engine.alive and not engine.healthy
-    return JSONResponse({"status": "engine hangs" if hangs else "ok"}, 503 if hangs else 200)
+    """200 unless a restart of this process would help.
+
+    An engine that died or hung is replaced without one; what is told here is that it cannot be killed, or does not come
+    back.
+    """
+    trouble = control.engine.trouble
+    return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
 
 @router.get("/readyz")
