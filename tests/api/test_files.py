@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,29 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(service: Servic
     await call.finished()
     assert service.staged() == []
     assert service.app.state.lifecycle.open == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (("\ufeff" + TRAINING_ROWS).encode("utf-16-le"), "processed", None),
+        (gzip.compress(TRAINING_ROWS.encode()), "processed", None),
+        ("Frage;Antwort;Größe\na;b;c\n".encode("cp1252"), "error", "iconv -f WINDOWS-1252 -t UTF-8"),
+        (b"\xff\xd8\xff\xe0" + bytes(range(256)), "error", "a JPEG image"),
+        (b"\x80\x81,\xfe\n" * 9, "error", "not UTF-8"),
+        (b"PAR1\x15\x00\xff\xfePAR1", "error", "Parquet file cannot be read"),
+    ],
+)
+async def test_any_bytes_are_a_file_with_a_status_and_never_a_500(
+    service: Service, content: bytes, status: str, words: str | None
+) -> None:
+    client = service.client("train")
+    answer = await client.post(
+        "/v1/files", files={"file": ("rows", content)}, data={"purpose": "fine-tune"}, timeout=None
+    )
+    assert answer.status_code == 200
+    made = answer.json()
+    assert made["status"] == status
+    assert made["status_details"] is None if words is None else words in made["status_details"]
+    kept = await client.get(f"/v1/files/{made['id']}/content")
+    assert kept.content == content

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from tenora.model.tokenizer import Tokenizer
-from tenora.training import containers, records
+from tenora.training import containers, parquet_reader, records, tables
 from tenora.training.dataset import TokenizedDataset, tokenize_file, validate_file
 
 from .rows import write_lines
@@ -112,9 +112,9 @@ def test_nulls_that_parquet_puts_into_structs_count_as_absent(tmp_path: Path, to
 @pytest.mark.parametrize(
     ("content", "line", "code", "words"),
     [
-        (b"question,answer\na,b\n", 1, "missing_messages_list", "comma-separated header"),
-        (b"just some words\nand more\n", 1, "missing_messages_list", "comma-separated header"),
-        (b"prompt;completion\na;b\n", 1, "missing_messages_list", "comma-separated header"),
+        (b"question,answer\na,b\n", 1, "missing_messages_list", "header of columns"),
+        (b"just some words\nand more\n", 1, "missing_messages_list", "header of columns"),
+        (b"prompt;completion\na;b\na\n", 2, "data_type", "quote cells that hold semicolons"),
         (b"prompt\na\nb\n", 1, "missing_content", "`completion`"),
         (b"text,label\na,b\n", 1, "ambiguous_format", "`label`"),
         (b"prompt,completion,text\na,b,c\n", 1, "ambiguous_format", "text (`text`)"),
@@ -134,6 +134,22 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, content: bytes, line: int,
     assert words in issue.message
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Prompt,Completion\na,b\n",
+        " PROMPT ; completion \na;b\n",
+        "prompt\tcompletion\ta_note\na\tb\tx\n",
+        "id|prompt|completion\n7|a|b\n",
+        '"prompt";"completion"\n"a";"b"\n',
+    ],
+)
+def test_tables_of_spreadsheets_are_read_with_their_delimiters_and_capitals(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows"
+    path.write_text(content, encoding="utf-8")
+    assert [record.value for record in containers.read_records(path)] == [{"prompt": "a", "completion": "b"}]
+
+
 def test_a_broken_first_line_does_not_make_json_lines_a_table(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [ROWS["text"][0]] * 3)
     path.write_bytes(b"oops\n" + path.read_bytes())
@@ -151,7 +167,7 @@ def test_a_parquet_string_that_is_not_utf8_is_one_rows_fault(tmp_path: Path) -> 
 
 
 def test_a_missing_quotation_mark_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "MAX_ROW_BYTES", 200_000)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 200_000)
     path = tmp_path / "rows.csv"
     path.write_bytes(b'prompt,completion\na,b\na,"' + b"never closed\n" * 400_000)
     tracemalloc.start()
@@ -172,7 +188,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, write: Any) -> None:
     before = pyarrow.total_allocated_bytes()
     largest = 0
     tracemalloc.start()
-    for number, _ in enumerate(containers.read_records(path)):
+    read = parquet_reader.read_rows if write is as_parquet else containers.read_records
+    for number, _ in enumerate(read(path)):
         if number % 100 == 0:
             largest = max(largest, pyarrow.total_allocated_bytes() - before)
     _, peak = tracemalloc.get_traced_memory()
@@ -187,7 +204,7 @@ def test_a_string_that_all_rows_share_is_held_once(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, store_schema=False)
     before = pyarrow.total_allocated_bytes()
     largest = 0
-    for _ in containers.read_records(path):
+    for _ in parquet_reader.read_rows(path):
         largest = max(largest, pyarrow.total_allocated_bytes() - before)
     assert 2_000_000 < largest < 12_000_000
 

@@ -11,6 +11,8 @@ import pytest
 
 from tenora.training import containers
 from tenora.training.dataset import validate_file
+from tenora.training.forms import parse_row
+from tenora.training.rows import ChatRow, RowChecker
 
 from .rows import chat, write_lines
 
@@ -65,6 +67,12 @@ def one(message: dict[str, Any]) -> dict[str, Any]:
         ({**GOOD, "label": "yes"}, "ambiguous_format"),
         ({"prompt": "a", "completion": "b", "label": True}, "ambiguous_format"),
         ({**GOOD, "text": "a"}, "ambiguous_format"),
+        ({**GOOD, "prompt": "Another question?"}, "ambiguous_format"),
+        ({"instruction": "a", "output": "b", "text": "c"}, "ambiguous_format"),
+        ({"Prompt": "a", "Completion": "b"}, "missing_messages_list"),
+        (one({"role": "function", "name": "f", "content": "a"}), "unrecognized_role"),
+        (one({"role": "assistant", "content": "a", "function_call": {"name": "f"}}), "message_unrecognized_key"),
+        (one({"role": "assistant", "content": "a", "mask": [1]}), "message_unrecognized_key"),
         ({**GOOD, "system": "a"}, "ambiguous_format"),
         ({"text": "a", "label": 1}, "ambiguous_format"),
         ({"prompt": "a", "completion": "b", "chosen": "b"}, "ambiguous_format"),
@@ -115,6 +123,12 @@ def test_a_bad_row_is_reported_with_its_line_and_code(tmp_path: Path, row: Any, 
         (b"[", "bad_json"),
         (b'{"prompt": "\\ud800", "completion": "b"}', "bad_json"),  # half a surrogate pair cannot be tokenized
         (b'{"prompt": NaN, "completion": "b"}', "bad_json"),
+        (b'{"prompt": "a", "completion": "b", "prompt": "c"}', "bad_json"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "bad_json"),
+        (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "bad_json"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "bad_json"),
+        (b'{"text": 1e999}', "bad_json"),
+        (b'{"text": "a\x00b"}', "bad_json"),
         (b"[" * 100_000, "bad_json"),
         (b'{"prompt": "\xff", "completion": "b"}', "bad_utf8"),
         (json.dumps(GOOD).encode("utf-16"), "bad_utf8"),
@@ -125,6 +139,72 @@ def test_bytes_that_are_not_json_in_utf8(tmp_path: Path, line: bytes, code: str)
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\n".join([good, line, good]) + b"\n")
     assert [(issue.line, issue.code) for issue in validate_file(path).issues] == [(2, code)]
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "id": {"a": 1, "b": 2, "b": 3}}\n{"text": "b"}\n', encoding="utf-8")
+    (issue,) = validate_file(path).issues
+    assert (issue.line, issue.code) == (1, "bad_json")
+    assert "'b' stands twice" in issue.message
+
+
+NULLS = {"name": None, "tool_calls": None, "function_call": None, "refusal": None, "weight": None, "images": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "What?", "image_url": None}], **NULLS},
+                    {"role": "assistant", "content": "That.", "tool_call_id": None, **NULLS},
+                ],
+                "tools": None,
+                "label": None,
+                "weight": None,
+            },
+            chat(),
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "Hm."}, *GOOD["messages"]]},
+            {"messages": [{"role": "system", "content": "Hm."}, *GOOD["messages"]]},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That.", "weight": None}]},
+            chat(),
+        ),
+        # Public layouts that say a thing twice: UltraChat and No Robots, and Alpaca.
+        ({**GOOD, "prompt": "What?", "prompt_id": "a"}, chat()),
+        ({**GOOD, "prompt": GOOD["messages"][:1]}, chat()),
+        (
+            {"messages": [{"role": "system", "content": "Hm."}, *GOOD["messages"]], "prompt": "Hm."},
+            {"messages": [{"role": "system", "content": "Hm."}, *GOOD["messages"]]},
+        ),
+        ({"instruction": "What?", "input": "", "output": "That.", "text": "Q: What?\nA: That."}, chat()),
+    ],
+)
+def test_rows_that_mean_the_same(row: Any, same: Any) -> None:
+    found, expected = (parse_row(value, RowChecker(1)) for value in (row, same))
+    assert found is not None
+    assert expected is not None
+    assert found[1] == expected[1]
+
+
+def test_null_keys_are_absent_in_tools_and_their_calls() -> None:
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+    row = {
+        "messages": [GOOD["messages"][0], {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": "f", "description": None}}],
+    }
+    parsed = parse_row(row, RowChecker(1))
+    assert parsed is not None
+    assert isinstance(parsed[1], ChatRow)
+    assert parsed[1].messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    ]
+    assert parsed[1].tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_bom_crlf_and_blank_lines_are_accepted_and_counted_as_lines(tmp_path: Path) -> None:

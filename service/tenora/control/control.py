@@ -81,7 +81,7 @@ class Control:
         store = AdapterStore(storage.adapters)
         self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
         self.files = Files(settings, database, storage, failpoints)
-        self.previews = Previews(database, storage, tokenizer, self._limits)
+        self.previews = Previews(settings, database, storage, tokenizer, self._limits)
         self.estimates = Estimates(database, storage, self._blobs, tokenizer, self._limits)
         self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tenora.config import Settings
 from tenora.control.adapter_shape import Limits
 from tenora.control.database import Database
 from tenora.control.field_checks import whole
@@ -26,8 +27,14 @@ class Previews:
     """Previews of a tenant's training files. Needs the scope `train`."""
 
     def __init__(
-        self, database: Database, storage: Storage, tokenizer: Tokenizer, limits: Callable[[], Limits]
+        self,
+        settings: Settings,
+        database: Database,
+        storage: Storage,
+        tokenizer: Tokenizer,
+        limits: Callable[[], Limits],
     ) -> None:
+        self._settings = settings
         self._database = database
         self._storage = storage
         self._tokenizer = tokenizer
@@ -75,4 +82,5 @@ class Previews:
             truncate=truncate,
             limit=limit,
             after=after,
+            max_rows=self._settings.max_training_rows,
         )

@@ -8,30 +8,27 @@
 | Alpaca | `instruction`, `output`, optionally `input`, `system` | a conversation |
 | ShareGPT | `conversations` of `{from, value}`, optionally `system`, `tools` | a conversation |
 | preference (OpenAI) | `input` {`messages`, `tools`}, `preferred_output`, `non_preferred_output` | a pair |
-| preference (TRL) | `prompt`, `chosen`, `rejected`: three strings, or three lists of messages | a pair |
+| preference (TRL) | `prompt`, `chosen`, `rejected`: three strings, or lists of messages | a pair |
+| preference, its prompt within | `chosen`, `rejected`, which both begin with the prompt | a pair |
 
-Keys that belong to no form, such as `id`, are ignored, and a key whose value is null counts as absent. A row that
-carries keys of two forms, or labels, is refused: training on a rejected answer because its key was ignored would be
-worse than an error.
+Some public data sets say a thing twice: `prompt` beside `messages`, `messages` beside `chosen`, `text` beside Alpaca's
+keys. That is read if the two agree. Keys that belong to no form, such as `id`, are ignored, and a key whose value is
+null counts as absent. A row that carries keys of two forms, labels, or keys that ask for what is not done
+(`tenora.training.unserved`) is refused: training on a rejected answer because its key was ignored would be worse than
+an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tenora.training.messages import Checked, check_messages, check_tools, from_sharegpt
-from tenora.training.rows import (
-    ChatRow,
-    CompletionRow,
-    PreferenceRow,
-    Row,
-    RowChecker,
-    RowFormat,
-    TextRow,
-    kind_of,
-)
+from tenora.training.preferences import implicit_preference, openai_preference, prompt_is_in, trl_preference
+from tenora.training.row_fields import quoted, text_field, without_nulls
+from tenora.training.rows import ChatRow, CompletionRow, Row, RowChecker, RowFormat, TextRow, kind_of
+from tenora.training.unserved import UNSERVED, refuse_unserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +38,7 @@ class Form:
     Attributes:
         title: how it is called in messages.
         required, optional: its keys.
+        repeated: keys that may stand beside them, and say again what they say.
         structured: those of them that hold lists or objects; a CSV cell writes them as JSON.
         parse: makes the row, or reports why it cannot be made.
     """
@@ -49,6 +47,7 @@ class Form:
     required: tuple[str, ...]
     parse: Callable[[Mapping[str, Any], RowChecker], Row | None]
     optional: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     structured: tuple[str, ...] = ()
 
     @property
@@ -62,9 +61,15 @@ def parse_row(value: Any, checker: RowChecker) -> tuple[RowFormat, Row] | None:
     if not isinstance(value, dict):
         checker.report("data_type", f"The row is {kind_of(value)}; make it an object with the keys of {_any_form()}.")
         return None
+    try:
+        value = without_nulls(value)
+    except RecursionError as error:
+        checker.report("bad_json", f"In the row {error}; make it flatter.")
+        return None
     form = _detect(value, checker)
     if form is None:
         return None
+    refuse_unserved(value, checker)
     row = FORMS[form].parse(value, checker)
     return None if row is None or checker.issues else (form, row)
 
@@ -78,12 +83,19 @@ def check_columns(columns: Sequence[str], checker: RowChecker) -> RowFormat | No
     return _detect(dict.fromkeys(columns, True), checker)
 
 
+def column_names(columns: Sequence[str]) -> list[str]:
+    """The columns of a table as the keys that they mean: spreadsheets write them with capitals and spaces."""
+    meant = [(name.strip(), name.strip().lower()) for name in columns]
+    return [lower if lower in TABLE_KEYS else name for name, lower in meant]
+
+
 def _detect(value: Mapping[str, Any], checker: RowChecker) -> RowFormat | None:
     found = {key for key in FORM_KEYS if value.get(key) is not None and (key != "history" or value[key])}
     if not found - {"system", "tools"}:
         keys = ", ".join(f"`{str(key)[:40]}`" for key in list(value)[:6]) or "none"
+        lower = " Keys are written in lower case." if {str(key).lower() for key in value} & _REQUIRED else ""
         checker.report(
-            "missing_messages_list", f"The row (its keys: {keys}) has the keys of no form; use {_any_form()}."
+            "missing_messages_list", f"The row (its keys: {keys}) has the keys of no form; use {_any_form()}.{lower}"
         )
         return None
     if "label" in found:
@@ -92,11 +104,10 @@ def _detect(value: Mapping[str, Any], checker: RowChecker) -> RowFormat | None:
             "The row has a `label`; labelled rows cannot be trained on yet. Remove it to learn the rest.",
         )
         return None
-    fitting = [name for name, form in FORMS.items() if found <= form.keys]
-    for name in fitting:
-        if found.issuperset(FORMS[name].required):
+    for name, form in FORMS.items():
+        if found.issuperset(form.required) and found <= form.keys.union(form.repeated):
             return name
-    if fitting:
+    if fitting := [name for name, form in FORMS.items() if found <= form.keys]:
         _report_incomplete(found, fitting, checker)
     else:
         _report_mixture(found, checker)
@@ -105,15 +116,10 @@ def _detect(value: Mapping[str, Any], checker: RowChecker) -> RowFormat | None:
 
 def _report_incomplete(found: set[str], fitting: list[RowFormat], checker: RowChecker) -> None:
     """Say what is missing for each form that the row could still become."""
-    if found == {"chosen", "rejected"}:
-        checker.report(
-            "missing_content", "`prompt` is missing; put there what `chosen` and `rejected` both begin with."
-        )
-        return
     needs = [
-        f"{_quoted(key for key in FORMS[name].required if key not in found)} ({FORMS[name].title})" for name in fitting
+        f"{quoted(key for key in FORMS[name].required if key not in found)} ({FORMS[name].title})" for name in fitting
     ]
-    checker.report("missing_content", f"The row has {_quoted(sorted(found))} and still needs {', or '.join(needs)}.")
+    checker.report("missing_content", f"The row has {quoted(sorted(found))} and still needs {', or '.join(needs)}.")
 
 
 def _report_mixture(found: set[str], checker: RowChecker) -> None:
@@ -121,9 +127,9 @@ def _report_mixture(found: set[str], checker: RowChecker) -> None:
     left, forms = set(found), []
     while left & _REQUIRED:
         form = max(FORMS.values(), key=lambda form: len(left.intersection(form.required)))
-        forms.append(f"{form.title} ({_quoted(sorted(left & form.keys))})")
+        forms.append(f"{form.title} ({quoted(sorted(left & form.keys))})")
         left -= form.keys
-    odd = f", and also {_quoted(sorted(left))}" if left else ""
+    odd = f", and also {quoted(sorted(left))}" if left else ""
     checker.report(
         "ambiguous_format",
         f"The row has keys of {' and of '.join(forms)}{odd}; keep those of one form and remove the rest.",
@@ -132,7 +138,13 @@ def _report_mixture(found: set[str], checker: RowChecker) -> None:
 
 def _chat(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
     tools = check_tools(value.get("tools"), "tools", checker)
-    return _supervised_chat(check_messages(value["messages"], "messages", checker), tools, checker)
+    checked = check_messages(value["messages"], "messages", checker)
+    if checked is not None and "prompt" in value and not prompt_is_in(value["prompt"], checked[0]):
+        checker.report(
+            "ambiguous_format",
+            "The row has `prompt` beside `messages`, and the conversation does not begin with it; remove one of them.",
+        )
+    return _supervised_chat(checked, tools, checker)
 
 
 def _sharegpt(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
@@ -145,9 +157,14 @@ def _sharegpt(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
 
 
 def _alpaca(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
-    instruction = _text(value, "instruction", checker)
-    given = _text(value, "input", checker, may_be_empty=True) if value.get("input") is not None else ""
-    answer = _text(value, "output", checker)
+    instruction = text_field(value, "instruction", checker)
+    given = text_field(value, "input", checker, may_be_empty=True) if value.get("input") is not None else ""
+    answer = text_field(value, "output", checker)
+    if not all(part in str(value.get("text", part)) for part in (instruction, given, answer)):
+        checker.report(
+            "ambiguous_format",
+            "The row has `text` beside `instruction` and `output`, and it does not hold them; remove one of them.",
+        )
     question = f"{instruction}\n\n{given}" if given else instruction
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _supervised_chat(_with_system(value, (messages, (False, True)), checker), None, checker)
@@ -155,7 +172,7 @@ def _alpaca(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
 
 def _with_system(value: Mapping[str, Any], checked: Checked | None, checker: RowChecker) -> Checked | None:
     """The conversation with the row's own `system`, if it has one, as its first message."""
-    system = _text(value, "system", checker, may_be_empty=True) if value.get("system") is not None else ""
+    system = text_field(value, "system", checker, may_be_empty=True) if value.get("system") is not None else ""
     if checked is None or not system:
         return checked
     messages, trained = checked
@@ -179,106 +196,25 @@ def _supervised_chat(checked: Checked | None, tools: list[Any] | None, checker: 
 
 
 def _prompt_completion(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
-    prompt = _text(value, "prompt", checker, may_be_empty=True)
-    return CompletionRow(prompt, _text(value, "completion", checker))
+    prompt = text_field(value, "prompt", checker, may_be_empty=True)
+    return CompletionRow(prompt, text_field(value, "completion", checker))
 
 
 def _plain_text(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
-    return TextRow(_text(value, "text", checker))
-
-
-def _openai_preference(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
-    prompt = value["input"]
-    if not isinstance(prompt, dict):
-        checker.report("data_type", f"`input` is {kind_of(prompt)}; make it an object with `messages`.")
-        return None
-    unknown = sorted(prompt.keys() - {"messages", "tools", "parallel_tool_calls"})
-    if unknown:
-        checker.report(
-            "message_unrecognized_key", f"`input` has the key `{unknown[0][:40]}`, which it may not have; remove it."
-        )
-    tools = check_tools(prompt.get("tools"), "input.tools", checker)
-    return _conversations(
-        check_messages(prompt.get("messages"), "input.messages", checker, weighted=False),
-        {key: value[key] for key in ("preferred_output", "non_preferred_output")},
-        tools,
-        checker,
-    )
-
-
-def _trl_preference(value: Mapping[str, Any], checker: RowChecker) -> Row | None:
-    tools = check_tools(value.get("tools"), "tools", checker)
-    if all(isinstance(value[key], list) for key in ("prompt", "chosen", "rejected")):
-        prompt = check_messages(value["prompt"], "prompt", checker, weighted=False)
-        return _conversations(prompt, {key: value[key] for key in ("chosen", "rejected")}, tools, checker)
-    kinds = {key: kind_of(value[key]) for key in ("prompt", "chosen", "rejected")}
-    if set(kinds.values()) != {"a string"}:
-        said = ", ".join(f"`{key}` is {kind}" for key, kind in kinds.items())
-        checker.report("data_type", f"{said}; make them three strings or three lists of messages.")
-        return None
-    if tools is not None:
-        checker.report("data_type", "`tools` go with lists of messages; put their description into the prompt.")
-    prompt_text = value["prompt"]
-    chosen, rejected = (CompletionRow(prompt_text, _text(value, key, checker)) for key in ("chosen", "rejected"))
-    return _pair(chosen, rejected, ("chosen", "rejected"), checker)
-
-
-def _conversations(
-    prompt: Checked | None, answers: Mapping[str, Any], tools: list[Any] | None, checker: RowChecker
-) -> PreferenceRow | None:
-    """A prompt and two answers, each a list of messages that begins with one of the assistant."""
-    rows = []
-    for key, messages in answers.items():
-        answer = check_messages(messages, key, checker, weighted=False)
-        if answer is not None and answer[0][0]["role"] != "assistant":
-            checker.report(
-                "unrecognized_role",
-                f"{key}[0] has the role {answer[0][0]['role']!r}; an answer begins with an assistant message, and the "
-                "prompt is not repeated in it.",
-            )
-        if prompt is not None and answer is not None:
-            rows.append(ChatRow(prompt[0] + answer[0], (False,) * len(prompt[0]) + answer[1], tools))
-    if checker.issues:
-        return None
-    first, second = answers
-    return _pair(rows[0], rows[1], (first, second), checker)
-
-
-def _pair(
-    chosen: ChatRow | CompletionRow, rejected: ChatRow | CompletionRow, keys: tuple[str, str], checker: RowChecker
-) -> PreferenceRow:
-    if chosen == rejected:
-        checker.report(
-            "no_trainable_tokens", f"{_quoted(keys)} are equal, so the row says nothing about preference; remove it."
-        )
-    return PreferenceRow(chosen, rejected)
-
-
-def _text(value: Mapping[str, Any], key: str, checker: RowChecker, *, may_be_empty: bool = False) -> str:
-    """The string under a key; what is wrong with it is reported, and then "" is returned."""
-    content = value.get(key)
-    if not isinstance(content, str):
-        checker.report("data_type", f"`{key}` is {kind_of(content)}; make it a string (conversations use `messages`).")
-        return ""
-    if not content and not may_be_empty:
-        checker.report("missing_content", f"`{key}` is empty; give it some text.")
-    return content
-
-
-def _quoted(keys: Iterable[str]) -> str:
-    names = [f"`{key}`" for key in keys]
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return TextRow(text_field(value, "text", checker))
 
 
 def _any_form() -> str:
-    return ", or ".join(f"{_quoted(form.required)} ({form.title})" for form in FORMS.values())
+    return ", or ".join(f"{quoted(form.required)} ({form.title})" for form in FORMS.values())
 
 
 FORMS: Mapping[RowFormat, Form] = {
-    "chat": Form("chat", ("messages",), _chat, optional=("tools",), structured=("messages", "tools")),
+    "chat": Form(
+        "chat", ("messages",), _chat, optional=("tools",), repeated=("prompt",), structured=("messages", "tools")
+    ),
     "prompt_completion": Form("prompt and completion", ("prompt", "completion"), _prompt_completion),
     "text": Form("text", ("text",), _plain_text),
-    "alpaca": Form("Alpaca", ("instruction", "output"), _alpaca, optional=("input", "system")),
+    "alpaca": Form("Alpaca", ("instruction", "output"), _alpaca, optional=("input", "system"), repeated=("text",)),
     "sharegpt": Form(
         "ShareGPT",
         ("conversations",),
@@ -289,12 +225,27 @@ FORMS: Mapping[RowFormat, Form] = {
     "preference": Form(
         "OpenAI preference",
         ("input", "preferred_output", "non_preferred_output"),
-        _openai_preference,
+        openai_preference,
         structured=("input", "preferred_output", "non_preferred_output"),
     ),
-    "trl_preference": Form("TRL preference", ("prompt", "chosen", "rejected"), _trl_preference, optional=("tools",)),
+    "trl_preference": Form(
+        "TRL preference",
+        ("prompt", "chosen", "rejected"),
+        trl_preference,
+        optional=("tools",),
+        repeated=("messages",),
+    ),
+    "implicit_preference": Form(
+        "preference with its prompt within",
+        ("chosen", "rejected"),
+        implicit_preference,
+        optional=("tools",),
+        repeated=("messages",),
+    ),
 }
 _REQUIRED = frozenset(key for form in FORMS.values() for key in form.required)
 FORM_KEYS = frozenset({"label", "history"}).union(*(form.keys for form in FORMS.values()))
-"""Keys that mean something. `label` and `history` (earlier turns of LLaMA-Factory's Alpaca) are in no form: a row that
+"""Keys that make a form. `label` and `history` (earlier turns of LLaMA-Factory's Alpaca) are in no form: a row that
 carries them says something that would be lost."""
+TABLE_KEYS = FORM_KEYS.union(UNSERVED)
+"""Columns of a table that are read."""

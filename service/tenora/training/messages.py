@@ -1,8 +1,8 @@
 """Messages of a conversation, checked one by one and brought into the form that chat templates take. Free of torch.
 
-A message is `{role, content, ...}`. Roles: system, user, assistant, tool. Content: a string, or a list of
-`{"type": "text", "text": ...}` parts that are joined. An assistant message may carry `weight`: 0 takes it out of the
-loss.
+A message is `{role, content, ...}`. Roles: system (or developer, which is the same), user, assistant, tool. Content: a
+string, or a list of `{"type": "text", "text": ...}` parts that are joined. An assistant message may carry `weight`: 0
+takes it out of the loss.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from tenora.training.rows import RowChecker, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
+_SAME_ROLES = {"developer": "system"}  # OpenAI's newer word
 _KEYS = {
     "system": frozenset({"role", "content", "name"}),
     "user": frozenset({"role", "content", "name"}),
@@ -25,6 +26,7 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "observation": "tool",
 }
@@ -100,6 +102,7 @@ def _check_message(
         checker.report("message_missing_key", f"{where} has no `role`; use one of {', '.join(ROLES)}.")
         return None, False
     role = message["role"]
+    role = _SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         checker.report("unrecognized_role", f"{where} has the role {str(role)[:40]!r}; use one of {', '.join(ROLES)}.")
         return None, False
@@ -117,7 +120,7 @@ def _check_message(
         checker.report("data_type", f"{where} has `tool_calls` that are not a list of objects.")
     content = _content(where, role, message, checker, has_calls=bool(calls))
     kept = {key: value for key, value in message.items() if key not in ("weight", "content") and value is not None}
-    return {**kept, "content": content}, role == "assistant" and weight == 1
+    return {**kept, "role": role, "content": content}, role == "assistant" and weight == 1
 
 
 def _content(where: str, role: str, message: dict[str, Any], checker: RowChecker, *, has_calls: bool) -> str:

@@ -68,7 +68,14 @@ class Preview:
 
 
 def preview_file(
-    path: Path, tokenizer: Tokenizer, *, max_length: int, truncate: bool = False, limit: int = 10, after: int = 0
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncate: bool = False,
+    limit: int = 10,
+    after: int = 0,
+    max_rows: int | None = None,
 ) -> Preview:
     """Render and tokenize some rows of a file, usable or not.
 
@@ -78,9 +85,10 @@ def preview_file(
         max_length, truncate: as a job would have them; see `tenora.training.dataset.tokenize_file`.
         limit: how many rows.
         after: the line of the last row that was seen; 0 begins with the first.
+        max_rows: rows beyond are not read; see `tenora.training.dataset.validate_file`.
     """
     report = ValidationReport()
-    wanted = (checked for checked in checked_rows(path, report) if checked.line > after)
+    wanted = (checked for checked in checked_rows(path, report, max_rows=max_rows) if checked.line > after)
     shown = list(islice(wanted, limit))
     rows = [row for checked in shown for row in _preview(checked, tokenizer, max_length=max_length, truncate=truncate)]
     return Preview(report.format, rows, has_more=next(wanted, None) is not None)

@@ -9,6 +9,8 @@ from tenora.training.rows import IssueCode, RowIssue
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 """No context holds a row this long; the bound keeps memory flat for a file without line ends."""
+MAX_BLANK_LINES = 1_000_000
+"""Blank lines are no rows, whose number is bounded, and half a gibibyte of them takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)

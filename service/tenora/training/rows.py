@@ -21,11 +21,15 @@ IssueCode = Literal[
     "ambiguous_format",
     "bad_json",
     "bad_utf8",
+    "unsupported_key",
     "too_few_examples",
     "too_many_examples",
 ]
-RowFormat = Literal["chat", "prompt_completion", "text", "alpaca", "sharegpt", "preference", "trl_preference"]
-PREFERENCE_FORMATS: frozenset[RowFormat] = frozenset({"preference", "trl_preference"})
+RowFormat = Literal[
+    "chat", "prompt_completion", "text", "alpaca", "sharegpt", "preference", "trl_preference", "implicit_preference"
+]
+_MAX_MESSAGE = 1000
+PREFERENCE_FORMATS: frozenset[RowFormat] = frozenset({"preference", "trl_preference", "implicit_preference"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,10 @@ class RowIssue:
     line: int
     code: IssueCode
     message: str
+
+    def __post_init__(self) -> None:
+        """Messages quote what a file holds, which may be anything; they are stored and shown as they are."""
+        object.__setattr__(self, "message", _fit_to_be_shown(self.message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,13 @@ class PreferenceRow:
 
 SupervisedRow = ChatRow | CompletionRow | TextRow
 Row = SupervisedRow | PreferenceRow
+
+
+def _fit_to_be_shown(message: str) -> str:
+    """The message within bounds, its control characters and lone surrogates written as escapes."""
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[:_MAX_MESSAGE]}…"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
 
 
 class RowChecker:
