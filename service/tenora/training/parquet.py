@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 import msgspec
 
@@ -38,9 +39,9 @@ def read_parquet(path: Path) -> Iterator[Record]:
         # Arrow's own pool reserves addresses, which the bound counts, far ahead of what it uses.
         env=for_child({"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}),
     )
+    rows = cast("IO[bytes]", reader.stdout)
     try:
-        assert reader.stdout is not None  # noqa: S101
-        for line in reader.stdout:
+        for line in rows:
             if line.endswith(b"\n"):
                 record = decode(line)
                 number = record.line
@@ -51,5 +52,4 @@ def read_parquet(path: Path) -> Iterator[Record]:
     finally:
         reader.kill()
         reader.wait()
-        if reader.stdout is not None:
-            reader.stdout.close()
+        rows.close()
