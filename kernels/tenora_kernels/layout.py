@@ -108,6 +108,7 @@ class LoraTables:
     out_features: tuple[int, ...]
     grad: Tensor | None = None
     narrow: npt.NDArray[np.uint8] = field(init=False, repr=False)
+    _highest: tuple[int, npt.NDArray[np.int32]] | None = field(init=False, repr=False, default=None)
     version: int = field(init=False, default=0)
     arrays: TableArrays = field(init=False, repr=False)
     record: HostRecord = field(init=False, repr=False)
@@ -155,6 +156,13 @@ class LoraTables:
             out_features=tuple(out_features),
             grad=grad,
         )
+
+    @property
+    def highest_ranks(self) -> npt.NDArray[np.int32]:
+        """[slots], the highest rank of any module in each slot; made anew when the tables have changed."""
+        if self._highest is None or self._highest[0] != self.version:
+            self._highest = (self.version, self.arrays.ranks.max(axis=0, initial=0))
+        return self._highest[1]
 
     @property
     def rows(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.engine.core import Engine
 from tenora.engine.decode_graphs import DecodeGraphs
+from tenora_kernels.gpu.configs import rank_bounds
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 
@@ -26,10 +30,11 @@ class Rerun:
 class HostRows:
     """`GpuLora` on the host: steps see the tables as they were at the last `refresh`."""
 
-    def __init__(self, tables: LoraTables) -> None:
+    def __init__(self, tables: LoraTables, max_rank: int = 256) -> None:
         self._tables = tables
         self._mirror: LoraTables | None = None
         self.broken = False
+        self.bounds = rank_bounds(max_rank)
         self.refresh()
 
     def refresh(self) -> bool:
@@ -41,8 +46,13 @@ class HostRows:
         self._mirror.narrow[:] = given.narrow
         return True
 
-    def batch(self, slot_of_row: Tensor) -> LoraBatch:
+    def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        highest = max((int(self._tables.ranks[:, slot].max()) for slot in slots if slot >= 0), default=-1)
+        return 0 if highest < 0 else next(bound for bound in self.bounds if highest <= bound)
+
+    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None) -> LoraBatch:
         assert self._mirror is not None
+        assert max_rank in self.bounds
         assert slot_of_row.dtype in {torch.int32, torch.int64}
         return LoraBatch(self._mirror, build_segments(slot_of_row))
 

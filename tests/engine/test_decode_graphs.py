@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tenora.adapters.ref import AdapterRef
-from tenora.engine.decode_graphs import DecodeRows, _sizes
+from tenora.engine.decode_graphs import DecodeRows
 from tenora.engine.runner import ModelRunner
 from tenora.model.loading import load_decoder
-from tests.engine.driver import Answer, Driver, MakeDriver
+from tests.engine.driver import Answer, Driver, MakeDriver, make_adapter
 from tests.engine.graphs import HostRows, Rerun, with_graphs
 from tests.engine.requests import generate, prompt, sampling
 from tests.support.tiny import build_tiny
@@ -101,16 +101,13 @@ def test_steps_are_padded_to_the_next_size(driver: MakeDriver, counted: type[Cou
     graphs = with_graphs(tiny.engine, capture=counted)
     assert graphs.sizes == (1, 2, 4, 6)
     graphs.warm_up()
-    assert counted.captured == [6, 6, 4, 4, 2, 2, 1, 1], "the largest first, each with adapters and without"
+    assert counted.captured == [6] * 3 + [4] * 3 + [2] * 3 + [1] * 3, (
+        "the largest first: any rank, usual ones, no adapter"
+    )
     tiny.run(*(generate(prompt(4, seed), sampling(max_tokens=3 + seed)) for seed in range(5)))
     # The first step is a prompt's; then 5 rows decode twice, and each step after it one row less.
     assert counted.replayed == [6, 6, 4, 4, 2, 1]
-    assert len(counted.captured) == 8
-
-
-@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (64, (1, 2, 4, 8, 16, 32, 64))])
-def test_sizes(most: int, sizes: tuple[int, ...]) -> None:
-    assert _sizes(most) == sizes
+    assert len(counted.captured) == 12
 
 
 def test_only_rows_with_adapters_pay_for_them(
@@ -120,11 +117,50 @@ def test_only_rows_with_adapters_pay_for_them(
     with_graphs(tiny.engine).warm_up()
     grouped: list[list[int]] = []
     batch = HostRows.batch
-    monkeypatch.setattr(HostRows, "batch", lambda self, slots: grouped.append(slots.tolist()) or batch(self, slots))
+
+    def grouping(self: HostRows, slots: Tensor, *, max_rank: int | None = None) -> Any:
+        grouped.append(slots.tolist())
+        return batch(self, slots, max_rank=max_rank)
+
+    monkeypatch.setattr(HostRows, "batch", grouping)
     tiny.run(generate([5], sampling(max_tokens=3)), generate([6], sampling(max_tokens=3)))
     assert grouped == []
     tiny.run(*(generate([5, seed], sampling(max_tokens=3), adapter=adapters[0]) for seed in (3, 4, 5)))
     assert grouped[-1] == [0, 0, 0, -1], "padding is a row of the base"
+
+
+def test_an_adapter_of_high_rank_costs_only_the_steps_that_it_takes_part_in(
+    driver: MakeDriver, adapters: list[AdapterRef], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be resident, pinned even, and the pool may take rank 256: rows of rank 16 run as if it were not there."""
+    wide = make_adapter(tiny_base, tmp_path / "wide", rank=33)
+    tiny, plain = driver(max_lora_rank=256), driver(max_lora_rank=256)
+    bounds: list[int] = []
+    graphs = with_graphs(tiny.engine)
+    graphs.warm_up()
+    assert graphs.lora.bounds == (16, 256)
+    pick = graphs._graph
+
+    def picked(rows: int, max_rank: int) -> Any:
+        bounds.append(max_rank)
+        return pick(rows, max_rank)
+
+    monkeypatch.setattr(graphs, "_graph", picked)
+    params = sampling(max_tokens=4)
+
+    def run(*adapters: AdapterRef | None) -> set[int]:
+        bounds.clear()
+        requests = [generate([5, number], params, adapter=adapter) for number, adapter in enumerate(adapters)]
+        wanted = [plain.tokens(request.token_ids, params, request.adapter) for request in requests]
+        assert [answer.tokens for answer in tiny.run(*requests)] == wanted
+        return set(bounds)
+
+    assert run(adapters[0], None) == {16}
+    assert run(wide, None) == {256}
+    assert wide.digest in tiny.engine.stats().adapters_resident
+    assert run(adapters[0], adapters[1]) == {16}, "its neighbour is resident, and not in the batch"
+    assert 256 in run(adapters[0], wide)
+    assert run(None) == {0}
 
 
 def test_padding_changes_no_block(driver: MakeDriver) -> None:

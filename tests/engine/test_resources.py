@@ -7,8 +7,9 @@ import torch
 
 from tenora.config import Settings
 from tenora.engine.core import Engine
+from tenora.engine.decode_graphs import decode_sizes
 from tenora.engine.rehearsal import rehearse
-from tenora.engine.resources import Facts, Resources, decode_sizes, graph_bytes, rank_bounds, resources
+from tenora.engine.resources import Facts, Resources, graph_bytes, resources
 from tenora.engine.runner import ModelRunner
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
@@ -111,9 +112,6 @@ def test_sizes_of_decode_steps() -> None:
 
 
 def test_graphs_are_counted_per_size_and_bound() -> None:
-    assert rank_bounds(256) == (16, 256)
-    assert rank_bounds(16) == (16,)
-    assert rank_bounds(8) == (8,)
     one = graph_bytes(SPEC, 1, 16)
     assert graph_bytes(SPEC, 1, 256) == one * 3 // 2
     assert graph_bytes(SPEC, 2, 16) == 2 * one

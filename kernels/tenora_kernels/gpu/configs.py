@@ -61,6 +61,15 @@ _WIDE = 1024
 """From this many columns on, a program takes more of them."""
 
 
+def rank_bounds(max_rank: int) -> tuple[int, ...]:
+    """Highest ranks that steps are prepared and captured for, ascending, for a pool that takes up to `max_rank`.
+
+    The usual ranks fit one pass of the smallest bucket; a pool that may hold more would otherwise take several passes
+    for everybody.
+    """
+    return (RANK_BUCKETS[0], max_rank) if max_rank > RANK_BUCKETS[0] else (max_rank,)
+
+
 def rank_bucket(max_rank: int) -> int:
     """The ranks of one pass for a pool whose adapters have up to `max_rank`."""
     return next((bucket for bucket in RANK_BUCKETS if max_rank <= bucket), RANK_BUCKETS[-1])

@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.launch import Step
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, Workspace
 from tenora_kernels.layout import BASE, LoraBatch, LoraSegments, LoraTables, build_segments
@@ -35,7 +38,12 @@ class GpuBatch(LoraBatch):
 
 
 class GpuLora:
-    """The fixed buffers of one pool of adapters on one stream: everything that CUDA graphs may be captured over."""
+    """The fixed buffers of one pool of adapters on one stream: everything that CUDA graphs may be captured over.
+
+    Attributes:
+        bounds: ranks up to which a step can be prepared, ascending; the last is the highest there may be. Ranks of the
+            first take kernels that are faster than those for any rank.
+    """
 
     def __init__(self, tables: LoraTables, *, max_rows: int, max_rank: int, align: int | None = None) -> None:
         """Allocate.
@@ -54,6 +62,7 @@ class GpuLora:
         if align is None:
             align = 1 if any(w % 16 for w in widths) or tables.arena.data_ptr() % 16 else 16
         device = tables.arena.device
+        self.bounds = configs.rank_bounds(max_rank)
         self._tables = tables
         self._mirror = DeviceTables(tables, max_rank=max_rank, align=align)
         self._metadata = StepMetadata(max_rows, tables.slots, device)
@@ -70,11 +79,23 @@ class GpuLora:
         """
         return self._mirror.refresh(self._tables)
 
-    def batch(self, slot_of_row: Tensor, *, max_segments: int | None = None) -> GpuBatch:
+    def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        """The lowest of `bounds` for a step whose rows use `slots` [n], -1 for the base; 0 if none has an adapter.
+
+        By the rows and not by the pool: a neighbour of high rank costs nobody who does not run beside it.
+        """
+        used = slots[slots >= 0]
+        if not used.size:
+            return 0
+        highest = self._tables.highest_ranks[used].max()
+        return next(bound for bound in self.bounds if highest <= bound)
+
+    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None, max_segments: int | None = None) -> GpuBatch:
         """Group the rows of a step on the device. Two launches, no synchronisation, may be captured.
 
         Args:
             slot_of_row: int32 or int64 [T] on the device; -1 for rows of the base and for padding. Not checked there.
+            max_rank: from `bound`: no row's adapter has a higher one. None: any that the pool may hold.
             max_segments: how many different adapters there are at most, if the caller knows: fewer idle programs.
 
         Raises:
@@ -82,7 +103,7 @@ class GpuLora:
         """
         self._metadata.build(slot_of_row, max_segments=max_segments)
         segments = dataclasses.replace(_NO_SEGMENTS, rows=slot_of_row.shape[0])
-        step = Step(self._tables.arena, self._mirror, self._metadata, self._workspace)
+        step = Step(self._tables.arena, self._mirror, self._metadata, self._workspace, max_rank or self.bounds[-1])
         return GpuBatch(self._tables, segments, step)
 
 
@@ -105,7 +126,7 @@ def step_of(batch: LoraBatch) -> Step:
     metadata = _steps.get(segments.perm)
     if metadata is None or metadata.slots != tables.slots or metadata.perm.device != tables.arena.device:
         metadata = _steps[segments.perm] = _group(segments, tables)
-    return Step(tables.arena, mirror, metadata, _workspace(tables, mirror.max_rank, segments.rows))
+    return Step(tables.arena, mirror, metadata, _workspace(tables, mirror.max_rank, segments.rows), mirror.max_rank)
 
 
 def _group(segments: LoraSegments, tables: LoraTables) -> StepMetadata:

@@ -29,17 +29,19 @@ class Step:
         tables: mirror of the pool's tables.
         metadata: the step's rows, grouped.
         workspace: scratch memory, one per stream.
+        max_rank: highest rank of any adapter that rows of the step use; decides on the kernels.
     """
 
     arena: Tensor
     tables: DeviceTables
     metadata: StepMetadata
     workspace: Workspace
+    max_rank: int
 
     @property
     def bucket(self) -> int:
         """Ranks of one pass."""
-        return configs.rank_bucket(self.tables.max_rank)
+        return configs.rank_bucket(self.max_rank)
 
     @property
     def small(self) -> bool:
@@ -190,7 +192,7 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
         *step.strides(),
         bound,
         per_program,
-        deep=tables.max_rank > tiles.rb,
+        deep=step.max_rank > tiles.rb,
         parts=parts,
         splits=splits,
         bm=tiles.bm,

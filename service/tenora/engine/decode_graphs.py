@@ -8,7 +8,7 @@ no context, so attention gives it zeros, and a negative cache slot, so that noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,24 @@ _ALIGNED = 4  # int32 numbers: every field begins at a multiple of 16 bytes, for
 
 
 class AdapterRows(Protocol):
-    """Tells a step's rows which adapters are theirs; `tenora_kernels.gpu.context.GpuLora`."""
+    """Tells a step's rows which adapters are theirs; `tenora_kernels.gpu.context.GpuLora`.
+
+    Attributes:
+        bounds: ranks up to which a step can be prepared, ascending; lower ones take faster kernels.
+    """
+
+    bounds: tuple[int, ...]
 
     def refresh(self) -> bool:
         """Make what changed in the pool's tables visible to the device; between steps."""
         ...
 
-    def batch(self, slot_of_row: Tensor) -> LoraBatch:
-        """Group the rows of a step on the device; part of a captured graph."""
+    def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        """The lowest of `bounds` that fits the adapters of a step's rows [n]; 0 if none has one."""
+        ...
+
+    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None) -> LoraBatch:
+        """Group the rows of a step on the device, for ranks up to one of `bounds`; part of a captured graph."""
         ...
 
 
@@ -120,7 +130,8 @@ class _Inputs(NamedTuple):
 class DecodeGraphs:
     """Hidden states of decode steps, by replaying what was captured once per batch size.
 
-    Every size has two graphs: without a row that has an adapter, a step shall cost what it costs on the bare base.
+    Every size has a graph for the bare base, which no adapter makes dearer, and one per bound of the rows' ranks: an
+    adapter of high rank costs only the steps that it takes part in.
 
     Attributes:
         lora: the adapters of the rows, for steps that are not decode steps, too.
@@ -148,7 +159,7 @@ class DecodeGraphs:
             max_context: most tokens of a sequence.
         """
         self.lora = lora
-        self.sizes = _sizes(max_rows)
+        self.sizes = decode_sizes(max_rows)
         self._decoder, self._cache, self._capture = decoder, cache, capture
         self._blocks = -(-max_context // cache.block_size)
         self._buffer = torch.zeros(
@@ -160,7 +171,7 @@ class DecodeGraphs:
             shape = (max_rows, decoder.spec.head_dim)
             zeros = (torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
             self._rope = (next(zeros), next(zeros))
-        self._graphs: dict[tuple[int, bool], Captured] = {}
+        self._graphs: dict[tuple[int, int], Captured] = {}
 
     @classmethod
     def on_card(
@@ -198,9 +209,9 @@ class DecodeGraphs:
     def warm_up(self) -> None:
         """Capture everything, the largest first, so that the others find their memory in the pool."""
         for rows in reversed(self.sizes):
-            for adapted in (True, False):
+            for max_rank in (*reversed(self.lora.bounds), 0):
                 self._fill(rows, _NOTHING)
-                self._graph(rows, adapted=adapted)
+                self._graph(rows, max_rank)
 
     @torch.no_grad()
     def run(self, step: DecodeRows) -> Tensor:
@@ -210,7 +221,7 @@ class DecodeGraphs:
             raise ValueError(f"{count} rows do not fit graphs for {self.sizes[-1]}.")
         rows = next(size for size in self.sizes if size >= count)
         self._fill(rows, step)
-        graph = self._graph(rows, adapted=bool((step.adapters >= 0).any()))
+        graph = self._graph(rows, self.lora.bound(step.adapters))
         graph.replay()
         return graph.output[:count]
 
@@ -243,17 +254,17 @@ class DecodeGraphs:
         block_tables = table[len(_PADDING) :, :rows].t()
         return _Inputs(token_ids, positions, cache_slots, contexts, adapters, block_tables)
 
-    def _graph(self, rows: int, *, adapted: bool) -> Captured:
-        """The graph of a size; captured now if nobody warmed up. Its inputs must have been filled."""
-        key = (rows, adapted)
+    def _graph(self, rows: int, max_rank: int) -> Captured:
+        """The graph of a size and a bound; captured now if nobody warmed up. Its inputs must have been filled."""
+        key = (rows, max_rank)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(lambda: self._forward(rows, adapted=adapted))
+            self._graphs[key] = self._capture(lambda: self._forward(rows, max_rank))
         return self._graphs[key]
 
-    def _forward(self, rows: int, *, adapted: bool) -> Tensor:
-        """What is captured."""
+    def _forward(self, rows: int, max_rank: int) -> Tensor:
+        """What is captured; without adapters if the bound is 0."""
         inputs = self._inputs(rows)
-        lora = self.lora.batch(inputs.adapters) if adapted else None
+        lora = self.lora.batch(inputs.adapters, max_rank=max_rank) if max_rank else None
         positions = inputs.positions.long()
         rope = self._decoder.rope(positions) if self._rope is None else (self._rope[0][:rows], self._rope[1][:rows])
         attention = PagedAttention(self._cache, inputs.cache_slots, None, inputs.contexts, inputs.block_tables)
@@ -265,9 +276,10 @@ _NONE = np.zeros(0, dtype=np.int64)
 _NOTHING = DecodeRows(_NONE, _NONE, _NONE, _NONE, np.zeros((0, 0), dtype=np.int64), None)
 
 
-def _sizes(most: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, …, and `most` itself."""
-    return (*(1 << power for power in range((most - 1).bit_length())), most)
+def decode_sizes(most: int) -> tuple[int, ...]:
+    """Rows that decode steps are padded to: powers of two up to 8, every 8 up to 64, every 16 beyond, and `most`."""
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, most, 16))
+    return (*(size for size in sizes if size < most), most)
 
 
 def _stride(rows: int) -> int:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from tenora.config import ON_CPU, Settings
+from tenora.engine.decode_graphs import decode_sizes
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.spec import ModelSpec
-from tenora_kernels.gpu.configs import splits_of
+from tenora_kernels.gpu.configs import rank_bounds, splits_of
 
 GPU_SEQS, GPU_TOKENS, LARGE_GPU_TOKENS = 256, 2048, 8192
 LARGE_GPU_BYTES = 80 * 10**9  # of the whole card: from there on a step of so many tokens leaves room enough
@@ -26,7 +27,6 @@ _TRAINED = 0.1  # of what is free: adapters in training, their moments, and what
 _POOLED = 0.05  # of what is free: the adapter slots, where that is more than on a CPU
 _LEAST_TOKENS = 2048  # of keys and values, below which serving is not worth the start
 _GRAPH_BYTES_PER_LAYER = 512 * 2**10  # of a captured decode step; an estimate: 33 launches with their arguments
-_USUAL_RANK = 16
 _LOGIT_COPIES = 6  # float32 [sequences, vocabulary] that sampling with filters holds at the same time
 
 
@@ -129,17 +129,6 @@ def resources(
         f"a smaller base or a larger GPU, {advice}or lower TENORA_ADAPTER_POOL_BYTES, TENORA_MAX_NUM_BATCHED_TOKENS or "
         "TENORA_MAX_NUM_SEQS."
     )
-
-
-def decode_sizes(most: int) -> tuple[int, ...]:
-    """Rows that decode steps are padded to: powers of two up to 8, every 8 up to 64, every 16 beyond, and `most`."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 16)]
-    return (*(size for size in sizes if size < most), most)
-
-
-def rank_bounds(max_rank: int) -> tuple[int, ...]:
-    """Highest ranks that decode steps are captured for, ascending: the usual ones take other kernels than any rank."""
-    return (_USUAL_RANK, max_rank) if max_rank > _USUAL_RANK else (max_rank,)
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, seqs: int, dtype: torch.dtype) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tenora_kernels.gpu import configs
+from tenora_kernels.gpu import backend, configs
+from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.gpu.expand_kernels import MAX_PLANES
+from tenora_kernels.layout import LoraTables
+from tests.kernels.cases import make_tables
+from tests.kernels.gpu.launches import LLAMA_8B, Launch, recording
 
 H100 = torch.device("cuda")
 
@@ -72,3 +77,45 @@ def test_tiles_of_paged_attention_hold_the_group_and_the_head() -> None:
     assert configs.paged_tiles(4, 128, torch.bfloat16, "sm90") == configs.Tiles(16, 0, 64, 128, warps=4, stages=5)
     assert configs.paged_tiles(17, 80, torch.float16, "sm80") == configs.Tiles(32, 0, 32, 128, warps=4, stages=5)
     assert configs.paged_tiles(1, 256, torch.float32, "gfx942") == configs.Tiles(16, 0, 16, 256, warps=4, stages=2)
+
+
+def test_rank_bounds() -> None:
+    assert [configs.rank_bounds(rank) for rank in (8, 16, 17, 256)] == [(8,), (16,), (16, 17), (16, 256)]
+
+
+def decode_launches(pool_rank: int, step_rank: int | None, rows: int) -> list[Launch]:
+    """What a step of Llama-3-8B's q, k and v launches, for a pool of adapters of up to `pool_rank`."""
+    arena = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta")
+    tables = LoraTables.empty(arena, in_features=LLAMA_8B.inputs, out_features=LLAMA_8B.outputs, slots=64)
+    x, y = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for width in (4096, 6144))
+    with recording("step", "sm90") as log:
+        lora = GpuLora(tables, max_rows=rows, max_rank=pool_rank)
+        batch = lora.batch(torch.empty(rows, dtype=torch.int32, device="meta"), max_rank=step_rank)
+        backend.forward(y, x, LLAMA_8B.sites()["qkv"], batch)
+    return log
+
+
+@pytest.mark.parametrize("rows", [32, 2048])
+def test_a_pool_that_takes_rank_256_launches_for_rank_16_what_a_pool_of_rank_16_does(rows: int) -> None:
+    """`max_lora_rank` is 256 by default; with it everybody had the kernels of several passes."""
+    usual, bounded, deep = (
+        decode_launches(16, None, rows),
+        decode_launches(256, 16, rows),
+        decode_launches(256, None, rows),
+    )
+    assert [(launch.name, launch.constants) for launch in bounded] == [(u.name, u.constants) for u in usual]
+    assert [launch.constants for launch in deep] != [launch.constants for launch in usual]
+
+
+def test_a_group_of_projections_is_two_launches_beside_its_gemm_and_a_step_is_grouped_by_two() -> None:
+    assert [launch.name for launch in decode_launches(16, None, 32)] == ["sort_rows", "find_tiles", "shrink", "expand"]
+
+
+def test_the_bound_is_that_of_the_rows_and_not_of_the_pool() -> None:
+    tables = make_tables([[4] * 7, [16] * 7, [33] * 7], torch.float32)
+    lora = GpuLora(tables, max_rows=4, max_rank=64, align=1)
+    assert lora.bounds == (16, 64)
+    for slots, bound in (([-1, -1], 0), ([0, -1, 1], 16), ([0, 2], 64), ([], 0)):
+        assert lora.bound(np.array(slots, dtype=np.int64)) == bound
+    tables.clear(2)
+    assert lora.bound(np.array([0, 2])) == 16

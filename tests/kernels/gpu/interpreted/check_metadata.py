@@ -130,3 +130,21 @@ def test_an_engine_prepares_once_and_refreshes() -> None:
     assert torch.equal(y[5], case.y[5])
     with pytest.raises(TypeError, match="no GPU kernel for"):
         backend.forward(y.double(), case.x.double(), QKV, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_have_the_same_bits_for_every_bound_of_the_ranks(dtype: torch.dtype) -> None:
+    """So that a neighbour of high rank, for whom other kernels run, changes nobody's numbers."""
+    case = make_case([3, -1, 0, 3, 1, 2], [[r] * 7 for r in (1, 4, 8, 16, 33)], dtype=dtype)
+    slots = torch.tensor(case.slots)
+    found = []
+    for pool, bound in ((16, None), (256, 16), (256, None)):
+        if pool == 16:
+            case.tables.clear(4)
+        lora = GpuLora(case.tables, max_rows=6, max_rank=pool, align=1)
+        y = case.y.clone()
+        backend.forward(y, case.x, QKV, lora.batch(slots, max_rank=bound))
+        found.append(y)
+    assert worst(found[0], reference(case)) <= INTERPRETED[dtype]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
