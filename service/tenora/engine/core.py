@@ -17,6 +17,7 @@ from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
+from tenora.engine.clock import clock_of
 from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.engine.loader import AdapterLoader
 from tenora.engine.loading_progress import LoadingProgress
@@ -135,7 +136,12 @@ class Engine:
             memory=found.training_bytes,
             start=start_run,
         )
-        self.trainer = Trainer(training, share=settings.training_share, commands_wait=commands_wait)
+        self.trainer = Trainer(
+            training,
+            share=settings.training_share,
+            commands_wait=commands_wait,
+            clock=clock_of(decoder.device),
+        )
         self._doomed: set[str] = set()  # deleted versions that a sequence may still use
         self._rejected: list[Item] = []
         self._arrivals = 0

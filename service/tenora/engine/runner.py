@@ -180,9 +180,9 @@ class ModelRunner:
         """Which rows use which slot. Kept from step to step while only decoding goes on, with the same rows."""
         slots = [sequence.slot for sequence in sequences]
         if self.graphs is not None:
-            lora, used = self.graphs.lora, np.array(slots)
-            max_rank = lora.bound(used)
-            return lora.batch(self._tensor(used[row]), max_rank=max_rank) if max_rank else None
+            rows, used = self.graphs.lora, np.array(slots)
+            max_rank = rows.bound(used)
+            return rows.batch(self._tensor(used[row]), max_rank=max_rank) if max_rank else None
         made_for = (slots, len(row), self.tables.version) if len(row) == len(slots) else None
         if made_for is None or self._lora[0] != made_for:
             lora = None

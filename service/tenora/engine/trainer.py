@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from tenora.engine.clock import Clock, HostClock
 from tenora.engine.messages import Training
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import TrainSpec
@@ -19,11 +19,17 @@ class Trainer:
 
     Beside generation, training has its share of the time in bursts, not after every step: 19 of 20 gaps between two
     tokens are then those of an idle server, at the same speed of both. A command that arrives ends a burst at the next
-    layer boundary.
+    layer boundary. Time is the device's: on a GPU a layer is enqueued in a moment, and a burst that counted the host's
+    time would hold up the next step by all the layers that it had enqueued.
     """
 
     def __init__(
-        self, training: FusedTraining, *, share: float = 0.5, commands_wait: Callable[[], bool] = lambda: False
+        self,
+        training: FusedTraining,
+        *,
+        share: float = 0.5,
+        commands_wait: Callable[[], bool] = lambda: False,
+        clock: Clock | None = None,
     ) -> None:
         """Nothing trains yet.
 
@@ -31,10 +37,13 @@ class Trainer:
             training: what is hosted.
             share: of the time while sequences generate, above 0 and below 1.
             commands_wait: whether a command has arrived that nobody has taken yet.
+            clock: of the device that trains; None: the host's.
         """
         self._training = training
         self._owed_per_second = share / (1.0 - share)
         self._commands_wait = commands_wait
+        self._clock = clock or HostClock()
+        self._taken = 0.0  # by the last slice
         self._owed, self._steps = 0.0, 0  # since the last burst
 
     @property
@@ -64,21 +73,26 @@ class Trainer:
         self._steps += 1
         if self._steps < STEPS_BETWEEN_BURSTS and self._owed < LONGEST_BURST_SECONDS:
             return []
-        started = time.monotonic()
         events = self.slice(self._owed)
-        self._owed, self._steps = max(0.0, self._owed - (time.monotonic() - started)), 0
+        self._owed, self._steps = max(0.0, self._owed - self._taken), 0
         return events
 
     def slice(self, seconds: float) -> list[Training]:
-        """Work for about `seconds`: at least one item if there is a run, and items are not interrupted."""
-        deadline = time.monotonic() + seconds
+        """Work for about `seconds`: at least one item if there is a run, and items are not interrupted.
+
+        Nothing of it is under way any more at the end: the next step of generation waits for none of it.
+        """
         events: list[Training] = []
+        if not self._training.active:
+            return events
+        self._clock.start()
         while self._training.active:
             event = self._training.advance()
             if event is not None:
                 events.append(Training(event))
-            if time.monotonic() >= deadline or self._commands_wait():
+            if self._clock.lap() >= seconds or self._commands_wait():
                 break
+        self._taken = self._clock.stop()
         return events
 
     def shutdown(self) -> list[Training]:
