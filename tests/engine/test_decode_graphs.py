@@ -153,14 +153,15 @@ def test_an_adapter_of_high_rank_costs_only_the_steps_that_it_takes_part_in(
         requests = [generate([5, number], params, adapter=adapter) for number, adapter in enumerate(adapters)]
         wanted = [plain.tokens(request.token_ids, params, request.adapter) for request in requests]
         assert [answer.tokens for answer in tiny.run(*requests)] == wanted
-        return set(bounds)
+        return set(bounds) - {0}  # rows of the base may run ahead of those whose adapter is being read
 
     assert run(adapters[0], None) == {16}
     assert run(wide, None) == {256}
     assert wide.digest in tiny.engine.stats().adapters_resident
     assert run(adapters[0], adapters[1]) == {16}, "its neighbour is resident, and not in the batch"
     assert 256 in run(adapters[0], wide)
-    assert run(None) == {0}
+    assert run(None) == set()
+    assert set(bounds) == {0}
 
 
 def test_padding_changes_no_block(driver: MakeDriver) -> None:
