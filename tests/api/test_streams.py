@@ -134,6 +134,29 @@ async def test_a_client_that_stops_reading_is_cut_off(service: Service, monkeypa
     await service.script.until(lambda: len(service.script.aborted) == 1)
 
 
+async def test_a_stream_sets_no_timer_for_each_event(
+    service: Service, base_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timeout around each event was most of what an event cost."""
+    loop, timers = asyncio.get_running_loop(), []
+    call_at = loop.call_at
+
+    def counted(*args: Any, **given: Any) -> asyncio.TimerHandle:
+        timers.append(args)
+        return call_at(*args, **given)
+
+    monkeypatch.setattr(loop, "call_at", counted)
+    counts = []
+    for tokens in (2, 200):
+        timers.clear()
+        asked = {"model": base_id, "messages": HELLO, "max_tokens": tokens, "stream": True}
+        call = Call(service, CHAT, asked)
+        await call.task
+        assert events(call.text)[-1] == "[DONE]"
+        counts.append(len(timers))
+    assert counts[1] <= counts[0] + 5
+
+
 async def test_a_completed_request_aborts_nothing(service: Service) -> None:
     await service.client("infer").post(
         CHAT, json={"model": service.control.inference.base_id, "messages": HELLO, "max_tokens": 3}

@@ -90,7 +90,7 @@ class ScriptedEngine:
     async def wait_alive(self) -> None:
         await self._up.wait()
 
-    async def generate(self, request: Generate) -> AsyncIterator[SequenceOutput]:
+    async def generate(self, request: Generate, *, batch: int = 1) -> AsyncIterator[SequenceOutput]:
         scoring = request.sampling.max_tokens == 0
         (self.scored if scoring else self.generated).append(request)
         finished = False

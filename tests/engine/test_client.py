@@ -225,7 +225,7 @@ async def test_a_reader_that_stops_reading_is_cut_off(
     monkeypatch.setattr(client, "OUTPUT_BUFFER", 16)
     request = generate([1], sampling(max_tokens=10**9))
     outputs = engine.generate(request)
-    assert (await anext(outputs)).token_ids == [2]
+    assert (await anext(outputs)).token_ids[0] == 2
     await until(lambda: fakes.made[0].aborted == [request.request_id])
     assert await tokens_of(engine, generate([5], sampling(max_tokens=2))) == [6, 7]
     with pytest.raises(UnavailableError) as caught:

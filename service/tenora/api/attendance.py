@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -76,6 +78,7 @@ class EventStream(Response):
         self.lifecycle = lifecycle
         self.stall_seconds = stall_seconds
         self.started = False
+        self._sending_since: float | None = None  # on the monotonic clock; None while nothing is being sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream over one ASGI connection."""
@@ -92,7 +95,7 @@ class EventStream(Response):
             await self._break_off(scope, send, error)
 
     async def _write(self, send: Send) -> None:
-        async with closing(self.items) as items:
+        async with self._reader_watched(), closing(self.items) as items:
             async for item in items:
                 if not self.started:
                     await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -108,14 +111,41 @@ class EventStream(Response):
         else:
             body = errors.error_body(known)
         scope["state"]["error_code"] = body["error"]["code"]
-        await self._event(send, errors.to_json(body), more=False)
+        async with self._reader_watched():
+            await self._event(send, errors.to_json(body), more=False)
 
     async def _event(self, send: Send, text: str, *, more: bool) -> None:
         await self._send(send, {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
     async def _send(self, send: Send, message: Message) -> None:
+        self._sending_since = time.monotonic()
+        await send(message)
+        self._sending_since = None
+
+    @asynccontextmanager
+    async def _reader_watched(self) -> AsyncIterator[None]:
+        """Cut the block off if one message is not taken for `stall_seconds`.
+
+        One timer for the whole stream, set again when it goes off: one for each message cost more than the message.
+        """
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            taken = 0.0 if self._sending_since is None else time.monotonic() - self._sending_since
+            if taken >= self.stall_seconds:
+                deadline.reschedule(loop.time())
+            else:
+                timer = loop.call_later(self.stall_seconds - taken, look)
+
+        timer = loop.call_later(self.stall_seconds, look)
         try:
-            async with asyncio.timeout(self.stall_seconds):
-                await send(message)
+            async with asyncio.timeout(None) as deadline:
+                yield
         except TimeoutError:
-            raise _StalledError from None
+            if deadline.expired():
+                raise _StalledError from None
+            raise
+        finally:
+            timer.cancel()

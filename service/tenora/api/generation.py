@@ -69,6 +69,7 @@ def generation_request(
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens is not False,
         priority=body.priority or 0,
+        at_once=bool(body.stream),
     )
 
 
@@ -143,6 +144,11 @@ async def collect(deltas: AsyncIterator[tuple[int, Delta]], tally: Tally, expect
 
 async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
     """The items of all streams as they come, each with its stream's index. The first error ends all of them."""
+    if len(streams) == 1:
+        async with closing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue(BUFFERED)
 
     async def forward(index: int, stream: AsyncIterator[T]) -> None:
@@ -164,8 +170,8 @@ async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int
 
     worker = asyncio.create_task(forward_all())
     try:
-        while (item := await queue.get()) is not None:
-            yield item
+        while (pair := await queue.get()) is not None:
+            yield pair
         await worker
     finally:
         worker.cancel()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+import msgspec
+
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import SamplingParams
 from tenora.errors import PermissionDeniedError
@@ -280,8 +282,7 @@ class LogprobEntry:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):  # made for each token, five times as fast as a dataclass
     """New text of one choice. The last one of a choice has a finish_reason.
 
     Attributes:
@@ -313,6 +314,7 @@ class GenerationRequest:
         stop: stop strings; the text ends before the first match (after it with `include_stop`).
         ignore_eos: the model's own end tokens end nothing.
         skip_special_tokens: they are left out of the text.
+        at_once: each token is wanted as soon as it is there; else several may come as one delta, which costs less.
     """
 
     target: Target
@@ -324,3 +326,4 @@ class GenerationRequest:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     priority: int = 0
+    at_once: bool = True

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry
 from tenora.control.stops import Stops, StopScanner
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
+class _Token(NamedTuple):
     """A token whose text, [start, end) in characters of the whole text, was not passed on yet."""
 
     token_id: int
@@ -80,9 +78,7 @@ class ChoiceStream:
             index=self._index,
             text=text,
             token_ids=[token.token_id for token in tokens],
-            logprobs=None
-            if output.logprobs is None and not any(token.logprob for token in tokens)
-            else _entries(tokens),
+            logprobs=None if self._request.sampling.logprobs is None else _entries(tokens),
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_reason=reason,

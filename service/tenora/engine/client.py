@@ -145,8 +145,12 @@ class AsyncEngine:
 
     # ---- use ------------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Generate) -> AsyncGenerator[SequenceOutput, None]:
+    async def generate(self, request: Generate, *, batch: int = 1) -> AsyncGenerator[SequenceOutput, None]:
         """Run a sequence. Ends after the output with a finish_reason. Closing the iterator aborts the sequence.
+
+        Args:
+            request: what to generate.
+            batch: steps whose tokens come as one output, if nobody waits for each of them; the first comes at once.
 
         Raises:
             RateLimitedError: `max_queued_requests` requests wait already.
@@ -159,7 +163,7 @@ class AsyncEngine:
             raise RateLimitedError("Too many requests are waiting; retry in a moment.", code="queue_full")
         if request.request_id in self._sequences:
             raise ConflictError(f"A request {request.request_id!r} is running; use a fresh id.")
-        stream = self._sequences[request.request_id] = SequenceStream(OUTPUT_BUFFER)
+        stream = self._sequences[request.request_id] = SequenceStream(OUTPUT_BUFFER, batch)
         self._no_sequences.clear()
         self._keeper.send(request)
         try:

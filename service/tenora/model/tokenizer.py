@@ -159,6 +159,13 @@ class Tokenizer:
             return bytes.fromhex(match[1])
         return token.replace("▁", " ").encode()
 
+    def length_alone(self, token_id: int) -> int:
+        """Characters of the token as a text of its own, specials included; decoded once for each token."""
+        length = self._lengths.get(token_id)
+        if length is None:
+            length = self._lengths[token_id] = len(self.decode([token_id], skip_special_tokens=False))
+        return length
+
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out by default."""
         return token_id in self._special_ids
@@ -174,6 +181,10 @@ class Tokenizer:
     @cached_property
     def _added_ids(self) -> dict[str, int]:
         return {text: token_id for token_id, text in self._added.items()}
+
+    @cached_property
+    def _lengths(self) -> dict[int, int]:
+        return {}
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -211,7 +222,7 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Add tokens and return the text that is now complete, which may be empty."""
-        return "".join(self._push(index) for index in ids if not (self._skip and self._tokenizer.is_special(index)))
+        return "".join([self._push(index) for index in ids if not (self._skip and self._tokenizer.is_special(index))])
 
     def flush(self) -> str:
         """Return what is held back, unfinished characters as U+FFFD. The stream may go on."""
@@ -239,7 +250,11 @@ class Detokenizer:
         """
         if self._held:
             self._context, self._held = self._held, []
-        self._given = len(self._tokenizer.decode(self._context, self._skip)) - held_back
+        # Nearly always one token, which never is a special one that is left out.
+        if len(self._context) == 1:
+            self._given = self._tokenizer.length_alone(self._context[0]) - held_back
+        else:
+            self._given = len(self._tokenizer.decode(self._context, self._skip)) - held_back
 
 
 def beginning(piece: str, token: str) -> int:

@@ -15,9 +15,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.bench.host import scheduling
+from tests.bench.host import scheduling, streaming
 
-CASES = scheduling.CASES
+CASES = scheduling.CASES | streaming.CASES
 HERE = Path(__file__).parents[3]
 PACKAGES = ("service", "clients/python/src", "kernels")
 

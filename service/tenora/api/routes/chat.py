@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 
 from tenora.api.attendance import EventStream, attended
+from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
 from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
 from tenora.api.schemas import chat as schema
@@ -91,30 +92,33 @@ class ChatAnswer:
     ) -> AsyncIterator[str]:
         """The JSON of each event: the roles, the text as it comes, each choice's end, the usage if wanted."""
         begun = False
+        texts = TextEvents(lambda index, text: self._chunk(schema.ChunkChoice(index=index, delta={"content": text})))
         async with closing(deltas) as items:
             async for _, delta in items:
                 if not begun:
                     begun = True
                     for index in range(self.n):
-                        yield self._chunk(schema.ChunkChoice(index=index, delta={"role": "assistant", "content": ""}))
-                if delta.text or (logprobs and delta.logprobs):
-                    content = token_logprobs(delta.logprobs or (), as_ids=self.as_ids) if logprobs else None
-                    yield self._chunk(
-                        schema.ChunkChoice(index=delta.index, delta={"content": delta.text}, logprobs=content)
-                    )
+                        start = schema.ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
+                        yield self._chunk(start).model_dump_json()
+                if logprobs and (delta.text or delta.logprobs):
+                    content = token_logprobs(delta.logprobs or (), as_ids=self.as_ids)
+                    choice = schema.ChunkChoice(index=delta.index, delta={"content": delta.text}, logprobs=content)
+                    yield self._chunk(choice).model_dump_json()
+                elif delta.text:
+                    yield texts(delta.index, delta.text)
                 if delta.finish_reason is not None:
                     end = schema.ChunkChoice(
                         index=delta.index, delta={}, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
                     )
-                    yield self._chunk(end)
+                    yield self._chunk(end).model_dump_json()
         if usage:
             chunk = schema.ChatChunk(
                 id=self.id, created=self.created, model=self.model, choices=[], usage=self.tally.usage()
             )
             yield chunk.model_dump_json()
 
-    def _chunk(self, choice: schema.ChunkChoice) -> str:
-        return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=[choice]).model_dump_json()
+    def _chunk(self, choice: schema.ChunkChoice) -> schema.ChatChunk:
+        return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=[choice])
 
 
 def token_logprobs(entries: Sequence[LogprobEntry], *, as_ids: bool = False) -> schema.ChatLogprobs:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 
 from tenora.api.attendance import EventStream, attended
+from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
 from tenora.api.generation import (
     Choice,
@@ -164,21 +165,25 @@ class CompletionAnswer:
     async def chunks(self, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
         """The JSON of each event: the echo if wanted, the text as it comes, then the usage if it is wanted."""
         begun: set[int] = set()
+        texts = TextEvents(self._chunk)
         async with closing(deltas) as items:
             async for source, delta in items:
                 index = source * self.body.choices + delta.index
                 if self.echo is not None and index not in begun:
                     begun.add(index)
-                    yield self._chunk(index, self.echo[source].text)
+                    yield texts(index, self.echo[source].text)
                 logprobs = None
                 if delta.logprobs and (shape := self._logprobs()) is not None:
                     shape.add(delta.logprobs)
                     logprobs = shape.shaped
                 if self.scored_only:
                     if delta.finish_reason:
-                        yield self._chunk(index, "", finish_reason="length")
+                        yield self._chunk(index, "", finish_reason="length").model_dump_json()
+                elif delta.text and logprobs is None and delta.finish_reason is None:
+                    yield texts(index, delta.text)
                 elif delta.text or logprobs or delta.finish_reason:
-                    yield self._chunk(index, delta.text, logprobs, delta.finish_reason, delta.stop_reason)
+                    chunk = self._chunk(index, delta.text, logprobs, delta.finish_reason, delta.stop_reason)
+                    yield chunk.model_dump_json()
         if self.body.include_usage:
             yield self._answer([], usage=True).model_dump_json()
 
@@ -194,11 +199,11 @@ class CompletionAnswer:
         logprobs: schema.CompletionLogprobs | None = None,
         finish_reason: schema.FinishReason | None = None,
         stop_reason: int | str | None = None,
-    ) -> str:
+    ) -> schema.Completion:
         choice = schema.CompletionChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=finish_reason, stop_reason=stop_reason
         )
-        return self._answer([choice], usage=False).model_dump_json()
+        return self._answer([choice], usage=False)
 
     def _answer(self, choices: list[schema.CompletionChoice], *, usage: bool) -> schema.Completion:
         used = self.tally.usage(scored_only=self.scored_only) if usage else None
