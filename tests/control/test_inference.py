@@ -120,22 +120,22 @@ async def test_the_scope_is_needed(control: Control) -> None:
 
 
 async def test_prompts(control: Control, tokenizer: Tokenizer) -> None:
-    inference = control.inference
+    prompts = control.inference.prompts
     messages = [{"role": "user", "content": "Hello"}]
-    assert inference.chat_prompt(messages) == tokenizer.encode_chat(messages)
+    assert prompts.chat(messages) == tokenizer.encode_chat(messages)
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
-    assert inference.chat_prompt(parts) == inference.chat_prompt(messages)
-    assert inference.tokenize("Hello") == tokenizer.encode("Hello", add_special_tokens=True)
+    assert prompts.chat(parts) == prompts.chat(messages)
+    assert prompts.text("Hello") == tokenizer.encode("Hello", add_special_tokens=True)
     for broken in ([], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]):
         with pytest.raises(InvalidRequestError) as caught:
-            inference.chat_prompt(broken)
+            prompts.chat(broken)
         assert caught.value.param == "messages"
     with pytest.raises(InvalidRequestError, match="empty"):
-        inference.tokenize("")
-    inference.check_ids([0, tokenizer.vocab_size - 1])
+        prompts.text("")
+    assert prompts.ids([0, tokenizer.vocab_size - 1]) == [0, tokenizer.vocab_size - 1]
     for ids in ([], [-1], [tokenizer.vocab_size]):
         with pytest.raises(InvalidRequestError):
-            inference.check_ids(ids)
+            prompts.ids(ids)
 
 
 async def test_what_fits(control: Control) -> None:

@@ -72,7 +72,7 @@ async def say(control: Control, who: Principal, model: str, *, n: int = 1, stop:
     inference = control.inference
     request = GenerationRequest(
         target=await inference.resolve(who, model, None),
-        prompt_token_ids=inference.chat_prompt([{"role": "user", "content": "Question 1?"}]),
+        prompt_token_ids=inference.prompts.chat([{"role": "user", "content": "Question 1?"}]),
         sampling=SamplingParams(max_tokens=12, temperature=0.0 if n == 1 else 1.0, seed=1, logprobs=1),
         ignore_eos=True,
         n=n,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from tenora.control.closing import closing
 from tenora.control.inference import Inference
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
 from tenora.engine.messages import FinishReason, SamplingParams
-from tenora.errors import InvalidRequestError, UnavailableError
+from tenora.errors import UnavailableError
 from tenora.telemetry.metrics import RequestTimer
 
 T = TypeVar("T")
@@ -57,8 +57,8 @@ def generation_request(
     Raises:
         InvalidRequestError: a token id in `body` is not in the vocabulary.
     """
-    check_token_ids(inference, body.logit_bias or (), "logit_bias")
-    check_token_ids(inference, body.stop_token_ids or (), "stop_token_ids")
+    inference.prompts.check_ids(body.logit_bias or (), "logit_bias")
+    inference.prompts.check_ids(body.stop_token_ids or (), "stop_token_ids")
     return GenerationRequest(
         target=target,
         prompt_token_ids=prompt,
@@ -176,17 +176,6 @@ async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int
     finally:
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
-
-
-def check_token_ids(inference: Inference, ids: Iterable[int], param: str) -> None:
-    """Raise InvalidRequestError naming `param` if one of the ids is not in the vocabulary."""
-    listed = list(ids)
-    if not listed:
-        return
-    try:
-        inference.check_ids(listed)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(error.message, param=param) from error
 
 
 def prompt_logprobs(entries: Sequence[LogprobEntry | None] | None, count: int | None) -> PromptLogprobs | None:

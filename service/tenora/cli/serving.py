@@ -27,6 +27,7 @@ from tenora.cli.connection import SERVER_FILE
 from tenora.cli.progress import PullProgress
 from tenora.config import Settings
 from tenora.control.control import Control
+from tenora.control.fair_threads import leave_threads
 from tenora.engine.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import ResolvedModel, resolve_model
@@ -53,6 +54,7 @@ def run(settings: Settings) -> None:
     with PullProgress(settings.model) as progress:
         model = resolve_model(settings.model, settings.root, progress)
     uvloop.run(_run(settings, model))
+    leave_threads()
 
 
 async def _run(settings: Settings, model: ResolvedModel) -> None:

@@ -148,7 +148,10 @@ async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: 
     """The base behind a few training rows, on as many held-out rows as the job's size pays for."""
     notes: list[str] = []
     if spec.method == "supervised":
-        chosen, shots = await asyncio.to_thread(_choose, context.tokenizer, spec, context.engine.ready.max_model_len)
+        longest = context.engine.ready.max_model_len
+        chosen, shots = await context.tokenizing.job(
+            claim.tenant_id, lambda tokenizer: _choose(tokenizer, spec, longest)
+        )
         losses: list[float] = []
         for prompt in chosen:  # one at a time: whoever waits for an answer waits for no more than one of these
             await _give_way(context)

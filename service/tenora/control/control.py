@@ -27,6 +27,7 @@ from tenora.control.names import new_id
 from tenora.control.previews import Previews
 from tenora.control.registry import Bootstrap, Registry
 from tenora.control.runner import JobRunner
+from tenora.control.tokenizing import Tokenizing
 from tenora.errors import TenoraError, UnavailableError
 
 if TYPE_CHECKING:
@@ -78,16 +79,17 @@ class Control:
         failpoints = Failpoints.parse(settings.failpoints)
         if failpoints.armed:
             _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
+        self._tokenizing = Tokenizing(tokenizer)
         store = AdapterStore(storage.adapters)
         self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
         self.files = Files(settings, database, storage, failpoints)
-        self.previews = Previews(settings, database, storage, tokenizer, self._limits)
-        self.estimates = Estimates(database, storage, self._blobs, tokenizer, self._limits)
+        self.previews = Previews(settings, database, storage, self._tokenizing, self._limits)
+        self.estimates = Estimates(database, storage, self._blobs, self._tokenizing, self._limits)
         self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
-        self.inference = Inference(database, self._blobs, engine, tokenizer, model.id, self._admit)
+        self.inference = Inference(database, self._blobs, engine, self._tokenizing, model.id, self._admit)
         context = JobContext(
-            settings, database, storage, self._blobs, self.adapters, engine, tokenizer, self._limits, failpoints
+            settings, database, storage, self._blobs, self.adapters, engine, self._tokenizing, self._limits, failpoints
         )
         self._runner = JobRunner(context, owner=new_id("boot"))
         self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)
@@ -134,6 +136,7 @@ class Control:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
         await self._runner.stop()
+        self._tokenizing.close()
         await self._blobs.settle()
         await self._registry.close()
         os.close(self._lock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tenora.control.resolution import active_version, one_pair
 from tenora.control.schema import JobEventRow
 from tenora.control.starting_point import find_parent
 from tenora.control.storage import Storage
+from tenora.control.tokenizing import Tokenizing
 from tenora.control.workload import workload
 from tenora.training.duplicates import DuplicatePair
 from tenora.training.recipes import LEARNING_COST
@@ -114,13 +114,13 @@ class Estimates:
         database: Database,
         storage: Storage,
         blobs: Blobs,
-        tokenizer: Tokenizer,
+        tokenizing: Tokenizing,
         limits: Callable[[], Limits],
     ) -> None:
         self._database = database
         self._storage = storage
         self._blobs = blobs
-        self._tokenizer = tokenizer
+        self._tokenizing = tokenizing
         self._limits = limits
 
     async def estimate(self, principal: Principal, request: JobRequest) -> Estimate:
@@ -141,7 +141,9 @@ class Estimates:
             now = await one_pair(session, active_version(principal.tenant_id, row.name))
         replaces = None if now is None else Replaces(row.name, now[1].version, now[1].digest)
         job = await preparation_of(self._storage, self._blobs, row)
-        return await asyncio.to_thread(_estimate, job, self._tokenizer, limits, speed, replaces)
+        return await self._tokenizing.file(
+            principal.tenant_id, lambda tokenizer: _estimate(job, tokenizer, limits, speed, replaces)
+        )
 
 
 async def _recent_speed(session: AsyncSession) -> float | None:

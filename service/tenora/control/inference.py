@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -15,10 +15,12 @@ from tenora.control.blobs import Blobs
 from tenora.control.closing import closing
 from tenora.control.database import Database
 from tenora.control.names import random_word
+from tenora.control.prompts import Prompts
 from tenora.control.records import Delta, GenerationRequest, Principal, Target
 from tenora.control.resolution import find_digest
 from tenora.control.stops import Stops
 from tenora.control.streams import ChoiceStream
+from tenora.control.tokenizing import Tokenizing
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NotFoundError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
     from tenora.model.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _LONGEST_MODEL_NAME = 600
 _SEEDS = 2**63
 _BUFFERED_DELTAS = 64
@@ -44,9 +47,14 @@ class Inference:
     database: Database
     blobs: Blobs
     engine: AsyncEngine
-    tokenizer: Tokenizer
+    tokenizing: Tokenizing
     base_id: str
     admit: Callable[[], None]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's."""
+        return self.tokenizing.tokenizer
 
     @property
     def max_model_len(self) -> int:
@@ -84,42 +92,34 @@ class Inference:
             cache_salt=principal.tenant_id,
         )
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
-        """The conversation through the base's chat template, as token ids, ready for the assistant's answer.
+    @property
+    def prompts(self) -> Prompts:
+        """What makes prompts here and now; for a client's long text see `prepare`."""
+        return Prompts(self.tokenizer, self.max_model_len)
 
-        Contents are strings or lists of text parts. This takes time in proportion to the text: call it in a thread for
-        long conversations (the tokenizer releases the interpreter lock).
+    async def prepare(self, target: Target, characters: int, work: Callable[[Prompts], T]) -> T:
+        """The result of `work`, which makes prompts of so many characters, on a thread meant for it.
+
+        Cancelling ends it between two texts.
+
+        Raises:
+            RateLimitedError: too many of the tenant's prompts wait.
+            InvalidRequestError: as `work`.
         """
-        rendered = self.tokenizer.render_chat(
-            [{**message, "content": _flat(message.get("content"))} for message in messages],
-            add_generation_prompt=True,
-            tools=tools,
+        longest = self.max_model_len
+        return await self.tokenizing.prompt(
+            target.tenant_id, characters, lambda tokenizer: work(Prompts(tokenizer, longest))
         )
-        return self._checked(self.tokenizer.encode(rendered))
-
-    def tokenize(self, prompt: str) -> list[int]:
-        """A text prompt as token ids, with the special tokens that the tokenizer puts before a text."""
-        return self._checked(self.tokenizer.encode(prompt, add_special_tokens=True))
-
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise InvalidRequestError unless every id is one of the vocabulary and there is at least one."""
-        self._checked(ids)
-        size = self.tokenizer.vocab_size
-        for token_id in ids:
-            if not 0 <= token_id < size:
-                raise InvalidRequestError(
-                    f"The token id {token_id} is not below the vocabulary's size {size}.", param="prompt"
-                )
 
     def fit_max_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """Tokens that may be generated: as asked for, or as many as fit. ContextLengthError if they do not fit."""
-        room = self.max_model_len - prompt_tokens
-        if room < 1 or (max_tokens is not None and max_tokens > room):
+        room, needed = self.max_model_len - prompt_tokens, 1 if max_tokens is None else max_tokens
+        if needed > room:
             asked = f" and {max_tokens} are asked for" if max_tokens is not None else ""
             raise ContextLengthError(
                 f"The model's context holds {self.max_model_len} tokens; the prompt has {prompt_tokens}{asked}. "
                 "Shorten the prompt or lower max_tokens.",
-                param="messages" if room < 1 else "max_tokens",
+                param="max_tokens" if room >= min(1, needed) else "messages",
             )
         return room if max_tokens is None else max_tokens
 
@@ -182,26 +182,11 @@ class Inference:
         except NotFoundError as error:
             raise ModelNotFoundError(name) from error  # deleted since the row was read
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        if not ids:
-            raise InvalidRequestError("The prompt is empty; send at least one token of it.", param="prompt")
-        return list(ids)
-
 
 def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingParams:
     """With every token that ends it. Choices of one seeded request differ, and each is the same every time."""
     seed = sampling.seed if sampling.seed is None or index == 0 else (sampling.seed + index) % _SEEDS
     return msgspec.structs.replace(sampling, stop_token_ids=tuple(sorted(stops.tokens)), seed=seed)
-
-
-def _flat(content: Any) -> str:
-    """A message's content as one string; templates of text models take nothing else."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise InvalidRequestError("A message's content must be a string or a list of text parts.", param="messages")
-    return "".join(part for part in parts if part)
 
 
 async def _interleave(choices: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -14,11 +14,11 @@ from tenora.control.database import Database
 from tenora.control.failpoints import Failpoints
 from tenora.control.job_rows import Claim, end, log, owned
 from tenora.control.storage import Storage
+from tenora.control.tokenizing import Tokenizing
 from tenora.errors import TenoraError
 
 if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
-    from tenora.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class JobContext:
     blobs: Blobs
     adapters: Adapters
     engine: AsyncEngine
-    tokenizer: Tokenizer
+    tokenizing: Tokenizing
     limits: Callable[[], Limits]
     failpoints: Failpoints
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from tenora.control.baselines import note_rows
 from tenora.control.blobs import Blobs
 from tenora.control.job_context import JobContext
@@ -28,12 +26,10 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
     async with context.database.read() as session:
         row = await owned(session, claim)
     try:
-        prepared = await asyncio.to_thread(
-            prepare,
-            await preparation_of(context.storage, context.blobs, row),
-            context.tokenizer,
-            context.limits(),
-            tokens_per_microbatch=context.settings.train_tokens_per_microbatch,
+        preparation, limits = await preparation_of(context.storage, context.blobs, row), context.limits()
+        tokens = context.settings.train_tokens_per_microbatch
+        prepared = await context.tokenizing.job(
+            claim.tenant_id, lambda tokenizer: prepare(preparation, tokenizer, limits, tokens_per_microbatch=tokens)
         )
     except TenoraError as error:
         await context.fail(claim, error)

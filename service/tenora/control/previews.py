@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from tenora.control.field_checks import whole
 from tenora.control.files import TRAINING_PURPOSE, find_file
 from tenora.control.records import Principal
 from tenora.control.storage import Storage
+from tenora.control.tokenizing import Tokenizing
 from tenora.errors import InvalidRequestError
 from tenora.training.preview import Preview, preview_file
 
@@ -31,13 +31,13 @@ class Previews:
         settings: Settings,
         database: Database,
         storage: Storage,
-        tokenizer: Tokenizer,
+        tokenizing: Tokenizing,
         limits: Callable[[], Limits],
     ) -> None:
         self._settings = settings
         self._database = database
         self._storage = storage
-        self._tokenizer = tokenizer
+        self._tokenizing = tokenizing
         self._limits = limits
 
     async def preview(
@@ -74,13 +74,11 @@ class Previews:
                 "can be previewed.",
                 param="file_id",
             )
-        return await asyncio.to_thread(
-            preview_file,
-            self._storage.file(principal.tenant_id, file_id),
-            self._tokenizer,
-            max_length=length,
-            truncate=truncate,
-            limit=limit,
-            after=after,
-            max_rows=self._settings.max_training_rows,
-        )
+        path, most = self._storage.file(principal.tenant_id, file_id), self._settings.max_training_rows
+
+        def preview(tokenizer: Tokenizer) -> Preview:
+            return preview_file(
+                path, tokenizer, max_length=length, truncate=truncate, limit=limit, after=after, max_rows=most
+            )
+
+        return await self._tokenizing.file(principal.tenant_id, preview)

@@ -5,9 +5,10 @@ Free of torch and transformers: the API process tokenizes.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from tenora.errors import InvalidRequestError, UnsupportedModelError
 from tenora.model.ends import declared_ends, find_turn_end
 from tenora.model.spec import read_json
 from tenora.model.template import ChatTemplate
+from tenora.model.text_bound import TextBound, text_bound
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LARGE = frozenset({"vocab", "merges"})
+_LONG_TOKEN = 8  # characters: a text with fewer per token is not unusual
+_PIECE = 2**15  # characters
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -29,6 +34,7 @@ class Tokenizer:
     Attributes:
         eos_token_ids: all the tokens that end a text: those that were given, the tokenizer's own, and the one that ends
             an assistant's message in the chat template.
+        check: called before each text that is encoded; see `watched`.
         turn_end: how the chat template ends an assistant's message; None without a template.
         special_tokens: the named ones, such as `{"bos_token": "<s>"}`.
     """
@@ -45,6 +51,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.special_tokens = dict(special_tokens)
+        self.check: Callable[[], None] | None = None
         self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
         own = _own_end(backend, self.special_tokens)
         # An id that the vocabulary lacks ends nothing, and no request could name it.
@@ -90,8 +97,41 @@ class Tokenizer:
         """Whether conversations can be rendered."""
         return bool(self._templates)
 
+    def watched(self, check: Callable[[], None]) -> Tokenizer:
+        """The same tokenizer, which calls `check` before each text that it encodes: it may raise to end a long work."""
+        watched = copy.copy(self)
+        watched.check = check
+        return watched
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        """So many tokens the text has at least. Looked at no longer than it takes to know of more than `enough`.
+
+        A text that may well have no more is left to `encode`: then the answer is small, 0 perhaps.
+        """
+        bound = self.text_bound
+        if bound is None or len(text) <= enough:
+            return 0
+        least = bound.least_tokens(text)
+        if least > enough or bound.spares_space or len(text) <= _LONG_TOKEN * enough:
+            return least
+        # Cut into pieces a text has more tokens, but only around the cuts, at each no more than a long token has bytes;
+        # pieces so long that each has at least as many make it never twice as many.
+        counted, piece = 0, max(_PIECE, int(2 * bound.bytes_per_token**2))
+        for start in range(0, len(text), piece):
+            counted += len(self.encode(text[start : start + piece]))
+            if counted > 2 * enough:
+                return counted // 2
+        return least
+
+    @cached_property
+    def text_bound(self) -> TextBound | None:
+        """How few tokens a text may have; None if there is no telling."""
+        return text_bound(self._declared, self._backend.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. With `add_special_tokens` the tokenizer adds what it adds to a plain prompt (a bos)."""
+        if self.check is not None:
+            self.check()
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -195,9 +235,16 @@ class Tokenizer:
         return frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
+    def _declared(self) -> dict[str, Any]:
+        """What `tokenizer.json` says but for the vocabulary and the merges, which are large."""
+        declared: dict[str, Any] = json.loads(self._backend.to_str())
+        declared["model"] = {name: value for name, value in declared["model"].items() if name not in _LARGE}
+        return declared
+
+    @cached_property
     def _decoders(self) -> frozenset[str]:
         """Kinds of the decoder's steps, such as ByteLevel."""
-        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        decoder = self._declared.get("decoder") or {}
         return frozenset(step["type"] for step in decoder.get("decoders", [decoder]) if "type" in step)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -34,7 +33,7 @@ async def create_chat_completion(
     """Answer a conversation, with the base or an adapter. With `stream` the answer comes as server-sent events."""
     timer = metrics.timer()
     target = await control.inference.resolve(caller, body.model, body.adapter_id)
-    generation = await prepare(control.inference, body, target)
+    generation = await attended(prepare(control.inference, body, target), request.receive, lifecycle)
     tally = Tally()
     deltas = generate(control.inference, [generation], tally, timer)
     answer = ChatAnswer(target.name, body.choices, tally, as_ids=bool(body.return_tokens_as_token_ids))
@@ -46,8 +45,9 @@ async def create_chat_completion(
 
 async def prepare(inference: Inference, body: schema.ChatCompletionRequest, target: Target) -> GenerationRequest:
     """Render and tokenize the conversation, and check that it fits the context."""
-    # In a thread: a long conversation takes long enough to hold up every other stream.
-    prompt = await asyncio.to_thread(inference.chat_prompt, [message.for_template() for message in body.messages])
+    messages = [message.for_template() for message in body.messages]
+    characters = sum(len(message["content"]) for message in messages)
+    prompt = await inference.prepare(target, characters, lambda prompts: prompts.chat(messages))
     max_tokens = inference.fit_max_tokens(len(prompt), body.token_limit)
     sampling = body.sampling_params(max_tokens, logprobs=body.alternatives, prompt_logprobs=body.prompt_logprobs)
     return generation_request(inference, body, target, prompt, sampling)

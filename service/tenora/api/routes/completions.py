@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +16,6 @@ from tenora.api.generation import (
     Choice,
     Collected,
     Tally,
-    check_token_ids,
     collect,
     generate,
     generation_request,
@@ -26,8 +24,10 @@ from tenora.api.generation import (
 from tenora.api.schemas import completions as schema
 from tenora.control.closing import closing
 from tenora.control.inference import Inference
+from tenora.control.prompts import Prompts
 from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
-from tenora.errors import ContextLengthError, InvalidRequestError
+from tenora.errors import ContextLengthError
+from tenora.model.tokenizer import Tokenizer
 
 router = APIRouter(tags=["inference"], route_class=JsonRoute)
 
@@ -45,52 +45,16 @@ async def create_completion(
     timer = metrics.timer()
     inference = control.inference
     target = await inference.resolve(caller, body.model, body.adapter_id)
-    prompts = await asyncio.to_thread(tokenize_all, inference, body.prompt)
-    requests = [prepare(inference, body, target, ids) for ids in prompts]
+    prepared = await attended(prepare(inference, body, target), request.receive, lifecycle)
     tally = Tally()
-    deltas = generate(inference, requests, tally, timer)
-    echo = (
-        [echoed(inference, prompt, ids) for prompt, ids in zip(body.prompt, prompts, strict=True)]
-        if body.echo
-        else None
-    )
-    answer = CompletionAnswer(target.name, body, tally, echo)
+    deltas = generate(inference, [one.generation for one in prepared], tally, timer)
+    echo = [one.echo for one in prepared if one.echo is not None]
+    answer = CompletionAnswer(target.name, body, tally, echo or None)
     if body.stream:
         return EventStream(answer.chunks(deltas), lifecycle)
     return answer.complete(
-        await attended(collect(deltas, tally, len(prompts) * body.choices), request.receive, lifecycle)
+        await attended(collect(deltas, tally, len(prepared) * body.choices), request.receive, lifecycle)
     )
-
-
-def tokenize_all(inference: Inference, prompts: Sequence[schema.Prompt]) -> list[list[int]]:
-    """Token ids of every prompt.
-
-    Raises:
-        InvalidRequestError: if a prompt has no tokens, or an id is not in the vocabulary.
-    """
-    tokenized = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = inference.tokenize(prompt)
-        else:
-            check_token_ids(inference, prompt, "prompt")
-            ids = prompt
-        if not ids:
-            raise InvalidRequestError("A prompt is empty. Send at least one character or token.", param="prompt")
-        tokenized.append(ids)
-    return tokenized
-
-
-def prepare(inference: Inference, body: schema.CompletionRequest, target: Target, ids: list[int]) -> GenerationRequest:
-    """The generation of one prompt, checked against the context."""
-    # The engine generates at least one token; where none was asked for it is thrown away.
-    try:
-        max_tokens = inference.fit_max_tokens(len(ids), max(1, body.token_limit))
-    except ContextLengthError as error:
-        param = "prompt" if error.param == "messages" else error.param
-        raise ContextLengthError(error.message, param=param) from error
-    sampling = body.sampling_params(max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_alternatives)
-    return generation_request(inference, body, target, ids, sampling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +63,7 @@ class Echo:
 
     Attributes:
         first: its first token, which has no log-probability: id, text and bytes.
-        offsets: the character at which each token begins.
+        offsets: the character at which each token begins, where log-probabilities are wanted.
     """
 
     text: str
@@ -107,16 +71,54 @@ class Echo:
     offsets: Sequence[int]
 
 
-def echoed(inference: Inference, prompt: schema.Prompt, ids: Sequence[int]) -> Echo:
-    """What `echo` repeats of a prompt."""
-    tokenizer = inference.tokenizer
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt that fits: its generation, and what is repeated of it."""
+
+    generation: GenerationRequest
+    echo: Echo | None
+
+
+async def prepare(inference: Inference, body: schema.CompletionRequest, target: Target) -> list[Prepared]:
+    """Tokenize every prompt and check that it fits the context; the first that does not ends it.
+
+    Raises:
+        InvalidRequestError: if a prompt has no tokens, or an id is not in the vocabulary.
+        ContextLengthError: if a prompt does not fit.
+    """
+
+    def each(prompts: Prompts) -> list[Prepared]:
+        return [_prepared(inference, body, target, prompt, prompts) for prompt in body.prompt]
+
+    characters = sum(len(prompt) for prompt in body.prompt)
+    return await inference.prepare(target, characters, each)
+
+
+def _prepared(
+    inference: Inference, body: schema.CompletionRequest, target: Target, prompt: schema.Prompt, prompts: Prompts
+) -> Prepared:
+    ids = prompts.text(prompt) if isinstance(prompt, str) else prompts.ids(prompt)
+    try:
+        max_tokens = inference.fit_max_tokens(len(ids), body.token_limit)
+    except ContextLengthError as error:
+        param = "prompt" if error.param == "messages" else error.param
+        raise ContextLengthError(error.message, param=param) from error
+    sampling = body.sampling_params(max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_alternatives)
+    generation = generation_request(inference, body, target, ids, sampling)
+    return Prepared(generation, _echoed(prompts.tokenizer, prompt, ids, body) if body.echo else None)
+
+
+def _echoed(tokenizer: Tokenizer, prompt: schema.Prompt, ids: Sequence[int], body: schema.CompletionRequest) -> Echo:
     first = (ids[0], tokenizer.token_text(ids[0]), tokenizer.token_bytes(ids[0]))
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
+    if body.logprobs is None:
+        return Echo(text, first, ())
     if not isinstance(prompt, str):
-        return Echo(tokenizer.decode(ids, skip_special_tokens=False), first, tokenizer.offsets(ids))
+        return Echo(text, first, tokenizer.offsets(ids))
     # What the tokenizer puts before a text (a bos) is not of the text.
     put = tokenizer.encode("", add_special_tokens=True)
     before = next((place for place, pair in enumerate(zip(ids, put, strict=False)) if pair[0] != pair[1]), len(put))
-    return Echo(prompt, first, [0] * before + tokenizer.offsets(ids[before:]))
+    return Echo(text, first, [0] * before + tokenizer.offsets(ids[before:]))
 
 
 @dataclass(slots=True)

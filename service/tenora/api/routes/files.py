@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from tenora.api.dependencies import ControlDep, JsonRoute, SettingsDep, Train
+from tenora.api.attendance import attended
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, SettingsDep, Train
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
@@ -109,10 +110,15 @@ async def delete_file(file_id: str, caller: Train, control: ControlDep) -> Delet
 
 @router.post("/v1/files/{file_id}/preview")
 async def preview_file(
-    file_id: str, caller: Train, control: ControlDep, body: PreviewRequest = PreviewRequest()
+    file_id: str,
+    request: Request,
+    caller: Train,
+    control: ControlDep,
+    lifecycle: LifecycleDep,
+    body: PreviewRequest = PreviewRequest(),
 ) -> PreviewObject:
     """Rows of a training file as the model would see them: tokens, what is learned, what is cut, what is wrong."""
-    found = await control.previews.preview(
+    preview = control.previews.preview(
         caller,
         file_id,
         limit=body.limit,
@@ -120,7 +126,7 @@ async def preview_file(
         max_seq_length=body.max_seq_length,
         truncate=body.truncate,
     )
-    return PreviewObject.of_file(file_id, found)
+    return PreviewObject.of_file(file_id, await attended(preview, request.receive, lifecycle))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)

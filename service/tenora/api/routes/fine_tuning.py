@@ -8,7 +8,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tenora.api.dependencies import ControlDep, JsonRoute, Train
+from tenora.api.attendance import attended
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, Train
 from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
 from tenora.api.schemas.estimates import EstimateObject
@@ -29,9 +30,12 @@ async def create_job(body: JobCreateRequest, request: Request, caller: Train, co
 
 
 @router.post("/v1/fine_tuning/estimate")
-async def estimate_job(body: JobCreateRequest, caller: Train, control: ControlDep) -> EstimateObject:
+async def estimate_job(
+    body: JobCreateRequest, request: Request, caller: Train, control: ControlDep, lifecycle: LifecycleDep
+) -> EstimateObject:
     """What a job with this body would take: rows, tokens, steps and time. Nothing is stored."""
-    return EstimateObject.of(await control.estimates.estimate(caller, body.to_request()))
+    estimate = control.estimates.estimate(caller, body.to_request())
+    return EstimateObject.of(await attended(estimate, request.receive, lifecycle))
 
 
 @router.get(JOBS)
