@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
+from tenora.adapters import upload
 from tenora.adapters.ref import AdapterRef
+from tenora.adapters.upload import Uploader
+from tenora.engine import core
 from tenora.engine.messages import (
     EvictAdapter,
     PinAdapter,
 )
+from tests.adapters.test_upload import PromptStreams
 from tests.engine.driver import MakeDriver, make_adapter, ref_of
 from tests.engine.requests import generate, prompt, sampling
 
@@ -183,3 +189,28 @@ class TestAdapters:
         assert bad.failure.code == "invalid_request"
         assert "repetition_penalty" in bad.failure.message
         assert len(good.tokens) == 8
+
+
+def test_adapters_that_arrive_beside_the_steps_give_the_same_tokens(
+    driver: MakeDriver, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card: copied by a thread and a stream, evicted and copied again, in a ring far smaller than they."""
+    requests = [
+        generate(prompt(4 + index, index), sampling(max_tokens=8), adapter=adapters[index % len(adapters)])
+        for index in range(16)
+    ]
+    wanted = [answer.tokens for answer in driver(max_adapters=3).run(*requests)]
+    made: list[Uploader] = []
+
+    def beside(device: torch.device, wake: Callable[[], None]) -> Uploader:
+        made.append(Uploader(PromptStreams(), wake))
+        return made[-1]
+
+    monkeypatch.setattr(upload, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(core, "uploader_for", beside)
+    tiny = driver(max_adapters=3)
+    answers = tiny.run(*requests, steps=200_000)
+    assert [answer.failure for answer in answers] == [None] * 16
+    assert [answer.tokens for answer in answers] == wanted
+    assert made
+    assert tiny.engine.stats().adapter_evictions > 3

@@ -15,6 +15,7 @@ from tenora.adapters.arena_room import ALIGNMENT_BYTES, too_large
 from tenora.adapters.free_list import FreeList
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.upload import Upload, Uploader
 from tenora.errors import PoolFullError
 from tenora_kernels import memory
 from tenora_kernels.layout import LoraTables
@@ -35,6 +36,7 @@ class _Resident:
     references: int = 0
     pinned: bool = False
     doomed: bool = False  # evicted while in use: goes with its last reference
+    upload: Upload | None = None  # under way, and holding a reference; its slot adapts nothing until then
 
     @property
     def evictable(self) -> bool:
@@ -55,6 +57,8 @@ class SlotPool:
     A slot number is valid while a reference is held, from `acquire` to `release`. Where a slot's weights lie may change
     with any `insert`; `tables` always tells. The arena is not written at the start; a large one costs nothing.
 
+    With an uploader an inserted adapter is resident at once, but cannot be acquired before it has arrived.
+
     Attributes:
         tables: what `add_lora` reads.
         evictions: adapters that had to go since the start, to make room or by `evict`.
@@ -69,6 +73,7 @@ class SlotPool:
         max_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        uploader: Uploader | None = None,
     ) -> None:
         """An empty pool.
 
@@ -78,6 +83,7 @@ class SlotPool:
             max_bytes: size of the arena.
             dtype: of the arena; on the CPU a bfloat16 adapter lies as such in an arena of float32.
             device: where the base computes.
+            uploader: copies to the device beside what it computes; None: copies are part of `insert`.
         """
         if [target.row for target in targets] != list(range(len(targets))):
             raise ValueError("the targets must be given in the order of their rows 0, 1, 2, …")
@@ -98,6 +104,8 @@ class SlotPool:
             out_features=tuple(target.out_features for target in targets),
         )
         self._bytes = self.tables.arena.view(torch.uint8).numpy() if device.type == "cpu" else None
+        self._uploader = uploader
+        self._arriving: set[str] = set()
         self.evictions = 0
         self.moved_bytes = 0
 
@@ -120,9 +128,12 @@ class SlotPool:
         return digest in self._residents
 
     def acquire(self, digest: str) -> int | None:
-        """The slot of a resident adapter, with one more reference for `release` to give back; None if not resident."""
+        """The slot of a resident adapter, with one more reference for `release` to give back.
+
+        None if it is not resident, or on its way: `holds` tells the two apart. Raises what a failed upload raised.
+        """
         resident = self._residents.get(digest)
-        if resident is None:
+        if resident is None or not self._has_arrived(digest, resident):
             return None
         resident.references += 1
         self._residents.move_to_end(digest)
@@ -163,11 +174,35 @@ class SlotPool:
         offset = self._free.allocate(size)
         if offset is None:
             raise RuntimeError(f"no room for {size} elements although it was made; holes are {self._free.holes}.")
-        self._write(offset, adapter.values)
         slot = self._free_slots.pop()
-        self.tables.place(slot, offset, adapter.ranks, adapter.scaling, narrow=narrow)
-        self._residents[digest] = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
+        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
+        self._residents[digest] = resident
+        if self._uploader is None:
+            self._write(offset, adapter.values)
+            self._place(resident)
+        else:
+            start = offset * self._itemsize
+            target = self.tables.arena.view(torch.uint8)[start : start + adapter.values.nbytes]
+            resident.upload = self._uploader.start(target, adapter.values.view(torch.uint8))
+            resident.references = 1
+            self._arriving.add(digest)
         return slot
+
+    def settle(self) -> None:
+        """Take in what has arrived, also if nobody asks for it any more. Raises what a failed upload raised."""
+        for digest in list(self._arriving):
+            self._has_arrived(digest, self._residents[digest])
+
+    @property
+    def fills(self) -> bool:
+        """Whether adapters are on their way and none is in use: if there is no room now, there will be."""
+        in_use = any(resident.references for resident in self._residents.values() if resident.upload is None)
+        return bool(self._arriving) and not in_use
+
+    def close(self) -> None:
+        """Start no more copies."""
+        if self._uploader is not None:
+            self._uploader.close()
 
     def evict(self, digest: str) -> bool:
         """Free an adapter's slot and room, pinned or not.
@@ -213,7 +248,10 @@ class SlotPool:
         for digest, r in self._residents.items():
             if r.references < 0 or (r.doomed and r.evictable):
                 raise RuntimeError(f"adapter {digest} should be gone; it has {r.references} references.")
-            self._check_tables(digest, r)
+            if r.upload is None:
+                self._check_tables(digest, r)
+            elif self.tables.ranks[:, r.slot].any() or r.references != 1:
+                raise RuntimeError(f"adapter {digest} is on its way, and its slot {r.slot} is in use already.")
         for slot in self._free_slots:
             if self.tables.ranks[:, slot].any() or self.tables.narrow[slot]:
                 raise RuntimeError(f"slot {slot} is free but has ranks.")
@@ -279,6 +317,8 @@ class SlotPool:
 
     def _close_up(self, window: _Window) -> None:
         """Move the adapters of a window towards its start, in order, so that one hole is left at its end."""
+        for digest in list(self._arriving):  # nothing is moved while it is written
+            self._has_arrived(digest, self._residents[digest], wait=True)
         inside = [r for r in self._residents.values() if window.start <= r.offset < window.stop]
         inside.sort(key=lambda resident: resident.offset)
         for resident in inside:
@@ -290,9 +330,31 @@ class SlotPool:
             values = self.tables.arena[resident.offset : resident.offset + resident.size].clone()
             self.tables.arena[end : end + resident.size] = values
             resident.offset = end
-            self.tables.place(resident.slot, end, resident.ranks, resident.scaling, narrow=resident.narrow)
+            self._place(resident)
             end += self._free.rounded(resident.size)
         self.moved_bytes += window.moved * self._itemsize
+
+    def _has_arrived(self, digest: str, resident: _Resident, *, wait: bool = False) -> bool:
+        """Whether an adapter can be used; it is published if its upload is done, and goes if that failed."""
+        upload = resident.upload
+        if upload is None:
+            return True
+        if not (upload.done or wait):
+            return False
+        resident.upload = None
+        self._arriving.discard(digest)
+        try:
+            upload.finish()
+        except Exception:
+            self._remove(digest)
+            raise
+        self._place(resident)
+        self.release(digest)
+        return digest in self._residents  # an `evict` may have waited for this
+
+    def _place(self, resident: _Resident) -> None:
+        """Let the tables point at an adapter that lies in the arena."""
+        self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, narrow=resident.narrow)
 
     def _write(self, offset: int, values: Tensor) -> None:
         """Copy prepared values to element `offset` of the arena."""

@@ -44,7 +44,7 @@ def prepare(
     """Bring an adapter into the layout of an arena.
 
     bfloat16 weights stay so for a float32 arena on the CPU: the values are the same and every step reads half the
-    bytes. Elsewhere the values take the arena's type. For a GPU they lie in pinned memory, which it can copy by itself.
+    bytes. Elsewhere the values take the arena's type.
 
     Args:
         weights: as read.
@@ -66,7 +66,7 @@ def prepare(
     ):
         values = _cast(values, dtype)
     return PreparedAdapter(
-        values=values.pin_memory() if device.type == "cuda" else values,
+        values=values,
         ranks=tuple(0 if module is None else module.rank for module in modules),
         scaling=tuple(0.0 if module is None else module.scaling for module in modules),
     )

@@ -15,6 +15,7 @@ from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
+from tenora.adapters.upload import uploader_for
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.clock import clock_of
@@ -105,6 +106,7 @@ class Engine:
             max_bytes=settings.adapter_pool_bytes,
             dtype=decoder.dtype,
             device=decoder.device,
+            uploader=uploader_for(decoder.device, wake),
         )
         cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
         self.loader = AdapterLoader(

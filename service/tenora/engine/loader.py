@@ -66,6 +66,7 @@ class AdapterLoader:
             refs: the one that is needed first comes first; it is also the last one that the cache lets go.
         """
         self._collect()
+        self._take_in()
         self._room = self.cache.max_bytes - len(self._reads) * self._last_size
         self._holds_wanted = False
         held: list[str] = []
@@ -87,9 +88,15 @@ class AdapterLoader:
             AdapterDamagedError, AdapterFormatError: it cannot be loaded and will not be as it is.
             UnavailableError: it could not be loaded this time. After any of them the next call tries again.
         """
-        slot = self.pool.acquire(ref.digest)
+        try:
+            slot = self.pool.acquire(ref.digest)
+        except Exception as error:  # it did not arrive: this adapter fails, nothing else
+            survive(error, self.pool.tables.arena.device)
+            raise self._failure(ref, error) from error
         if slot is not None:
             return slot
+        if self.pool.holds(ref.digest):
+            return Blocked.LOADING
         self._collect()
         if (unread := self._errors.pop(ref.digest, None)) is not None:
             raise self._failure(ref, unread) from unread
@@ -100,7 +107,7 @@ class AdapterLoader:
         try:
             self.pool.insert(ref.digest, adapter)
         except PoolFullError:
-            return Blocked.FULL
+            return Blocked.LOADING if self.pool.fills else Blocked.FULL
         except Exception as error:  # too large, or memory: this adapter fails, nothing else
             survive(error, self.pool.tables.arena.device)
             self.cache.discard(ref.digest)
@@ -108,11 +115,9 @@ class AdapterLoader:
         self.loads += 1
         if not self._keeps_inserted:
             self.cache.discard(ref.digest)
-        # Referenced in the same breath: another insertion could evict it otherwise.
+        # Referenced in the same breath: another insertion could evict it otherwise. On its way nobody can.
         slot = self.pool.acquire(ref.digest)
-        if slot is None:
-            raise RuntimeError(f"adapter {ref.digest} vanished from the pool right after its insertion")
-        return slot
+        return Blocked.LOADING if slot is None else slot
 
     def release(self, digest: str) -> None:
         """Give one reference back; the adapter stays until its slot is needed."""
@@ -163,6 +168,7 @@ class AdapterLoader:
     def close(self) -> None:
         """Start no more reads. One that hangs does not delay the caller."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self.pool.close()
 
     def _begin(self, ref: AdapterRef) -> None:
         """Read an adapter in the background, unless that is under way, has failed, or must wait for others."""
@@ -191,6 +197,14 @@ class AdapterLoader:
                 self._errors[digest] = error
             else:
                 raise error
+
+    def _take_in(self) -> None:
+        """Let the pool take in what has arrived on the device though nobody asks for it any more."""
+        try:
+            self.pool.settle()
+        except Exception as error:  # noqa: BLE001  # who asks for it again has it loaded again
+            survive(error, self.pool.tables.arena.device)
+            _log.warning("an adapter did not arrive on the device", exc_info=error)
 
     def _failure(self, ref: AdapterRef, error: Exception) -> TenoraError:
         self.failures += 1
