@@ -170,3 +170,32 @@ def test_flash_gets_what_it_needs(
 
 def test_flash_is_for_cards() -> None:
     assert not VarlenAttention.takes(Step().cache)
+
+
+def test_flash_takes_two_bytes_and_whole_groups_of_eight_columns() -> None:
+    assert all(varlen.supports(torch.bfloat16, dim) for dim in (8, 64, 72, 96, 128, 256))
+    assert not any(varlen.supports(torch.bfloat16, dim) for dim in (4, 100, 260, 264, 320))
+    assert varlen.supports(torch.float16, 128)
+    assert not varlen.supports(torch.float32, 128)
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize(("major", "installed"), [(9, True), (9, False), (8, True), (10, True)])
+def test_flash_attention_3_is_taken_where_there_are_a_card_and_a_package_for_it(
+    major: int, installed: bool, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a package that does not load is no reason not to start."""
+    active: list[str] = []
+
+    def take(name: str) -> None:
+        if not works:
+            raise ImportError("undefined symbol")
+        active.append(name)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(varlen.importlib.util, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(varlen.flash, "activate_flash_attention_impl", take)
+    monkeypatch.setattr(varlen.flash, "current_flash_attention_impl", lambda: active[0] if active else None)
+    wanted = "FA3" if major == 9 and installed and works else "FA2"
+    assert varlen.activate(torch.device("cuda")) == wanted
+    assert varlen.activate(torch.device("cpu")) == wanted, "a CPU changes nothing"

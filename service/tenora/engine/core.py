@@ -52,6 +52,7 @@ from tenora.model.device import survive
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.memory import is_out_of_memory
 from tenora.model.spec import target_modules
+from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
 from tenora.training.host import TrainingHost
 from tenora.training.run import JobRun
@@ -169,6 +170,8 @@ class Engine:
         torch.set_num_threads(threads)
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device)
+        if device.type == "cuda":
+            _log.info("attention of prompts", extra={"implementation": activate(device)})
         progress = LoadingProgress(report)
         decoder = load_decoder(
             model_dir, device=device, dtype=dtype, team=Team.shared(threads), report=progress.weights

@@ -1,14 +1,16 @@
 """Paged attention on CUDA for chunks of prompts: one call of torch's flash attention for all of a step's.
 
-Pages are read in place by the kernels that can (flash attention 3 and later, once it is activated with
-`torch.nn.attention.activate_flash_attention_impl`); torch's own flash attention 2 takes no block tables, so there the
-cached rows of the step are gathered first, with one copy per layer.
+Pages are read in place by the kernels that can (flash attention 3 and later, which `activate` looks for at the start);
+torch's own flash attention 2 takes no block tables, so there the cached rows of the step are gathered first, with one
+copy per layer.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,10 +22,13 @@ from torch.nn import attention as flash
 from tenora.model.cache import KVCache
 from tenora.model.transfer import to_device
 
-__all__ = ["VarlenAttention"]
+__all__ = ["VarlenAttention", "activate", "supports"]
+
+_log = logging.getLogger(__name__)
 
 _PAGED = frozenset({"FA3", "FA4"})
-_MOST_DIM = 256
+_MOST_DIM, _DIM_STEP = 256, 8
+_HOPPER = 9  # major compute capability: the one that flash attention 3 is written for
 
 
 def varlen_attn(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,6 +45,26 @@ def varlen_attn(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tenso
 def _has_gqa(function: Callable[..., Any]) -> bool:
     """Looked up once: the call is one of every layer of every step."""
     return "enable_gqa" in inspect.signature(function).parameters
+
+
+def supports(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention takes heads of this type and size: two bytes, up to 256 columns, whole groups of 8."""
+    return dtype in {torch.float16, torch.bfloat16} and head_dim <= _MOST_DIM and head_dim % _DIM_STEP == 0
+
+
+def activate(device: torch.device) -> str:
+    """Have torch take flash attention 3 where there are a card and a package for it; the name of what it takes now.
+
+    It reads pages where they lie. A package that does not load leaves everything as it is, and says why in the log.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER:
+        found = importlib.util.find_spec("flash_attn_interface") is not None
+        if found and "FA3" in flash.list_flash_attention_impls():
+            try:
+                flash.activate_flash_attention_impl("FA3")
+            except Exception as error:  # noqa: BLE001  # a package of another build; attention goes on without it
+                _log.warning("flash attention 3 cannot be used", exc_info=error)
+    return flash.current_flash_attention_impl() or "FA2"
 
 
 class VarlenAttention:
@@ -74,7 +99,7 @@ class VarlenAttention:
     def takes(cache: KVCache) -> bool:
         """Whether the cache lies on a card, in a type and with heads that flash attention takes."""
         keys = cache.k[0]
-        if keys.device.type != "cuda" or keys.dtype not in {torch.float16, torch.bfloat16} or keys.shape[3] > _MOST_DIM:
+        if keys.device.type != "cuda" or not supports(keys.dtype, keys.shape[3]):
             return False
         return torch.cuda.get_device_capability(keys.device)[0] >= 8
 
