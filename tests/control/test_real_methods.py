@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tenora.control.control import Control
+from tenora.control.model_card import model_card
 from tenora.control.records import JobRecord, JobRequest, Principal
 from tests.control.conftest import BASE, ROWS, messages, tenant, until, upload
 from tests.control.test_job_methods import PAIRS
@@ -54,6 +55,24 @@ async def test_several_tasks(service: Service) -> None:
     job = await finish(control, acme, training_files=listed, n_epochs=2, lora={"rank": 4})
     metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
     assert {"valid_loss/a", "valid_loss/b"} <= set().union(*metrics)
+    assert job.evaluation is not None
+    tasks = {task["name"]: task for task in job.evaluation["tasks"]}
+    assert {name: (task["weight"], task["trained"], task["held_out"]) for name, task in tasks.items()} == {
+        "a": (1.0, 16, 4),
+        "b": (2.0, 6, 2),
+    }
+    best = next(line for line in metrics if line.get("step") == job.evaluation["best_step"] and "valid_loss/a" in line)
+    for name, task in tasks.items():
+        assert task["comparison"]["adapter_loss"] == pytest.approx(best[f"valid_loss/{name}"])
+        assert task["comparison"]["rows"] == task["held_out"]
+    pooled = sum(task["comparison"]["adapter_loss"] * task["comparison"]["tokens"] for task in tasks.values())
+    assert pooled / job.evaluation["held_out"]["tokens"] == pytest.approx(job.evaluation["valid_loss"])
+    curve = [(line["step"], line["valid_loss"]) for line in reversed(metrics) if "valid_loss" in line]
+    assert [(point["step"], point["valid_loss"]) for point in job.evaluation["curve"]] == curve
+    card = model_card(await control.adapters.get(acme, job.name))
+    for name, task in tasks.items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {task['comparison']['adapter_loss']:.4f} | {task['comparison']['other_loss']:.4f} |" in row
 
 
 async def test_a_sweep(service: Service) -> None:
@@ -69,6 +88,11 @@ async def test_a_sweep(service: Service) -> None:
     assert winner["valid_loss"] == min(trial["valid_loss"] for trial in job.sweep_results)
     assert (await control.adapters.get(acme, "best")).rank == winner["rank"] == job.lora["rank"]
     assert len(job.result_files) == 2
+    assert job.evaluation is not None
+    assert job.evaluation["trials"] == 4
+    card = model_card(await control.adapters.get(acme, "best"))
+    assert "These rows also chose this adapter among 4 trials" in card
+    assert any("chose this adapter among 4 trials" in note for note in job.evaluation["notes"])
 
 
 async def test_preferences_and_transfer(service: Service) -> None:

@@ -28,10 +28,13 @@ def test_the_card_comes_with_job_adapter_and_download(server: Server, tiny_base:
         archive = client.adapters.download("carded", tmp_path / "carded.zip")
     assert said is not None
     assert said == job.evaluation
-    assert said["held_out"]["verdict"] == "better"
-    assert said["few_shot"]["comparison"]["rows"] > 0
-    assert said["parity"]["gap"] < said["parity"]["tolerance"] < said["parity"]["effect"]
-    assert said["near_duplicates"] == 8  # the same rows
+    assert said.held_out is not None
+    assert said.held_out.verdict == said.verdicts["start"].verdict == "better"
+    assert said.few_shot is not None
+    assert said.few_shot["comparison"]["rows"] > 0
+    assert said.parity is not None
+    assert said.parity["gap"] < said.parity["tolerance"] < said.parity["effect"]
+    assert said.near_duplicates == 8  # the same rows
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "carded")
     card = (tmp_path / "carded" / "README.md").read_text("utf-8")

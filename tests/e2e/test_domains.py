@@ -72,7 +72,9 @@ def trained(client: tc.Client, shared_data: Path, tmp_path_factory: pytest.TempP
 def test_the_job_lowers_the_held_out_loss_well_below_the_bases(trained: dict[str, Trained], domain: str) -> None:
     evaluation = trained[domain].job.evaluation
     assert evaluation is not None
-    assert evaluation["valid_loss"] < evaluation["base_loss"] - 0.15
+    assert evaluation.valid_loss is not None
+    assert evaluation.base_loss is not None
+    assert evaluation.valid_loss < evaluation.base_loss - 0.15
 
 
 def answer_losses(client: tc.Client, models: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
@@ -107,5 +109,5 @@ def test_each_adapter_is_better_on_its_own_domain(client: tc.Client, trained: di
         # The job's own evaluation and the serving path agree: the parity of training and serving.
         evaluation = trained[domain].job.evaluation
         assert evaluation is not None
-        assert loss[names[domain]] == pytest.approx(evaluation["valid_loss"], abs=0.01)
-        assert loss[base] == pytest.approx(evaluation["base_loss"], abs=0.01)
+        assert loss[names[domain]] == pytest.approx(evaluation.valid_loss, abs=0.01)
+        assert loss[base] == pytest.approx(evaluation.base_loss, abs=0.01)

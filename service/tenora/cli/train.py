@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +12,9 @@ import typer
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
-from tenora_client import Client, Job
+from tenora_client import Client, Evaluation, Job
 
+_VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", "rank", "learning_rate", "n_epochs", "batch_size", "status", "step", "valid_loss", "winner")
 
 
@@ -90,11 +91,17 @@ def train(
     report(finished)
 
 
-def _verdicts(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """What is said of the adapter beside the others, as far as it was measured."""
-    labels = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
-    said: Mapping[str, Mapping[str, Any]] = evaluation.get("verdicts") or {}
-    return {label: str(said[name]["verdict"]) for name, label in labels.items() if name in said}
+def _report_evaluation(said: Evaluation, start: str) -> None:
+    """Held-out losses, of each task too, and the verdicts."""
+    if said.base_loss is not None and said.valid_loss is not None:
+        typer.echo(f"held-out loss  {said.base_loss:.3f} ({start})  ->  {said.valid_loss:.3f} (adapter)")
+    for task in said.tasks if len(said.tasks) > 1 else ():
+        found = task.comparison
+        if found is not None and found.other_loss is not None and found.adapter_loss is not None:
+            typer.echo(f"  {task.name}: {found.other_loss:.3f}  ->  {found.adapter_loss:.3f}  ({found.verdict})")
+    for name, label in _VERDICTS.items():
+        if name in said.verdicts:
+            typer.echo(f"{label:<15}{said.verdicts[name].verdict}")
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -169,13 +176,8 @@ def report(job: Job) -> None:
     """Print what came of a job, and how to go on."""
     if job.sweep_results:
         show_table(_TABLE, ([trial.get(column) for column in _TABLE] for trial in job.sweep_results))
-    evaluation: Mapping[str, Any] = job.evaluation or {}
-    base, adapter = evaluation.get("base_loss"), evaluation.get("valid_loss")
-    if isinstance(base, int | float) and isinstance(adapter, int | float):
-        start = "base" if job.parent is None else job.parent
-        typer.echo(f"held-out loss  {base:.3f} ({start})  ->  {adapter:.3f} (adapter)")
-    for label, verdict in _verdicts(evaluation).items():
-        typer.echo(f"{label:<15}{verdict}")
+    if job.evaluation is not None:
+        _report_evaluation(job.evaluation, "base" if job.parent is None else job.parent)
     typer.echo(f"model          {job.fine_tuned_model}")
     name = job.name or job.fine_tuned_model
     if job.published is not None:

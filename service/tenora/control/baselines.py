@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,16 +16,17 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.control.card import TrainingFile
 from tenora.control.database import RegistryBusyError
 from tenora.control.few_shot import Prompted, few_shot_prompts
 from tenora.control.held_out import held_out_rows
 from tenora.control.job_context import JobContext
 from tenora.control.job_rows import Claim, LeaseLostError, owned
+from tenora.control.lineage import TrainingFile
 from tenora.control.parity import probe_rows, score_rows
 from tenora.control.schema import FileRow, JobRow
 from tenora.control.scoring import Scorer
 from tenora.errors import TenoraError
+from tenora.model.provenance import BaseSource, base_source
 from tenora.training.dataset import TokenizedDataset, concatenate
 from tenora.training.recipes import LEARNING_COST
 from tenora.training.spec import TrainSpec
@@ -53,11 +54,24 @@ class FewShotLosses(msgspec.Struct, frozen=True, kw_only=True):
     losses: list[float]
 
 
+class NotedTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What a training file held, in examples; see `tenora.control.card.TaskCard`."""
+
+    name: str
+    file: str
+    weight: float
+    trained: int
+    held_out: int
+    cut: int
+
+
 class Baselines(msgspec.Struct, frozen=True, kw_only=True):
-    """The base through the serving path.
+    """The base through the serving path, and what is known of the rows.
 
     Attributes:
         files: what the adapter is trained on.
+        tasks: file by file.
+        split_seed: that drew the held-out rows; None if none were drawn.
         near_duplicates: held-out rows that are nearly training rows; None if none are held out.
         probe: log-probabilities of the probe rows' learned tokens.
         few_shot: None if it was not measured.
@@ -65,6 +79,8 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     files: list[TrainingFile] = []
+    tasks: list[NotedTask] = []
+    split_seed: int | None = None
     near_duplicates: int | None = None
     probe: list[list[float]] = []
     few_shot: FewShotLosses | None = None
@@ -100,10 +116,27 @@ class Measuring:
             await asyncio.wait([self.task])
 
 
-async def note_rows(session: AsyncSession, row: JobRow, near_duplicates: int | None) -> None:
+async def note_rows(
+    session: AsyncSession,
+    row: JobRow,
+    tasks: Sequence[NotedTask],
+    *,
+    split_seed: int | None,
+    near_duplicates: int | None,
+) -> None:
     """Keep what is known of the rows when they are prepared: the files may be deleted before the job ends."""
     files = await _files(session, row)
-    row.baselines = msgspec.to_builtins(Baselines(files=files, near_duplicates=near_duplicates))
+    noted = Baselines(files=files, tasks=list(tasks), split_seed=split_seed, near_duplicates=near_duplicates)
+    row.baselines = msgspec.to_builtins(noted)
+
+
+async def base_of(context: JobContext) -> BaseSource | None:
+    """Where the base comes from; None if its files cannot be read any more."""
+    try:
+        return await asyncio.to_thread(base_source, context.model)
+    except OSError as error:
+        _log.warning("the base's weights could not be hashed: %s", error)
+        return None
 
 
 @contextlib.asynccontextmanager
@@ -127,6 +160,7 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
             return
         scorer = Scorer.behind_requests(context.engine, claim.tenant_id)
         await _probe(context, claim, spec, scorer, measuring)
+        await base_of(context)  # hashed once a process, and better now than when the adapter is ready
         await _few_shot(context, claim, spec, scorer, measuring)
     except LeaseLostError:
         return

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tenora.control.job_rows import finite
+from tenora.control.lineage import Lineage
 from tenora.control.parity import Parity
+from tenora.training.spec import EvaluationPoint
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -120,33 +122,22 @@ class Overfitting(msgspec.Struct, frozen=True, kw_only=True):
     verdict: OverfitVerdict
 
 
-class TrainingFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that went into an adapter. `sha256` is None if it was deleted before the run began."""
+class TaskCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One training file.
 
-    id: str
-    purpose: Literal["training", "validation"]
-    sha256: str | None
-
-
-class Parent(msgspec.Struct, frozen=True, kw_only=True):
-    """The adapter that training started from."""
+    Attributes:
+        name, file, weight: as the job named it; how often its rows are seen, relative to the others.
+        trained, held_out, cut: its examples, as `tenora.control.lineage.Rows` has them for all files.
+        comparison: the adapter beside what training started from, on this file's held-out examples.
+    """
 
     name: str
-    digest: str
-
-
-class Lineage(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an adapter comes from: enough to train it again. Times are Unix seconds."""
-
-    job_id: str
-    base_model: str
-    parent: Parent | None
-    files: list[TrainingFile]
-    settings: dict[str, Any]
-    seed: int
-    versions: dict[str, str]
-    created_at: int
-    finished_at: int
+    file: str
+    weight: float
+    trained: int
+    held_out: int
+    cut: int
+    comparison: Comparison | None
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +149,10 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         held_out: the adapter beside what training started from.
         base: beside the base; the same as `held_out` where training started from that.
         replaced: beside what its name meant; None if the name is new.
+        trials: of a sweep, which these held-out rows were compared on: the winner's figures on them look better than on
+            fresh ones. 1 without a sweep.
+        tasks: file by file.
+        curve: the evaluations, from the start on; of a long run some of them.
         near_duplicates: held-out rows that are nearly rows of the training file.
     """
 
@@ -166,6 +161,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     held_out: Comparison | None
     base: Comparison | None
     replaced: Replaced | None
+    trials: int
+    tasks: list[TaskCard]
+    curve: list[EvaluationPoint]
     few_shot: FewShot | None
     forgetting: Forgetting | None
     overfitting: Overfitting | None

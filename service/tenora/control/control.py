@@ -89,7 +89,16 @@ class Control:
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
         self.inference = Inference(database, self._blobs, engine, self._tokenizing, model.id, self._admit)
         context = JobContext(
-            settings, database, storage, self._blobs, self.adapters, engine, self._tokenizing, self._limits, failpoints
+            settings,
+            database,
+            storage,
+            self._blobs,
+            self.adapters,
+            engine,
+            self._tokenizing,
+            model,
+            self._limits,
+            failpoints,
         )
         self._runner = JobRunner(context, owner=new_id("boot"))
         self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from tenora.adapters.ref import AdapterRef
-from tenora.control.baselines import Baselines, Measuring
+from tenora.control.baselines import Baselines, Measuring, base_of
 from tenora.control.blobs import Blob
 from tenora.control.card import (
     Against,
@@ -19,22 +17,20 @@ from tenora.control.card import (
     Comparison,
     FewShot,
     Judgement,
-    Lineage,
-    Parent,
-    TrainingFile,
+    TaskCard,
     compare,
     forgetting,
     overfitting,
 )
 from tenora.control.held_out import HeldOutExamples
 from tenora.control.job_context import JobContext
-from tenora.control.job_requests import PUBLISHING, Asked
 from tenora.control.job_rows import Claim, owned
-from tenora.control.names import unix_now
+from tenora.control.lineage import Rows, lineage_of
 from tenora.control.parity import Parity, compare_paths, probe_rows, require_weights, score_rows
 from tenora.control.schema import JobRow
 from tenora.control.scoring import Scorer, is_gone
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
+from tenora.model.provenance import BaseSource
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import FinishedEvent, HeldOut, TrainSpec
 
@@ -42,7 +38,6 @@ WITHHELD = frozenset({"parity_failed", "parity_unavailable", "untrained_modules"
 """Codes of jobs whose adapter did not pass."""
 _URGENT = -1  # before the tenant's own requests: a finished adapter waits for nothing else
 _NO_ROWS = "The run says nothing of its held-out rows one by one."
-_PACKAGES = ("tenora", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +104,9 @@ async def examine(
     if event.held_out is not None:
         held_out = await asyncio.to_thread(HeldOutExamples.load, spec, event.held_out)
     against_base = await _against_base(context, claim, spec, held_out)
-    return Examined(await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base), held_out)
+    source = await base_of(context)
+    card = await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base, source)
+    return Examined(card, held_out)
 
 
 async def _against_base(
@@ -144,8 +141,14 @@ def _card(
     parity: Parity,
     examples: HeldOutExamples | None,
     against_base: Comparison | str,
+    source: BaseSource | None,
 ) -> Card:
     notes = list(base.notes)
+    if spec.trials:
+        notes.append(
+            f"The held-out rows chose this adapter among {len(spec.trials)} trials, so its figures on them look better "
+            "than they would on fresh rows."
+        )
     held_out = None if examples is None else examples.against_start()
     few_shot = None
     if event.held_out is not None and spec.method == "supervised":
@@ -166,13 +169,40 @@ def _card(
         held_out=held_out,
         base=base_comparison,
         replaced=None,
+        trials=max(len(spec.trials), 1),
+        tasks=_tasks(base, examples),
+        curve=event.curve,
         few_shot=few_shot,
         forgetting=forgetting(event.general_loss, event.base_general_loss, tokens=len(spec.general_text) - 1),
         overfitting=overfitting(event.valid_loss, event.last_loss),
         near_duplicates=base.near_duplicates,
         parity=parity,
-        lineage=_lineage(row, spec, event, base.files),
+        lineage=lineage_of(row, spec, event, files=base.files, rows=_rows(row, base), base=source),
         notes=notes,
+    )
+
+
+def _tasks(base: Baselines, examples: HeldOutExamples | None) -> list[TaskCard]:
+    """File by file; empty for a job that was prepared by an older version."""
+    return [
+        TaskCard(
+            **msgspec.to_builtins(task),
+            comparison=None if examples is None else examples.against_start(number),
+        )
+        for number, task in enumerate(base.tasks)
+    ]
+
+
+def _rows(row: JobRow, base: Baselines) -> Rows | None:
+    if not base.tasks:
+        return None
+    return Rows(
+        trained=sum(task.trained for task in base.tasks),
+        held_out=sum(task.held_out for task in base.tasks),
+        cut=sum(task.cut for task in base.tasks),
+        max_seq_length=row.settings.get("max_seq_length"),
+        truncate=bool(row.settings.get("truncate")),
+        split_seed=base.split_seed,
     )
 
 
@@ -197,53 +227,3 @@ def _few_shot(held_out: HeldOut, base: Baselines, *, seed: int) -> FewShot | Non
         return None
     start = sum(held_out.start[row] for row in measured.rows)
     return FewShot(shots=measured.shots, base_loss=start / comparison.tokens, comparison=comparison)
-
-
-def _lineage(row: JobRow, spec: TrainSpec, event: FinishedEvent, files: list[TrainingFile]) -> Lineage:
-    return Lineage(
-        job_id=row.id,
-        base_model=spec.base_model,
-        parent=None if row.parent is None else Parent(name=row.parent, digest=row.parent_digest or ""),
-        files=files,
-        settings=settings_of(spec, event.trial) | publishing_of(row),
-        seed=spec.seed,
-        versions={name: metadata.version(name) for name in _PACKAGES},
-        created_at=row.created_at,
-        finished_at=unix_now(),
-    )
-
-
-def publishing_of(row: JobRow) -> dict[str, Any]:
-    """What the job asks of its name."""
-    asked = Asked.stored(row.requested)
-    return {name: asked.settings[name] for name in PUBLISHING if name in asked.settings}
-
-
-def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:
-    """The resolved settings of a run; of a sweep those of the winner."""
-    if trial is not None:
-        point = spec.trials[trial]
-        lora = msgspec.structs.replace(spec.lora, rank=point.rank, alpha=point.alpha)
-        spec = msgspec.structs.replace(
-            spec, lora=lora, learning_rate=point.learning_rate, n_epochs=point.n_epochs, batch_size=point.batch_size
-        )
-    names = [
-        "method",
-        "lora",
-        "n_epochs",
-        "max_steps",
-        "batch_size",
-        "learning_rate",
-        "scheduler",
-        "warmup_ratio",
-        "weight_decay",
-        "max_grad_norm",
-        "eval_interval",
-        "early_stopping",
-        "packing",
-        "folds",
-    ]
-    if spec.method == "dpo":
-        names.append("beta")
-    values: dict[str, Any] = msgspec.to_builtins(spec)
-    return {name: values[name] for name in names}

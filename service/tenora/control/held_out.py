@@ -36,17 +36,21 @@ class HeldOutExamples:
         found: losses of each row under the result and under what training started from.
         beta: of DPO; None is supervised.
         seed: of bootstraps, and of drawing examples where there are too many to score.
+        of_tasks: how many examples are of each task, which lie one after the other.
     """
 
     dataset: TokenizedDataset
     found: HeldOut
     beta: float | None
     seed: int
+    of_tasks: tuple[int, ...]
 
     @classmethod
     def load(cls, spec: TrainSpec, found: HeldOut) -> HeldOutExamples:
         """Read what `found` was measured on; DatasetError if it is missing or broken."""
-        return cls(held_out_rows(spec), found, spec.beta if spec.method == "dpo" else None, spec.seed)
+        parts = _held_out(spec)
+        beta = spec.beta if spec.method == "dpo" else None
+        return cls(concatenate(parts), found, beta, spec.seed, tuple(part.examples for part in parts))
 
     @property
     def result(self) -> Float64Array:
@@ -80,9 +84,13 @@ class HeldOutExamples:
             unit="nats per token" if self.beta is None else "nats per pair",
         )
 
-    def against_start(self) -> Comparison | None:
-        """The result beside what training started from, on all examples."""
-        return self.compare(dict(enumerate(self.start.tolist())))
+    def against_start(self, task: int | None = None) -> Comparison | None:
+        """The result beside what training started from, on all examples, or on those of one task."""
+        start = dict(enumerate(self.start.tolist()))
+        if task is not None:
+            first = sum(self.of_tasks[:task])
+            start = {example: start[example] for example in range(first, first + self.of_tasks[task])}
+        return self.compare(start)
 
     def choose(self, examples: Sequence[int], *, max_length: int) -> list[int]:
         """Of these examples as many as are worth scoring, drawn by the seed, without those that the engine has no
@@ -135,5 +143,9 @@ def held_out_rows(spec: TrainSpec) -> TokenizedDataset:
     Raises:
         DatasetError: a file is missing or broken.
     """
-    paths = [task.valid_path or task.train_path for task in spec.tasks]
-    return concatenate([TokenizedDataset.load(Path(path)) for path in paths])
+    return concatenate(_held_out(spec))
+
+
+def _held_out(spec: TrainSpec) -> list[TokenizedDataset]:
+    """Of each task."""
+    return [TokenizedDataset.load(Path(task.valid_path or task.train_path)) for task in spec.tasks]

@@ -19,6 +19,7 @@ from tenora.errors import TenoraError
 
 if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
+    from tenora.model.catalog import ResolvedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class JobContext:
     adapters: Adapters
     engine: AsyncEngine
     tokenizing: Tokenizing
+    model: ResolvedModel
     limits: Callable[[], Limits]
     failpoints: Failpoints
 

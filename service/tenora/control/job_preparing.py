@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenora.control.baselines import note_rows
+from tenora.control.baselines import NotedTask, note_rows
 from tenora.control.blobs import Blobs
 from tenora.control.job_context import JobContext
 from tenora.control.job_requests import Asked
@@ -43,7 +43,17 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
         row.settings = prepared.settings
         row.sweep_results = prepared.sweep_results
         duplicates = None if prepared.folds else sum(task.near_duplicates.count for task in prepared.tasks)
-        await note_rows(session, row, duplicates)
+        noted = [
+            NotedTask(
+                **{name: getattr(task.source, name) for name in ("name", "file", "weight")},
+                trained=task.train.examples,
+                held_out=0 if task.valid is None else task.valid.examples,
+                cut=task.truncated,
+            )
+            for task in prepared.tasks
+        ]
+        drawn = not prepared.folds and row.validation_file is None
+        await note_rows(session, row, noted, split_seed=row.seed if drawn else None, near_duplicates=duplicates)
         row.status = "queued"
         drop_lease(row)
         for warning in _warnings(prepared):

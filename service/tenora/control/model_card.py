@@ -10,6 +10,7 @@ from typing import Any
 from tenora.control.records import AdapterRecord
 
 README_NAME = "README.md"
+_SHOWN_POINTS = 12  # of the curve
 _TAGS = ("lora", "peft", "text-generation", "tenora")
 
 
@@ -24,8 +25,11 @@ def model_card(record: AdapterRecord) -> str:
         _front_matter(record),
         f"# {record.name}, version {record.version}",
         _about(record, said),
-        *(section(said) for section in (_verdicts, _quality, _replaced, _few_shot, _more, _tasks, _lineage, _notes)),
-        _use(record),
+        *(
+            section(said)
+            for section in (_verdicts, _quality, _replaced, _few_shot, _tasks, _more, _course, _lineage, _notes)
+        ),
+        _use(record, said),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -57,6 +61,11 @@ def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         rows.append(("Steps", f"{said.get('best_step')} of {said['steps']} (the best held-out loss)"))
     if said.get("trained_tokens"):
         rows.append(("Trained tokens", f"{said['trained_tokens']:,}"))
+    if held := (said.get("lineage") or {}).get("rows"):
+        rows.append(("Rows trained on", f"{held['trained']:,}"))
+        rows.append(("Rows held out", f"{held['held_out']:,}" if held["held_out"] else "none; cross-validated"))
+        longest = "" if held["max_seq_length"] is None else f" to {held['max_seq_length']} tokens"
+        rows.append((f"Rows cut{longest}", f"{held['cut']:,}" if held["truncate"] else "none; longer ones are refused"))
     return f"A LoRA adapter, {origin}.\n\n" + _table(("", ""), rows)
 
 
@@ -74,7 +83,7 @@ def _verdicts(said: Mapping[str, Any]) -> str:
         if name in found:
             reason = f" ({found[name]['reason'].rstrip('.')})" if found[name].get("reason") else ""
             lines.append(f"- {label}: **{found[name]['verdict']}**{reason}")
-    return "## Verdicts\n\nThis adapter on held-out rows, beside:\n\n" + "\n".join(lines) if lines else ""
+    return "## Verdicts\n\nHow this adapter does on held-out rows, beside:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _quality(said: Mapping[str, Any]) -> str:
@@ -89,7 +98,17 @@ def _quality(said: Mapping[str, Any]) -> str:
     )
     if pairs:
         text += " The loss is DPO's, log 2 where training started: what is lower prefers the chosen answers more."
+    if said.get("trials", 1) > 1:
+        text += (
+            f" **These rows also chose this adapter among {said['trials']} trials of a sweep, so its figures look "
+            "better than they would on fresh rows.**"
+        )
     rows = _compared(found, "What training started from")
+    if said.get("valid_accuracy") is not None:
+        what = "Pairs whose chosen answer is preferred" if pairs else "Learned tokens that it finds likeliest"
+        curve = said.get("curve")
+        start = f" (at the start {curve[0]['valid_accuracy']:.1%})" if curve and not pairs else ""
+        rows.append((what, f"{said['valid_accuracy']:.1%}{start}"))
     base = said.get("base")
     if base and base != found:
         rows += [(f"Base, on {base['rows']} of them", _number(base["other_loss"])), *_difference(base, "the base")]
@@ -169,12 +188,49 @@ def _more(said: Mapping[str, Any]) -> str:
 
 
 def _tasks(said: Mapping[str, Any]) -> str:
-    found = said.get("tasks")
-    if not found:
+    found: Sequence[Mapping[str, Any]] = said.get("tasks") or ()
+    if len(found) < 2:
         return ""
-    return "## Held-out loss by task\n\n" + _table(
-        ("task", "loss"), [(name, _number(loss)) for name, loss in found.items()]
+    rows = []
+    for task in found:
+        against = task["comparison"]
+        losses = ["not measured"] * 4
+        if against:
+            interval = f"{_signed(against['difference'])} ({_signed(against['low'])} to {_signed(against['high'])})"
+            losses = [_number(against["adapter_loss"]), _number(against["other_loss"]), interval, against["verdict"]]
+        rows.append((task["name"], f"{task['weight']:g}", task["trained"], task["held_out"], task["cut"], *losses))
+    head = (
+        "task",
+        "weight",
+        "rows trained on",
+        "held out",
+        "cut",
+        "loss",
+        "loss at the start",
+        "difference",
+        "verdict",
     )
+    return "## Held-out loss by task\n\n" + _table(head, rows)
+
+
+def _course(said: Mapping[str, Any]) -> str:
+    points: Sequence[Mapping[str, Any]] = said.get("curve") or ()
+    if len(points) < 2:
+        return ""
+    best = said.get("best_step")
+    stride = -(-len(points) // _SHOWN_POINTS)
+    shown = [point for number, point in enumerate(points) if not number % stride or point["step"] == best]
+    if shown[-1] is not points[-1]:
+        shown.append(points[-1])
+    rows = [
+        (
+            f"{point['step']} (the best)" if point["step"] == best else point["step"],
+            _number(point["valid_loss"]),
+            f"{point['valid_accuracy']:.1%}",
+        )
+        for point in shown
+    ]
+    return "## Evaluations\n\n" + _table(("step", "held-out loss", "accuracy"), rows)
 
 
 def _lineage(said: Mapping[str, Any]) -> str:
@@ -182,6 +238,8 @@ def _lineage(said: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows: list[tuple[str, Any]] = [("Job", _code(found["job_id"])), ("Base model", _code(found["base_model"]))]
+    if base := found.get("base"):
+        rows += _base(base)
     if parent := found["parent"]:
         rows.append(("Started from", f"{_code(parent['name'])} {_code(parent['digest'])}".strip()))
     rows += [
@@ -190,6 +248,7 @@ def _lineage(said: Mapping[str, Any]) -> str:
     ]
     rows += [
         ("Seed", found["seed"]),
+        *_split(found.get("rows")),
         ("Created", _time(found["created_at"])),
         ("Finished", _time(found["finished_at"])),
         ("Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
@@ -198,22 +257,50 @@ def _lineage(said: Mapping[str, Any]) -> str:
     return "## Lineage\n\n" + _table(("", ""), rows) + "\n\n### Settings\n\n" + _table(("setting", "value"), settings)
 
 
+def _split(held: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    return [] if held is None or held["split_seed"] is None else [("Seed of the held-out rows", held["split_seed"])]
+
+
+def _base(base: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Where the base is to be had, and how to see that it is the same one."""
+    rows: list[tuple[str, Any]] = []
+    if base["kind"] == "catalogue":
+        rows.append(("Base from", f"{_code(base['member'])} in the wheel {_code(base['source'])}"))
+        rows.append(("SHA-256 of the wheel", _code(base["revision"])))
+    elif base["kind"] == "hub":
+        revision = f" at {_code(base['revision'])}" if base["revision"] else ""
+        rows.append(("Base from", f"the hub, {_code(base['source'])}{revision}"))
+    else:
+        rows.append(("Base from", f"the directory {_code(base['source'])} of the machine that trained it"))
+    return rows + [(f"SHA-256 of the base's {_code(name)}", _code(digest)) for name, digest in base["weights"].items()]
+
+
 def _notes(said: Mapping[str, Any]) -> str:
     notes: Sequence[str] = said.get("notes") or ()
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
 
 
-def _use(record: AdapterRecord) -> str:
+def _use(record: AdapterRecord, said: Mapping[str, Any]) -> str:
+    base: Mapping[str, Any] = (said.get("lineage") or {}).get("base") or {}
+    name = json.dumps(record.base_model)
+    before, argument, comment = "", name, "  # or where the base lies"
+    if base.get("kind") == "hub" and base["revision"]:
+        argument, comment = f"{name}, revision={json.dumps(base['revision'])}", ""
+    elif base.get("kind") == "catalogue":
+        before = f"# `tenora pull {record.base_model}` fetches the base and converts it.\n"
+        argument, comment = json.dumps(f"path/to/.tenora/models/{record.base_model}"), ""
+    elif base.get("kind") == "directory":
+        argument, comment = json.dumps(f"path/to/{base['source']}"), "  # the weights have the SHA-256 above"
     return (
         "## Use\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(record.base_model)})  # or where the base lies\n"
+        f"{before}base = AutoModelForCausalLM.from_pretrained({argument}){comment}\n"
         'model = PeftModel.from_pretrained(base, "path/of/this/directory")\n```'
     )
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[Any, Any]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -31,8 +31,9 @@ from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
 from tenora.training.dataset import TokenizedDataset
 from tenora.training.optimizer import AdamW
-from tenora.training.spec import TrainSpec
+from tenora.training.spec import EvaluationPoint, TrainSpec
 
+_MOST_POINTS = 256  # of the curve that is kept
 _KEPT = 3  # latest checkpoints that stay beside the best one
 _STEP_DIRECTORY = re.compile(r"step-(\d+)")
 
@@ -76,7 +77,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         base_general_loss: of the base on the general text, if the run has one.
         row_tokens: learned tokens of each held-out row.
         stale: evaluations since the best one.
-        curve: all evaluations, where they are asked for.
+        curve: all evaluations row by row, where they are asked for.
+        points: the evaluations; of many some.
         trained_tokens: learned tokens seen so far, every epoch counted.
         seconds: time spent in the run, over all its resumptions.
         window_loss, window_correct, window_tokens: sums over the steps since the last evaluation.
@@ -92,11 +94,17 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     best: Best | None = None
     stale: int = 0
     curve: list[Evaluated] = []
+    points: list[EvaluationPoint] = []
     trained_tokens: int = 0
     seconds: float = 0.0
     window_loss: float = 0.0
     window_correct: float = 0.0
     window_tokens: int = 0
+
+
+def thinned(points: list[EvaluationPoint]) -> list[EvaluationPoint]:
+    """Of too many points of a curve every other one, and the last."""
+    return points if len(points) <= _MOST_POINTS else [*points[:-1:2], points[-1]]
 
 
 @dataclass(frozen=True, slots=True)

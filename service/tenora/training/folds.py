@@ -30,6 +30,7 @@ from tenora.training.schedule import evaluation_steps
 from tenora.training.spec import (
     PROBE_ROWS,
     EvalEvent,
+    EvaluationPoint,
     FinishedEvent,
     FoldEvent,
     HeldOut,
@@ -212,6 +213,10 @@ class FoldsPlan:
             last_loss=curve[-1].valid_loss,
             held_out=HeldOut(tokens=tokens.tolist(), adapter=curve[best].rows, start=curve[0].rows),
             probe=Probe(path=spec.tasks[0].train_path, rows=found.probe),
+            curve=[
+                EvaluationPoint(step=found.step, valid_loss=found.valid_loss, valid_accuracy=found.valid_accuracy)
+                for found in curve
+            ],
             general_loss=general,
             base_general_loss=base_general,
             stopped_early=final.progress.step < final.total_steps,

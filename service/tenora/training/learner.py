@@ -24,6 +24,7 @@ from tenora.training.checkpoint import (
     load_state,
     prune_checkpoints,
     save_state,
+    thinned,
     write_checkpoint,
 )
 from tenora.training.corpus import Corpus
@@ -33,7 +34,7 @@ from tenora.training.objectives import MeanLoss, PreferenceLoss, RewardSums, row
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.packing import PackedRows, microbatches, shared_prefix
 from tenora.training.schedule import learning_rate
-from tenora.training.spec import CheckpointEvent, EvalEvent, Items, Rewards, StepEvent, TrainSpec
+from tenora.training.spec import CheckpointEvent, EvalEvent, EvaluationPoint, Items, Rewards, StepEvent, TrainSpec
 from tenora.training.start import start_adapter
 from tenora.training.step import LoraDropout, TokenLosses
 from tenora.training.work import Dropping, Work
@@ -354,6 +355,7 @@ class Learner:
     ) -> None:
         before = self.progress
         step = Evaluated(step=before.step, valid_loss=found.loss, valid_accuracy=found.accuracy, rows=found.rows)
+        point = EvaluationPoint(step=before.step, valid_loss=found.loss, valid_accuracy=found.accuracy)
         self.progress = msgspec.structs.replace(
             before,
             evaluated_step=before.step,
@@ -365,6 +367,7 @@ class Learner:
             start_rows=before.start_rows if before.step else found.rows,
             row_tokens=found.tokens,
             curve=before.curve if self._checkpoints else [*before.curve, step],
+            points=thinned([*before.points, point]),
             window_loss=0.0,
             window_correct=0.0,
             window_tokens=0,

@@ -67,6 +67,7 @@ def finished(learner: Learner) -> FinishedEvent:
         held_out=_held_out(learner, best),
         probe=_probe(learner, best),
         tasks=best.tasks,
+        curve=progress.points,
         general_loss=best.general_loss,
         base_general_loss=progress.base_general_loss,
         stopped_early=progress.step < learner.total_steps,

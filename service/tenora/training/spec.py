@@ -244,6 +244,14 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     start: list[float]
 
 
+class EvaluationPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """An evaluation of the held-out rows: of the start at step 0, then of the adapter on the way."""
+
+    step: int
+    valid_loss: float
+    valid_accuracy: float
+
+
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """What the training path computes under the result; what serves the adapter must give the same.
 
@@ -269,6 +277,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
         tasks: held-out loss of each task, if there are several.
         general_loss, base_general_loss: of the result and of the base, nats per token of `TrainSpec.general_text`; None
             without such a text.
+        curve: the evaluations of the result's run, or of all folds together; of a long run some of them.
         trial: the winner of a sweep, as an index into `TrainSpec.trials`.
         trained_tokens: learned tokens of everything that the run trained: all epochs, all trials, all folds.
         stopped_early: fewer steps were made than planned, because the held-out loss no longer fell.
@@ -289,6 +298,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     tasks: dict[str, float] = {}  # msgspec copies empty literals
     general_loss: float | None = None
     base_general_loss: float | None = None
+    curve: list[EvaluationPoint] = []
     trial: int | None = None
     stopped_early: bool = False
 

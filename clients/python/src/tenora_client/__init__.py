@@ -32,13 +32,21 @@ from tenora_client.errors import (
     UnavailableError,
     UnprocessableError,
 )
+from tenora_client.evaluation import (
+    Comparison,
+    Evaluation,
+    EvaluationPoint,
+    Judgement,
+    Published,
+    Replaced,
+    TaskResult,
+)
 from tenora_client.jobs import Job
 from tenora_client.models import (
     Adapter,
     ChatChunk,
     ChatCompletion,
     Checkpoint,
-    Comparison,
     Completion,
     Deleted,
     Estimate,
@@ -47,8 +55,6 @@ from tenora_client.models import (
     JobState,
     Model,
     Preview,
-    Published,
-    Replaced,
     Usage,
 )
 from tenora_client.paging import AsyncPages, Pages
@@ -76,12 +82,15 @@ __all__ = [
     "ConflictError",
     "Deleted",
     "Estimate",
+    "Evaluation",
+    "EvaluationPoint",
     "File",
     "Job",
     "JobBar",
     "JobError",
     "JobEvent",
     "JobState",
+    "Judgement",
     "Model",
     "NotFoundError",
     "Pages",
@@ -99,6 +108,7 @@ __all__ = [
     "StorageFullError",
     "Stream",
     "StreamError",
+    "TaskResult",
     "TenoraError",
     "TransportError",
     "UnavailableError",

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from tenora_client.api_object import ApiObject
+from tenora_client.evaluation import Evaluation, Published
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
-
-
-class ApiObject(BaseModel):
-    """Base of all: immutable, and tolerant of what a newer server adds."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
 
 class ListPage(ApiObject, Generic[T]):
@@ -242,46 +239,6 @@ class JobFailure(ApiObject):
     param: str | None = None
 
 
-class Comparison(ApiObject):
-    """Held-out loss of a result beside something else's, on the same rows; a `difference` below 0 is better.
-
-    Attributes:
-        unit: nats per token, or per pair of preference rows.
-        low, high: 95% interval of the difference.
-        verdict: better, worse, no difference or too few rows.
-    """
-
-    rows: int
-    tokens: int
-    unit: str = "nats per token"
-    adapter_loss: float | None = None
-    other_loss: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    verdict: str
-
-
-class Replaced(ApiObject):
-    """The version that a name meant when the job ended; `comparison` is None if the two could not be compared."""
-
-    name: str
-    version: int
-    digest: str
-    comparison: Comparison | None = None
-
-
-class Published(ApiObject):
-    """What became of a job's result: whether its name means it now (`alias_moved`), and why."""
-
-    alias_moved: bool
-    version: int
-    digest: str
-    code: str
-    reason: str
-    replaced: Replaced | None = None
-
-
 class JobState(ApiObject):
     """A fine-tuning job at one moment. Hyperparameters are "auto" until the files have been read."""
 
@@ -308,7 +265,7 @@ class JobState(ApiObject):
     sweep_results: Sequence[Mapping[str, Any]] | None = None
     parent: str | None = None
     metadata: Mapping[str, str] | None = None
-    evaluation: Mapping[str, Any] | None = None
+    evaluation: Evaluation | None = None
     published: Published | None = None
 
     @property
@@ -359,4 +316,4 @@ class Adapter(ApiObject):
     parent_digest: str | None = None
     resident: str | None = None
     pinned: bool = False
-    evaluation: Mapping[str, Any] | None = None
+    evaluation: Evaluation | None = None

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
-
-EVALUATION = (
-    "Of an adapter that a job made. `valid_loss`, `base_loss` and the like are the run's own. `held_out` compares the "
-    "adapter with what training started from, row by row: `difference` in nats per learned token (`unit`: or per "
-    "preference pair) with a 95% interval (`low`, `high`), `verdict` better, worse, no difference or too few rows; "
-    "`source` says whether the rows were held out or cross-validated. `base` compares it with the base, `replaced` "
-    "with the version that its name meant when the job ended, and `few_shot` with the base that has `shots` training "
-    "rows in its prompt; `verdicts` has the verdict against each of them, or not measured with the reason. "
-    "`forgetting` is the change on a general text, `overfitting` what went on after the best evaluation, "
-    "`near_duplicates` how many held-out rows are nearly training rows, `parity` how far serving is from training, "
-    "and `lineage` what it was made of. `notes` says what could not be measured."
-)
+from tenora.api.schemas.evaluation import EvaluationObject
 
 
 class AdapterObject(ResponseModel):
@@ -44,7 +33,7 @@ class AdapterObject(ResponseModel):
     parent_digest: str | None
     resident: Literal["device", "host", "disk"]
     pinned: bool
-    evaluation: dict[str, Any] | None = Field(description=EVALUATION)
+    evaluation: EvaluationObject | None = Field(description="Of an adapter that a job made.")
 
 
 class RollbackRequest(RequestModel):

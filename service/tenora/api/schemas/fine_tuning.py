@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, StrictBool
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
-from tenora.control.card import Unit, Verdict
+from tenora.api.schemas.evaluation import EvaluationObject, ReplacedObject
 from tenora.control.job_requests import HYPERPARAMETERS
 from tenora.control.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, JobStatus, Publish
 from tenora.control.sweeps import MAX_TRIALS
@@ -206,33 +206,6 @@ class JobError(ResponseModel):
     param: str | None = None
 
 
-class ComparisonObject(ResponseModel):
-    """Held-out loss of a result beside something else's, on the same rows; `difference` below 0 is better.
-
-    Attributes:
-        low, high: 95% interval of the difference.
-    """
-
-    rows: int
-    tokens: int
-    unit: Unit
-    adapter_loss: float | None
-    other_loss: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    verdict: Verdict
-
-
-class ReplacedObject(ResponseModel):
-    """The version that the name meant when the job ended; `comparison` is null if the two could not be compared."""
-
-    name: str
-    version: int
-    digest: str
-    comparison: ComparisonObject | None
-
-
 class PublishedObject(ResponseModel):
     """What became of a job's result.
 
@@ -301,7 +274,7 @@ class JobObject(ResponseModel):
     sweep_results: list[dict[str, Any]] | None
     parent: str | None
     parent_digest: str | None
-    evaluation: dict[str, Any] | None
+    evaluation: EvaluationObject | None
     published: PublishedObject | None
 
     @classmethod
@@ -334,7 +307,7 @@ class JobObject(ResponseModel):
             sweep_results=None if record.sweep_results is None else [dict(trial) for trial in record.sweep_results],
             parent=record.parent,
             parent_digest=record.parent_digest,
-            evaluation=None if record.evaluation is None else dict(record.evaluation),
+            evaluation=None if record.evaluation is None else EvaluationObject.model_validate(record.evaluation),
             published=None if record.published is None else PublishedObject.model_validate(record.published),
         )
 
