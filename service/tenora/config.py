@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Role = Literal["all", "serve", "train"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 ON_CPU: Final[Mapping[str, int]] = {
     "max_num_seqs": 64,
@@ -45,7 +46,9 @@ AtLeastMiB = Annotated[int, _at_least(2**20)]
 class Settings(BaseSettings):
     """What an operator can set. Sizes are bytes and times seconds unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(env_prefix="TENORA_", frozen=True, extra="ignore", protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="TENORA_", frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False
+    )
 
     home: Path = Field(default=Path("~/.tenora"), description="State directory: models, database, files, adapters.")
     model: str = Field(default="smollm2-135m", description="Base model: a catalogue name, a directory or a hub id.")
@@ -58,7 +61,7 @@ class Settings(BaseSettings):
         default=None, description="The default tenant's admin key; made at first start if unset."
     )
     database_url: str | None = Field(default=None, description="Registry; default SQLite in the state directory.")
-    log_level: str = Field(default="info", description="debug, info, warning or error.")
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     # engine
     threads: int = Field(default=0, ge=0, description="CPU threads of the engine; 0 takes every core it may use.")
@@ -124,6 +127,12 @@ class Settings(BaseSettings):
         default=60.0, ge=2, description="Without a heartbeat for this long, the engine is replaced."
     )
     key_cache_seconds: float = Field(default=5.0, ge=0, description="A revoked key works at most this much longer.")
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        """Python's own spelling of a level is in capitals."""
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("adapter_dirs", mode="before")
     @classmethod

@@ -19,7 +19,8 @@
     ├── AdapterDamagedError         a stored adapter is not what was stored
     ├── UnsupportedModelError       a base model that Tenora cannot serve
     ├── TrainingError               a training run that stopped and says why
-    └── ConfigurationError          settings that do not fit together
+    └── ConfigurationError          settings that do not fit together, or not this machine
+        └── SettingError            a setting whose value means nothing
 
 An error says what is wrong **and what to do**. HTTP status codes live in one table, in `tenora.api.errors`.
 """
@@ -204,3 +205,7 @@ class DeviceLostError(BaseException):
 
     Not part of the tree, and no `Exception`: whoever catches those to go on with other work must not go on after it.
     """
+
+
+class SettingError(ConfigurationError):
+    """A setting has a value that means nothing; the message names its variable and its flag."""

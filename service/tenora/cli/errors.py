@@ -1,4 +1,4 @@
-"""Errors become one line on stderr and exit status 1; a traceback is for bugs."""
+"""Errors become one line on stderr and exit status 1, or 2 for what the command was given; a traceback is for bugs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tenora.errors import TenoraError
+from tenora.errors import SettingError, TenoraError
 from tenora_client import TenoraError as ClientError
 
 
@@ -20,4 +20,4 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (TenoraError, ClientError) as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(2 if isinstance(error, SettingError) else 1) from error

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
 from tenora.config import Settings
-from tenora.errors import ConfigurationError
+from tenora.errors import SettingError
 
 SECRET = {"api_key"}  # a flag would show it to everyone who lists processes
 
@@ -30,6 +30,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = typer.Option(
         f"--{name.replace('_', '-')}",
         help=f"{field.description} [env: {variable(name)}{default}]",
+        case_sensitive=False,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
@@ -45,7 +46,7 @@ def load_settings(**flags: Any) -> Settings:
     """Settings from the environment, with the flags that were given on top.
 
     Raises:
-        ConfigurationError: a value that is out of range or cannot be read; it names the variable.
+        SettingError: a value that is out of range or cannot be read; it names the variable.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     try:
@@ -53,10 +54,8 @@ def load_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = str(problem["loc"][0]) if problem["loc"] else ""
-        raise ConfigurationError(f"{variable(name)} (or --{name.replace('_', '-')}): {problem['msg']}.") from error
+        raise SettingError(f"{variable(name)} (or --{name.replace('_', '-')}): {problem['msg']}.") from error
     except SettingsError as error:
         field = re.search(r'field "(\w+)"', str(error))
         name = variable(field[1]) if field else "A setting"
-        raise ConfigurationError(
-            f"{name} cannot be read; write a list as JSON, as in '[\"/srv/adapters\"]'."
-        ) from error
+        raise SettingError(f"{name} cannot be read; write a list as JSON, as in '[\"/srv/adapters\"]'.") from error

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from tenora.cli.options import load_settings
-from tenora.cli.progress import PullProgress
+from tenora.cli.progress import StartProgress
 from tenora.model.catalog import resolve_model
+from tenora.model.fetch import interruptible
+from tenora.telemetry import logs
 
 
 def pull(
@@ -18,6 +20,7 @@ def pull(
 ) -> None:
     """Fetch a base model into $TENORA_HOME/models, unless it is there already."""
     settings = load_settings(model=model)
-    with PullProgress(settings.model) as progress:
+    logs.configure(settings.log_level)
+    with interruptible(), StartProgress(phase="download") as progress:
         found = resolve_model(settings.model, settings.root, progress)
     typer.echo(f"{found.id} is in {found.directory}")

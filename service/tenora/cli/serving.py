@@ -13,24 +13,28 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import typer
 import uvicorn
 import uvloop
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from tenora.api.app import create_app
 from tenora.api.connections import Connections, connection_limit
 from tenora.api.lifecycle import Lifecycle
 from tenora.api.protocol import bounded
+from tenora.api.starting import Starting
 from tenora.cli.connection import SERVER_FILE
-from tenora.cli.progress import PullProgress
+from tenora.cli.fetching import fetch_model
+from tenora.cli.progress import StartProgress
 from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.fair_threads import leave_threads
+from tenora.control.storage import claim
 from tenora.engine.client import AsyncEngine
 from tenora.errors import ConfigurationError
-from tenora.model.catalog import ResolvedModel, resolve_model
+from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tenora.telemetry import logs
@@ -38,6 +42,7 @@ from tenora.telemetry.metrics import Metrics
 
 FLUSH_SECONDS = 5  # after the grace, for the last events of streams that were cut off
 BACKLOG = 2048
+SHOW_SECONDS = 0.2  # between two looks at how far the engine's start is
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +54,20 @@ def run(settings: Settings) -> None:
         TenoraError: the server could not start; the message says what to do.
     """
     logs.configure(settings.log_level)
-    settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Before the signal handlers: fetching a model is atomic, so a signal may simply end it.
-    with PullProgress(settings.model) as progress:
-        model = resolve_model(settings.model, settings.root, progress)
-    uvloop.run(_run(settings, model))
+    # Both before anything that takes time: who comes second is told at once.
+    with claimed(settings.root), listening(settings) as listener:
+        uvloop.run(_run(settings, listener))
     leave_threads()
 
 
-async def _run(settings: Settings, model: ResolvedModel) -> None:
+async def _run(settings: Settings, listener: socket.socket) -> None:
     """Serve; the first signal ends it gracefully, the second at once."""
     stop, started = asyncio.Event(), asyncio.Event()
-    service = asyncio.create_task(serve(settings, model, stop, started))
+    service = asyncio.create_task(serve(settings, listener, stop, started))
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # the engine's process ends when this one is gone
+            os._exit(128 + number)  # the children end when this process is gone
         stop.set()
         if not started.is_set():
             service.cancel()
@@ -80,22 +83,35 @@ async def _run(settings: Settings, model: ResolvedModel) -> None:
         log.info("stopped before it was ready")
 
 
-async def serve(settings: Settings, model: ResolvedModel, stop: asyncio.Event, started: asyncio.Event) -> None:
+async def serve(settings: Settings, listener: socket.socket, stop: asyncio.Event, started: asyncio.Event) -> None:
     """Start everything and set `started`; when `stop` is set, drain and end everything."""
-    with listening(settings) as listener:
-        async with control_plane(settings, model) as control:
-            app = create_app(control, settings)
-            server = Server(http_config(app, settings.max_connections))
-            serving = asyncio.create_task(server.serve([listener]))
-            await server.ready.wait()
-            with announced(settings, control, listener):
-                started.set()
-                stopping = asyncio.create_task(stop.wait())
-                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                stopping.cancel()
-                await drain(app.state.lifecycle, app.state.metrics, control, settings.drain_seconds)
-            server.should_exit = True
-            await serving
+    with StartProgress() as progress:
+        front = Starting(progress.state)
+        async with answering(front, listener, settings) as serving:
+            model = await fetch_model(settings, progress)
+            async with control_plane(settings, model, progress) as control:
+                app = create_app(control, settings)
+                front.app = app
+                progress.close()
+                with announced(settings, control, listener):
+                    started.set()
+                    stopping = asyncio.create_task(stop.wait())
+                    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                    stopping.cancel()
+                    await drain(app.state.lifecycle, app.state.metrics, control, settings.drain_seconds)
+
+
+@asynccontextmanager
+async def answering(app: ASGIApp, listener: socket.socket, settings: Settings) -> AsyncIterator[asyncio.Task[None]]:
+    """HTTP on the socket, from the first moment of the block to its end."""
+    server = Server(http_config(app, settings.max_connections))
+    serving = asyncio.create_task(server.serve([listener]))
+    await server.ready.wait()
+    try:
+        yield serving
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def drain(lifecycle: Lifecycle, metrics: Metrics, control: Control, seconds: float) -> None:
@@ -114,14 +130,14 @@ async def drain(lifecycle: Lifecycle, metrics: Metrics, control: Control, second
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, model: ResolvedModel) -> AsyncIterator[Control]:
+async def control_plane(settings: Settings, model: ResolvedModel, progress: StartProgress) -> AsyncIterator[Control]:
     """The engine and the control plane over it, running."""
     engine = AsyncEngine(settings, model.directory)
-    await engine.start()
+    await loaded(engine, progress)
     try:
         tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
         spec = await asyncio.to_thread(ModelSpec.from_directory, model.directory)
-        control = await Control.open(settings, engine, tokenizer, model, target_modules(spec))
+        control = await Control.open(settings, engine, tokenizer, model, target_modules(spec), claimed=True)
         try:
             await control.start()
             yield control
@@ -129,6 +145,21 @@ async def control_plane(settings: Settings, model: ResolvedModel) -> AsyncIterat
             await control.close()
     finally:
         await engine.close(0)
+
+
+async def loaded(engine: AsyncEngine, progress: StartProgress) -> None:
+    """Start the engine, and show how far that is until it is there."""
+    start = asyncio.create_task(engine.start())
+    progress("engine", 0, 0)
+    try:
+        while not (await asyncio.wait({start}, timeout=SHOW_SECONDS))[0]:
+            if (step := engine.loading) is not None:
+                progress(step.phase, step.done, step.total, step.found)
+            progress.show()
+        start.result()
+    finally:
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
 
 
 class Server(uvicorn.Server):
@@ -149,7 +180,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def http_config(app: FastAPI, max_connections: int) -> uvicorn.Config:
+def http_config(app: ASGIApp, max_connections: int) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
@@ -183,6 +214,16 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
     with listener:
         listener.setblocking(False)
         yield listener
+
+
+@contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """The state directory, held by this process."""
+    lock = claim(root)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

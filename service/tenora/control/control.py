@@ -27,6 +27,7 @@ from tenora.control.names import new_id
 from tenora.control.previews import Previews
 from tenora.control.registry import Bootstrap, Registry
 from tenora.control.runner import JobRunner
+from tenora.control.storage import claim
 from tenora.control.tokenizing import Tokenizing
 from tenora.errors import TenoraError, UnavailableError
 
@@ -61,7 +62,7 @@ class Control:
         model: ResolvedModel,
         targets: Sequence[TargetModule],
         bootstrap: Bootstrap,
-        lock: int,
+        lock: int | None,
     ) -> None:
         settings, database, storage = registry.settings, registry.database, registry.storage
         self.settings = settings
@@ -111,8 +112,13 @@ class Control:
         tokenizer: Tokenizer,
         model: ResolvedModel,
         targets: Sequence[TargetModule],
+        *,
+        claimed: bool = False,
     ) -> Control:
         """Open the state directory, migrate the registry, sweep what a dead process left, make the bootstrap key.
+
+        Args:
+            claimed: the caller holds the state directory (`storage.claim`), before and beyond this object's life.
 
         Raises:
             ConfigurationError: the directory is in use, or the database cannot be.
@@ -121,7 +127,7 @@ class Control:
         registry = await Registry.open(settings)
         lock: int | None = None
         try:
-            lock = await asyncio.to_thread(registry.storage.lock)
+            lock = None if claimed else await asyncio.to_thread(claim, settings.root)
             bootstrap = await registry.bootstrap()
             control = await asyncio.to_thread(cls, registry, engine, tokenizer, model, targets, bootstrap, lock)
             await control.sweep(started)
@@ -148,7 +154,9 @@ class Control:
         self._tokenizing.close()
         await self._blobs.settle()
         await self._registry.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def ready(self) -> bool:
         """Whether requests are taken and will be answered."""

@@ -59,25 +59,6 @@ class Storage:
         for path in self.tenants.glob("*/jobs/*"):
             yield path.parts[-3], path.name, path
 
-    def lock(self) -> int:
-        """Take the state directory for this process; the kernel frees it when the process ends, however that happens.
-
-        Returns:
-            A descriptor to be closed at the end.
-
-        Raises:
-            ConfigurationError: another process serves from this directory.
-        """
-        descriptor = os.open(self.root / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ConfigurationError(
-                f"Another Tenora serves from {self.root}; stop it, or set TENORA_HOME to another directory."
-            ) from error
-        return descriptor
-
     def sweep_staging(self, older_than: float) -> int:
         """Remove what a dead process left half-written before `older_than` (Unix time); how many entries."""
         removed = 0
@@ -86,6 +67,32 @@ class Storage:
                 remove(path)
                 removed += 1
         return removed
+
+
+def claim(root: Path) -> int:
+    """Take a state directory for this process; the kernel frees it when the process ends, however that happens.
+
+    Returns:
+        A descriptor to be closed at the end.
+
+    Raises:
+        ConfigurationError: the directory cannot be had, or another process serves from it.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(root / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The state directory {root} cannot be written: {error.strerror or error}. Set TENORA_HOME to one that can."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"Another Tenora serves from {root}; stop it, or set TENORA_HOME to another directory."
+        ) from error
+    return descriptor
 
 
 def place(staged: Path, final: Path) -> None:

