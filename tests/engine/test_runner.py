@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import count
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import Abort
-from tenora.engine.runner import BlockTables
 from tenora_kernels import layout
 from tests.engine.driver import MakeDriver
 from tests.engine.requests import generate, prompt, sampling
-
-
-def expected(tables: list[list[int]]) -> list[list[int]]:
-    width = max(len(table) for table in tables)
-    return [table + [0] * (width - len(table)) for table in tables]
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("grow"), st.integers(0, 5), st.integers(1, 12)),
-            st.tuples(st.just("leave"), st.integers(0, 5), st.just(0)),
-            st.tuples(st.just("join"), st.integers(0, 3), st.just(0)),
-            st.tuples(st.just("restart"), st.integers(0, 5), st.integers(1, 3)),
-        ),
-        max_size=30,
-    )
-)
-def test_block_tables_are_what_the_lists_say(changes: list[tuple[str, int, int]]) -> None:
-    blocks = count(1)
-    tables, rows = BlockTables(), [[next(blocks)]]
-    for change, index, number in changes:
-        at = index % len(rows)
-        if change == "grow":
-            rows[at] += [next(blocks) for _ in range(number)]
-        elif change == "leave" and len(rows) > 1:
-            del rows[at]
-        elif change == "join":
-            rows.insert(at, [next(blocks)])
-        elif change == "restart":  # preempted and admitted again: its old list was emptied
-            rows[at].clear()
-            rows[at] = [next(blocks) for _ in range(number)]
-        wanted = np.array(expected(rows))
-        got = tables.update(list(rows))
-        np.testing.assert_array_equal(got[:, : wanted.shape[1]], wanted)
-        assert not got[:, wanted.shape[1] :].any()
 
 
 @pytest.fixture

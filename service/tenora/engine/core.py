@@ -287,6 +287,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise unless the owners of blocks and slots can account for each of them."""
         self.scheduler.check_integrity()
+        self.runner.check_integrity()
         self.loader.check_integrity()
 
     def _read_adapter(self, max_rank: int) -> Callable[[AdapterRef], PreparedAdapter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tenora.engine.block_tables import BlockTables
 from tenora.engine.decode_graphs import DecodeGraphs, DecodeRows
 from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
 from tenora.engine.sampler import describe, sample
@@ -26,7 +26,6 @@ from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 Integers = npt.NDArray[np.integer[Any]]
 
-_WIDTH = 8  # block tables grow by so many blocks at a time
 _FEW_ROWS = 256  # steps of up to so many tokens, and those of more, take other kernels on a card
 _SCORED_ROWS = 64  # prompt positions whose logits exist at the same time: 64 rows of 150k tokens are 37 MiB
 
@@ -44,37 +43,6 @@ class Result:
     token: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-class BlockTables:
-    """The block tables of a step's rows as one array [rows, width], zeros beyond the end of a row.
-
-    While the rows stay the same, as they do while only decoding goes on, only what has grown is written.
-    """
-
-    def __init__(self) -> None:
-        self._tables: list[list[int]] = []
-        self._written: list[int] = []  # per row
-        self._array = np.zeros((0, 0), dtype=np.int32)
-
-    def update(self, tables: list[list[int]]) -> npt.NDArray[np.int32]:
-        """The array for these tables. It is valid until the next call.
-
-        Args:
-            tables: one per row. A sequence has a new list whenever it is admitted, and a list only ever grows while it
-                runs, so the same lists mean the same rows.
-        """
-        lengths = [len(table) for table in tables]
-        rows, width = self._array.shape
-        if len(tables) != rows or max(lengths) > width or not all(map(is_, tables, self._tables)):
-            self._array = np.zeros((len(tables), -(-max(lengths) // _WIDTH) * _WIDTH), dtype=np.int32)
-            self._tables, self._written = tables, [0] * len(tables)
-        if lengths != self._written:
-            for row, (table, written, length) in enumerate(zip(tables, self._written, lengths, strict=True)):
-                if written < length:
-                    self._array[row, written:length] = table[written:]
-            self._written = lengths
-        return self._array
 
 
 class ModelRunner:
@@ -140,6 +108,11 @@ class ModelRunner:
             prompt.slot = 0  # of an empty pool: it adapts nothing
             prompt.block_table = list(range(-(-length // size)))
             self.run([Scheduled(prompt, 0, length)])
+            prompt.block_table.clear()
+
+    def check_integrity(self) -> None:
+        """Raise unless the block tables that are kept are those of the sequences."""
+        self._block_tables.check_integrity()
 
     def _hidden(self, items: Rows[Scheduled]) -> Tensor:
         """Hidden states [T, H] of the stream of the items' tokens."""
