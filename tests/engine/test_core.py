@@ -347,6 +347,6 @@ def test_a_row_without_finite_logits_fails_alone(driver: MakeDriver, adapters: l
         tiny.step()
     failure = tiny.answers[poisoned.request_id].failure
     assert failure is not None
-    assert failure.code == "engine_error"
+    assert failure.code == "adapter_overflow"
     assert other.tokens == expected
     tiny.check_baseline()
