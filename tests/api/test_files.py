@@ -236,3 +236,17 @@ async def test_any_bytes_are_a_file_with_a_status_and_never_a_500(
     assert made["status_details"] is None if words is None else words in made["status_details"]
     kept = await client.get(f"/v1/files/{made['id']}/content")
     assert kept.content == content
+
+
+async def test_a_conversation_that_the_assistant_opens_is_told_at_upload(service: Service) -> None:
+    """Not when a job reads the file: the template is at hand. An opening that is not learned is part of the prompt."""
+    client = service.client("train")
+    greeting = '{"role": "assistant", "content": "Hello."%s}'
+    rest = '{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "A quick one."}'
+    for weight, status in (("", "error"), (', "weight": 0', "processed")):
+        row = f'{{"messages": [{greeting % weight}, {rest}]}}\n'
+        file = (await upload(client, row * 3)).json()
+        assert file["status"] == status
+    refused = (await client.get("/v1/files")).json()["data"][-1]
+    assert "line 1: ambiguous_format: The conversation begins with an assistant message" in refused["status_details"]
+    assert "`weight` 0" in refused["status_details"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -67,7 +68,34 @@ async def test_base_adapter_stream_and_scores(service: Service, make_adapter: Ca
     assert all(value < 0 for value in logprobs["token_logprobs"][1:])
 
     samples = (await client.get("/metrics")).text
-    assert 'vllm:cache_config_info{block_size="16"' in samples
+    assert re.search(r'vllm:cache_config_info\{[^}]*block_size="16"', samples)
+
+
+async def test_a_prompt_of_exactly_the_contexts_length_is_scored(service: Service) -> None:
+    inference = service.control.inference
+    longest = inference.max_model_len
+
+    async def score(tokens: int, **fields: Any) -> Any:
+        body = {"model": inference.base_id, "prompt": [5] * tokens, "max_tokens": 0, "echo": True, **fields}
+        return (await service.client("infer").post("/v1/completions", json=body)).json()
+
+    answer = await score(longest, logprobs=0)
+    values = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert (len(values), values[0]) == (longest, None)
+    assert all(value < 0 for value in values[1:])
+    assert answer["usage"] | {"prompt_tokens_details": None} == {
+        "prompt_tokens": longest,
+        "completion_tokens": 0,
+        "total_tokens": longest,
+        "prompt_tokens_details": None,
+    }
+    shorter = (await score(longest - 1, logprobs=0))["choices"][0]["logprobs"]["token_logprobs"]
+    assert shorter == pytest.approx(values[:-1], abs=1e-4)
+    assert (await score(longest))["choices"][0]["text"] == inference.tokenizer.decode([5] * longest)
+    for tokens, fields in ((longest + 1, {}), (longest, {"max_tokens": 1})):
+        error = (await score(tokens, **fields))["error"]
+        assert error["code"] == "context_length_exceeded"
+    assert service.control.engine.healthy
 
 
 class TestABaseWhoseConfigurationNamesAnotherEnd:

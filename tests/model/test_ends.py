@@ -72,7 +72,7 @@ def test_what_the_template_writes_after_an_answer_ends_a_turn(
     own = {"tokenizer_config": {"eos_token": "<|endoftext|>"}}
     tokenizer = changed(tiny, tmp_path / "m", template=TURNS.format(end=end), **ends, **own)
     assert tokenizer.turn_end is not None
-    assert (tokenizer.turn_end.token_id, tokenizer.turn_end.written) == (token, written)
+    assert (tokenizer.turn_end.token_id, bool(tokenizer.turn_end.closing)) == (token, written)
     assert tokenizer.eos_token_ids == {0, 2}
 
 

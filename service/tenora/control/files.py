@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, String, cast, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,6 +29,9 @@ from tenora.control.storage import Storage, full_disk, place, remove
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
 from tenora.training.dataset import validate_file
 
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
 TRAINING_PURPOSE = "fine-tune"
 RESULT_PURPOSE = "fine-tune-results"
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
@@ -42,10 +45,18 @@ Status = Literal["uploaded", "processed", "error"]
 class Files:
     """The files of a tenant. Every method needs the scope `train`."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage, failpoints: Failpoints) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        storage: Storage,
+        tokenizer: Tokenizer,
+        failpoints: Failpoints,
+    ) -> None:
         self._settings = settings
         self._database = database
         self._storage = storage
+        self._tokenizer = tokenizer
         self._failpoints = failpoints
 
     async def create(
@@ -214,7 +225,9 @@ class Files:
     async def _check(self, staged: Path, purpose: str) -> tuple[Status, str | None]:
         if purpose != TRAINING_PURPOSE:
             return "uploaded", None
-        report = await asyncio.to_thread(validate_file, staged, max_rows=self._settings.max_training_rows)
+        report = await asyncio.to_thread(
+            validate_file, staged, self._tokenizer, max_rows=self._settings.max_training_rows
+        )
         return ("processed", None) if report.ok else ("error", report.summary())
 
 

@@ -25,13 +25,14 @@ class TurnEnd:
 
     Attributes:
         text: what it writes after the content of a conversation's last message.
+        closing: the beginning of that, up to and with the token that ends the turn; "" if it is written only between
+            two messages, or if there is none.
         token_id: the added token that ends the turn; None if that is plain text or nothing.
-        written: the template writes the token after the last message too, not only between two.
     """
 
     text: str
+    closing: str
     token_id: int | None
-    written: bool
 
 
 def declared_ends(directory: Path, eos_token: int | None) -> frozenset[int]:
@@ -66,12 +67,12 @@ def find_turn_end(
     text = _after(render, turns, answer)
     if text is None:
         return None
-    token_id = _leading(text, added)
-    if token_id is not None:
-        return TurnEnd(text, token_id, written=True)
+    closing = _leading(text, added)
+    if closing:
+        return TurnEnd(text, closing, added[closing.lstrip()])
     between = _after(render, [*turns, {"role": "user", "content": reply}], answer)
-    token_id = _leading(between or "", added)
-    return TurnEnd(text, token_id if token_id in ends else None, written=False)
+    token_id = added.get(_leading(between or "", added).lstrip())
+    return TurnEnd(text, "", token_id if token_id in ends else None)
 
 
 def _after(
@@ -84,7 +85,8 @@ def _after(
     return after if found else None
 
 
-def _leading(text: str, added: Mapping[str, int]) -> int | None:
-    """The added token, the longest one, that a text begins with, white space aside."""
-    begun = [token for token in added if token and text.lstrip().startswith(token)]
-    return added[max(begun, key=len)] if begun else None
+def _leading(text: str, added: Mapping[str, int]) -> str:
+    """The added token, the longest one, that a text begins with, and the white space before it; "" without one."""
+    bare = text.lstrip()
+    token = max((token for token in added if bare.startswith(token)), key=len, default="")
+    return text[: len(text) - len(bare) + len(token)] if token else ""

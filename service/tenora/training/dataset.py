@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.encoding import Example, encode_example
+from tenora.training.encoding import Example, check_opening, encode_example
 from tenora.training.reading import MIN_EXAMPLES, ValidationReport, usable_rows
 from tenora.training.rows import RowChecker, RowIssue
 
@@ -45,12 +45,15 @@ class UnusableRowsError(DatasetError):
         self.report = report
 
 
-def validate_file(path: Path, *, max_rows: int | None = None, min_rows: int = MIN_EXAMPLES) -> ValidationReport:
+def validate_file(
+    path: Path, tokenizer: Tokenizer | None = None, *, max_rows: int | None = None, min_rows: int = MIN_EXAMPLES
+) -> ValidationReport:
     """Check the structure of a training file, one row at a time.
 
     Args:
         path: JSON Lines, CSV or Parquet with rows of one form (`tenora.training.forms`); in text a BOM, CRLF line ends
             and blank lines are accepted.
+        tokenizer: the base model's, whose chat template says which conversations may begin with the assistant.
         max_rows: more rows than this are an issue (`too_many_examples`), and reading stops there.
         min_rows: fewer rows than this are an issue (`too_few_examples`).
 
@@ -58,8 +61,12 @@ def validate_file(path: Path, *, max_rows: int | None = None, min_rows: int = MI
         What was found; the file may be used if `report.ok`.
     """
     report = ValidationReport()
-    for _ in usable_rows(path, report, max_rows=max_rows, min_rows=min_rows):
-        pass
+    for line, row in usable_rows(path, report, max_rows=max_rows, min_rows=min_rows):
+        if tokenizer is not None:
+            checker = RowChecker(line)
+            check_opening(row, tokenizer, checker)
+            for issue in checker.issues:
+                report.add(issue)
     return report
 
 

@@ -7,6 +7,7 @@ tokenizer would merge the last character of the prompt with the first of the ans
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,10 +16,19 @@ from tenora.errors import InvalidRequestError, TenoraError
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.rows import ChatRow, PreferenceRow, Row, RowChecker, SupervisedRow, TextRow
 
-_ANSWER_FIRST = "The conversation begins with an assistant message, which nothing asks for; begin with a user message."
+_THINK_BLOCK = re.compile(r"<(\w+)>\s*\Z")
+_ANSWER_FIRST = (
+    "The conversation begins with an assistant message, which nothing asks for; begin with a user message, or set "
+    "`weight` 0 on that one."
+)
 _MOVING_TEMPLATE = (
     "The base model's chat template renders messages[{index}] differently once other messages follow it; split the "
     "conversation into rows that each end with the message to learn, and set `weight` 0 on the others."
+)
+_THINKING = (
+    "The base model's chat template opens a think block before an answer and leaves it out of earlier ones, so only a "
+    "conversation's last message can be learned as it is served; split the conversation into rows that each end with "
+    "the message to learn, and set `weight` 0 on the others."
 )
 _ENDLESS = (
     "The base model's chat template ends an assistant's message with {text!r}, which holds no end token, so an adapter "
@@ -73,6 +83,18 @@ def encode_example(
             "no_trainable_tokens", "No learned token is left in the row after truncation; shorten its prompt."
         )
     return Example(kept, cut)
+
+
+def check_opening(row: Row, tokenizer: Tokenizer, checker: RowChecker) -> None:
+    """Report why a conversation in which the assistant speaks first cannot be used, if it cannot.
+
+    Templates differ in what they take of those; nothing is tokenized, and other rows are not looked at.
+    """
+    for part in (row.chosen, row.rejected) if isinstance(row, PreferenceRow) else (row,):
+        if isinstance(part, ChatRow):
+            roles = (message["role"] for message in part.messages)
+            if next((role for role in roles if role != "system"), None) == "assistant":
+                _render(part, tokenizer, checker)
 
 
 def _encode(row: SupervisedRow, tokenizer: Tokenizer, checker: RowChecker) -> Encoded | None:
@@ -180,28 +202,70 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 def _render(row: ChatRow, tokenizer: Tokenizer, checker: RowChecker) -> tuple[str, list[tuple[int, int]]] | None:
     """The conversation as text and the character spans of its learned messages.
 
-    The spans are found by rendering the conversation up to each message, so they hold for any template; a template that
-    renders earlier turns differently once later ones follow is refused for such rows.
+    The spans are found by rendering the conversation up to each message, so they hold for any template: each begins
+    where the served prompt ends. A template that renders earlier turns differently once later ones follow is refused
+    for such rows.
     """
+    closing = "" if tokenizer.turn_end is None else tokenizer.turn_end.closing
+    written = "" if tokenizer.turn_end is None else tokenizer.turn_end.text
+    if row.trained[0]:
+        checker.report("ambiguous_format", _ANSWER_FIRST)
+        return None
     try:
         text = tokenizer.render_chat(row.messages, add_generation_prompt=False, tools=row.tools)
         if not _renders_tools(row, text, tokenizer, checker):
             return None
         spans = []
         for index in (index for index, learn in enumerate(row.trained) if learn):
-            if index == 0:
-                checker.report("ambiguous_format", _ANSWER_FIRST)
-                return None
             before = tokenizer.render_chat(row.messages[:index], add_generation_prompt=True, tools=row.tools)
             through = tokenizer.render_chat(row.messages[: index + 1], add_generation_prompt=False, tools=row.tools)
-            if not (through.startswith(before) and text.startswith(through)):
+            if not through.startswith(before):
+                asked, said = (row.messages[place]["content"] for place in (index - 1, index))
+                opened = _THINK_BLOCK.search(before)
+                answer = _moved(before, through, asked) if opened is None else _thought(opened, through, said)
+                if answer is None or index + 1 < len(row.messages):
+                    reason = _MOVING_TEMPLATE.format(index=index) if opened is None else _THINKING
+                    checker.report("ambiguous_format", reason)
+                    return None
+                through = text = before + answer
+            # What a template writes behind the end of a turn may depend on whether more follows.
+            stop = len(through) - len(written) + len(closing) if closing and through.endswith(written) else len(through)
+            if not text.startswith(through[:stop]):
                 checker.report("ambiguous_format", _MOVING_TEMPLATE.format(index=index))
                 return None
-            spans.append((len(before), len(through)))
+            spans.append((len(before), stop))
     except TenoraError as error:
         checker.report("data_type", f"The base model's chat template refuses the conversation: {error.message}")
         return None
     return text, spans
+
+
+def _moved(before: str, through: str, asked: str) -> str | None:
+    """What the template writes for an answer, where it renders what stands before it differently once it is there.
+
+    Mistral's templates put the system message into a user message that nothing follows. None if there is no telling.
+    """
+    question = asked.strip()
+    if not question or question not in before:
+        return None
+    _, found, answer = through.rpartition(question + before.rpartition(question)[2])
+    return answer if found else None
+
+
+def _thought(opened: re.Match[str], through: str, content: str) -> str | None:
+    """What follows a prompt whose end opens a think block, for a message that `through` shows otherwise.
+
+    The message's own reasoning, if its content has any, goes into the block; without it the block is closed at once, as
+    a model does that answers without thinking. None if more than that is different.
+    """
+    if not through.startswith(opened.string[: opened.start()]):
+        return None
+    begin, end = f"<{opened[1]}>", f"</{opened[1]}>"
+    shown = through[opened.start() :]
+    if shown.startswith(begin):
+        return shown.removeprefix(begin).lstrip()
+    reasoning = content.rpartition(end)[0].rpartition(begin)[2].strip()
+    return f"{reasoning}\n{end}\n\n{shown}"
 
 
 def _renders_tools(row: ChatRow, text: str, tokenizer: Tokenizer, checker: RowChecker) -> bool:
