@@ -17,7 +17,7 @@ from sqlalchemy import create_engine
 from tenora.config import Settings
 from tenora.control import database as database_module
 from tenora.control.control import Control, Registry
-from tenora.control.database import Database, RegistryBusyError
+from tenora.control.database import Database, RegistryBusyError, RegistryDamagedError
 from tenora.control.records import JobRequest, Principal
 from tenora.control.schema import Base, TenantRow
 from tenora.errors import (
@@ -106,16 +106,40 @@ async def test_a_locked_database_is_unavailable(
         await other.close()
 
 
+def sqlite_error(code: int, text: str = "full locked connect") -> sqlalchemy.exc.OperationalError:
+    """As the driver raises it; the text says what the code does not, which must not matter."""
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = code
+    return sqlalchemy.exc.OperationalError("q", None, error)
+
+
+def postgres_error(state: str) -> sqlalchemy.exc.DBAPIError:
+    error = Exception("full locked connect")
+    error.sqlstate = state  # type: ignore[attr-defined]
+    return sqlalchemy.exc.DBAPIError("q", None, error)
+
+
 @pytest.mark.parametrize("transaction", ["read", "write"])
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (sqlalchemy.exc.OperationalError("q", None, Exception("connection refused")), RegistryBusyError),
+        (sqlite_error(sqlite3.SQLITE_FULL), StorageFullError),
+        (sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE), StorageFullError),
+        (sqlite_error(sqlite3.SQLITE_BUSY), RegistryBusyError),
+        (sqlite_error(sqlite3.SQLITE_BUSY_SNAPSHOT), RegistryBusyError),
+        (sqlite_error(sqlite3.SQLITE_CANTOPEN), RegistryBusyError),
+        (sqlite_error(sqlite3.SQLITE_CORRUPT), RegistryDamagedError),
+        (sqlite_error(sqlite3.SQLITE_CORRUPT_INDEX), RegistryDamagedError),
+        (sqlite_error(sqlite3.SQLITE_IOERR_READ), RegistryDamagedError),
+        (sqlite_error(sqlite3.SQLITE_ERROR), sqlalchemy.exc.OperationalError),
+        (postgres_error("53100"), StorageFullError),
+        (postgres_error("53300"), RegistryBusyError),
+        (postgres_error("57P01"), RegistryBusyError),
+        (postgres_error("XX001"), RegistryDamagedError),
+        (postgres_error("42P01"), sqlalchemy.exc.DBAPIError),
         (sqlalchemy.exc.InterfaceError("q", None, Exception("?"), connection_invalidated=True), RegistryBusyError),
         (sqlalchemy.exc.TimeoutError("pool"), RegistryBusyError),
         (ConnectionRefusedError(), RegistryBusyError),
-        (sqlalchemy.exc.OperationalError("q", None, Exception("database or disk is full")), StorageFullError),
-        (sqlalchemy.exc.OperationalError("q", None, Exception("no such table")), sqlalchemy.exc.OperationalError),
         (sqlalchemy.exc.IntegrityError("q", None, Exception("connect")), sqlalchemy.exc.IntegrityError),
     ],
 )

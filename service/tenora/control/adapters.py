@@ -217,7 +217,7 @@ class Adapters:
         another adapter has the same content.
         """
         principal.require("adapters")
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             alias = await self._alias(session, principal, name)
             rows = await pairs(session, versions_of(principal.tenant_id, alias.name))
             digests = await delete_versions(session, principal.tenant_id, [row for _, row in rows])
@@ -235,7 +235,7 @@ class Adapters:
             ConflictError: the alias points at it and has other versions.
         """
         principal.require("adapters")
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             row = await session.scalar(
                 select(AdapterVersionRow).where(
                     AdapterVersionRow.tenant_id == principal.tenant_id, AdapterVersionRow.model_name == model_name

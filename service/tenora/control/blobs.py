@@ -207,6 +207,7 @@ class Blobs:
                 await asyncio.to_thread(self.store.delete, digest)
             finally:
                 self._going.discard(digest)
+        await self._database.restock()
 
 
 async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:

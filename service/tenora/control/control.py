@@ -121,13 +121,14 @@ class Control:
             claimed: the caller holds the state directory (`storage.claim`), before and beyond this object's life.
 
         Raises:
-            ConfigurationError: the directory is in use, or the database cannot be.
+            ConfigurationError: the directory is in use, or the database is damaged or cannot be used.
         """
         started = time.time()
         registry = await Registry.open(settings)
         lock: int | None = None
         try:
             lock = None if claimed else await asyncio.to_thread(claim, settings.root)
+            await registry.database.check()
             bootstrap = await registry.bootstrap()
             control = await asyncio.to_thread(cls, registry, engine, tokenizer, model, targets, bootstrap, lock)
             await control.sweep(started)
@@ -150,7 +151,11 @@ class Control:
         if self._housekeeper is not None:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
-        await self._runner.stop()
+        try:
+            await self._runner.stop()
+        except TenoraError as error:
+            # A full disk, or a damaged registry: the leases run out by themselves.
+            _log.warning("that the jobs pause was not recorded: %s", error.message)
         self._tokenizing.close()
         await self._blobs.settle()
         await self._registry.close()
@@ -160,7 +165,12 @@ class Control:
 
     def ready(self) -> bool:
         """Whether requests are taken and will be answered."""
-        return not self.draining and self.engine.healthy
+        return not self.draining and not self.damaged and self.engine.healthy
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the registry turned out to be damaged; only a person can help."""
+        return self._registry.database.damaged
 
     def begin_drain(self) -> None:
         """Take no new generation and no new job from now on; what runs goes on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,21 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, event, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
+from sqlalchemy import URL, Connection, event, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
-from tenora.errors import ConfigurationError, StorageFullError, UnavailableError
+from tenora.control.driver_errors import RegistryBusyError, RegistryDamagedError, told
+from tenora.control.reserve import Reserve
+from tenora.errors import ConfigurationError
+
+__all__ = ["Database", "RegistryBusyError", "RegistryDamagedError"]
+
+_log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MILLISECONDS = 10_000
-
-
-class RegistryBusyError(UnavailableError):
-    """Another process holds the registry, or it cannot be reached now; nothing was written. Trying again may help."""
-
-    code = "registry_busy"
-
-    def __init__(self) -> None:
-        super().__init__("The registry is busy; try again in a moment.")
 
 
 class Database:
@@ -36,9 +35,14 @@ class Database:
 
     SQLite allows one writer: writes of this process queue on a lock here instead of polling the file, and begin
     IMMEDIATE, because a read transaction that turns into a write fails at once when another write came between.
+
+    Attributes:
+        damaged: a page could not be read as it was written, or the disk failed, since the start.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, reserve: Reserve | None = None) -> None:
+        self.damaged = False
+        self._reserve = reserve
         self._read = engine
         self._write = engine.execution_options(tenora_write=True)
         self._writing = asyncio.Lock()
@@ -53,6 +57,7 @@ class Database:
             raise ConfigurationError(
                 f"TENORA_DATABASE_URL cannot be used ({error}); leave it out for SQLite."
             ) from error
+        reserve: Reserve | None = None
         if parsed.get_backend_name() == "sqlite":
             if not parsed.database or parsed.database == ":memory:":
                 raise ConfigurationError(
@@ -65,9 +70,10 @@ class Database:
                 raise ConfigurationError(
                     f"The database {parsed.database} cannot be opened: {error.strerror}."
                 ) from error
+            reserve = Reserve(Path(f"{parsed.database}-reserve"))
             event.listen(engine.sync_engine, "connect", _configure_sqlite)
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
-        database = cls(engine)
+        database = cls(engine, reserve)
         try:
             async with database._write.begin() as connection:
                 await connection.run_sync(_migrate)
@@ -78,10 +84,29 @@ class Database:
             ) from error
         except DatabaseError as error:
             await engine.dispose()
+            another = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB  # a file of another kind
+            if isinstance(told(error), RegistryDamagedError) and not another:
+                raise _damaged(parsed, str(error.orig)) from error
             raise ConfigurationError(
                 f"The database {parsed.render_as_string()} cannot be opened: {error.orig}."
             ) from error
         return database
+
+    async def check(self) -> None:
+        """Read every page of SQLite's file once, as a server does before it relies on them.
+
+        Raises:
+            ConfigurationError: a page is damaged.
+        """
+        if self._reserve is None:
+            return  # Postgres looks after its own
+        try:
+            async with self._read.connect() as connection:
+                found = (await connection.exec_driver_sql("PRAGMA quick_check(1)")).scalar()
+        except DatabaseError as error:
+            found = str(error.orig)
+        if found != "ok":
+            raise _damaged(self._read.url, " ".join(str(found).split()))
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -90,42 +115,71 @@ class Database:
         Raises:
             RegistryBusyError: the registry is held by another process, or cannot be reached.
         """
-        with _failures():
+        with self._failures():
             async with AsyncSession(self._read, expire_on_commit=False) as session:
                 yield session
 
     @contextlib.asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncSession]:
+    async def write(self, *, frees: bool = False) -> AsyncIterator[AsyncSession]:
         """A transaction that commits at the end of the block, or rolls back if the block raises.
+
+        Args:
+            frees: the block deletes something, so that it may use the reserve if the disk is full.
 
         Raises:
             RegistryBusyError: the registry is held by another process, or cannot be reached.
             StorageFullError: its disk is full.
+            RegistryDamagedError: its disk has failed.
         """
-        async with self._writing:
-            with _failures():
+        async with self._writing, self._lent(frees):
+            with self._failures():
                 async with AsyncSession(self._write, expire_on_commit=False) as session, session.begin():
                     yield session
+
+    @contextlib.asynccontextmanager
+    async def _lent(self, frees: bool) -> AsyncIterator[None]:
+        """Lend the reserve to the block, and take it again as soon as there is room."""
+        if self._reserve is None or (self._reserve.whole and not frees):
+            yield
+            return
+        if frees:
+            await asyncio.to_thread(self._reserve.lend)
+        try:
+            yield
+        finally:
+            await self.restock()
+
+    async def restock(self) -> None:
+        """Take the reserve again, after something was deleted whose space may be had now."""
+        if self._reserve is not None and not self._reserve.whole:
+            await asyncio.to_thread(self._reserve.keep)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._read.dispose()
 
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Errors of the driver that are nobody's defect become ours."""
-    try:
-        yield
-    except (PoolTimeoutError, ConnectionError) as error:
-        raise RegistryBusyError from error
-    except (OperationalError, InterfaceError) as error:
-        reason = str(error.orig)
-        if "full" in reason:
-            raise StorageFullError("The disk of the registry is full; free some space and try again.") from error
-        if error.connection_invalidated or "locked" in reason or "connect" in reason:
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Errors of the driver that are nobody's defect become ours."""
+        try:
+            yield
+        except (PoolTimeoutError, ConnectionError) as error:
             raise RegistryBusyError from error
-        raise
+        except DBAPIError as error:
+            known = told(error)
+            if known is None:
+                raise
+            if isinstance(known, RegistryDamagedError):
+                self.damaged = True
+                _log.critical("the registry is damaged", extra={"reason": str(error.orig)})
+            raise known from error
+
+
+def _damaged(url: URL, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The database {url.render_as_string()} is damaged ({reason}). Restore it from a backup; without one, "
+        "`sqlite3 tenora.db .recover` saves what can be read."
+    )
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

@@ -158,7 +158,7 @@ class Files:
     async def delete(self, principal: Principal, file_id: str) -> None:
         """Remove a file. ConflictError while a job that has not ended uses it."""
         principal.require("train")
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             row = await find_file(session, principal.tenant_id, file_id)
             user = await session.scalar(_unfinished_user(principal.tenant_id, file_id))
             if user is not None:
@@ -169,16 +169,18 @@ class Files:
             await session.delete(row)
         self._failpoints.hit("files.after_delete")
         await asyncio.to_thread(remove, self._storage.file(principal.tenant_id, file_id))
+        await self._database.restock()
 
     async def delete_expired(self) -> int:
         """Remove the expired files of all tenants, except those of unfinished jobs; how many were removed."""
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             rows = list(await session.scalars(select(FileRow).where(FileRow.expires_at <= unix_now())))
             gone = [row for row in rows if await session.scalar(_unfinished_user(row.tenant_id, row.id)) is None]
             for row in gone:
                 await session.delete(row)
         for row in gone:
             await asyncio.to_thread(remove, self._storage.file(row.tenant_id, row.id))
+        await self._database.restock()
         return len(gone)
 
     async def sweep(self, older_than: float) -> int:

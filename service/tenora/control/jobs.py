@@ -130,7 +130,7 @@ class Jobs:
     async def cancel(self, principal: Principal, job_id: str) -> JobRecord:
         """End a job for good. ConflictError if it has ended already."""
         principal.require("train")
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             row = await find_job(session, principal.tenant_id, job_id)
             if is_over(row):
                 raise ConflictError(f"The job {job_id} has ended ({row.status}) and cannot be cancelled.")

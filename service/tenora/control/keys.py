@@ -133,7 +133,7 @@ class Keys:
 
     async def revoke(self, tenant_id: str, key_id: str) -> KeyRecord:
         """End a key for good; repeating it changes nothing. NotFoundError if the tenant has no such key."""
-        async with self._database.write() as session:
+        async with self._database.write(frees=True) as session:
             row = await session.scalar(select(KeyRow).where(KeyRow.tenant_id == tenant_id, KeyRow.id == key_id))
             if row is None:
                 raise NotFoundError(f"There is no key {key_id!r}; `tenora keys list` shows them.", param="key_id")

@@ -40,6 +40,8 @@ def readiness(control: Control, lifecycle: Lifecycle) -> JSONResponse:
     """Whether the server takes requests, and if not why."""
     if lifecycle.draining:
         return JSONResponse({"status": "draining"}, 503)
+    if control.damaged:  # liveness does not tell: a new process would meet the same file
+        return JSONResponse({"status": "registry is damaged"}, 503)
     if not control.ready():
         return JSONResponse({"status": "engine is starting"}, 503)
     return JSONResponse({"status": "ok"})
