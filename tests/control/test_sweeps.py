@@ -26,7 +26,7 @@ from tests.control.conftest import (
 )
 from tests.control.scripted import ScriptedEngine
 
-LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj"}), lambda rank, modules: None)
+LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj"}))
 
 
 def test_lists_make_a_grid() -> None:

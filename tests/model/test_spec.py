@@ -112,3 +112,51 @@ def test_the_api_process_can_import_spec_tokenizer_and_catalog_without_torch() -
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+LENGTHS: dict[str, tuple[dict[str, Any], int]] = {
+    "no scaling": ({"rope_type": "default"}, 64),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 256),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.5}, 160),
+    "yarn, as Qwen's model cards add it": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        256,
+    ),
+    "yarn beside the stretched length": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        64,
+    ),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+        64,
+    ),
+    "longrope": (
+        {
+            "rope_type": "longrope",
+            "factor": 8.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 8,
+        },
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_rope_scaling_lengthens_the_context(case: str) -> None:
+    rope, length = LENGTHS[case]
+    fields = {"model_type": "llama", "max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    assert ModelSpec.from_config(fields).context_length == length
+
+
+@pytest.mark.parametrize("factor", [0, -1, 0.5, "4", None, True, float("nan"), float("inf")])
+def test_a_factor_that_is_none_is_refused(factor: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="factor"):
+        ModelSpec.from_config({"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": factor}})

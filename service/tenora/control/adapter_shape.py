@@ -23,6 +23,10 @@ from tenora.training.spec import ALL_LINEAR, LoraSpec
 LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init_from")
 
 
+def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
+    """A pool without end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What bounds a request on this service."""
@@ -31,7 +35,7 @@ class Limits:
     max_rank: int
     max_model_len: int
     target_modules: frozenset[str]  # short names of the base's modules
-    fits: Callable[[int, tuple[str, ...]], None]
+    fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
     """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
 
 

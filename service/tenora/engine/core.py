@@ -19,6 +19,7 @@ from tenora.adapters.upload import uploader_for
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.clock import clock_of
+from tenora.engine.context_length import check_context, context_length
 from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.engine.loader import AdapterLoader
 from tenora.engine.loading_progress import LoadingProgress
@@ -51,7 +52,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.device import survive
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.memory import is_out_of_memory
-from tenora.model.spec import target_modules
+from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
 from tenora.training.host import TrainingHost
@@ -81,7 +82,7 @@ class Engine:
         commands_wait: Callable[[], bool] = lambda: False,
         start_run: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
     ) -> None:
-        """Take its memory. Raises ConfigurationError if there is not enough for keys and values.
+        """Take its memory. Raises ConfigurationError if there is not enough for keys and values, or for the context.
 
         Args:
             decoder: the resident base.
@@ -97,8 +98,7 @@ class Engine:
         num_blocks = settings.kv_cache_bytes // per_block
         if num_blocks == 0:
             raise ConfigurationError(f"TENORA_KV_CACHE_BYTES is too small: one block takes {per_block} bytes.")
-        limit = min(spec.max_position_embeddings, num_blocks * settings.block_size)
-        self.max_model_len = min(limit, settings.max_model_len or limit)
+        self.max_model_len = context_length(settings, spec, num_blocks)
         self.decoder = decoder
         self.targets = target_modules(spec)
         self.pool = SlotPool(
@@ -170,6 +170,7 @@ class Engine:
         torch.set_num_threads(threads)
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device)
+        check_context(settings, ModelSpec.from_directory(model_dir))
         if device.type == "cuda":
             _log.info("attention of prompts", extra={"implementation": activate(device)})
         progress = LoadingProgress(report)

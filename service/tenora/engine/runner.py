@@ -101,7 +101,7 @@ class ModelRunner:
             return
         self.graphs.warm_up()
         size = self.cache.block_size
-        most = min(max_tokens, self.cache.num_blocks * size, self.decoder.spec.max_position_embeddings)
+        most = min(max_tokens, self.cache.num_blocks * size, self.decoder.spec.context_length)
         for length in (most, min(most, _FEW_ROWS)):
             sampling = SamplingParams(temperature=0.0, max_tokens=1)
             prompt = Sequence.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=0)

@@ -29,6 +29,8 @@ SUPPORTED = (
     + "."
 )
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_LARGEST_FACTOR = 1e6
+_STRETCHING = ("linear", "dynamic", "yarn")  # the context is longer by their factor
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -104,6 +106,27 @@ class ModelSpec:
     def rope_type(self) -> str:
         """One of `ROPE_TYPES`."""
         return str(self.rope_parameters["rope_type"])
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that the model is made for, its RoPE scaling included.
+
+        `linear`, `dynamic` and `yarn` stretch the length that the model was trained with by their factor, whatever
+        `max_position_embeddings` says beside them (often the length before the scaling was added). `llama3` and
+        `longrope` come with configurations that name the stretched length. vLLM derives it so, too.
+        """
+        if self.rope_type not in _STRETCHING:
+            return self.max_position_embeddings
+        original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embeddings
+        return int(original * self.rope_parameters["factor"])
+
+    @property
+    def context_reason(self) -> str:
+        """Where `context_length` comes from, for whoever asked for more."""
+        if self.rope_type not in _STRETCHING:
+            return "max_position_embeddings of its config.json"
+        original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embeddings
+        return f"{original} times the factor {self.rope_parameters['factor']:g} of its {self.rope_type} RoPE scaling"
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
@@ -270,4 +293,7 @@ def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in needed.get(rope_type, ()):
         if name not in rope:
             raise _unsupported(f"its {rope_type} RoPE lacks {name}")
+    scale = rope.get("factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= _LARGEST_FACTOR:
+        raise _unsupported(f"the factor of its {rope_type} RoPE is {scale!r}, which is not a number from 1 on")
     return rope
