@@ -80,7 +80,7 @@ async def test_malformed_adapters_are_422_and_change_nothing(service: Service, m
     assert service.staged() == []
 
 
-@pytest.mark.parametrize("name", ["Fox", "", "a/b", "..", "x" * 64, "a b", "-a", "a\x00"])
+@pytest.mark.parametrize("name", ["", "a/b", "Föx", "..", "x" * 64, "a b", "-a", "a\x00"])
 async def test_bad_names(service: Service, make_adapter: MakeAdapter, name: str) -> None:
     response = await import_adapter(service.client("adapters"), name, make_adapter(1))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "name")
@@ -91,6 +91,26 @@ async def test_an_adapter_may_not_take_the_bases_name(
 ) -> None:
     response = await import_adapter(service.client("adapters"), base_id, make_adapter(1))
     assert response.status_code == 400
+
+
+async def test_names_may_have_capitals_which_tell_adapters_apart(
+    service: Service, base_id: str, make_adapter: MakeAdapter
+) -> None:
+    client, infer = service.client("adapters"), service.client("infer")
+    made = {
+        name: (await import_adapter(client, name, make_adapter(seed))).json()["digest"]
+        for seed, name in enumerate(("SupportBot_V2.1", "supportbot_v2.1"))
+    }
+    assert len(set(made.values())) == 2
+    for name, digest in made.items():
+        for path in (name, f"default/{name}"):
+            assert (await client.get(f"/v1/adapters/{path}")).json()["digest"] == digest
+        for model in (name, f"default/{name}", f"{name}@{digest[:8]}"):
+            answer = await infer.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
+            assert (answer.status_code, answer.json()["model"]) == (200, model)
+    assert set(made) <= {model["id"] for model in (await infer.get("/v1/models")).json()["data"]}
+    assert (await infer.post("/v1/completions", json={"model": "SUPPORTBOT_V2.1", "prompt": "x"})).status_code == 404
+    assert (await import_adapter(client, base_id.upper(), make_adapter(1))).status_code == 400
 
 
 async def test_import_once(service: Service, make_adapter: MakeAdapter) -> None:

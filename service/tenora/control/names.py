@@ -8,7 +8,8 @@ import time
 
 from tenora.errors import InvalidRequestError
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # of adapters; as sent, so case tells names apart
+TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -30,18 +31,27 @@ def unix_now() -> int:
 
 
 def check_name(name: str, *, param: str = "name", reserved: str | None = None) -> str:
-    """Return `name` if an adapter or tenant may be called so, else raise InvalidRequestError naming `param`.
+    """Return `name` if an adapter may be called so, else raise InvalidRequestError naming `param`.
 
-    `reserved` is the base model's id: a request for it must always reach the base.
+    `reserved` is the base model's id: a request for it must always reach the base, however its letters are written.
     """
     if NAME_PATTERN.fullmatch(name) is None:
         raise InvalidRequestError(
-            f"{param} must match ^[a-z0-9][a-z0-9._-]{{0,62}}$; choose lower-case letters, digits, '.', '_' and '-'.",
-            param=param,
+            f"{param} must match ^{NAME_PATTERN.pattern}$; choose letters, digits, '.', '_' and '-'.", param=param
         )
-    if reserved is not None and name == reserved.lower():
+    if reserved is not None and name.lower() == reserved.lower():
         raise InvalidRequestError(
             f"{param} must not be the base model's name {reserved!r}; choose another.", param=param
+        )
+    return name
+
+
+def check_tenant_name(name: str) -> str:
+    """Return `name` if a tenant may be called so, else raise InvalidRequestError."""
+    if TENANT_PATTERN.fullmatch(name) is None:
+        raise InvalidRequestError(
+            f"name must match ^{TENANT_PATTERN.pattern}$; choose lower-case letters, digits, '.', '_' and '-'.",
+            param="name",
         )
     return name
 

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from tenora.control.database import Database
-from tenora.control.names import check_name, new_id, unix_now
+from tenora.control.names import check_tenant_name, new_id, unix_now
 from tenora.control.records import TenantRecord
 from tenora.control.schema import TenantRow
 from tenora.errors import ConflictError, NotFoundError
@@ -24,7 +24,7 @@ class Tenants:
 
     async def create(self, name: str) -> TenantRecord:
         """Add a tenant. ConflictError if the name is taken, InvalidRequestError if it does not match the pattern."""
-        row = TenantRow(id=new_id("tenant"), name=check_name(name), created_at=unix_now())
+        row = TenantRow(id=new_id("tenant"), name=check_tenant_name(name), created_at=unix_now())
         try:
             async with self._database.write() as session:
                 session.add(row)

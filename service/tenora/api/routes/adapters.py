@@ -23,7 +23,7 @@ MAX_CONFIG_BYTES = 2**20
 FORM_SCHEMA = form_schema(
     required=("name", "adapter_config", "adapter_model"),
     properties={
-        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"},
         "adapter_config": BINARY,
         "adapter_model": BINARY,
     },
