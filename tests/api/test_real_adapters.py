@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -116,20 +115,12 @@ async def test_what_does_not_pass_by_itself_is_no_503(service: Service, make_ada
 
 async def test_a_pin_that_cannot_be_kept_is_a_conflict_and_is_not_stored(service: Service, make_adapter: Make) -> None:
     adapters = service.client("adapters")
-    directory = make_adapter(1)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    config.update(r=256, rank_pattern={})
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    weights = directory / "adapter_model.safetensors"
-    arrays = safetensors.numpy.load_file(weights)
-    wide = {
-        name: value.repeat(64, axis=0) if ".lora_A." in name else value.repeat(64, axis=1)
-        for name, value in arrays.items()
-    }
-    safetensors.numpy.save_file(wide, weights)
-    needed = sum(value.nbytes for value in wide.values())
-    assert 2**19 < needed < 2**20, "the pool holds it, and half of the pool does not"
-    assert (await import_adapter(adapters, "large", directory)).status_code == 201
-    pinned = await adapters.post("/v1/adapters/large/pin")
-    assert (pinned.status_code, pinned.json()["error"]["code"]) == (409, "pins_full")
-    assert not (await adapters.get("/v1/adapters/large")).json()["pinned"]
+    await import_adapter(adapters, "fox", make_adapter(1))
+    pinned = await adapters.post("/v1/adapters/fox/pin")
+    error = pinned.json()["error"]
+    assert (pinned.status_code, error["code"], pinned.headers["x-should-retry"]) == (409, "pins_full", "false")
+    assert "pins may take half of the 1 slots" in error["message"]
+    assert not (await adapters.get("/v1/adapters/fox")).json()["pinned"]
+    await import_adapter(service.client("adapters", tenant="other"), "owl", make_adapter(2))
+    for tenant, name in (("default", "fox"), ("other", "owl")):
+        assert (await ask(service.client("infer", tenant=tenant), name)).status_code == 200
