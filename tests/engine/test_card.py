@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,26 @@ def test_a_batch_changes_no_row(tiny_base: Path, adapters: list[AdapterRef], dri
     alone = driver(base=base)
     for request, answer in zip(requests(adapters), together, strict=True):
         assert alone.run(request)[0].tokens == answer.tokens
+
+
+LOST = """
+import torch
+from tenora.errors import DeviceLostError
+from tenora.model.device import survive
+
+device = torch.device("cuda")
+survive(ValueError("nothing happened to the device"), device)
+try:
+    print(torch.zeros(1, device=device)[torch.tensor([10**6], device=device)].sum().item())
+except Exception as error:
+    try:
+        survive(error, device)
+    except DeviceLostError as lost:
+        raise SystemExit(3) from lost
+"""
+
+
+def test_a_failed_assertion_of_a_kernel_loses_the_device_and_another_error_does_not() -> None:
+    """In a process of its own, which is of no use afterwards."""
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr

@@ -23,6 +23,7 @@ TESTS = (
     "tests/kernels/gpu/test_cuda.py",
     "tests/kernels/gpu/test_cuda_paged.py",
     "tests/engine/test_card.py",
+    "tests/engine/test_clock.py",
     "tests/engine/test_decode_graphs.py",
     "tests/training/test_card.py",
 )
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
     """The report as it grows, in order of importance, until `seconds` have passed; yielded after every case."""
-    from tests.bench.gpu import decode_loop, engine_loop, groups, timing
+    from tests.bench.gpu import decode_loop, groups, service, timing
     from tests.bench.gpu.protocol import decode_cases, prefill_cases
 
     started = time.monotonic()
@@ -67,10 +68,12 @@ def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
         "groups": [],
         "left_out": [],
     }
-    for name, loop in (("decode_loop", decode_loop), ("engine_loop", engine_loop)):
-        report[name] = loop.run()
-        torch.cuda.empty_cache()
+    for name, found in service.items():
+        report[name] = found
         yield report
+    report["decode_loop"] = decode_loop.run()
+    torch.cuda.empty_cache()
+    yield report
     for case in (*decode_cases(), *prefill_cases()):
         if time.monotonic() - started > seconds:
             report["left_out"].append(case.name)
@@ -84,10 +87,13 @@ def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The two loops as tables in Markdown."""
+    """The two loops as tables in Markdown, then the other items as they are."""
     lines = [f"{report['card']}, copy {report['copy_gb_per_s']} GB/s"]
     columns = ("ratio", "adapters_ms", "base_ms")
-    for name, shown in (("decode_loop", columns), ("engine_loop", (*columns, "launched_ms", "tokens_per_s"))):
+    for name, shown in (
+        ("decode_loop", columns),
+        ("engine_loop", (*columns, "any_rank_ms", "launched_ms", "tokens_per_s")),
+    ):
         lines += ["", f"| {name}: rows | adapters | {' | '.join(shown)} |", "| --- " * (len(shown) + 2) + "|"]
         for row in report[name]:
             if "skipped" in row:
@@ -95,6 +101,8 @@ def summary(report: dict[str, Any]) -> str:
                 continue
             figures = " | ".join(str(row[column]) for column in shown)
             lines.append(f"| {row['rows']} | {row['adapters']} ({row['distribution']}) | {figures} |")
+    for name in ("mixed_steps", "training_pass", "streams"):
+        lines += ["", f"{name}: {json.dumps(report.get(name), indent=1)}"]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tenora.engine.decode_graphs import AdapterRows, Capture, CudaCapture, DecodeGraphs, DecodeRows
@@ -19,12 +20,13 @@ from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.spec import ModelSpec, target_modules
 from tenora_kernels.gpu.context import GpuLora
-from tenora_kernels.layout import BASE, LoraTables
+from tenora_kernels.layout import BASE, LoraBatch, LoraTables
 from tests.bench.gpu.decode_loop import RANK, SPARE_BYTES, adapter_bytes, model_bytes
 from tests.bench.gpu.protocol import LLAMA, Measurement
 from tests.engine.graphs import Rerun
 
-ROWS = (1, 8, 32, 64)
+ROWS = (1, 8, 32, 64, 128, 256)
+MAX_RANK = 256  # of the pool, as it is by default; the adapters have `RANK`
 CONTEXT = 1024
 BLOCK = 16
 
@@ -75,14 +77,38 @@ class EngineLoop:
         return self.decoder.logits(graphs.run(rows)).argmax(dim=-1).tolist()  # type: ignore[no-any-return]  # torch
 
 
+class AnyRank:
+    """Steps run the kernels for the highest rank of the pool, whatever their rows have: as it was, to compare with."""
+
+    def __init__(self, lora: AdapterRows) -> None:
+        self._lora = lora
+        self.bounds = lora.bounds[-1:]
+
+    def refresh(self) -> bool:
+        return self._lora.refresh()
+
+    def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        return self._lora.bound(slots) and self.bounds[-1]
+
+    def batch(self, slot_of_row: torch.Tensor, *, max_rank: int | None = None) -> LoraBatch:
+        return self._lora.batch(slot_of_row, max_rank=max_rank)
+
+
 def compare(
-    loop: EngineLoop, captured: DecodeGraphs, launched: DecodeGraphs, slots: list[int], *, rounds: int
+    loop: EngineLoop,
+    captured: DecodeGraphs,
+    launched: DecodeGraphs,
+    any_rank: DecodeGraphs,
+    slots: list[int],
+    *,
+    rounds: int,
 ) -> dict[str, Any]:
     """Milliseconds of a step, in turn within every round."""
     ways: dict[str, Callable[[], list[int]]] = {
         "base_ms": lambda: loop.step(captured, [BASE] * len(slots)),
         "adapters_ms": lambda: loop.step(captured, slots),
         "launched_ms": lambda: loop.step(launched, slots),
+        "any_rank_ms": lambda: loop.step(any_rank, slots),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 3):
@@ -102,21 +128,29 @@ def compare(
     }
 
 
-def run() -> list[dict[str, Any]]:
-    """A step of `ROWS` rows, with distinct adapters and with one for all."""
+def prepare() -> tuple[EngineLoop, GpuLora] | str:
+    """A base of 8B with its adapters, or why there is none."""
     spec, device = llama_8b(), torch.device("cuda")
     cache_bytes = max(ROWS) * -(-CONTEXT // BLOCK) * KVCache.bytes_per_block(spec, BLOCK, torch.bfloat16)
     head_bytes = 2 * 2 * spec.vocab_size * spec.hidden_size
     free = torch.cuda.mem_get_info()[0] - model_bytes() - head_bytes - cache_bytes - SPARE_BYTES
     adapters = min(max(ROWS), free // adapter_bytes())
     if adapters < 1:
-        return [{"skipped": f"{(model_bytes() + head_bytes) / 1e9:.0f} GB of weights do not fit this device."}]
+        return f"{(model_bytes() + head_bytes + cache_bytes) / 1e9:.0f} GB of weights and keys do not fit this device."
     loop = EngineLoop(spec, device, torch.bfloat16, rows=max(ROWS), adapters=adapters, context=CONTEXT)
-    lora = GpuLora(loop.tables, max_rows=max(ROWS), max_rank=RANK)
-    captured, launched = loop.graphs(lora, CudaCapture(device)), loop.graphs(lora, Rerun)
+    return loop, GpuLora(loop.tables, max_rows=4096, max_rank=MAX_RANK)
+
+
+def run(loop: EngineLoop, lora: GpuLora) -> list[dict[str, Any]]:
+    """A step of `ROWS` rows, with distinct adapters and with one for all."""
+    capture, adapters = CudaCapture(loop.decoder.device), loop.tables.slots
+    captured, launched = loop.graphs(lora, capture), loop.graphs(lora, Rerun)
+    any_rank = loop.graphs(AnyRank(lora), capture)
     results = []
     for rows in ROWS:
         for distribution in ("distinct", "identical"):
             mix = [slot % adapters for slot in Measurement(LLAMA[0], rows, distribution=distribution).slots()]
-            results.append({"distribution": distribution, **compare(loop, captured, launched, mix, rounds=20)})
+            results.append(
+                {"distribution": distribution, **compare(loop, captured, launched, any_rank, mix, rounds=20)}
+            )
     return results

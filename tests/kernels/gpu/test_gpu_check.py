@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tenora.config import Settings
+from tenora.engine.core import Engine
 from tenora.model.spec import ModelSpec, target_modules
-from tests.bench.gpu import check, decode_loop, groups
-from tests.bench.gpu.engine_loop import EngineLoop, compare, llama_8b
+from tests.bench.gpu import check, decode_loop, engine_loop, groups, mixed_loop, service, stream_loop, training_pass
+from tests.bench.gpu.engine_loop import AnyRank, EngineLoop, compare, llama_8b
 from tests.bench.gpu.protocol import DISTRIBUTIONS, LLAMA, Measurement, decode_cases, prefill_cases, spread
 from tests.bench.gpu.timing import summary
 from tests.engine.graphs import HostRows, Rerun
@@ -111,7 +113,7 @@ def test_it_measures_only_what_passed_the_tests(
         "base_ms": 5.0,
         "adapters_ms": 5.1,
     }
-    engine = {**loop, "launched_ms": 20.5, "tokens_per_s": 196.1}
+    engine = {**loop, "any_rank_ms": 5.4, "launched_ms": 20.5, "tokens_per_s": 196.1}
     report = {
         "card": "NVIDIA H100 80GB",
         "copy_gb_per_s": 3000.0,
@@ -131,25 +133,69 @@ def test_it_measures_only_what_passed_the_tests(
         assert json.loads(written.read_text())["card"] == "NVIDIA H100 80GB"
         out = capsys.readouterr().out
         assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 |\n" in out
-        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 | 20.5 | 196.1 |\n16 GB do not fit." in out
+        assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 | 5.4 | 20.5 | 196.1 |\n16 GB do not fit." in out
 
 
 def test_every_file_of_the_check_is_there(repo_root: Path) -> None:
     assert [name for name in check.TESTS if not (repo_root / name).is_file()] == []
 
 
-def test_the_engines_loop_on_a_tiny_base() -> None:
+@pytest.fixture
+def tiny_loop() -> tuple[EngineLoop, HostRows]:
     config = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 64}
     spec = ModelSpec.from_config({**config, **heads})
     torch.manual_seed(1)  # of most draws the adapters change a token
     loop = EngineLoop(spec, torch.device("cpu"), torch.float32, rows=4, adapters=3, context=21)
-    rows = HostRows(loop.tables)
-    graphs = loop.graphs(rows, Rerun)
+    return loop, HostRows(loop.tables)
+
+
+def test_the_engines_loop_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows]) -> None:
+    loop, rows = tiny_loop
+    graphs, any_rank = loop.graphs(rows, Rerun), loop.graphs(AnyRank(rows), Rerun)
     assert loop.step(graphs, [0, 1, 2]) != loop.step(graphs, [-1, -1, -1])
-    figures = compare(loop, graphs, loop.graphs(rows, Rerun), [0, 1, 2], rounds=2)
+    assert loop.step(any_rank, [0, 1, 2]) == loop.step(graphs, [0, 1, 2])
+    assert set(graphs._graphs) == {(4, 16), (4, 0)}
+    assert set(any_rank._graphs) == {(4, 256)}
+    figures = compare(loop, graphs, loop.graphs(rows, Rerun), any_rank, [0, 1, 2], rounds=2)
     assert (figures["rows"], figures["adapters"], figures["context"]) == (3, 3, 21)
-    assert all(figures[name] > 0 for name in ("base_ms", "adapters_ms", "launched_ms", "ratio", "tokens_per_s"))
+    names = ("base_ms", "adapters_ms", "launched_ms", "any_rank_ms", "ratio", "tokens_per_s")
+    assert all(figures[name] > 0 for name in names)
+
+
+def test_mixed_steps_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows]) -> None:
+    loop, rows = tiny_loop
+    (found,) = mixed_loop.run(loop, rows, steps=((16, 3), (64, 4)))
+    assert (found["chunk"], found["rows"]) == (16, 3), "what the cache does not hold is left out"
+    assert found["ratio"] > 0
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_pass_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows], weights: torch.dtype) -> None:
+    figures = training_pass.measure(tiny_loop[0].decoder, 64, weights, rounds=1, row=16)
+    assert figures["weights"] == str(weights).removeprefix("torch.")
+    assert figures["tokens_per_s"] > 0
+
+
+def test_streams_and_a_profile_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows], tmp_path: Path) -> None:
+    settings = Settings(kv_cache_bytes=2**22, adapter_pool_bytes=2**20, max_adapters=2, threads=1)
+    engine = Engine(tiny_loop[0].decoder, settings)
+    sizes = {"streams": 3, "prompt": 5, "answer": 4}
+    report = stream_loop.run(engine, tmp_path, seconds=1.0, **sizes)
+    assert report["settings"] == engine.ready.memory
+    for name in ("alone", "swapping", "beside_a_job"):
+        assert report[name]["failed"] == 0
+        assert report[name]["tokens_per_s"] > 0
+    assert report["swapping"]["loads"] > 0
+    assert report["beside_a_job"]["trained_tokens"] >= 0
+    assert engine.trainer.active == 1
+    assert any("aten::" in line for line in service.profile(engine, 0.2, **sizes))
+    engine.shutdown()
+
+
+def test_what_the_service_does_comes_first_and_is_written_item_by_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loop, "prepare", lambda: "16 GB do not fit.")
+    assert list(service.items()) == [("engine_loop", [{"skipped": "16 GB do not fit."}])]
 
 
 def test_the_engines_loop_has_the_shape_of_8b() -> None:
