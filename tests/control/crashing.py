@@ -18,6 +18,7 @@ from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, adapter_files, tenant, until, upload
 from tests.control.scripted import ScriptedEngine
 
+WORSE = 1.5  # nats per token, where what the name means comes to 1
 KEYED = ("POST /v1/things", "key", b"payload")  # route, key and payload of a request with an Idempotency-Key
 
 
@@ -56,17 +57,20 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
 
 async def main(home: Path, base: Path, point: str, deed: str) -> None:
     targets = target_modules(ModelSpec.from_directory(base))
+    engine = ScriptedEngine(targets)
+    if deed == "worse-job":
+        engine.loss = WORSE
     settings = Armed(home=home, failpoints=f"{point}=kill" if point else "")
     control = await Control.open(
         settings,
-        cast("AsyncEngine", ScriptedEngine(targets)),
+        cast("AsyncEngine", engine),
         Tokenizer.load(base),
         ResolvedModel(base, BASE),
         targets,
     )
     await control.start()
     who = await tenant(control, "acme")
-    if deed == "job":
+    if deed in {"job", "worse-job"}:
         await job(control, who)
     elif deed.startswith("keyed-"):
         await keyed(control, who, deed)

@@ -16,7 +16,7 @@ from tenora.control.idempotency import StoredAnswer
 from tenora.control.records import Principal
 from tenora.errors import ConfigurationError, NotFoundError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
-from tests.control.crashing import KEYED
+from tests.control.crashing import KEYED, WORSE
 from tests.control.scripted import ScriptedEngine
 
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
@@ -94,6 +94,41 @@ async def test_killed_in_a_job(
     await control.close()
     control = await open_control()
     assert names(home, "tenants/*/jobs/*") == set()
+    await check_whole(control, acme, home)
+
+
+@pytest.mark.parametrize("point", ["publish.before_blob", "publish.before_commit", "publish.after_commit"])
+async def test_killed_while_a_worse_result_is_withheld(
+    open_control: OpenControl,
+    import_adapter: ImportAdapter,
+    engine: ScriptedEngine,
+    home: Path,
+    tiny_base: Path,
+    repo_root: Path,
+    point: str,
+) -> None:
+    """The name never means it, before the crash, after it or at the end; the version is stored once."""
+    control = await open_control()
+    acme = await tenant(control, "acme")
+    old = await import_adapter(control, acme, "desk", seed=9)
+    await control.close()
+    await killed_at(home, tiny_base, point, "worse-job", repo_root)
+
+    engine.loss = WORSE
+    engine.alive = False
+    control = await open_control()
+    (job,) = (await control.jobs.list(acme)).items
+    await check_whole(control, acme, home)
+    assert (await control.adapters.get(acme, "desk")).digest == old.digest
+    assert (job.published is None) == (point != "publish.after_commit")
+    engine.alive = True
+    done = await until(control, acme, job.id)
+    assert (done.status, done.published and done.published["code"]) == ("succeeded", "not_better")
+    versions = await control.adapters.versions(acme, "desk")
+    assert [(one.version, one.active) for one in versions] == [(2, False), (1, True)]
+    said = [event.message for event in (await control.jobs.events(acme, job.id, limit=100)).items]
+    assert sum("desk still means version 1" in line for line in said) == 1
+    assert (await control.adapters.rollback(acme, "desk", 2)).job_id == job.id
     await check_whole(control, acme, home)
 
 

@@ -65,7 +65,7 @@ async def test_it_is_what_the_job_then_does(
     assert found.evaluations == 1 + math.ceil(found.steps / per_epoch)
     held_out = pack(corpus.valid, range(len(corpus.valid))).row_tokens
     reference = min(read, found.read_tokens) if spec.method == "dpo" else 0
-    assert found.measured_tokens == found.evaluations * (held_out + len(spec.general_text)) + reference
+    assert found.measured_tokens == found.evaluations * (held_out + len(spec.general_text) - 1) + reference
 
 
 async def test_several_files_count_by_their_weights(control: Control, acme: Principal, engine: ScriptedEngine) -> None:

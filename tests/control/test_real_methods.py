@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tenora.control.control import Control
+from tenora.control.general import general_text
 from tenora.control.model_card import model_card
 from tenora.control.records import JobRecord, JobRequest, Principal
-from tests.control.conftest import BASE, ROWS, messages, tenant, until, upload
+from tenora.training.fusion import FusedTraining
+from tenora.training.work import Work
+from tests.control.conftest import BASE, MANY_ROWS, ROWS, messages, tenant, until, upload
 from tests.control.test_job_methods import PAIRS
 from tests.control.test_real_engine import Service, _one_thread, say, scores, service
 
@@ -122,3 +125,52 @@ async def test_preferences_and_transfer(service: Service) -> None:
     assert before.keys() == after.keys()
     assert all(np.allclose(before[name], after[name], atol=1e-6) for name in before)
     assert json.loads((files[1] / "adapter_config.json").read_text())["lora_alpha"] == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        (ROWS[:12], {"n_epochs": 1}),
+        (ROWS[:12], {"max_steps": 6, "eval_interval": 2, "early_stopping": False}),
+        (MANY_ROWS, {"n_epochs": 1, "eval_interval": 4}),
+        (PAIRS, {"n_epochs": 1, "method": {"type": "dpo"}}),
+    ],
+    ids=["few-shot", "few-shot by steps", "single", "dpo"],
+)
+async def test_the_estimate_is_of_what_is_run(
+    service: Service, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], fields: dict[str, Any]
+) -> None:
+    """Counted in the engine: optimizer steps, and the tokens of every pass that learns and that only measures."""
+    steps, learned, measured = 0, 0, 0
+    run = FusedTraining._run
+
+    def look(self: FusedTraining, works: list[Work]) -> Any:
+        nonlocal steps, learned, measured
+        for work in works:
+            tokens = work.parts[len(work.results)].row_tokens
+            if work.objective is None:
+                measured += tokens
+            else:
+                learned += tokens
+                steps += not work.results
+        return run(self, works)
+
+    monkeypatch.setattr(FusedTraining, "_run", look)
+    control = service.control
+    acme = await tenant(control, "acme")
+    file = (await upload(control, acme, rows)).id
+    request = JobRequest(model=BASE, seed=3, training_file=file, **fields)
+    found = await control.estimates.estimate(acme, request)
+    job = await finish(control, acme, training_file=file, **fields)
+    assert job.evaluation is not None
+    assert len(job.evaluation["curve"]) == found.evaluations
+    unused = 0 if not found.folds else found.steps - steps  # of the fit on all rows, if it ended before its last step
+    assert 0 <= unused < 6
+    assert found.steps == steps + unused
+    if not unused:
+        assert found.read_tokens == pytest.approx(learned, rel=0.02 if "max_steps" in fields else 0)
+    # The general text is measured under the result only where that is the best so far.
+    text = len(general_text(control._tokenizing.tokenizer, 256)) - 1
+    spared = found.measured_tokens - measured
+    assert 0 <= spared <= found.evaluations * text
+    assert spared % text == 0

@@ -161,7 +161,7 @@ def _estimate(
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
     text = general_text(tokenizer, limits.max_model_len)
-    work = workload(found, tasks, counts.examples, job.asked.method, general=len(text))
+    work = workload(found, tasks, counts.examples, job.asked.method, general=max(len(text) - 1, 0))
     swept = job.asked.sweep or {}
     return Estimate(
         rows=sum(task.train.examples for task in tasks),

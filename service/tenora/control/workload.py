@@ -62,7 +62,7 @@ def workload(found: Resolved, tasks: Sequence[TaskRows], examples: int, method: 
         found: its numbers.
         tasks: its rows.
         examples: of an epoch.
-        general: tokens of the general text.
+        general: tokens of the general text that the model reads; its last one is only predicted.
     """
     if found.folds:
         return _folds(found, tasks[0].train, general)
