@@ -18,6 +18,7 @@ from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from tenora.adapters.store import AdapterStore, canonical_config
 from tenora.errors import AdapterFormatError, NotFoundError, StorageFullError
 from tests.adapters.files import TARGETS, config, save, tensors
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ print(AdapterStore(Path(sys.argv[1])).put(Path(sys.argv[2])))
 def test_a_killed_writer_leaves_all_or_nothing(step: int, source: Path, tmp_path: Path) -> None:
     root = tmp_path / "store"
     command = [sys.executable, "-c", KILLED, str(root), str(source), str(step)]
-    result = subprocess.run(command, check=False, capture_output=True, timeout=60)
+    result = subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE)
     assert result.returncode == -signal.SIGKILL
     assert len(staging(root)) == 1, "the kill came too late to mean anything"
     store = AdapterStore(root)
@@ -225,4 +226,4 @@ def test_the_room_is_free_of_torch() -> None:
         "import sys, tenora.adapters.store, tenora.adapters.peft_format, tenora.adapters.targets, tenora.adapters.ref;"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -16,6 +16,7 @@ from tenora.adapters.pool import SlotPool
 from tenora.adapters.upload import Upload, Uploader
 from tests.adapters.test_pool import assert_holds
 from tests.adapters.weights import TARGETS, adapter, prepared
+from tests.support.patience import PATIENCE
 
 
 class Place:
@@ -123,7 +124,7 @@ def arrived(pool: SlotPool, digest: str) -> int:
     """Its slot, with a reference, when the upload's thread is done."""
     under_way = pool._residents[digest].upload
     assert isinstance(under_way, Upload)
-    wait([under_way.copied], timeout=60)
+    wait([under_way.copied], timeout=PATIENCE)
     slot = pool.acquire(digest)
     assert slot is not None
     return slot
@@ -187,7 +188,7 @@ def test_one_that_is_deleted_on_its_way_goes_when_it_has_arrived(streams: LateSt
     assert pool.used_bytes == used, "its room is being written"
     under_way = pool._residents["a"].upload
     assert under_way is not None
-    wait([under_way.copied], timeout=60)
+    wait([under_way.copied], timeout=PATIENCE)
     assert pool.acquire("a") is None
     assert not pool.holds("a")
     assert pool.used_bytes == 0
@@ -199,7 +200,7 @@ def test_one_that_nobody_asks_for_any_more_is_taken_in(streams: LateStreams) -> 
     put(pool, "a", (2, 2, 2))
     under_way = pool._residents["a"].upload
     assert under_way is not None
-    wait([under_way.copied], timeout=60)
+    wait([under_way.copied], timeout=PATIENCE)
     pool.settle()
     assert pool._residents["a"].references == 0
     pool.check_integrity()

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.types import Message
 
 from tests.api.conftest import Service
+from tests.support.patience import PATIENCE
 
 
 class Call:
@@ -72,11 +73,11 @@ class Call:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something to be true of what was sent."""
-        async with asyncio.timeout(10), self.changed:
+        async with asyncio.timeout(PATIENCE), self.changed:
             await self.changed.wait_for(condition)
 
     async def finished(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await self.task
 
     @property

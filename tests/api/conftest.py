@@ -23,6 +23,7 @@ from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.api.engine import Script, ScriptedEngine
+from tests.support.patience import PATIENCE
 
 SPEECH = "The quick brown fox jumps over the lazy dog."
 TRAINING_ROWS = "".join(
@@ -54,7 +55,7 @@ class Service:
         """A client with that key, or none."""
         headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
         client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.app), base_url="http://tenora.test", headers=headers, timeout=30
+            transport=httpx.ASGITransport(self.app), base_url="http://tenora.test", headers=headers, timeout=PATIENCE
         )
         self.clients.append(client)
         return client

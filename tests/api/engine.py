@@ -23,6 +23,7 @@ from tenora.engine.messages import (
     Training,
 )
 from tenora.training.spec import StoppedEvent, TrainEvent, TrainSpec
+from tests.support.patience import PATIENCE
 
 CONTEXT = 512
 
@@ -59,7 +60,7 @@ class Script:
 
         def wait() -> bool:
             with self.changed:
-                return self.changed.wait_for(condition, 10)
+                return self.changed.wait_for(condition, PATIENCE)
 
         assert await asyncio.to_thread(wait), "the engine was not told in time"
 

@@ -78,11 +78,10 @@ def trains(script: Script, make_adapter: Callable[..., Path]) -> list[TrainSpec]
 
 
 async def finished(sdk: openai.AsyncOpenAI, job_id: str) -> Any:
-    for _ in range(600):
-        job = await sdk.fine_tuning.jobs.retrieve(job_id)
-        if job.status in {"succeeded", "failed", "cancelled"}:
-            break
+    job = await sdk.fine_tuning.jobs.retrieve(job_id)
+    while job.status not in {"succeeded", "failed", "cancelled"}:
         await asyncio.sleep(0.05)
+        job = await sdk.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
     return job
 
@@ -188,9 +187,7 @@ async def test_a_file_expires_while_the_service_runs(
     assert service.control._housekeeper is not None
     service.control._housekeeper.cancel()
     keeper = asyncio.create_task(service.control._keep_house())
-    for _ in range(500):
-        if not path.exists():
-            break
+    while path.exists():  # noqa: ASYNC110  # the state of a directory
         await asyncio.sleep(0.02)
     keeper.cancel()
     assert [item.id async for item in sdk.files.list()] == [kept.id]

@@ -11,6 +11,7 @@ import pytest
 from tenora.api import attendance
 from tests.api.asgi import Call
 from tests.api.conftest import SPEECH, Service
+from tests.support.patience import PATIENCE
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Say it."}]
@@ -183,7 +184,7 @@ async def test_drain_lets_open_streams_finish_and_refuses_new_ones(service: Serv
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "shutting_down"
     assert refused.headers["retry-after"]
-    waiting = asyncio.create_task(lifecycle.drained(10))
+    waiting = asyncio.create_task(lifecycle.drained(PATIENCE))
     service.script.hold_after = None
     await service.control.engine.evict("00")
     await call.finished()
@@ -211,4 +212,4 @@ async def test_what_outlasts_the_grace_ends_with_an_error(service: Service, stre
     else:
         assert call.status == 503
     await service.script.until(lambda: len(service.script.aborted) == 1)
-    await asyncio.wait_for(lifecycle.idle(), 5)
+    await lifecycle.idle()

@@ -13,12 +13,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.patience import PATIENCE
+
 TENSOR_LIBRARIES = ("torch", "transformers", "numba", "triton", "peft")
 
 
 def test_import_contracts(repo_root: Path) -> None:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -30,7 +32,7 @@ def loaded_by(*modules: str) -> set[str]:
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *modules], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program, *modules], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())

@@ -21,6 +21,7 @@ from tenora.cli.serving import Server, http_config, listening, url_of
 
 # The same service as the API's tests use.
 from tests.api.conftest import Service, script, service, settings  # noqa: F401
+from tests.support.patience import PATIENCE
 
 REQUEST = b"GET /livez HTTP/1.1\r\nhost: t\r\n"
 MIB = 2**20
@@ -73,7 +74,7 @@ class Port:
     connect: Callable[[], Awaitable[Wire]]
 
     async def probe(self, path: str = "/livez") -> int:
-        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
             return (await client.get(path)).status_code
 
 
@@ -198,7 +199,7 @@ async def test_with_every_place_taken_by_a_request_only_the_probes_are_answered(
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     async with (
         served(service, connections=Connections(4)) as port,
-        httpx.AsyncClient(base_url=port.url, timeout=60, headers=headers) as client,
+        httpx.AsyncClient(base_url=port.url, timeout=PATIENCE, headers=headers) as client,
     ):
         held = [asyncio.create_task(client.post("/v1/chat/completions", json=chat)) for _ in range(4)]
         await service.script.until(lambda: len(service.script.requests) == 4)
@@ -266,7 +267,7 @@ async def test_a_client_that_reads_no_answer_is_cut_off(monkeypatch: pytest.Monk
         wire = await port.connect()
         await wire.send(REQUEST + b"\r\n")
         wire.reader._transport.pause_reading()  # type: ignore[attr-defined]  # nothing is taken from the socket
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             await gone.wait()
     service.app = app
 

@@ -20,6 +20,7 @@ from tenora.cli.serving import listening, url_of
 from tenora.config import Settings
 from tenora.control.registry import Registry
 from tenora.errors import ConfigurationError
+from tests.support.patience import PATIENCE
 
 Invoke = Callable[..., Any]
 
@@ -142,7 +143,7 @@ def test_python_m_tenora(tmp_path: Path) -> None:
         [sys.executable, "-m", "tenora", "--version"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env=environ,
         check=True,
     )

@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.e2e.serving import unfinished_request, until
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.e2e
 KEY = "tk-test-key-of-this-test-0123456789"
@@ -35,11 +36,11 @@ class Running:
         return {"model": self.model, **LONG}
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def running(tmp_path: Path, tiny_base: Path) -> Iterator[Running]:
         "TENORA_THREADS": "1",
         "TENORA_KV_CACHE_BYTES": str(16 * 2**20),
         "TENORA_ADAPTER_POOL_BYTES": str(16 * 2**20),
-        "TENORA_DRAIN_SECONDS": "30",
+        "TENORA_DRAIN_SECONDS": "36000",  # who waits for it never ends
     }
     command = [sys.executable, "-m", "tenora", "serve", "--port", "0"]
     process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True)
@@ -77,9 +78,7 @@ def test_idle_server_ends_at_once(running: Running, tmp_path: Path) -> None:
         assert client.get("/readyz").status_code == 200
         answer = client.post("/v1/chat/completions", json={**running.long, "stream": False, "max_tokens": 4}).json()
         assert answer["usage"]["completion_tokens"] == 4
-    started = time.monotonic()
     assert running.stop() == 0
-    assert time.monotonic() - started < 15
     assert not (tmp_path / "home" / "server.json").exists()
 
 
@@ -89,25 +88,21 @@ def test_open_streams_finish_new_requests_are_refused(running: Running) -> None:
         with client.stream("POST", "/v1/chat/completions", json=running.long) as stream:
             lines = stream.iter_lines()
             next(lines)
-            running.process.send_signal(signal.SIGTERM)
-            while other.get("/readyz").status_code == 200:
-                time.sleep(0.01)
-            refused = other.post("/v1/chat/completions", json={**running.long, "stream": False})
+            with unfinished_request(running.url, KEY):
+                running.process.send_signal(signal.SIGTERM)
+                until(lambda: other.get("/readyz").status_code == 503, "readyz says 503")
+                refused = other.post("/v1/chat/completions", json={**running.long, "stream": False})
             rest = [line for line in lines if line]
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "shutting_down"
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-2]
-    assert running.process.wait(30) == 0
+    assert running.process.wait(PATIENCE) == 0
 
 
 def test_the_second_signal_ends_at_once(running: Running) -> None:
-    with running.client() as client, client.stream("POST", "/v1/chat/completions", json=running.long) as stream:
-        next(stream.iter_lines())
+    with running.client() as client, unfinished_request(running.url, KEY):
         running.process.send_signal(signal.SIGTERM)
-        deadline = threading.Timer(20, running.process.kill)
-        deadline.start()
-        time.sleep(0.1)
+        until(lambda: client.get("/readyz").status_code == 503, "readyz says 503")
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(20) in {128 + signal.SIGTERM, 0}
-        deadline.cancel()
+        assert running.process.wait(PATIENCE) == 128 + signal.SIGTERM

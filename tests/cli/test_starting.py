@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tenora.cli import serving
 from tenora.cli.app import app
 from tenora.processes import bound_to_parent
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -50,7 +51,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -99,39 +100,36 @@ def fetching(tmp_path: Path, silent_index: str) -> Iterator[Fetching]:
     children = server.children()
     server.process.kill()
     server.process.communicate()
-    psutil.wait_procs(children, timeout=60)
+    psutil.wait_procs(children, timeout=PATIENCE)
 
 
-@pytest.mark.timeout(300)
 def test_while_the_base_downloads_probes_answer_and_a_second_server_is_told_at_once(fetching: Fetching) -> None:
     url = f"http://127.0.0.1:{fetching.port}"
-    until(lambda: httpx.get(f"{url}/readyz", timeout=60).json().get("phase") == "download")
-    answer = httpx.get(f"{url}/readyz", timeout=60)
+    until(lambda: httpx.get(f"{url}/readyz", timeout=PATIENCE).json().get("phase") == "download")
+    answer = httpx.get(f"{url}/readyz", timeout=PATIENCE)
     assert (answer.status_code, answer.json()["message"]) == (503, "downloading the base")
-    assert httpx.get(f"{url}/livez", timeout=60).status_code == 200
+    assert httpx.get(f"{url}/livez", timeout=PATIENCE).status_code == 200
     second = fetching.serve(0)
-    _, said = second.communicate(timeout=120)
+    _, said = second.communicate(timeout=PATIENCE)
     assert (second.returncode, "Another Tenora serves from" in said) == (1, True)
     fetching.environment["TENORA_HOME"] += "-other"
     third = fetching.serve(fetching.port)
-    _, said = third.communicate(timeout=120)
+    _, said = third.communicate(timeout=PATIENCE)
     assert (third.returncode, "Cannot listen on" in said) == (1, True)
 
 
-@pytest.mark.timeout(300)
 def test_a_first_start_that_is_terminated_leaves_no_process_and_no_half_written_base(fetching: Fetching) -> None:
     children = fetching.children()
     assert children
     assert fetching.left_over()
     fetching.process.send_signal(signal.SIGTERM)
-    _, said = fetching.process.communicate(timeout=120)
+    _, said = fetching.process.communicate(timeout=PATIENCE)
     assert fetching.process.returncode == 0, said
     assert "Traceback" not in said
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
     assert fetching.left_over() == []
 
 
-@pytest.mark.timeout(300)
 def test_what_a_killed_process_ran_ends_with_it(tmp_path: Path) -> None:
     program = "import subprocess, sys; from tenora.processes import bound_to_parent as b; subprocess.run(b('code'))"
     parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
@@ -139,7 +137,7 @@ def test_what_a_killed_process_ran_ends_with_it(tmp_path: Path) -> None:
     children = psutil.Process(parent.pid).children()
     parent.kill()
     parent.communicate()
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
     assert bound_to_parent("pip", "download")[3] == str(os.getpid())
 
 

@@ -22,6 +22,7 @@ from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.control.scripted import ScriptedEngine, random_modules
+from tests.support.patience import PATIENCE
 
 BASE = "tiny"
 ROWS = [
@@ -135,7 +136,7 @@ async def until(
 ) -> JobRecord:
     """Wait until the job has one of `statuses` (default: any terminal one) and its log holds `messages`."""
     wanted = statuses or tuple(TERMINAL)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while True:
             job = await control.jobs.get(who, job_id)
             said = [event.message for event in (await control.jobs.events(who, job_id, limit=1000)).items]
@@ -159,12 +160,10 @@ def adapter_files(
 
 
 async def until_true(condition: Callable[[], bool]) -> None:
-    """Look until it holds, for at most ten seconds."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise TimeoutError
+    """Look until it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # no event tells it
+            await asyncio.sleep(0.01)
 
 
 async def messages(control: Control, who: Principal, job_id: str) -> list[str]:

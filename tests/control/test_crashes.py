@@ -18,6 +18,7 @@ from tenora.errors import ConfigurationError, NotFoundError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
 from tests.control.crashing import KEYED, WORSE
 from tests.control.scripted import ScriptedEngine
+from tests.support.patience import PATIENCE
 
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
 
@@ -27,7 +28,7 @@ async def killed_at(home: Path, base: Path, point: str, deed: str, repo_root: Pa
     process = await asyncio.create_subprocess_exec(
         *command, cwd=repo_root, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode == -signal.SIGKILL, output.decode()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tenora.control.fair_threads import AbandonedError, Check, FairThreads
 from tenora.errors import RateLimitedError, UnavailableError
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture
@@ -141,5 +142,5 @@ def test_a_process_ends_well_beside_work_that_does_not() -> None:
         "print('closed')\n"
         "leave_threads()\n"
     )
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr

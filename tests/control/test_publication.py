@@ -24,6 +24,7 @@ from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
 from tests.control.conftest import ROWS, ImportAdapter, OpenControl, create_job, messages, tenant, until, upload
 from tests.control.scripted import ScriptedEngine, scores
+from tests.support.patience import PATIENCE
 
 ADAPTER, BASE_SCORE = -1.0, -2.0  # log-probability of every token, as the scripted engine has it
 
@@ -140,7 +141,7 @@ async def test_the_base_is_measured_while_the_job_runs_and_once(
     valid = await upload(control, acme, ROWS[:8])
     job = await create_job(control, acme, validation_file=valid.id, name="desk")
     await measured.held.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while True:
             async with control._registry.database.read() as session:
                 row = await find_job(session, acme.tenant_id, job.id)
@@ -308,7 +309,7 @@ async def test_others_publish_while_one_is_examined(
     control: Control, acme: Principal, measured: ScriptedEngine, import_adapter: ImportAdapter
 ) -> None:
     job = await examined(control, acme, measured)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await import_adapter(control, acme, "other", seed=9)
         await control.adapters.delete(acme, "other")
     measured.score = scores

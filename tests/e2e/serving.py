@@ -8,21 +8,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import psutil
 
 from tenora_client import AsyncClient, Client, RetryPolicy
+from tests.support.patience import PATIENCE
 
-START_SECONDS = 120.0
 TENORA = Path(sys.executable).with_name("tenora")
 NO_RETRY = RetryPolicy(max_retries=0)
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 60.0, poll: float = 0.05) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE, poll: float = 0.05) -> None:
     """Wait for another process's doing; a condition that does not come true is a failure of the test that says what."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -65,14 +67,14 @@ class Server:
     def start(self, **extra: str) -> None:
         """Start it and return once it is ready."""
         self.launch(**extra)
-        until(self._ready_or_dead, f"ready; its log ends with\n{self.tail()}", START_SECONDS)
+        until(self._ready_or_dead, f"ready; its log ends with\n{self.tail()}")
         assert self.process.poll() is None, self.tail()
 
     def terminate(self) -> None:
         """SIGTERM, without waiting."""
         self.process.terminate()
 
-    def exit_status(self, seconds: float = 60.0) -> int:
+    def exit_status(self, seconds: float = PATIENCE) -> int:
         """Wait for the end."""
         return self.process.wait(seconds)
 
@@ -85,7 +87,7 @@ class Server:
                 member.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue  # the engine dies with its parent
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
         until(lambda: not any(alive(member) for member in family), "every process of the service is gone")
 
     def stop(self) -> None:
@@ -121,7 +123,7 @@ class Server:
     def probe(self, path: str) -> int:
         """Status of a GET without a key; 0 without a server."""
         try:
-            return httpx.get(f"{self.url}{path}", timeout=10.0).status_code
+            return httpx.get(f"{self.url}{path}", timeout=PATIENCE).status_code
         except httpx.TransportError:
             return 0
 
@@ -135,15 +137,17 @@ class Server:
 
     def client(self, key: str | None = None) -> Client:
         """A client that never retries: a test wants to see every answer."""
-        return Client(self.url, key or self.key(), retries=NO_RETRY, timeout=120.0)
+        return Client(self.url, key or self.key(), retries=NO_RETRY, timeout=PATIENCE)
 
     def async_client(self, key: str | None = None) -> AsyncClient:
         """The same, asynchronous."""
-        return AsyncClient(self.url, key or self.key(), retries=NO_RETRY, timeout=120.0)
+        return AsyncClient(self.url, key or self.key(), retries=NO_RETRY, timeout=PATIENCE)
 
     def raw(self, key: str | None = None) -> httpx.Client:
         """Plain HTTP with a key, to see bytes."""
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key or self.key()}"}, timeout=60.0)
+        return httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {key or self.key()}"}, timeout=PATIENCE
+        )
 
     def command(self, *arguments: str) -> str:
         """Output of a `tenora` command on this state directory."""
@@ -163,6 +167,41 @@ class Server:
 
     def _ready_or_dead(self) -> bool:
         return self.process.poll() is not None or self.ready()
+
+
+@contextmanager
+def unfinished_request(url: str, key: str) -> Iterator[None]:
+    """A request whose body is still on its way: while the block runs, the server has something to wait for."""
+    at = httpx.URL(url)
+    left = threading.Event()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {at.host}\r\nAuthorization: Bearer {key}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((at.host, at.port or 80), PATIENCE) as connection:
+
+        def go_on() -> None:
+            while not left.wait(0.5):
+                connection.sendall(b" " * 2048)  # a body that comes to a halt would be given up
+
+        connection.sendall(head.encode())
+        assert connection.recv(1024).startswith(b"HTTP/1.1 100"), "the application reads the body"
+        sender = threading.Thread(target=go_on)
+        sender.start()
+        try:
+            yield
+        finally:
+            left.set()
+            sender.join()
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """The process stands still while the block runs: nothing that it does can come to its end meanwhile."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def free_port() -> int:

@@ -184,7 +184,7 @@ def test_killed_engine(new_server: StartServer, long_base: Path, tmp_path: Path)
             broken.value
         )  # an event says it, the connection does not just break
         assert server.probe("/livez") in {200, 503}
-        until(server.ready, "the engine is there again", 60)
+        until(server.ready, "the engine is there again")
         assert server.engine().pid != first.pid
         again = client.chat.create(ask("Question 1?"), "desk", temperature=0.0, max_tokens=16, ignore_eos=True).text
         assert again == said
@@ -202,5 +202,5 @@ def test_while_the_engine_is_away_requests_are_refused_with_a_time_to_come_back(
         assert isinstance(answer, httpx.Response)
         assert answer.status_code == 503, answer.text
         assert float(answer.headers["retry-after"]) > 0
-        until(server.ready, "the engine is there again", 60)
+        until(server.ready, "the engine is there again")
         assert client.chat.create(ask("Hello"), base, max_tokens=1).choices

@@ -75,7 +75,7 @@ def demo(tmp_path: Path, tiny_base: Path, ctrl_c: None) -> Iterator[Demo]:
 def test_two_runs_show_everything_and_leave_nothing_running(demo: Demo) -> None:
     for version in (1, 2):
         process = demo.start()
-        until(lambda: "is ready at" in demo.text(), "the demo's server is ready", 120)
+        until(lambda: "is ready at" in demo.text(), "the demo's server is ready")
         family = demo.family()
         assert process.wait(200) == 0, demo.text()
         text = demo.text()
@@ -100,7 +100,7 @@ def test_two_runs_show_everything_and_leave_nothing_running(demo: Demo) -> None:
 @pytest.mark.parametrize("moment", ["starting tenora serve", "training"])
 def test_ctrl_c_stops_the_server_and_a_second_run_is_clean(demo: Demo, moment: str) -> None:
     process = demo.start()
-    until(lambda: moment in demo.text() and len(demo.family()) > 0, moment, 120)
+    until(lambda: moment in demo.text() and len(demo.family()) > 0, moment)
     family = demo.family()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(90) == 130
@@ -115,7 +115,7 @@ def test_ctrl_c_stops_the_server_and_a_second_run_is_clean(demo: Demo, moment: s
 
 def test_keep_leaves_the_server_until_ctrl_c(demo: Demo) -> None:
     process = demo.start("--keep")
-    until(lambda: "Ctrl-C stops it" in demo.text() or process.poll() is not None, "the demo has ended its show", 200)
+    until(lambda: "Ctrl-C stops it" in demo.text() or process.poll() is not None, "the demo has ended its show")
     assert process.poll() is None, demo.text()
     announced = json.loads((demo.home / "server.json").read_text())
     assert f"curl {announced['url']}/v1/chat/completions" in demo.text()

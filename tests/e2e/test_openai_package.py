@@ -12,13 +12,14 @@ from openai.types.fine_tuning import FineTuningJob
 
 from tests.e2e.material import ask, write_rows
 from tests.e2e.serving import Server
+from tests.support.patience import PATIENCE
 
 ROWS = 56
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key(), max_retries=0, timeout=120.0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key(), max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -44,7 +45,7 @@ def finished(client: openai.OpenAI, base: str, tmp_path_factory: pytest.TempPath
         extra_body={"name": "sdk-adapter", "lora": {"rank": 4}},
     )
     assert job.object == "fine_tuning.job"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while job.status not in {"succeeded", "failed", "cancelled"}:
         assert time.monotonic() < deadline, job
         time.sleep(0.2)

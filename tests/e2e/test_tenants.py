@@ -14,6 +14,7 @@ import pytest
 import tenora_client as tc
 from tests.e2e.material import ask, write_adapter, write_rows
 from tests.e2e.serving import Server
+from tests.support.patience import PATIENCE
 
 SCOPES = ("infer", "train", "adapters")
 
@@ -186,7 +187,7 @@ def test_a_revoked_key_stops_working(server: Server, tenants: tuple[Tenant, Tena
         row = next(line for line in listed.splitlines() if key.split("-")[1] in line.split())
         identity = row.split()[0]
         server.command("keys", "revoke", "--tenant", "acme", identity)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 list(client.models.list())

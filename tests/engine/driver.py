@@ -31,6 +31,7 @@ from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.training.spec import TrainEvent
 from tests.engine.requests import generate
+from tests.support.patience import PATIENCE
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Driver:
             self.wait_for_loads()
 
     def wait_for_loads(self) -> None:
-        wait(self.engine.loader._reads.values(), timeout=60)
+        wait(self.engine.loader._reads.values(), timeout=PATIENCE)
 
     def run(self, *requests: Generate, steps: int = 2000) -> list[Answer]:
         """Answer requests that arrive together; afterwards everything is back at the baseline."""

@@ -28,6 +28,7 @@ from tenora.errors import (
 from tenora.training.spec import StepEvent, StoppedEvent, TrainSpec
 from tests.engine.fake import CRASH, FAIL, READY, SILENT, FakeEngine
 from tests.engine.requests import generate, sampling
+from tests.support.patience import PATIENCE
 
 
 class Fakes:
@@ -64,7 +65,7 @@ async def tokens_of(engine: AsyncEngine, request: Generate) -> list[int]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that no event announces to the test."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110  # the state of a thread
             await asyncio.sleep(0.005)
 
@@ -261,11 +262,18 @@ async def test_close_lets_requests_finish_within_the_grace(fakes: Fakes) -> None
     engine = AsyncEngine.in_thread(Settings(), fakes)
     await engine.start()
     slow = asyncio.create_task(tokens_of(engine, generate([1], sampling(max_tokens=client.OUTPUT_BUFFER))))
+    await asyncio.sleep(0)  # it has been asked for
+    await engine.close(PATIENCE)
+    assert len(await slow) == client.OUTPUT_BUFFER
+
+
+async def test_what_outlasts_the_grace_ends_with_an_error_and_runs_are_paused(fakes: Fakes) -> None:
+    engine = AsyncEngine.in_thread(Settings(), fakes)
+    await engine.start()
     endless = asyncio.create_task(tokens_of(engine, generate([SILENT])))
     training = asyncio.create_task(_events(engine, "run"))
     await until(lambda: bool(fakes.made[0].runs))
-    await engine.close(1.0)
-    assert len(await slow) == client.OUTPUT_BUFFER
+    await engine.close(0.05)
     with pytest.raises(UnavailableError):
         await endless
     last = (await training)[-1]

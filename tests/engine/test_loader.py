@@ -22,6 +22,7 @@ from tenora.engine.scheduler import Blocked
 from tenora.errors import UnavailableError
 from tests.adapters.weights import TARGETS, adapter, prepared
 from tests.engine.requests import ref
+from tests.support.patience import PATIENCE
 
 BYTES = 64  # of the smallest adapter in the arena
 
@@ -68,7 +69,7 @@ def make_pool(slots: int, elements: int = 1024) -> SlotPool:
 
 
 def settle(loader: AdapterLoader) -> None:
-    wait(loader._reads.values(), timeout=10)
+    wait(loader._reads.values(), timeout=PATIENCE)
 
 
 def refs(*digests: str) -> list[AdapterRef]:

@@ -80,7 +80,6 @@ def engine(base: Path, dtype: torch.dtype) -> Iterator[Driver]:
 
 
 @pytest.mark.real
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_one_mixed_batch_equals_peft_one_at_a_time(
     dtype: torch.dtype, real_base: Path, refs: dict[str, AdapterRef]

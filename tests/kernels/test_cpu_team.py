@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from tenora_kernels.cpu.team import Team, claim, complete, join
 from tenora_kernels.cpu.values import compiled, peek
+from tests.support.patience import PATIENCE
 
 
 @compiled()
@@ -87,9 +87,8 @@ def test_threads_end_with_their_team() -> None:
     assert len(members) == 2
     del team
     gc.collect()
-    deadline = time.monotonic() + 10
     for member in members:
-        member.join(deadline - time.monotonic())
+        member.join(PATIENCE)
         assert not member.is_alive()
 
 

@@ -32,6 +32,7 @@ from tenora.training.spec import (
     StepEvent,
     StoppedEvent,
 )
+from tests.support.patience import PATIENCE
 
 from .runs import (
     Items,
@@ -138,7 +139,7 @@ for item in training:
         os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", program], check=False, env=environment, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", program], check=False, env=environment, timeout=PATIENCE)
     assert killed.returncode == -9
     (Path(spec.workdir) / "checkpoints" / ".step-000008.torn").mkdir()
     rest = events_of(TrainingRun(decoder, spec))

@@ -19,6 +19,7 @@ from tests.bench.gpu.engine_loop import AnyRank, EngineLoop, compare, llama_8b
 from tests.bench.gpu.protocol import DISTRIBUTIONS, LLAMA, Measurement, decode_cases, prefill_cases, spread
 from tests.bench.gpu.timing import summary
 from tests.engine.graphs import HostRows, Rerun
+from tests.support.patience import PATIENCE
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -28,7 +29,7 @@ def test_without_a_gpu_it_says_so_and_exits_3(repo_root: Path) -> None:
         cwd=repo_root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 3, done.stderr
