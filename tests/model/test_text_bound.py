@@ -20,9 +20,9 @@ ALPHABET = "ab eé🙂\n\t\u212a\U0001d400\uff46한\u1112\u1161\u11ab\u0301\u00a
 TEXTS = st.lists(st.sampled_from([*ALPHABET, "the ", "<s>", "</s>", " " * 40]), max_size=60).map("".join)
 
 
-def byte_level(*, normalizer: Any = None, strip: bool = False, merges: bool = True) -> Tokenizer:
+def byte_level(*, normalizer: Any = None, strip: bool = False, merges: bool = True, lacking: str = "") -> Tokenizer:
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(lacking))
     pairs = [("t", "h"), ("th", "e"), ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("Ġ", "the")] if merges else []
     pieces = ["</s>", *alphabet, *("".join(pair) for pair in pairs)]
     backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, pairs))
@@ -59,6 +59,7 @@ BOUNDED: dict[str, Callable[[], Tokenizer]] = {
     ),
     "stripped": lambda: byte_level(normalizer=normalizers.Strip()),
     "special tokens that swallow white space": lambda: byte_level(strip=True),
+    "bytes without a token, as SmolLM2 has them": lambda: byte_level(lacking="bĊé"),
     "SentencePiece": sentencepiece,
 }
 
@@ -103,3 +104,10 @@ def test_what_may_swallow_any_text_has_no_bound() -> None:
 
 def test_the_tiny_base_is_bounded(tiny: Callable[..., Path]) -> None:
     assert Tokenizer.load(tiny()).text_bound is not None
+
+
+@pytest.mark.real
+def test_the_real_base_is_bounded(base: Path) -> None:
+    tokenizer = Tokenizer.load(base)
+    assert tokenizer.text_bound is not None
+    assert tokenizer.least_tokens("the quick brown " * 490_000, 8192) > 8192

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from tenora.model.byte_level import byte_of_character
+
 # Bytes before a normalization for each byte after it, at most: U+212A (3 bytes) becomes K, U+1D400 (4 bytes) becomes A,
 # Hangul of three parts one of as many bytes as each had, and all else shrinks by less.
 _SHRINKS = {"NFC": 3.0, "NFD": 3.0, "NFKC": 4.0, "NFKD": 4.0, "Lowercase": 3.0, "Prepend": 1.0, "ByteLevel": 1.0}
@@ -25,15 +27,23 @@ class TextBound:
     Attributes:
         bytes_per_token: of UTF-8.
         spares_space: white space is not counted, because special tokens may swallow what stands around them.
+        unknown: bytes that are not counted, because the vocabulary has no token for them and drops them.
     """
 
     bytes_per_token: float
     spares_space: bool
+    unknown: bytes
 
     def least_tokens(self, text: str) -> int:
         """So many tokens the text has at least."""
-        counted = "".join(text.split()) if self.spares_space else text
-        return int(len(counted.encode(errors="surrogatepass")) / self.bytes_per_token)
+        return int(len(self._counted(text)) / self.bytes_per_token)
+
+    def counts_all(self, text: str) -> bool:
+        """Whether every part of the text makes tokens."""
+        return not self.spares_space and (not self.unknown or len(self._counted(text)) == len(_utf8(text)))
+
+    def _counted(self, text: str) -> bytes:
+        return _utf8("".join(text.split()) if self.spares_space else text).translate(None, self.unknown)
 
 
 def text_bound(declared: Mapping[str, Any], vocabulary: Iterable[str]) -> TextBound | None:
@@ -44,7 +54,8 @@ def text_bound(declared: Mapping[str, Any], vocabulary: Iterable[str]) -> TextBo
         vocabulary: all its tokens.
     """
     splitters = _steps(declared.get("pre_tokenizer"), "pretokenizers")
-    if not _spells_every_byte(declared["model"], frozenset(vocabulary), splitters):
+    unknown = _unknown_bytes(declared["model"], frozenset(vocabulary), splitters)
+    if unknown is None:
         return None
     if any(step["type"] not in _KEEPING or step.get("behavior") == "Removed" for step in splitters):
         return None
@@ -55,19 +66,26 @@ def text_bound(declared: Mapping[str, Any], vocabulary: Iterable[str]) -> TextBo
         return None
     swallowing = any(token.get("lstrip") or token.get("rstrip") for token in declared.get("added_tokens", ()))
     longest = max(len(token.encode()) for token in vocabulary)
-    return TextBound(longest * prod(factor for factor in factors if factor is not None), stripping or swallowing)
+    return TextBound(
+        longest * prod(factor for factor in factors if factor is not None), stripping or swallowing, unknown
+    )
 
 
-def _spells_every_byte(
+def _unknown_bytes(
     model: Mapping[str, Any], vocabulary: frozenset[str], splitters: Iterable[Mapping[str, Any]]
-) -> bool:
-    """Whether no text is unknown: unknown characters may be dropped, or many may become one token."""
+) -> bytes | None:
+    """The bytes that may vanish; None if any characters may be dropped, or become one token however many they are."""
     if model.get("type") != "BPE":
-        return False
+        return None
     if model.get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    from_bytes = any(step["type"] == "ByteLevel" for step in splitters)
-    return from_bytes and sum(len(token) == 1 for token in vocabulary) >= 256  # each byte has one
+        return b"" if all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
+    if not any(step["type"] == "ByteLevel" for step in splitters):
+        return None
+    return bytes(byte for character, byte in byte_of_character().items() if character not in vocabulary)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def _shrinks(step: Mapping[str, Any]) -> float | None:

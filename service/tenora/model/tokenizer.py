@@ -9,13 +9,14 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from tenora.errors import InvalidRequestError, UnsupportedModelError
+from tenora.model.byte_level import byte_of_character
 from tenora.model.ends import declared_ends, find_turn_end
 from tenora.model.spec import read_json
 from tenora.model.template import ChatTemplate
@@ -112,7 +113,7 @@ class Tokenizer:
         if bound is None or len(text) <= enough:
             return 0
         least = bound.least_tokens(text)
-        if least > enough or bound.spares_space or len(text) <= _LONG_TOKEN * enough:
+        if least > enough or len(text) <= _LONG_TOKEN * enough or not bound.counts_all(text):
             return least
         # Cut into pieces a text has more tokens, but only around the cuts, at each no more than a long token has bytes;
         # pieces so long that each has at least as many make it never twice as many.
@@ -191,7 +192,7 @@ class Tokenizer:
         if token_id in self._added:
             return self._added[token_id].encode()
         if "ByteLevel" in self._decoders:
-            table = _byte_of_character()
+            table = byte_of_character()
             if all(character in table for character in token):
                 return bytes(table[character] for character in token)
             return token.encode()
@@ -345,11 +346,3 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(declared, str):
         return {"default": declared}
     return {entry["name"]: entry["template"] for entry in declared}
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019: GPT-2's encoder)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
