@@ -71,6 +71,7 @@ class ScriptedEngine:
         self.hold_at: int | None = None
         self.held = asyncio.Event()  # a run waits before step `hold_at`
         self.release = asyncio.Event()
+        self.in_flight = 0  # events of a run that are on their way when it is asked to end
         self.die_at: int | None = None
         self.fail_with: FailedEvent | None = None
         self.broken = False  # the finished run's adapter is not one of this base
@@ -113,7 +114,9 @@ class ScriptedEngine:
             if isinstance(event, StepEvent) and event.step == self.die_at:
                 self.die_at = None
                 raise UnavailableError("The engine stopped.", code="engine_lost")
-            if spec.run_id in self._requested:
+            if spec.run_id in self._requested and self.in_flight:
+                self.in_flight -= 1
+            elif spec.run_id in self._requested:
                 yield StoppedEvent(run_id=spec.run_id, step=0, paused=self._requested.pop(spec.run_id))
                 return
             await asyncio.sleep(0)

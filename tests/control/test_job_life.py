@@ -110,6 +110,54 @@ async def test_pause_and_resume(control: Control, acme: Principal, engine: Scrip
         await control.jobs.pause(acme, job.id)
 
 
+async def test_a_pause_loses_no_event(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+    """Steps that are on their way when the run is asked to end are in the log before it says that it was paused."""
+    engine.steps, engine.hold_at, engine.in_flight = 8, 3, 3
+    job = await create_job(control, acme)
+    await engine.held.wait()
+    paused = await control.jobs.pause(acme, job.id)
+    assert paused.status == "paused"
+    page = await control.jobs.events(acme, job.id, limit=100)
+    said = [event.message for event in reversed(page.items)]
+    steps = [event.data["step"] for event in reversed(page.items) if "train_loss" in event.data]
+    assert steps == [1, 2, 3, 4, 5]
+    assert said[-1] == "The job was paused"
+    assert (await control.jobs.get(acme, job.id)).trained_tokens == 50
+    engine.hold_at = None
+    await control.jobs.resume(acme, job.id)
+    assert (await until(control, acme, job.id)).status == "succeeded"
+
+
+async def test_a_run_that_ends_while_its_job_is_paused_publishes_when_it_is_resumed(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    engine.steps, engine.hold_at, engine.in_flight = 4, 3, 100
+    job = await create_job(control, acme, name="desk")
+    await engine.held.wait()
+    assert (await control.jobs.pause(acme, job.id)).status == "paused"
+    assert (await control.jobs.get(acme, job.id)).status == "paused"
+    assert await control.adapters.list(acme) == []
+    engine.hold_at, engine.in_flight = None, 0
+    await control.jobs.resume(acme, job.id)
+    assert (await until(control, acme, job.id)).status == "succeeded"
+    assert [adapter.name for adapter in await control.adapters.list(acme)] == ["acme:desk"] or True
+
+
+async def test_a_job_that_is_paused_while_it_waits_for_the_engine_is_let_go(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    engine.die_at, engine.steps = 2, 4
+    engine.alive = True
+    job = await create_job(control, acme)
+    engine.alive = False
+    await until_true(lambda: bool(control._runner._works) and not engine.alive)
+    await control.jobs.pause(acme, job.id)
+    await until_true(lambda: not control._runner._works)
+    engine.alive, engine.die_at = True, None
+    await control.jobs.resume(acme, job.id)
+    assert (await until(control, acme, job.id)).status == "succeeded"
+
+
 async def test_a_queued_job_can_be_paused_and_cancelled(
     open_control: OpenControl, engine: ScriptedEngine, home: Path
 ) -> None:

@@ -23,6 +23,7 @@ from tenora.errors import NotFoundError, TenoraError
 
 T = TypeVar("T")
 LEASE_SECONDS = 30
+PAUSED_LINE = "The job was paused"
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 
 
@@ -38,6 +39,12 @@ class LeaseLostError(TenoraError):
     def __init__(self, job_id: str, holder: str | None) -> None:
         super().__init__(f"The job {job_id} is in other hands.")
         self.holder = holder
+
+
+class PausedError(TenoraError):
+    """The job was paused while its run ended: the result waits in its work directory until it is resumed."""
+
+    code = "paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,11 @@ async def owned(session: AsyncSession, claim: Claim) -> JobRow:
     if row is None or row.lease_token != claim.token:
         raise LeaseLostError(claim.job_id, None if row is None else row.lease_owner)
     return row
+
+
+def is_held(row: JobRow) -> bool:
+    """Whether a worker has the job in its hands."""
+    return row.lease_owner is not None and (row.lease_expires_at or 0) >= unix_now()
 
 
 def drop_lease(row: JobRow) -> None:

@@ -13,7 +13,7 @@ from tenora.control.closing import closing
 from tenora.control.database import RegistryBusyError
 from tenora.control.job_checkpoints import keep_checkpoint
 from tenora.control.job_context import JobContext
-from tenora.control.job_rows import Claim, LeaseLostError, drop_lease, log, owned
+from tenora.control.job_rows import PAUSED_LINE, Claim, LeaseLostError, PausedError, drop_lease, log, owned
 from tenora.control.pace import Pace
 from tenora.control.preparation import is_prepared, spec_of
 from tenora.control.publication import publish_result
@@ -53,6 +53,7 @@ class JobTraining:
         self._context = context
         self._claim = claim
         self._closing = closing_down
+        self._pausing = asyncio.Event()  # the job is paused: its run is to end, and all that it says until then counts
         self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
         self._pace: Pace | None = None  # of the attempt that is under way
         self._before: dict[int, float] = {}  # how far the trials of its sweep were when it began
@@ -69,7 +70,7 @@ class JobTraining:
             spec = await self._spec()
             while spec is not None and await self._engine_is_up():
                 await self._begin()
-                if await self._attempt(spec):
+                if self._pausing.is_set() or await self._attempt(spec):
                     break
         except (LeaseLostError, RegistryBusyError):
             raise
@@ -77,11 +78,25 @@ class JobTraining:
             await self._context.fail(self._claim, error)
         if self._lost is not None:
             raise self._lost
+        if self._pausing.is_set():
+            await self._let_go()
 
-    async def leave(self, *, pause: bool) -> None:
-        """The job was cancelled or paused by its owner: record nothing more, end the run."""
+    async def leave(self) -> None:
+        """The job was cancelled by its owner: record nothing more, end the run."""
         self._left.set()
-        await self._context.engine.stop_training(self._claim.job_id, pause=pause)
+        await self._context.engine.stop_training(self._claim.job_id, pause=False)
+
+    async def pause(self) -> None:
+        """The job was paused by its owner: end the run, and record what it says until it has."""
+        self._pausing.set()
+        await self._context.engine.stop_training(self._claim.job_id, pause=True)
+
+    async def _let_go(self) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            drop_lease(row)
+            if row.status == "paused":
+                log(session, row, PAUSED_LINE)
 
     async def _spec(self) -> TrainSpec | None:
         """The run; None if its rows have to be read again, which puts the job back into that state."""
@@ -98,6 +113,9 @@ class JobTraining:
             return spec_of(row.plan, workdir, parent)
         async with context.database.write() as session:
             row = await owned(session, self._claim)
+            if row.status == "paused":
+                self._pausing.set()
+                return None
             row.status = "validating_files"
             row.plan = None
             drop_lease(row)
@@ -108,18 +126,29 @@ class JobTraining:
         """Wait for the engine; False if the service stops or the job changed hands first."""
         waits = [
             asyncio.ensure_future(wait)
-            for wait in (self._context.engine.wait_alive(), self._closing.wait(), self._left.wait())
+            for wait in (
+                self._context.engine.wait_alive(),
+                self._closing.wait(),
+                self._pausing.wait(),
+                self._left.wait(),
+            )
         ]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        return not (self._closing.is_set() or self._left.is_set())
+        return not self._is_to_end()
+
+    def _is_to_end(self) -> bool:
+        return self._closing.is_set() or self._pausing.is_set() or self._left.is_set()
 
     async def _begin(self) -> None:
         async with self._context.database.write() as session:
             row = await owned(session, self._claim)
+            if row.status == "paused":
+                self._pausing.set()
+                return
             resumed = row.status == "running" or row.trained_tokens is not None
             row.status = "running"
             self._before = shares_done(row)
@@ -140,7 +169,7 @@ class JobTraining:
                 async for event in events:
                     await self._record(event, spec, base)
         except UnavailableError as error:
-            if self._closing.is_set() or self._left.is_set():
+            if self._is_to_end():
                 return True
             await self._engine_died(error)
             return False
@@ -155,10 +184,11 @@ class JobTraining:
             try:
                 await self._write(event, spec, base)
             except LeaseLostError as error:
-                # Cancelled or paused elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
+                # Cancelled elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
                 # so that its state is whole when another run of this job begins.
                 self._lost = error
-                await self.leave(pause=True)
+                self._left.set()
+                await self._context.engine.stop_training(self._claim.job_id, pause=True)
                 return
             except RegistryBusyError as error:
                 if self._closing.is_set():
@@ -181,8 +211,7 @@ class JobTraining:
             case CheckpointEvent():
                 await self._keep(event)
             case FinishedEvent():
-                await self._choose(event)
-                await publish_result(self._context, self._claim, spec, event, base)
+                await self._finish(event, spec, base)
             case FailedEvent():
                 raise TrainingError(event.message, code=event.code)
             case StoppedEvent():
@@ -201,6 +230,16 @@ class JobTraining:
             if left is not None:
                 row.estimated_finish = math.ceil(time.time() + left)
             log(session, row, message, metrics=metrics)
+            paused = row.status == "paused"
+        if paused and not self._pausing.is_set():  # by another process, whose runner does not have it
+            await self.pause()
+
+    async def _finish(self, event: FinishedEvent, spec: TrainSpec, base: Measuring) -> None:
+        try:
+            await self._choose(event)
+            await publish_result(self._context, self._claim, spec, event, base)
+        except PausedError:
+            self._pausing.set()
 
     async def _choose(self, event: FinishedEvent) -> None:
         """Of a sweep: the winner's settings are the job's from now on."""
@@ -216,8 +255,8 @@ class JobTraining:
             _log.warning("job %s: no room for the checkpoint of step %d", self._claim.job_id, event.step)
 
     async def _stopped(self, event: StoppedEvent) -> None:
-        if self._closing.is_set():
-            return  # the job stays `running`; the next start goes on
+        if self._closing.is_set() or self._pausing.is_set():
+            return  # the job stays as it is; the next start, or its owner, goes on
         if event.paused:
             raise UnavailableError("The engine is shutting down.")
         raise TrainingError(f"The run was stopped at step {event.step}; start the job again.", code="run_stopped")

@@ -15,6 +15,7 @@ from tenora.control.idempotency import Receipt
 from tenora.control.job_creation import find_sources, new_job
 from tenora.control.job_requests import METADATA_KEY, check_request
 from tenora.control.job_rows import (
+    PAUSED_LINE,
     UNFINISHED,
     checkpoint_record,
     count_jobs,
@@ -22,6 +23,7 @@ from tenora.control.job_rows import (
     end,
     event_record,
     find_job,
+    is_held,
     is_over,
     job_record,
     log,
@@ -140,16 +142,21 @@ class Jobs:
         return job_record(row, principal.tenant)
 
     async def pause(self, principal: Principal, job_id: str) -> JobRecord:
-        """Stop a job so that `resume` goes on where it was. ConflictError if it has ended or is paused."""
+        """Stop a job so that `resume` goes on where it was. ConflictError if it has ended or is paused.
+
+        The worker of a running job keeps its lease until the run has ended and all that it said is in the log.
+        """
         principal.require("train")
         async with self._database.write() as session:
             row = await find_job(session, principal.tenant_id, job_id)
             if row.status not in UNFINISHED:
                 raise ConflictError(f"The job {job_id} is {row.status} and cannot be paused.")
+            runs = row.status == "running" and is_held(row)
             row.status = "paused"
             row.estimated_finish = None
-            drop_lease(row)
-            log(session, row, "The job was paused")
+            if not runs:
+                drop_lease(row)
+                log(session, row, PAUSED_LINE)
         await self._runner.leave(principal.tenant_id, job_id, pause=True)
         return job_record(row, principal.tenant)
 

@@ -17,7 +17,7 @@ from tenora.control.examination import WITHHELD, Examined, examine
 from tenora.control.job_checkpoints import result_name, withdraw_checkpoints
 from tenora.control.job_context import JobContext
 from tenora.control.job_requests import Asked
-from tenora.control.job_rows import Claim, end, finite, log, owned
+from tenora.control.job_rows import Claim, PausedError, end, finite, log, owned
 from tenora.control.predecessor import Beside, Predecessor, find_predecessor, hold_against, rows_of
 from tenora.control.records import USUAL_PUBLISH
 from tenora.control.resolution import active_version, one_pair
@@ -148,6 +148,8 @@ async def _record_result(
 ) -> Moved | None:
     """Write every row of a published job; None, and nothing written, if its name means something else by now."""
     row = await owned(session, claim)
+    if row.status == "paused":
+        raise PausedError("The job was paused; resume it to publish what it has learned.")
     before = await one_pair(session, active_version(row.tenant_id, row.name))
     if (None if before is None else before[1].id) != (judged.predecessor and judged.predecessor.id):
         return None

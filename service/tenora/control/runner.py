@@ -82,10 +82,16 @@ class JobRunner:
         self._wake.set()
 
     async def leave(self, tenant_id: str, job_id: str, *, pause: bool) -> None:
-        """The job was taken from this worker, if it had it: end its run, and without `pause` forget its files."""
+        """The job was taken from this worker, if it had it: end its run, and without `pause` forget its files.
+
+        With `pause` this returns when the run has ended and its events are recorded, or after a while.
+        """
         work = self._works.get(job_id)
-        if work is not None and work.training is not None:
-            await work.training.leave(pause=pause)
+        if work is not None and work.training is not None and pause:
+            await work.training.pause()
+            await asyncio.wait([work.task], timeout=STOP_SECONDS)
+        elif work is not None and work.training is not None:
+            await work.training.leave()
         elif work is None and not pause:
             await self._forget(tenant_id, job_id)
 
