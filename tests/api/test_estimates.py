@@ -40,6 +40,7 @@ async def test_it_answers_what_a_job_with_the_same_body_would_do(service: Servic
         "rows": 54,
         "held_out_rows": 6,
         "truncated": 0,
+        "left_out": 0,
         "near_duplicates": 0,
         "n_epochs": 2,
         "batch_size": 9,

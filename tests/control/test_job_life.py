@@ -140,7 +140,7 @@ async def test_a_run_that_ends_while_its_job_is_paused_publishes_when_it_is_resu
     engine.hold_at, engine.in_flight = None, 0
     await control.jobs.resume(acme, job.id)
     assert (await until(control, acme, job.id)).status == "succeeded"
-    assert [adapter.name for adapter in await control.adapters.list(acme)] == ["acme:desk"] or True
+    assert len(await control.adapters.list(acme)) == 1
 
 
 async def test_a_job_that_is_paused_while_it_waits_for_the_engine_is_let_go(

@@ -12,6 +12,7 @@ import transformers
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
+from tenora.training.division import divide
 
 from .rows import chat, learned_text, write_lines
 
@@ -132,7 +133,7 @@ def test_earlier_answers_of_the_prompt_are_not_learned(tmp_path: Path, tokenizer
 def test_a_pair_is_never_torn_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(10)]
     dataset = tokenize(tmp_path, tokenizer, *rows)
-    train, valid = dataset.split(0.3, seed=1)
+    ((train, valid),) = divide([dataset], [0.3], seed=1)
     assert (train.examples, valid.examples) == (7, 3)
     for part in (train, valid):
         assert part.rows_per_example == 2

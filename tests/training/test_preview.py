@@ -97,7 +97,7 @@ def test_real_files_on_the_real_tokenizer(real_base: Path, shared_data: Path, na
         assert (row.tokens, row.trained_tokens) == (len(tokens), weights.sum())
         assert "".join(span.text for span in row.spans) == tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
     held_out = tokenize_file(shared_data / f"{name}_valid.jsonl", tokenizer, max_length=2048)
-    assert near_duplicates(dataset, held_out).count == 0
+    assert near_duplicates(dataset, held_out=held_out).count == 0
 
 
 @pytest.mark.real

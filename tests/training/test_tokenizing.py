@@ -152,6 +152,16 @@ def test_what_the_template_cannot_say_is_refused(
     assert [issue.code for issue in caught.value.report.issues] == [code]
 
 
+def test_datasets_survive_disk(tmp_path: Path) -> None:
+    dataset = random_rows(20, seed=1)
+    dataset.save(tmp_path / "deep" / "rows.npz")
+    loaded = TokenizedDataset.load(tmp_path / "deep" / "rows.npz")
+    for name in ("tokens", "weights", "offsets", "lines"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(dataset, name), strict=True)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.npz"]
+    np.testing.assert_array_equal(loaded.select(np.array([4, 2])).row(1)[0], dataset.row(2)[0])
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['content'] + ('!' if loop.last else '.') }}{% endfor %}"
     base = _backend(list("ab!."), [], None)
@@ -217,27 +227,6 @@ def test_a_template_whose_end_of_turn_is_no_token_is_refused_with_the_reason(
     completions = write_lines(tmp_path / "other.jsonl", [{"prompt": "a? ", "completion": "One."}])
     dataset = tokenize_file(completions, tokenizer, max_length=512)
     assert learned_text(dataset, tokenizer) == ["One.<|endoftext|>"]
-
-
-def test_datasets_survive_disk_and_split_into_disjoint_parts(tmp_path: Path) -> None:
-    dataset = random_rows(20, seed=1)
-    dataset.save(tmp_path / "deep" / "rows.npz")
-    loaded = TokenizedDataset.load(tmp_path / "deep" / "rows.npz")
-    for name in ("tokens", "weights", "offsets", "lines"):
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(dataset, name), strict=True)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.npz"]
-    train, held_out = dataset.split(0.1, seed=3)
-    assert (len(train), len(held_out)) == (18, 2)
-    assert sorted([*train.lines, *held_out.lines]) == list(range(1, 21))
-    np.testing.assert_array_equal(train.row(4)[0], dataset.row(int(train.lines[4]) - 1)[0])
-    assert (
-        dataset.split(0.1, seed=3)[1].lines.tolist()
-        == held_out.lines.tolist()
-        != dataset.split(0.1, seed=4)[1].lines.tolist()
-    )
-    assert len(random_rows(2, seed=0).split(0.0001, seed=0)[1]) == 1
-    with pytest.raises(DatasetError, match="single row"):
-        random_rows(1, seed=0).split(0.5, seed=0)
 
 
 def test_a_broken_dataset_file_is_an_error(tmp_path: Path) -> None:

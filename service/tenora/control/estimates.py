@@ -36,6 +36,16 @@ _RECENT_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
+class NearDuplicatePair:
+    """Lines of a held-out row and of the training row that it nearly is, which is of the task `train_task`."""
+
+    train_line: int
+    held_out_line: int
+    similarity: float
+    train_task: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskEstimate:
     """What one training file holds, as `Estimate` has it for all."""
 
@@ -46,7 +56,7 @@ class TaskEstimate:
     held_out_rows: int
     tokens: int
     near_duplicates: int
-    near_duplicate_pairs: Sequence[DuplicatePair]
+    near_duplicate_pairs: Sequence[NearDuplicatePair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Estimate:
         rows, held_out_rows: examples (rows, or pairs for DPO) to train and to measure on.
         tokens, trained_tokens: of the rows to train on, once; the latter those that are learned.
         truncated: rows that would be cut.
+        left_out: pairs that would not be taken, because their two answers are equal as the model sees them.
         near_duplicates: held-out examples that training all but shows.
         n_epochs, batch_size: as they would be; "auto" if a sweep chooses.
         folds: of cross-validation for few rows; 0 holds rows out.
@@ -84,6 +95,7 @@ class Estimate:
     tokens: int
     trained_tokens: int
     truncated: int
+    left_out: int
     near_duplicates: int
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]
@@ -169,6 +181,7 @@ def _estimate(
         tokens=sum(task.train.num_tokens for task in tasks),
         trained_tokens=sum(task.train.num_trained for task in tasks),
         truncated=sum(task.truncated for task in tasks),
+        left_out=sum(task.left_out for task in tasks),
         near_duplicates=sum(task.near_duplicates.count for task in tasks),
         n_epochs="auto" if "n_epochs" in swept else found.hyperparameters.n_epochs,
         batch_size="auto" if "batch_size" in swept else found.hyperparameters.batch_size,
@@ -192,11 +205,16 @@ def _estimate(
                 held_out_rows=_held_out(task),
                 tokens=task.train.num_tokens,
                 near_duplicates=task.near_duplicates.count,
-                near_duplicate_pairs=task.near_duplicates.pairs,
+                near_duplicate_pairs=[_named(pair, tasks) for pair in task.near_duplicates.pairs],
             )
             for task in tasks
         ],
     )
+
+
+def _named(pair: DuplicatePair, tasks: Sequence[TaskRows]) -> NearDuplicatePair:
+    task = tasks[pair.train_part].source.name
+    return NearDuplicatePair(pair.train_line, pair.held_out_line, pair.similarity, task)
 
 
 def _held_out(task: TaskRows) -> int:

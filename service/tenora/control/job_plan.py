@@ -49,7 +49,7 @@ class Resolved:
     Attributes:
         folds: of cross-validation; 0 holds rows out.
         trials: of a sweep; empty without one.
-        seed: of the run.
+        split_seed: draws the folds.
         spec_fields: further fields of the TrainSpec that were asked for.
     """
 
@@ -57,7 +57,7 @@ class Resolved:
     lora: LoraSpec
     folds: int
     trials: tuple[TrialSpec, ...]
-    seed: int
+    split_seed: int
     spec_fields: Mapping[str, Any]
 
 
@@ -85,7 +85,7 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
         lora=lora,
         folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
         trials=_trials(asked, limits, parent, chosen, counts, seed),
-        seed=seed,
+        split_seed=asked.split_seed,
         spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
     )
 

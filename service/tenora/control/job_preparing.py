@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tenora.control.baselines import NotedTask, note_rows
 from tenora.control.blobs import Blobs
 from tenora.control.job_context import JobContext
 from tenora.control.job_requests import Asked
 from tenora.control.job_rows import Claim, drop_lease, log, owned
-from tenora.control.preparation import Preparation, Prepared, prepare
+from tenora.control.preparation import Preparation, Prepared, TaskRows, prepare
 from tenora.control.schema import JobRow
 from tenora.control.starting_point import parent_shape
 from tenora.control.storage import Storage
 from tenora.control.training_sources import sources_of
 from tenora.errors import TenoraError
+from tenora.training.duplicates import DuplicatePair
 
 _LISTED_PAIRS = 5
 
@@ -53,7 +56,8 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
             for task in prepared.tasks
         ]
         drawn = not prepared.folds and row.validation_file is None
-        await note_rows(session, row, noted, split_seed=row.seed if drawn else None, near_duplicates=duplicates)
+        split_seed = Asked.stored(row.requested).split_seed if drawn else None
+        await note_rows(session, row, noted, split_seed=split_seed, near_duplicates=duplicates)
         row.status = "queued"
         drop_lease(row)
         for warning in _warnings(prepared):
@@ -85,12 +89,14 @@ def _warnings(prepared: Prepared) -> list[str]:
     lines: list[str] = []
     if truncated := sum(task.truncated for task in prepared.tasks):
         lines.append(f"{truncated} rows were cut to fit the sequence length")
+    if left_out := sum(task.left_out for task in prepared.tasks):
+        lines.append(f"{left_out} pairs were left out: their two answers are equal as the model sees them")
     for task in prepared.tasks:
         found = task.near_duplicates
         if not found.count:
             continue
         where = f"Task {task.source.name}: " if len(prepared.tasks) > 1 else ""
-        pairs = [f"{pair.held_out_line} and {pair.train_line}" for pair in found.pairs[:_LISTED_PAIRS]]
+        pairs = [_named(pair, prepared.tasks) for pair in found.pairs[:_LISTED_PAIRS]]
         more = ["…"] if found.count > _LISTED_PAIRS else []
         lines.append(
             f"{where}{found.count} of {found.held_out} held-out rows are near-duplicates of training rows, "
@@ -98,6 +104,11 @@ def _warnings(prepared: Prepared) -> list[str]:
             f"out and trained on: {', '.join(pairs + more)}"
         )
     return lines
+
+
+def _named(pair: DuplicatePair, tasks: Sequence[TaskRows]) -> str:
+    of = f" of {tasks[pair.train_part].source.name}" if len(tasks) > 1 else ""
+    return f"{pair.held_out_line} and {pair.train_line}{of}"
 
 
 def _described(row: JobRow, prepared: Prepared) -> list[str]:

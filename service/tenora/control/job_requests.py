@@ -34,6 +34,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         settings: the given ones of `SETTINGS`.
         lora: the given ones of `tenora.control.adapter_shape.LORA`.
         sweep: the object as sent.
+        seed: as sent; without one the files alone decide which rows are held out.
     """
 
     model: str
@@ -42,6 +43,12 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     lora: dict[str, Any]
     sweep: dict[str, Any] | None = None
+    seed: int | None = None
+
+    @property
+    def split_seed(self) -> int:
+        """What draws the rows that are held out, with their content."""
+        return self.seed or 0
 
     @classmethod
     def stored(cls, requested: Mapping[str, Any]) -> Asked:
@@ -75,6 +82,7 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
         settings=_settings(request, limits),
         lora=_given(known_fields(request.lora, LORA, "lora"), LORA),
         sweep=None if request.sweep is None else dict(request.sweep),
+        seed=request.seed,
     )
     if asked.settings.get("max_steps") and asked.hyperparameters["n_epochs"] != "auto":
         raise InvalidRequestError(

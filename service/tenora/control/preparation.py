@@ -25,6 +25,7 @@ from tenora.control.storage import full_disk, remove
 from tenora.control.training_sources import Source
 from tenora.errors import DatasetError
 from tenora.training.dataset import TokenizedDataset, tokenize_file
+from tenora.training.division import divide
 from tenora.training.duplicates import NearDuplicates, near_duplicates
 from tenora.training.recipes import held_out_fraction, is_few_shot
 from tenora.training.spec import TaskSpec, TrainSpec
@@ -61,6 +62,7 @@ class TaskRows:
     Attributes:
         valid: None if no rows are held out.
         truncated: rows that were cut to fit.
+        left_out: pairs whose answers are equal as the model sees them.
         near_duplicates: held-out examples that training all but shows.
     """
 
@@ -68,6 +70,7 @@ class TaskRows:
     train: TokenizedDataset
     valid: TokenizedDataset | None
     truncated: int
+    left_out: int = 0
     near_duplicates: NearDuplicates = field(default=NearDuplicates())
 
 
@@ -128,26 +131,29 @@ def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequen
     valid = None
     if job.validation_path is not None:
         valid = _tokenize(job, job.validation_path, "validation_file", "validation file", tokenizer, limits)
-    tasks: list[TaskRows] = []
-    for source, path in zip(job.sources, job.paths, strict=True):
-        rows = _tokenize(job, path, source.param, "training file", tokenizer, limits)
-        if valid is not None:
-            duplicates = near_duplicates(rows, valid)
-            tasks.append(TaskRows(source, rows, valid, rows.truncated + valid.truncated, duplicates))
-            continue
-        few_shot = is_few_shot(
-            rows.examples,
-            method=job.asked.method,
-            tasks=len(job.sources),
-            has_validation=False,
-            sweeps=job.asked.sweep is not None,
-        )
-        if few_shot:
-            tasks.append(TaskRows(source, rows, None, rows.truncated))
-        else:
-            train, held_out = rows.split(held_out_fraction(rows.examples), job.seed)
-            tasks.append(TaskRows(source, train, held_out, rows.truncated, near_duplicates(train, held_out)))
-    return tasks
+    files = [
+        _tokenize(job, path, source.param, "training file", tokenizer, limits)
+        for source, path in zip(job.sources, job.paths, strict=True)
+    ]
+    if valid is not None:
+        (source,), (rows,) = job.sources, files
+        truncated, left_out = rows.truncated + valid.truncated, rows.left_out + valid.left_out
+        return [TaskRows(source, rows, valid, truncated, left_out, near_duplicates(rows, held_out=valid))]
+    few_shot = is_few_shot(
+        files[0].examples,
+        method=job.asked.method,
+        tasks=len(files),
+        has_validation=False,
+        sweeps=job.asked.sweep is not None,
+    )
+    if few_shot:
+        return [TaskRows(job.sources[0], files[0], None, files[0].truncated)]
+    divided = divide(files, [held_out_fraction(rows.examples) for rows in files], seed=job.asked.split_seed)
+    trained = [train for train, _ in divided]
+    return [
+        TaskRows(source, train, held_out, rows.truncated, rows.left_out, near_duplicates(*trained, held_out=held_out))
+        for source, rows, (train, held_out) in zip(job.sources, files, divided, strict=True)
+    ]
 
 
 def count_rows(tasks: Sequence[TaskRows]) -> RowCounts:
@@ -219,6 +225,7 @@ def _plan(
         trials=found.trials,
         tokens_per_microbatch=tokens_per_microbatch,
         seed=job.seed,
+        split_seed=job.asked.split_seed,
         general_text=text,
         **found.spec_fields,
     )

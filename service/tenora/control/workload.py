@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tenora.control.job_plan import Resolved
 from tenora.control.preparation import TaskRows
-from tenora.training.corpus import folded
 from tenora.training.dataset import TokenizedDataset
+from tenora.training.division import fold
 from tenora.training.packing import stream_length
 from tenora.training.recipes import halving_rungs
 from tenora.training.schedule import evaluation_steps
@@ -82,7 +82,7 @@ def _folds(found: Resolved, rows: TokenizedDataset, general: int) -> Workload:
     chosen = found.hyperparameters
     final = _fit(found, rows.examples, chosen.n_epochs, chosen.batch_size, _tokens(rows))
     fits = [final]
-    for held_out in folded(rows, found.folds, seed=found.seed):
+    for held_out in fold(rows, found.folds, seed=found.split_seed):
         kept = rows.examples - len(held_out)
         tokens = final.tokens - _tokens(rows.select(held_out))
         fits.append(_fit(found, kept, chosen.n_epochs, chosen.batch_size, tokens))

@@ -10,6 +10,7 @@ import numpy as np
 
 from tenora.errors import TrainingError
 from tenora.training.dataset import TokenizedDataset, concatenate
+from tenora.training.division import fold
 from tenora.training.packing import Int64Array
 from tenora.training.spec import TaskSpec
 
@@ -81,7 +82,7 @@ class Corpus:
 
     def fold(self, number: int, folds: int, *, seed: int) -> tuple[Corpus, Int64Array]:
         """The corpus of cross-validation fold `number` of `folds`, and the examples that it holds out."""
-        held_out = folded(self.train, folds, seed=seed)[number]
+        held_out = fold(self.train, folds, seed=seed)[number]
         kept = np.setdiff1d(np.arange(self.train.examples), held_out)
         part = replace(
             self,
@@ -115,12 +116,6 @@ class Corpus:
             for task, count in enumerate(self._drawn())
         ]
         return random.permutation(np.concatenate(drawn))
-
-
-def folded(rows: TokenizedDataset, folds: int, *, seed: int) -> list[Int64Array]:
-    """The examples that each fold of a cross-validation holds out, ascending."""
-    order = np.random.default_rng([seed, folds]).permutation(rows.examples)
-    return [np.sort(order[number::folds]) for number in range(folds)]
 
 
 def _tasks(datasets: Sequence[TokenizedDataset]) -> Int64Array:

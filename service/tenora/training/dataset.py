@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.encoding import Example, check_opening, encode_example
+from tenora.training.encoding import SAYS_NOTHING, Example, check_opening, encode_example
 from tenora.training.reading import MIN_EXAMPLES, ValidationReport, usable_rows
 from tenora.training.rows import RowChecker, RowIssue
 
@@ -85,8 +85,8 @@ def tokenize_file(
         tokenizer: the base model's (`tenora.model.tokenizer.Tokenizer`).
         max_length: tokens that a row may have, at most the model's context.
         truncate: cut longer rows at their right end, so that what remains starts as a served prompt does, and count
-            them in `truncated`; otherwise they are an error. A row whose learned tokens are all cut off is an error in
-            either case.
+            them in `truncated`; otherwise they are an error. Pairs whose answers are then equal are left out. A row
+            whose learned tokens are all cut off is an error in either case.
         rows_per_example: 1 wants rows with one answer, 2 preferences; None takes either.
 
     Raises:
@@ -104,9 +104,12 @@ def tokenize_file(
             builder.add(line, example)
         for issue in checker.issues:
             report.add(issue)
+    dataset = builder.build(report.rows_per_example)
+    if dataset.left_out and not dataset.examples:
+        report.add(RowIssue(report.last_line, "no_trainable_tokens", f"All {dataset.left_out} pairs: {SAYS_NOTHING}"))
     if not report.ok:
         raise UnusableRowsError(report)
-    return builder.build(report.rows_per_example)
+    return dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class TokenizedDataset:
         offsets: int64 [rows + 1].
         lines: int64 [rows], the one-based line of each row in its file.
         truncated: how many rows were cut to fit.
+        left_out: how many pairs were not taken, because their answers are equal as the model sees them; not stored.
         rows_per_example: 1; 2 for preference pairs, whose rows 2i and 2i + 1 are the chosen and the rejected answer.
     """
 
@@ -129,6 +133,7 @@ class TokenizedDataset:
     lines: npt.NDArray[np.int64]
     truncated: int = 0
     rows_per_example: int = 1
+    left_out: int = 0
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -168,20 +173,6 @@ class TokenizedDataset:
             truncated=self.truncated,
             rows_per_example=size,
         )
-
-    def split(self, held_out_fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Examples to train on and to measure on, drawn by `seed`; each part has at least one, in file order.
-
-        Raises:
-            DatasetError: there are fewer than two examples.
-        """
-        if self.examples < 2:
-            raise DatasetError(
-                "A single row cannot be split; add rows or give a validation file.", param="training_file"
-            )
-        held_out = min(max(round(self.examples * held_out_fraction), 1), self.examples - 1)
-        order = np.random.default_rng(seed).permutation(self.examples)
-        return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
 
     def save(self, path: Path) -> None:
         """Write an .npz file at `path`, atomically: a reader sees the whole file or none."""
@@ -254,11 +245,14 @@ class _Builder:
     """Grows a dataset row by row in compact arrays: five bytes a token, not a Python object."""
 
     def __init__(self) -> None:
-        self._truncated = 0
+        self._truncated = self._left_out = 0
         self._tokens, self._weights = array("i"), array("B")
         self._offsets, self._lines = array("q", [0]), array("q")
 
     def add(self, line: int, example: Example) -> None:
+        if example.says_nothing:
+            self._left_out += 1
+            return
         for tokens, weights in example.sequences:
             self._tokens.extend(tokens)
             self._weights.extend(weights)
@@ -274,4 +268,5 @@ class _Builder:
             lines=np.array(self._lines, dtype=np.int64),
             truncated=self._truncated,
             rows_per_example=rows_per_example,
+            left_out=self._left_out,
         )

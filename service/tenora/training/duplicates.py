@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from tenora.training.dataset import TokenizedDataset
+from tenora.training.dataset import TokenizedDataset, concatenate
 
 Uint64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
@@ -33,16 +33,23 @@ _CHUNK_PAIRS = 4_000_000
 _MAX_COMPARED = 16  # candidates for one held-out example, the most promising first
 _KEPT_SETS = 2048  # sets of training examples that held-out ones may share
 _COMMON = (5, 0.02, 500)  # a 5-gram in more examples says nothing: at least 5, then 2% of all, at most 500
+_MAX_GROUPED = (10_000, 4_000_000)  # distinct examples and their tokens; in more, only equal ones are one group
+_SHARED = (5, 0.2, 500)  # likewise _COMMON, where all examples are looked for in each other
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio, odd: a polynomial hash modulo 2⁶⁴
 
 
 @dataclass(frozen=True, slots=True)
 class DuplicatePair:
-    """A held-out example and the training example that it is closest to, by their lines; `similarity` 1.0 is equal."""
+    """A held-out example and the training example that it is closest to, by their lines; `similarity` 1.0 is equal.
+
+    Attributes:
+        train_part: which of the training datasets `train_line` is of.
+    """
 
     train_line: int
     held_out_line: int
     similarity: float
+    train_part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +69,55 @@ class NearDuplicates:
     pairs: tuple[DuplicatePair, ...] = ()
 
 
-def near_duplicates(train: TokenizedDataset, held_out: TokenizedDataset) -> NearDuplicates:
-    """Look for the held-out examples in the training examples. The same arguments give the same answer."""
+def near_duplicates(*parts: TokenizedDataset, held_out: TokenizedDataset) -> NearDuplicates:
+    """Look for the held-out examples in the training examples of all `parts`. Equal arguments give equal answers."""
+    train = concatenate(parts)
+    ends = np.cumsum([part.examples for part in parts])
     found = _equal_examples(train, held_out)
     exact = len(found)
     rest = [index for index in range(held_out.examples) if index not in found]
     found |= _similar_examples(train, held_out, rest)
     size = train.rows_per_example
     pairs = [
-        DuplicatePair(int(train.lines[size * other]), int(held_out.lines[size * index]), round(similarity, 3))
+        DuplicatePair(
+            int(train.lines[size * other]),
+            int(held_out.lines[size * index]),
+            round(similarity, 3),
+            int(np.searchsorted(ends, other, side="right")),
+        )
         for index, (other, similarity) in sorted(found.items())[:MAX_LISTED_PAIRS]
     ]
     return NearDuplicates(len(found), exact, held_out.examples, tuple(pairs))
+
+
+def content_keys(dataset: TokenizedDataset) -> Uint64Array:
+    """A 64-bit hash of the tokens of each example; equal ones have equal keys. uint64 [examples]."""
+    digests = [_digest(dataset, index)[:8] for index in range(dataset.examples)]
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def groups_of_similar(dataset: TokenizedDataset) -> Int64Array:
+    """A number for each example, the same for equal ones and for those that near-duplicates link. int64 [examples].
+
+    In large datasets only equal ones are found: comparing all with all has its price.
+    """
+    _, first, numbers = np.unique(content_keys(dataset), return_index=True, return_inverse=True)
+    distinct = dataset.select(first)
+    if distinct.examples > _MAX_GROUPED[0] or distinct.num_tokens > _MAX_GROUPED[1]:
+        return numbers.astype(np.int64)
+    group = list(range(len(first)))
+
+    def root(index: int) -> int:
+        while group[index] != index:
+            group[index] = group[group[index]]
+            index = group[index]
+        return index
+
+    everyone = range(distinct.examples)
+    for index, other, _ in _similar_pairs(distinct, distinct, everyone, common=_SHARED):
+        low, high = sorted((root(index), root(other)))
+        group[high] = low
+    return np.array([root(index) for index in everyone], np.int64)[numbers]
 
 
 def _equal_examples(train: TokenizedDataset, held_out: TokenizedDataset) -> dict[int, tuple[int, float]]:
@@ -99,28 +143,59 @@ def _tokens(dataset: TokenizedDataset, example: int) -> npt.NDArray[np.int32]:
 
 
 def _similar_examples(
-    train: TokenizedDataset, held_out: TokenizedDataset, examples: list[int]
+    train: TokenizedDataset, held_out: TokenizedDataset, examples: Sequence[int]
 ) -> dict[int, tuple[int, float]]:
     """Held-out examples close to a training example: index → the closest one found and its similarity."""
+    found: dict[int, tuple[int, float]] = {}
+    for index, other, similarity in _similar_pairs(train, held_out, examples, common=_COMMON):
+        if index not in found or (similarity, -other) > (found[index][1], -found[index][0]):
+            found[index] = (other, similarity)
+    return found
+
+
+def _similar_pairs(
+    train: TokenizedDataset, held_out: TokenizedDataset, examples: Sequence[int], *, common: tuple[int, float, int]
+) -> Iterator[tuple[int, int, float]]:
+    """Held-out examples, training examples that are close to them, and how close; of each the most promising ones.
+
+    Args:
+        examples: the held-out ones to look for; if both sides are one dataset, an example is not its own duplicate.
+        common: which 5-grams say nothing, see _COMMON.
+    """
     sets = {index: _shingles(_tokens(held_out, index)) for index in examples}
-    known = np.unique(np.concatenate([np.zeros(0, np.uint64), *sets.values()]))
-    if not len(known):
-        return {}
-    frequency = _frequency(train, sets, known)
-    least, share, most = _COMMON
-    boilerplate = known[frequency > min(max(least, share * (train.examples + held_out.examples)), most)]
+    everything = np.sort(np.concatenate([np.zeros(0, np.uint64), *sets.values()]))
+    if not len(everything):
+        return
+    first = np.flatnonzero(np.diff(everything, prepend=~everything[:1]))
+    known, frequency = everything[first], np.diff(first, append=len(everything))
+    alone = train is held_out
+    if not alone:
+        frequency += _frequency(train, known)
+    least, share, most = common
+    total = train.examples + (0 if alone else held_out.examples)
+    boilerplate = known[frequency > min(max(least, share * total), most)]
     sets = {index: np.setdiff1d(shingles, boilerplate, assume_unique=True) for index, shingles in sets.items()}
+    if alone:  # a near-duplicate of another shares most of its 5-grams with something
+        shared = known[frequency > 1]
+        sets = {
+            index: shingles
+            for index, shingles in sets.items()
+            if len(np.intersect1d(shingles, shared, assume_unique=True)) >= max(THRESHOLD * len(shingles), 1)
+        }
+    if not sets:
+        return
 
     @lru_cache(_KEPT_SETS)
     def of_train(other: int) -> Uint64Array:
         return np.setdiff1d(_shingles(_tokens(train, other)), boilerplate, assume_unique=True)
 
-    found = {}
     for index, others in sorted(_candidates(train, sets, known, frequency).items()):
-        similarity, other = max((_jaccard(sets[index], of_train(other)), -other) for other in others)
-        if similarity >= THRESHOLD:
-            found[index] = (-other, similarity)
-    return found
+        for other in others:
+            if alone and other == index:
+                continue
+            similarity = _jaccard(sets[index], of_train(other))
+            if similarity >= THRESHOLD:
+                yield index, other, similarity
 
 
 def _shingles(tokens: npt.NDArray[np.int32]) -> Uint64Array:
@@ -160,11 +235,9 @@ def _known_places(hashes: Uint64Array, known: Uint64Array) -> tuple[Int64Array, 
     return places, known[places] == hashes
 
 
-def _frequency(train: TokenizedDataset, sets: dict[int, Uint64Array], known: Uint64Array) -> Int64Array:
-    """In how many examples of both sides each of `known` stands."""
+def _frequency(train: TokenizedDataset, known: Uint64Array) -> Int64Array:
+    """In how many examples each of `known` stands."""
     counts = np.zeros(len(known), np.int64)
-    for shingles in sets.values():
-        counts[np.searchsorted(known, shingles)] += 1
     for hashes, example in _chunks(train):
         places, hit = _known_places(hashes, known)
         once = np.unique(example[hit] * len(known) + places[hit])

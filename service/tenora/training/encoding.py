@@ -35,6 +35,8 @@ _ENDLESS = (
     "could not learn where to stop; write rows of `prompt` and `completion`, which end with the end-of-text token."
 )
 
+SAYS_NOTHING = "The two answers are equal as the model sees them, so the pair is left out of training."
+
 Encoded = tuple[list[int], list[int]]
 """Token ids and, for each, 1 if it is learned, else 0."""
 
@@ -55,6 +57,11 @@ class Example:
     def truncated(self) -> bool:
         """Whether the row was cut to fit."""
         return any(self.cut)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether it is a preference between equal answers, of which nothing can be learned."""
+        return len(self.sequences) > 1 and self.sequences[0] == self.sequences[1]
 
 
 def encode_example(

@@ -64,7 +64,7 @@ class FoldsPlan:
         self._final: Learner | None = None
         try:
             for number in range(spec.folds):
-                part, held_out = self._corpus.fold(number, spec.folds, seed=spec.seed)
+                part, held_out = self._corpus.fold(number, spec.folds, seed=spec.split_seed)
                 own = _spec_of(spec, f"fold-{number}")
                 self._folds.append((Learner(host, own, part, checkpoints=False), held_out))
             self._final = Learner(host, _spec_of(spec, "final"), self._corpus)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.encoding import Encoded, encode_example
+from tenora.training.encoding import SAYS_NOTHING, Encoded, encode_example
 from tenora.training.reading import CheckedRow, ValidationReport, checked_rows
 from tenora.training.rows import RowChecker, RowFormat, RowIssue
 
@@ -99,6 +99,8 @@ def _preview(checked: CheckedRow, tokenizer: Tokenizer, *, max_length: int, trun
     example = None
     if checked.row is not None:
         example = encode_example(checked.row, tokenizer, checker, max_length=max_length, truncate=truncate)
+    if example is not None and example.says_nothing:
+        checker.report("no_trainable_tokens", SAYS_NOTHING)
     issues = (*checked.issues, *checker.issues)
     if example is None:
         return [PreviewRow(checked.line, None, 0, 0, 0, (), issues)]

@@ -74,6 +74,8 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
             off. The held-out figures are then those of the folds.
         trials: a sweep over these settings; the winner's adapter is the result. Empty trains once.
         base_model: id written into the exported adapter_config.json.
+        seed: draws weights, order and dropout.
+        split_seed: draws the folds, with what the rows hold.
         recompute_activations: keep only the inputs of layers and run each a second time in the backward pass; None
             decides by memory.
         general_text: tokens of a text that no rows are about: how its loss changes tells what is forgotten.
@@ -105,6 +107,7 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_microbatch: int = 2048
     recompute_activations: bool | None = None
     seed: int = 0
+    split_seed: int = 0
     general_text: tuple[int, ...] = ()
 
 

@@ -202,6 +202,7 @@ class Estimate(ApiObject):
 
     Attributes:
         tokens, trained_tokens: of the rows to train on, once.
+        left_out: pairs whose two answers are equal as the model sees them.
         steps, evaluations, read_tokens, measured_tokens: of the whole job, over all folds or trials; tokens that the
             model reads to learn, and to measure.
         replaces: the version that the job's name means now, which its result would be held against.
@@ -213,6 +214,7 @@ class Estimate(ApiObject):
     tokens: int
     trained_tokens: int
     truncated: int
+    left_out: int = 0
     near_duplicates: int = 0
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]

@@ -9,11 +9,15 @@ from tenora.control.records import Publish
 
 
 class DuplicatePairObject(ResponseModel):
-    """Lines of a held-out row and of the training row that it nearly is; a `similarity` of 1 is equal."""
+    """Lines of a held-out row and of the training row that it nearly is; a `similarity` of 1 is equal.
+
+    `train_task` names the file of the training row, as `tasks` do.
+    """
 
     train_line: int
     held_out_line: int
     similarity: float
+    train_task: str
 
 
 class TaskEstimateObject(ResponseModel):
@@ -51,6 +55,7 @@ class EstimateObject(ResponseModel):
     tokens: int
     trained_tokens: int
     truncated: int
+    left_out: int
     near_duplicates: int
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]
