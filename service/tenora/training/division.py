@@ -61,20 +61,26 @@ def fold(rows: TokenizedDataset, folds: int, *, seed: int = 0) -> list[Int64Arra
 
 
 def _held_out(rows: TokenizedDataset, task: Int64Array, wanted: Int64Array, seed: int) -> npt.NDArray[np.bool_]:
+    """A mark on each example that is held out: units by their rank, until every task has as many as it wants.
+
+    A unit with rows of several tasks may give one of them up to twice as many, if another has too few without it.
+    """
     held_out = np.zeros(rows.examples, np.bool_)
+    sizes = np.bincount(task, minlength=len(wanted))
     left = wanted.copy()
     ranks = _ranks(rows, seed)
     for units in _units(rows):
-        needy = left > wanted // 2
-        if not needy.any():
+        if (left <= wanted // 2).all():
             break
-        for members in _by_rank(units, ranks):
-            counts = np.bincount(task[members], minlength=len(left))
-            if (counts <= left).all() and needy[task[members]].any() and not held_out[members].any():
-                held_out[members] = True
-                left -= counts
-                if not left.any():
-                    break
+        for most in (wanted, np.minimum(2 * wanted, sizes - 1)):
+            for members in _by_rank(units, ranks) if (left > 0).any() else ():
+                counts = np.bincount(task[members], minlength=len(left))
+                fits = np.where(left > 0, counts <= left, wanted - left + counts <= most) | (counts == 0)
+                if fits.all() and (left[counts > 0] > 0).any() and not held_out[members].any():
+                    held_out[members] = True
+                    left -= counts
+                    if (left <= 0).all():
+                        break
     return held_out
 
 
