@@ -22,7 +22,7 @@ USABLE = [ ! -e $(UNFINISHED) ] && $(BIN)/python -m pip --version >/dev/null 2>&
 
 ARGS ?=
 
-.PHONY: help setup tools demo test lint fmt serve bench bench-peers gpu-check clean
+.PHONY: help setup tools demo test test-full lint fmt serve bench bench-peers gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
+
+test-full: test ## what make test runs, and then the tests that take minutes: thousands of generated requests
+	@$(BIN)/python -m pytest -m full tests
 
 lint: setup tools ## ruff, mypy, import-linter, hadolint, helm
 	$(BIN)/ruff check .

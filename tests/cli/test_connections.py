@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -16,91 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from tenora.api import protocol
 from tenora.api.connections import Connections, connection_limit
-from tenora.api.protocol import bounded
-from tenora.cli.serving import Server, http_config, listening, url_of
 
 # The same service as the API's tests use.
 from tests.api.conftest import Service, script, service, settings  # noqa: F401
+from tests.cli.served import MIB, Port, served
 from tests.support.patience import PATIENCE
 
 REQUEST = b"GET /livez HTTP/1.1\r\nhost: t\r\n"
-MIB = 2**20
-
-
-@dataclass
-class Wire:
-    """One raw connection."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def send(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
-
-    async def answer(self) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and JSON of the next answer."""
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().splitlines()
-        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        body = await self.reader.readexactly(int(headers["content-length"]))
-        return int(head[0].split()[1]), headers, json.loads(body)
-
-    async def flood(self) -> int:
-        """Send up to 300 MiB of one letter, until the server answers or closes; how many bytes it took."""
-        for sent in range(300):
-            try:
-                await self.send(b"a" * MIB)
-            except ConnectionError:
-                return sent * MIB
-            if self.reader._buffer:  # type: ignore[attr-defined]  # something has come; reading it would wait for more
-                return sent * MIB
-        return 300 * MIB
-
-    async def closed(self) -> None:
-        """Wait until the server has ended the connection, in whatever way."""
-        try:
-            while await self.reader.read(2**16):
-                pass
-        except ConnectionError:
-            return
-
-
-@dataclass
-class Port:
-    """A served service."""
-
-    service: Service
-    url: str
-    connect: Callable[[], Awaitable[Wire]]
-
-    async def probe(self, path: str = "/livez") -> int:
-        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
-            return (await client.get(path)).status_code
-
-
-@asynccontextmanager
-async def served(service: Service, **bounds: Any) -> AsyncIterator[Port]:  # noqa: F811 - the fixture of that name
-    with listening(service.settings.model_copy(update={"port": 0})) as listener:
-        config = http_config(service.app, service.settings.max_connections)
-        if bounds:
-            config.http = bounded(**bounds)
-        server = Server(config)
-        serving = asyncio.create_task(server.serve([listener]))
-        await server.ready.wait()
-        writers: list[asyncio.StreamWriter] = []
-
-        async def connect() -> Wire:
-            reader, writer = await asyncio.open_connection(*listener.getsockname()[:2])
-            writers.append(writer)
-            return Wire(reader, writer)
-
-        try:
-            yield Port(service, url_of(listener), connect)
-        finally:
-            for writer in writers:
-                writer.transport.abort()
-            server.should_exit = True
-            await serving
 
 
 @pytest.fixture
@@ -196,7 +115,8 @@ async def test_with_every_place_taken_by_a_request_only_the_probes_are_answered(
 ) -> None:
     service.script.hold_after = 1
     headers = {"authorization": f"Bearer {service.keys['default']['infer']}"}
-    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    base = service.control.inference.base_id
+    chat = {"model": base, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     async with (
         served(service, connections=Connections(4)) as port,
         httpx.AsyncClient(base_url=port.url, timeout=PATIENCE, headers=headers) as client,
@@ -221,7 +141,8 @@ async def test_with_every_place_taken_by_a_request_only_the_probes_are_answered(
 async def test_a_connection_serves_one_request_after_another_as_before(port: Port) -> None:
     key = port.service.keys["default"]["infer"].encode()
     wire = await port.connect()
-    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}).encode() + b" " * 200_000
+    chat = {"model": port.service.control.inference.base_id, "messages": [{"role": "user", "content": "hi"}]}
+    body = json.dumps({**chat, "max_tokens": 2}).encode() + b" " * 200_000
     for _ in range(3):
         await wire.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\nauthorization: Bearer "

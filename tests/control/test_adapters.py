@@ -314,3 +314,12 @@ async def test_a_restart_keeps_adapters_and_sweeps_orphans(
     assert blobs(home) == {first.digest, second.digest}
     assert (await control.adapters.get(acme, "desk")).digest == first.digest
     assert (await control.inference.resolve(acme, "desk", None)).adapter is not None
+
+
+@pytest.mark.parametrize("version", [0, -1, 2**31, 2**64, 10**30])
+async def test_a_version_of_any_number_is_there_or_not(
+    control: Control, acme: Principal, import_adapter: ImportAdapter, version: int
+) -> None:
+    await import_adapter(control, acme, "desk", seed=1)
+    with pytest.raises(NotFoundError, match="no version"):
+        await control.adapters.rollback(acme, "desk", version)

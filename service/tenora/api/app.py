@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from tenora import __version__
-from tenora.api import errors
+from tenora.api import document, errors
 from tenora.api.lifecycle import Lifecycle
 from tenora.api.middleware import Authentication, BodyLimit, DrainGate, RequestContext
 from tenora.api.routes import adapters, chat, completions, files, fine_tuning, lora_compat, models, operations
@@ -49,6 +49,7 @@ def create_app(control: Control, settings: Settings) -> FastAPI:
         app.include_router(completions.router)
     for module in (models, files, fine_tuning, adapters, lora_compat):
         app.include_router(module.router)
+    document.install(app)
     return app
 
 

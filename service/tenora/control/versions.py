@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import false, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.blobs import Blob
@@ -88,7 +88,9 @@ async def find_alias(session: AsyncSession, tenant_id: str, name: str) -> Adapte
 def version_filter(version: int | str) -> Any:
     """A condition for the version with this number, or whose digest begins so (at least 8 hex digits)."""
     if isinstance(version, int) or (version.isdecimal() and len(version) < 8):
-        return AdapterVersionRow.version == int(version)
+        number = int(version)
+        # A number that the column cannot hold is nobody's, and the driver would not take it.
+        return AdapterVersionRow.version == number if 0 < number < 2**31 else false()
     if DIGEST_PREFIX.fullmatch(version) is None:
         raise InvalidRequestError("version must be a number or at least 8 hex digits of a digest.", param="version")
     return AdapterVersionRow.digest.startswith(version)
