@@ -314,3 +314,30 @@ async def test_draining_takes_nothing_new(control: Control, engine: ScriptedEngi
         await collect(control, asked())
     assert caught.value.code == "draining"
     assert engine.generated == []
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True)
+@given(text=st.text(alphabet="ab \n東é👋", max_size=30), cuts=st.lists(st.integers(1, 3), max_size=30))
+def test_a_text_is_the_same_whether_its_tokens_are_told_or_not(
+    tokenizer: Tokenizer, text: str, cuts: list[int]
+) -> None:
+    """Tokens of which nobody asks for more than the text take a shorter way."""
+    ids = tokenizer.encode(text)
+    told: list[list[Any]] = []
+    for wanted in (None, 0):
+        stream, rest, deltas = ChoiceStream(0, asked(sampling={"logprobs": wanted}), tokenizer), list(ids), []
+        for size in (*cuts, len(ids) + 1):
+            piece, rest = rest[:size], rest[size:]
+            output = SequenceOutput(
+                request_id="r",
+                token_ids=piece,
+                logprobs=None if wanted is None else [TokenLogprob(token, -1.0) for token in piece],
+                cached_tokens=3 if not deltas else 0,
+                finish_reason="stop" if not rest else None,
+            )
+            deltas.append(stream.push(output))
+            if not rest:
+                break
+        told.append([delta and (delta.text, list(delta.token_ids), delta.completion_tokens) for delta in deltas])
+    assert told[0] == told[1]
+    assert "".join(delta[0] for delta in told[0] if delta) == tokenizer.decode(ids)

@@ -24,28 +24,28 @@ BUFFERED = 64  # deltas between the generations of one request and its reader
 class Tally:
     """Counts the tokens of a request, whose choices come from one prompt or from several."""
 
-    prompt: dict[int, int] = field(default_factory=dict)  # by prompt
-    cached: dict[int, int] = field(default_factory=dict)
-    completion: dict[tuple[int, int], int] = field(default_factory=dict)  # by prompt and choice
+    latest: dict[tuple[int, int], Delta] = field(default_factory=dict)  # by prompt and choice
     reasons: list[str] = field(default_factory=list)
 
     def add(self, source: int, delta: Delta) -> None:
         """Count a delta of the prompt number `source`."""
-        self.prompt[source] = delta.prompt_tokens
-        self.cached[source] = max(delta.cached_tokens, self.cached.get(source, 0))
-        self.completion[source, delta.index] = delta.completion_tokens
+        self.latest[source, delta.index] = delta
         if delta.finish_reason is not None:
             self.reasons.append(delta.finish_reason)
 
     def usage(self, *, scored_only: bool = False) -> Usage:
         """What was used so far; with `scored_only` no generated token counts."""
-        prompt = sum(self.prompt.values())
-        completion = 0 if scored_only else sum(self.completion.values())
+        prompts: dict[int, tuple[int, int]] = {}  # tokens, and those of them that were cached
+        for (source, _), delta in self.latest.items():
+            cached = max(delta.cached_tokens, prompts.get(source, (0, 0))[1])
+            prompts[source] = delta.prompt_tokens, cached
+        prompt = sum(tokens for tokens, _ in prompts.values())
+        completion = 0 if scored_only else sum(delta.completion_tokens for delta in self.latest.values())
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached for _, cached in prompts.values())),
         )
 
 

@@ -39,6 +39,7 @@ class ChoiceStream:
         self.finished = False
         self._index = index
         self._request = request
+        self._prompt_tokens = len(request.prompt_token_ids)
         self.stops = Stops.of(request, tokenizer)
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.skip_special_tokens)
@@ -50,9 +51,12 @@ class ChoiceStream:
         self._cached_tokens = 0
         self._queue_seconds: float | None = None
         self._prompt_logprobs: Sequence[LogprobEntry | None] | None = None
+        self._plain = not self.stops.strings and request.sampling.logprobs is None
 
     def push(self, output: SequenceOutput) -> Delta | None:
         """Take the next output; None if there is nothing to show yet."""
+        if self._plain and not self._waiting and _is_one_token(output):
+            return self._pass_on(output.token_ids[0])
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         if output.queue_seconds is not None:
             self._queue_seconds = output.queue_seconds
@@ -74,15 +78,44 @@ class ChoiceStream:
         if not (text or tokens or self.finished or self._prompt_logprobs is not None):
             return None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return self._delta(
+            text,
+            [token.token_id for token in tokens],
+            None if self._request.sampling.logprobs is None else _entries(tokens),
+            prompt_logprobs,
+            finish,
+            reason,
+        )
+
+    def _pass_on(self, token_id: int) -> Delta | None:
+        """The same for a token that nothing can end and nobody asks more of, as most are: its text is its delta."""
+        piece = self._detokenizer.push((token_id,))
+        self._completion_tokens += 1
+        if not piece:
+            self._waiting.append(_Token(token_id, None, self._produced, self._produced + 1))
+            return None
+        self._produced += len(piece)
+        self._passed = self._produced
+        return self._delta(piece, (token_id,))
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[LogprobEntry] | None = None,
+        prompt_logprobs: Sequence[LogprobEntry | None] | None = None,
+        finish: FinishReason | None = None,
+        reason: int | str | None = None,
+    ) -> Delta:
         return Delta(
             index=self._index,
             text=text,
-            token_ids=[token.token_id for token in tokens],
-            logprobs=None if self._request.sampling.logprobs is None else _entries(tokens),
+            token_ids=token_ids,
+            logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_reason=reason,
-            prompt_tokens=len(self._request.prompt_token_ids),
+            prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             queue_seconds=self._queue_seconds,
             completion_tokens=self._completion_tokens,
@@ -142,3 +175,9 @@ class ChoiceStream:
 
 def _entries(tokens: Sequence[_Token]) -> list[LogprobEntry]:
     return [token.logprob for token in tokens if token.logprob is not None]
+
+
+def _is_one_token(output: SequenceOutput) -> bool:
+    """Whether it tells one token and nothing else."""
+    told = output.finish_reason or output.prompt_logprobs is not None or output.queue_seconds is not None
+    return not told and not output.cached_tokens and len(output.token_ids) == 1

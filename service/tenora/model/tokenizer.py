@@ -270,7 +270,8 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Add tokens and return the text that is now complete, which may be empty."""
-        return "".join([self._push(index) for index in ids if not (self._skip and self._tokenizer.is_special(index))])
+        pieces = [self._push(index) for index in ids if not (self._skip and self._tokenizer.is_special(index))]
+        return pieces[0] if len(pieces) == 1 else "".join(pieces)
 
     def flush(self) -> str:
         """Return what is held back, unfinished characters as U+FFFD. The stream may go on."""
