@@ -8,12 +8,13 @@ import threading
 import numpy as np
 import pytest
 
+from tenora_kernels.cpu.compiled import job
 from tenora_kernels.cpu.team import Team, claim, complete, join
-from tenora_kernels.cpu.values import compiled, peek
+from tenora_kernels.cpu.values import peek
 from tests.support.patience import PATIENCE
 
 
-@compiled()
+@job()
 def _chain(control, phases, tasks, out):
     """Phase p adds to every element of row p the sum of row p - 1: wrong unless all of that is done."""
     for phase in range(phases):
@@ -97,7 +98,7 @@ def test_a_team_needs_a_member() -> None:
         Team(0)
 
 
-@compiled()
+@job()
 def _peek_float(address, index):
     return peek(address, index, np.float32(0))
 

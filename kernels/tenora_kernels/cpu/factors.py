@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import float32
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.strided import ADD, SET, padded, times
-from tenora_kernels.cpu.values import compiled, load, peek, store
+from tenora_kernels.cpu.values import load, peek, store
 
 __all__ = [
     "FACTORS_SIZE", "PACKS", "SITE_SIZE", "expand", "expand_back", "gradient_task", "gradient_tasks", "pack_inputs",

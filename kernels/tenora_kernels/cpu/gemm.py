@@ -16,9 +16,10 @@ from numba import float32
 from torch import Tensor
 
 from tenora_kernels import memory
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.product import FEW_PANELS, MAX_ROWS, PANEL, bytes_of, multiply, multiply_few, packed_entry
 from tenora_kernels.cpu.team import Team, claim, complete, join
-from tenora_kernels.cpu.values import compiled, load, store
+from tenora_kernels.cpu.values import load, store
 from tenora_kernels.cpu.vectors import LANES
 
 __all__ = [
@@ -202,7 +203,7 @@ def product_phase(control, phase, rows, fresh, x, x_step, w, panels, depth, out,
     join(control, phase, tasks)
 
 
-@compiled()
+@job()
 def _matmul_job(control, x, x_step, rows, w, panels, depth, out, out_step, sample):
     product_phase(control, 0, rows, rows, x, x_step, w, panels, depth, out, out_step, 0, sample)
 
@@ -228,7 +229,7 @@ def matmul(x: Tensor, weight: PackedMatrix, team: Team) -> Tensor:
     return out if weight.padded == weight.out_features else out[:, : weight.out_features]
 
 
-@compiled()
+@job()
 def _unpack_job(control, w, panels, depth, columns, out, sample):
     while True:
         panel = claim(control, 0, panels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from numba import float32
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.rowwise import add_row, norm_backward, norm_forward, scale_row
 from tenora_kernels.cpu.sequences import (
     COS,
@@ -30,7 +31,7 @@ from tenora_kernels.cpu.sequences import (
     Q,
 )
 from tenora_kernels.cpu.strided import WIDTH
-from tenora_kernels.cpu.values import compiled, load, store
+from tenora_kernels.cpu.values import load, store
 
 __all__ = ["join_token", "split_token"]
 

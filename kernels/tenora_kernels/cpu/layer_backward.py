@@ -6,6 +6,7 @@ each other share one number, the larger tasks first, so that members wait for ea
 
 from __future__ import annotations
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.factors import GRAD, expand_back, gradient_task, gradient_tasks, pack_outputs, shrink_back
 from tenora_kernels.cpu.gemm import PANEL, group_of, tile_count, tile_of
 from tenora_kernels.cpu.heads import join_token, split_token
@@ -53,7 +54,6 @@ from tenora_kernels.cpu.rowwise import add_row, gate_backward, norm_backward, no
 from tenora_kernels.cpu.sequences import DIM, KV_HEADS, QUERIES, SCORES, SCORES_ROW, attend_family
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.transposed import multiply_turned, transpose_task, transpose_tasks
-from tenora_kernels.cpu.values import compiled
 
 __all__ = ["BACKWARD_PHASES", "backward_layer"]
 
@@ -311,7 +311,7 @@ def _finish(control, phase, layer, pieces, eps):
     join(control, phase, tasks)
 
 
-@compiled()
+@job()
 def backward_layer(
     control, layer, attention, sequences, members, families, places, factors, sites, packs, slots, pieces, runs, bounds,
     eps, scale, sample,

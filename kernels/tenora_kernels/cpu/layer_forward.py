@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import float32
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.factors import expand, pack_inputs, shrink
 from tenora_kernels.cpu.gemm import PANEL, add_bias, group_of, multiply_block, tile_count, tile_of
 from tenora_kernels.cpu.heads import split_token
@@ -44,7 +45,7 @@ from tenora_kernels.cpu.layer_record import (
 from tenora_kernels.cpu.rowwise import gate_forward, norm_rows
 from tenora_kernels.cpu.sequences import DIM, KV_HEADS, QUERIES, SCORES, SCORES_ROW, attend_item
 from tenora_kernels.cpu.team import claim, complete, join
-from tenora_kernels.cpu.values import compiled, load, store
+from tenora_kernels.cpu.values import load, store
 
 __all__ = ["FORWARD_PHASES", "forward_layer"]
 
@@ -191,7 +192,7 @@ def _pack(control, phase, layer, factors, sites, packs, slots):
     join(control, phase, tasks)
 
 
-@compiled()
+@job()
 def forward_layer(
     control, layer, attention, sequences, items, places, factors, sites, packs, slots, pieces, eps, scale, sample
 ):  # fmt: skip

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
+
+from tenora_kernels.cpu.compiled import callback
 
 __all__ = ["address_of", "caller"]
 
@@ -21,10 +23,7 @@ def address_of(function: Callable[..., None], signature: Any) -> int:
 
     The code lives as long as the process. `function` is plain Python as Numba takes it, and never raises.
     """
-    try:
-        compiled = cfunc(signature, nopython=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": Numba knows of no directory that it may write to
-        compiled = cfunc(signature, nopython=True)(function)
+    compiled = callback(function, signature)
     _kept.append(compiled)
     return int(compiled.address)
 

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from tenora_kernels.cpu import lora_backward, lora_blocks
 from tenora_kernels.cpu.lora_backward import input_job, weight_job
-from tenora_kernels.cpu.lora_blocks import RECORD_SIZE, forward_job, forward_tasks, plan_forward
+from tenora_kernels.cpu.lora_blocks import RECORD_SIZE, forward_job, plan_forward
 from tenora_kernels.cpu.team import Team
 from tenora_kernels.cpu.values import SAMPLES
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
-__all__ = ["backward", "forward", "supports", "warm_up"]
+__all__ = ["FORWARD_JOBS", "JOBS", "backward", "forward", "plan_forward", "supports", "warm_up"]
+
+FORWARD_JOBS = (forward_job,)
+JOBS = (forward_job, input_job, weight_job)
+"""What the passes run, each with the arguments (control, address of the record, sample)."""
 
 
 def supports(y: Tensor, x: Tensor, tables: LoraTables) -> bool:
@@ -49,7 +53,7 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     if plan_forward(address, team.size):
         team.run(forward_job, 0, address, sample)
     else:
-        forward_tasks(address, sample)
+        forward_job(0, address, sample)
 
 
 def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor | None) -> None:
@@ -101,10 +105,6 @@ def warm_up(dtype: torch.dtype, *, train: bool = False) -> None:
     x = torch.zeros(1, 2, dtype=dtype)
     y = torch.zeros_like(x)
     forward(y, x, site, batch)
-    # A call this small stays on its own thread; a larger one is a job.
-    record = _record(y, x, site, batch)
-    plan_forward(record.ctypes.data, 1)
-    Team.shared(1).run(forward_job, 0, record.ctypes.data, SAMPLES[dtype])
     if train:
         backward(x, x, site, batch, torch.zeros(1, 2))
 

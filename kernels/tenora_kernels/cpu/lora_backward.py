@@ -6,6 +6,7 @@ weights, dA += dSᵀ·X and dBᵀ += Sᵀ·dY, which are expands whose ranks and
 
 from __future__ import annotations
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.lora_blocks import (
     BF16,
     F32,
@@ -23,7 +24,7 @@ from tenora_kernels.cpu.lora_blocks import (
     weights_of,
 )
 from tenora_kernels.cpu.lora_tile import fetch_add
-from tenora_kernels.cpu.values import compiled, peek, size_of
+from tenora_kernels.cpu.values import peek, size_of
 from tenora_kernels.cpu.vectors import LANES
 
 # Y and Y_STRIDE of the record are those of dY here; these come on top.
@@ -49,8 +50,8 @@ def _shrunk(record, j, position):
     return s, s + 4 * rows * span
 
 
-@compiled()
-def input_tasks(record, sample):
+@job()
+def input_job(control, record, sample):
     """The first phase: claim blocks of rows until none is left."""
     site, segments, tables = peek(record, SITE, I64), peek(record, SEGMENTS, I64), peek(record, TABLES, I64)
     depth, slices = peek(site, 1, I64), peek(site, 2, I64)
@@ -117,8 +118,8 @@ def _sum_rows(record, segment, coefficients, rank, values, stride, columns, out,
         at += n
 
 
-@compiled()
-def weight_tasks(record, sample):
+@job()
+def weight_job(control, record, sample):
     """The second phase: claim columns of dA and dBᵀ until none are left."""
     site, segments, tables = peek(record, SITE, I64), peek(record, SEGMENTS, I64), peek(record, TABLES, I64)
     depth, slices, slots = peek(site, 1, I64), peek(site, 2, I64), peek(tables, 5, I64)
@@ -149,15 +150,3 @@ def weight_tasks(record, sample):
                     _sum_rows(record, segment, coefficients, rank, values, stride, n, out, 4 * columns, sample)
                     task = fetch_add(record)
                 before += count
-
-
-@compiled()
-def input_job(control, record, sample):
-    """`input_tasks` as a job of a `Team`."""
-    input_tasks(record, sample)
-
-
-@compiled()
-def weight_job(control, record, sample):
-    """`weight_tasks` as a job of a `Team`."""
-    weight_tasks(record, sample)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.lora_tile import CACHE_LINE, MAX_ROWS, STACK_FLOATS, expand, fetch_add, shrink, stack
-from tenora_kernels.cpu.values import compiled, peek, poke, size_of
+from tenora_kernels.cpu.values import peek, poke, size_of
 from tenora_kernels.cpu.vectors import LANES
 
 MAX_BLOCK = 24
@@ -179,9 +180,12 @@ def _find(record, task, segment, before):
     return (peek(site, 0, I64) + j, slot, index, rows, start, stop - start), segment, before
 
 
-@compiled()
-def forward_tasks(record, sample):
-    """Claim tasks, a block of one segment's rows and a slice each, until none is left."""
+@job()
+def forward_job(control, record, sample):
+    """A job of a `Team`, or a call of its own. Claim tasks from the record's own counter until none is left.
+
+    A task is a block of one segment's rows and a slice.
+    """
     scratch = _scratch()
     task, segment, before = _find(record, fetch_add(record), 0, 0)
     while task[3] > 0:
@@ -208,13 +212,7 @@ def _work(site, tables, segments):
     return total
 
 
-@compiled()
-def forward_job(control, record, sample):
-    """`forward_tasks` as a job of a `Team`; tasks are claimed from the record's own counter."""
-    forward_tasks(record, sample)
-
-
-@compiled()
+@job()
 def plan_forward(record, threads):
     """Cut a filled record's rows into blocks; tells whether several threads are worth waking."""
     site, tables, segments = peek(record, SITE, I64), peek(record, TABLES, I64), peek(record, SEGMENTS, I64)

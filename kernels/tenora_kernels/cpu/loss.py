@@ -13,13 +13,14 @@ from __future__ import annotations
 import numpy as np
 from numba import float32
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_block, row_blocks, tile_count, tile_of
 from tenora_kernels.cpu.product import bytes_of
 from tenora_kernels.cpu.rowwise import norm_backward, norm_forward, scale_row
 from tenora_kernels.cpu.sequences import exponentials, largest
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.transposed import multiply_turned, transpose_task, transpose_tasks
-from tenora_kernels.cpu.values import compiled, load, peek, poke, store
+from tenora_kernels.cpu.values import load, peek, poke, store
 from tenora_kernels.cpu.vectors import LANES
 
 __all__ = [
@@ -42,7 +43,7 @@ _ROWS_OF_A_TASK = 16
 _I64 = np.int64(0)
 
 
-@compiled()
+@job()
 def gather_job(control, call, eps):
     """NORMED = the final norm of the rows of HIDDEN that AT names. One phase."""
     columns, rows = call[HIDDEN_SIZE], call[ROWS]
@@ -65,7 +66,7 @@ def _columns(call, block):
     return first, min(BLOCK_PANELS * PANEL, call[VOCABULARY] - first)
 
 
-@compiled()
+@job()
 def score_job(control, call, first_block, last_block, sample):
     """SCORES, PARTS and TARGET_SCORES of some blocks. One phase."""
     rows, panels, depth = call[ROWS], call[PANELS], call[HIDDEN_SIZE]
@@ -97,7 +98,7 @@ def score_job(control, call, first_block, last_block, sample):
     join(control, 0, tasks)
 
 
-@compiled()
+@job()
 def loss_job(control, call, blocks):
     """LOG_SUMS, LOSS and RIGHT from the parts of all blocks. One phase of one task."""
     if claim(control, 0, 1) == 0:
@@ -144,7 +145,7 @@ def _turn(call, block, task, sample):
     transpose_task(task, call[WEIGHT], block * BLOCK_PANELS, panels, call[HIDDEN_SIZE], out, sample)
 
 
-@compiled()
+@job()
 def gradient_job(control, call, first_block, last_block, sample):
     """D_NORMED (+)= the gradient of some blocks' scores times their weights; block 0 overwrites. blocks + 1 phases.
 
@@ -182,7 +183,7 @@ def gradient_job(control, call, first_block, last_block, sample):
         join(control, phase, tasks)
 
 
-@compiled()
+@job()
 def finish_job(control, call, eps):
     """D_HIDDEN of the rows that AT names += the gradient through the final norm. One phase of one task, row by row."""
     if claim(control, 0, 1) == 0:

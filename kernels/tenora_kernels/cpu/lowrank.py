@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, uint16
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.lora_blocks import expand_rows, shrink_rows
-from tenora_kernels.cpu.values import compiled, peek, size_of, store
+from tenora_kernels.cpu.values import peek, size_of, store
 
 __all__ = ["ITEM_ROWS", "LORA_SIZE", "factor_of", "low_rank"]
 

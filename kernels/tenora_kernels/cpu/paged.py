@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32
 
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.team import claim, complete, join
 from tenora_kernels.cpu.tile import (
     LOWEST,
@@ -20,7 +21,7 @@ from tenora_kernels.cpu.tile import (
     weigh_pair,
     weigh_quad,
 )  # fmt: skip
-from tenora_kernels.cpu.values import FAST, compiled, load, rounded, size_of, store
+from tenora_kernels.cpu.values import FAST, load, rounded, size_of, store
 
 __all__ = ["CALL_SIZE", "KEY_BLOCK", "PHASES", "attend_job", "attend_phases", "workspace_floats"]
 
@@ -300,7 +301,7 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
     join(control, phase + 1, tasks)
 
 
-@compiled()
+@job()
 def attend_job(control, panels, slots, tables, items, call, scale, eps, sample):
     """`attend_phases` as a job of its own, for `Team.run` with PHASES phases; the first numbers the members."""
     member = claim(control, 0, panels.shape[0])

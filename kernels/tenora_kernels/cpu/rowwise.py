@@ -15,7 +15,8 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tenora_kernels.cpu.values import FAST, compiled, load, store
+from tenora_kernels.cpu.compiled import compiled
+from tenora_kernels.cpu.values import FAST, load, store
 from tenora_kernels.cpu.vectors import LANES, Vectors, integer
 
 __all__ = [

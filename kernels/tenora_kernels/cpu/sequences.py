@@ -19,10 +19,11 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.rowwise import scale_row
 from tenora_kernels.cpu.strided import ADD, SET, WIDTH, times
 from tenora_kernels.cpu.tile import LOWEST
-from tenora_kernels.cpu.values import FAST, compiled, load, store
+from tenora_kernels.cpu.values import FAST, load, store
 from tenora_kernels.cpu.vectors import LANES, Vectors, integer
 
 __all__ = [

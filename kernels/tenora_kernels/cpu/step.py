@@ -14,11 +14,12 @@ from numba import float32
 
 from tenora_kernels.cpu import paged
 from tenora_kernels.cpu.activation import activate
+from tenora_kernels.cpu.compiled import compiled, job
 from tenora_kernels.cpu.gemm import PANEL, group_of, multiply_rows, product_phase, tile_count, tile_of
 from tenora_kernels.cpu.lowrank import factor_of, low_rank
 from tenora_kernels.cpu.product import packed_entry
 from tenora_kernels.cpu.team import claim, complete, join
-from tenora_kernels.cpu.values import FAST, compiled, load, peek, store
+from tenora_kernels.cpu.values import FAST, load, peek, store
 
 __all__ = ["LAYER_SIZE", "MORE_PHASES", "PHASES_PER_LAYER", "STEP_SIZE", "run_step"]
 
@@ -150,7 +151,7 @@ def _gate_up(control, phase, step, w, bias, sample):
     join(control, phase, tasks)
 
 
-@compiled()
+@job()
 def run_step(
     control, step, layers, lora, adapted, qkv_slices, o_slices, gate_up_slices, call, slots, tables, items, panels,
     members, scale, eps, sample,

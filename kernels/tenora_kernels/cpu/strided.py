@@ -14,9 +14,9 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.linked import address_of, caller
 from tenora_kernels.cpu.product import MAX_ROWS
-from tenora_kernels.cpu.values import compiled
 from tenora_kernels.cpu.vectors import LANES, Vectors, accumulators, integer, multiply_add, switch
 
 __all__ = ["ADD", "SET", "WIDTH", "padded", "times", "times_address"]

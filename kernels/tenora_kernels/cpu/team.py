@@ -12,18 +12,19 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tenora_kernels.cpu.values import compiled
+from tenora_kernels.cpu.compiled import compiled, job
 
-__all__ = ["Team", "claim", "complete", "join"]
+__all__ = ["JOBS", "Team", "claim", "complete", "join", "noting"]
 
 # The control block: int64, a cache line (8) for each counter.
 _INSIDE, _OPEN, _FIRST = 0, 8, 16
@@ -102,7 +103,7 @@ def join(control, phase, tasks):
     _wait_until(control, _FIRST + phase * _PHASE + 8, tasks)
 
 
-@compiled()
+@job()
 def _enter(control):
     _add(control, _INSIDE, 1)
     if _read(control, _OPEN) == 1:
@@ -111,12 +112,12 @@ def _enter(control):
     return False
 
 
-@compiled()
+@job()
 def _leave(control):
     _add(control, _INSIDE, -1)
 
 
-@compiled()
+@job()
 def _close(control):
     """Let nobody in any more, then wait for those inside: their arguments may be freed afterwards."""
     _add(control, _OPEN, -1)
@@ -125,6 +126,28 @@ def _close(control):
         spins += 1
         if spins > _SPINS:
             _give_way()
+
+
+JOBS = (_enter, _leave, _close)
+"""What teams call themselves, each with the address of a control block."""
+
+
+class _Notes(threading.local):
+    jobs: list[tuple[Any, tuple[Any, ...]]] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """In the block teams compute nothing for this thread; gives the jobs they were told to run, with argument types."""
+    jobs: list[tuple[Any, tuple[Any, ...]]] = []
+    _notes.jobs = jobs
+    try:
+        yield jobs
+    finally:
+        _notes.jobs = None
 
 
 class Team:
@@ -157,6 +180,9 @@ class Team:
             phases: numbers 0 … phases - 1 may be used as phases.
             args: whatever the job takes. Arrays and the memory behind addresses must live until this returns.
         """
+        if _notes.jobs is not None:
+            _notes.jobs.append((job, (types.int64, *map(typeof, args))))
+            return
         control = np.zeros(_FIRST + phases * _PHASE, dtype=np.int64)
         control[_OPEN] = 1
         address = control.ctypes.data

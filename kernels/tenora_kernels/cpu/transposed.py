@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types, uint32
 from numba.extending import intrinsic
 
+from tenora_kernels.cpu.compiled import compiled
 from tenora_kernels.cpu.product import MAX_ROWS, PANEL, bytes_of, multiply
-from tenora_kernels.cpu.values import compiled
 from tenora_kernels.cpu.vectors import LANES, Vectors, integer
 
 __all__ = ["multiply_turned", "transpose_task", "transpose_tasks"]

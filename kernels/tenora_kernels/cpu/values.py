@@ -11,13 +11,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import float32, njit, types, uint16
+from numba import float32, types, uint16
 from numba.extending import intrinsic
 
 __all__ = [
     "FAST",
     "SAMPLES",
-    "compiled",
     "load",
     "peek",
     "poke",
@@ -35,18 +34,6 @@ FAST = {"contract", "nsz", "arcp", "reassoc"}
 """For sums: the compiler may split them into vector lanes. Not `nnan`, `ninf`: what is not finite must stay so."""
 
 _FLOAT, _HALF, _WORD, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-
-
-def compiled(**options: Any) -> Any:
-    """`numba.njit(nogil=True, …)` with a cache on disk, or without one where no directory can be written."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # "no locator available": Numba knows of no directory that it may write to
-            return njit(nogil=True, **options)(function)
-
-    return decorate
 
 
 def to_float(builder: Any, value: Any) -> Any:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
+from tenora_kernels.cpu.levels import target_features
 from tenora_kernels.cpu.values import to_bfloat16, to_float
 
 __all__ = ["LANES", "Vectors", "accumulators", "float_at", "integer", "multiply_add", "prefetch", "switch"]
 
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
+LANES = 16 if target_features().get("avx512f", False) else 8
 """float32 values in a vector."""
 
 _FLOAT, _HALF, _WORD, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)

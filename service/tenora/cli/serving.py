@@ -25,6 +25,7 @@ from tenora.api.connections import Connections, connection_limit
 from tenora.api.lifecycle import Lifecycle
 from tenora.api.protocol import bounded
 from tenora.api.starting import Starting
+from tenora.cli.compiling import compiling
 from tenora.cli.connection import SERVER_FILE
 from tenora.cli.fetching import fetch_model
 from tenora.cli.progress import StartProgress
@@ -87,7 +88,7 @@ async def serve(settings: Settings, listener: socket.socket, stop: asyncio.Event
     """Start everything and set `started`; when `stop` is set, drain and end everything."""
     with StartProgress() as progress:
         front = Starting(progress.state)
-        async with answering(front, listener, settings) as serving:
+        async with answering(front, listener, settings) as serving, compiling(settings):
             model = await fetch_model(settings, progress)
             async with control_plane(settings, model, progress) as control:
                 app = create_app(control, settings)

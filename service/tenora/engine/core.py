@@ -58,8 +58,8 @@ from tenora.training.fusion import FusedTraining, Run
 from tenora.training.host import TrainingHost
 from tenora.training.run import JobRun
 from tenora.training.spec import TrainSpec
+from tenora_kernels.cpu.precompile import wait_for_others
 from tenora_kernels.cpu.team import Team
-from tenora_kernels.cpu.watch import watching
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +177,9 @@ class Engine:
         decoder = load_decoder(
             model_dir, device=device, dtype=dtype, team=Team.shared(threads), report=progress.weights
         )
-        with watching(progress.kernels):
+        if device.type == "cpu":
+            wait_for_others(progress.kernels)
+        with progress.compiling():
             decoder.warm_up(train=settings.role != "serve")
         engine = cls(decoder, settings, wake=wake, commands_wait=commands_wait)
         engine.runner.warm_up(engine.settings.max_num_batched_tokens)

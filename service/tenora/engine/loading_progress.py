@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from tenora.engine.messages import Loading, LoadingPhase
+from tenora_kernels.cpu.watch import watching
 
 PERIOD_SECONDS = 0.1
 
@@ -25,6 +28,18 @@ class LoadingProgress:
     def kernels(self, done: int, total: int, found: int = 0) -> None:
         """So many kernels are compiled or, `found` of them, were read from the cache."""
         self._tell("kernels", done, total, found)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Tell what is compiled in this process in the block; how much that will be is not known."""
+        done: set[Any] = set()
+
+        def tell(kernel: Any) -> None:
+            done.add(kernel)
+            self.kernels(len(done), 0)
+
+        with watching(tell):
+            yield
 
     def _tell(self, phase: LoadingPhase, done: int, total: int, found: int) -> None:
         now = time.monotonic()

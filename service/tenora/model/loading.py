@@ -19,9 +19,11 @@ from tenora.model.packed import PackedLinear, can_pack, pack_stack
 from tenora.model.projection import Projection
 from tenora.model.spec import SUPPORTED, ModelSpec, read_json
 from tenora_kernels.cpu.gemm import PackedMatrix
+from tenora_kernels.cpu.precompile import Wanted
 from tenora_kernels.cpu.team import Team
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_USUAL_HEAD_DIM = 64
 _FLOATS = frozenset({"BF16", "F16", "F32"})  # as safetensors spells them
 
 
@@ -110,6 +112,23 @@ def load_decoder(
         if team is not None and matrices:
             _attach(decoder, matrices, team)
     return decoder.eval()
+
+
+def wanted_kernels(directory: Path | None, dtype: torch.dtype, *, train: bool) -> Wanted:
+    """What a base in a directory asks of the CPU's kernels; without one, what a bfloat16 base of the usual sizes does.
+
+    Raises:
+        UnsupportedModelError: as `load_decoder`.
+    """
+    if directory is None:
+        return Wanted(dtype, dtype == torch.float32, True, _USUAL_HEAD_DIM, train)
+    spec = ModelSpec.from_directory(directory)
+    packed = dtype == torch.float32 and can_pack(spec)
+    with ExitStack() as stack:
+        tensors = {name: file for file in _open_files(directory, stack) for name in file.keys()}  # noqa: SIM118  # not a dict
+        matrices = [piece for piece in _plan(spec) if len(piece.shape) == 2]
+        narrow = packed and all(piece.source in tensors and _kind(tensors, piece) == "BF16" for piece in matrices)
+    return Wanted(dtype, packed, narrow, spec.head_dim, train)
 
 
 def _kind(tensors: dict[str, Any], piece: _Piece) -> str:
