@@ -29,7 +29,7 @@ from tests.bench.training import ours
 from tests.bench.training.co_serving import co_serving
 from tests.bench.training.peft_loop import PeftLoop
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Setting:
     work: Path
     rows: int
     dtype: str
+    data: Path = DATA
     _decoder: Decoder | None = None
     _number: int = 0
 
@@ -56,19 +57,31 @@ class Setting:
         self._number += 1
         return self.work / f"run-{self._number}"
 
+    @property
+    def sets(self) -> list[str]:
+        """Names of the data sets: pairs of a file to train on and one to measure on."""
+        found = [path.name.removesuffix("_train.jsonl") for path in sorted(self.data.glob("*_train.jsonl"))]
+        return [name for name in found if (self.data / f"{name}_valid.jsonl").exists()]
+
+    @property
+    def longest(self) -> str:
+        """The set with the longest file, which the cases that measure speed take."""
+        return max(self.sets, key=lambda name: (self.data / f"{name}_train.jsonl").stat().st_size)
+
     def rows_of(self, name: str, first: int, count: int) -> Path:
         """Rows of a real file, tokenized."""
         path = self.work / f"{name}-{first}-{count}.npz"
         if not path.exists():
-            whole = tokenize_file(DATA / f"{name}.jsonl", Tokenizer.load(self.model), max_length=2048)
+            whole = tokenize_file(self.data / f"{name}.jsonl", Tokenizer.load(self.model), max_length=2048)
             rows: TokenizedDataset = whole.select(np.arange(first, min(first + count, len(whole))))
             rows.save(path)
         return path
 
 
 def one_job(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
-    """One job of PubMedQA rows, defaults, one epoch: real tokens per second of the steps."""
-    train, valid = setting.rows_of("pubmedqa_sft_train", 0, setting.rows), setting.rows_of("pubmedqa_sft_valid", 0, 8)
+    """One job of chats, defaults, one epoch: real tokens per second of the steps."""
+    name = setting.longest
+    train, valid = setting.rows_of(f"{name}_train", 0, setting.rows), setting.rows_of(f"{name}_valid", 0, 8)
     rows = TokenizedDataset.load(train)
     found = ours.train(setting.decoder, [ours.spec("a", train, valid, setting.place(), n_epochs=1)])
     theirs = peft.run(train=train, dtype=setting.dtype, batch_size=16)
@@ -87,8 +100,9 @@ def eight_jobs(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
     Both measure 4 held-out rows before and after and write the adapter; PEFT loads the base for each, ours is resident.
     """
     count = max(setting.rows // 8, 4)
-    trains = [setting.rows_of("pubmedqa_sft_train", number * count, count) for number in range(8)]
-    valid = setting.rows_of("pubmedqa_sft_valid", 0, 4)
+    name = setting.longest
+    trains = [setting.rows_of(f"{name}_train", number * count, count) for number in range(8)]
+    valid = setting.rows_of(f"{name}_valid", 0, 4)
     place = setting.place()
     specs = [ours.spec(f"job-{number}", train, valid, place, n_epochs=1) for number, train in enumerate(trains)]
     found = ours.train(setting.decoder, specs)
@@ -109,7 +123,8 @@ def sweep(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
     Both measure 8 held-out rows before and after each epoch, or at each rung.
     """
     count = max(setting.rows // 8, 8)
-    train, valid = setting.rows_of("pubmedqa_sft_train", 0, count), setting.rows_of("pubmedqa_sft_valid", 0, 8)
+    name = setting.longest
+    train, valid = setting.rows_of(f"{name}_train", 0, count), setting.rows_of(f"{name}_valid", 0, 8)
     trials = tuple(
         TrialSpec(rank=rank, alpha=2.0 * rank, learning_rate=rate, n_epochs=3, batch_size=8)
         for rank in (4, 8, 16)
@@ -131,9 +146,9 @@ def sweep(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
 
 
 def quality(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
-    """Held-out loss of a job's defaults against PEFT's best of three learning rates, as many epochs, both data sets."""
+    """Held-out loss of a job's defaults against PEFT's best of three learning rates, as many epochs, every data set."""
     result: dict[str, Any] = {}
-    for name in ("pubmedqa_sft", "devils_dictionary"):
+    for name in setting.sets:
         train, valid = setting.rows_of(f"{name}_train", 0, setting.rows), setting.rows_of(f"{name}_valid", 0, 40)
         rows = TokenizedDataset.load(train)
         auto = resolve_hyperparameters(len(rows), rows.num_tokens, {})
@@ -162,7 +177,7 @@ def quality(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
 def co_served(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
     """8 streams while a job trains: gaps between tokens, training speed, the last step to the first token, memory."""
     del peft
-    return co_serving(setting.model, setting.threads, setting.work, DATA / "pubmedqa_sft_train.jsonl")
+    return co_serving(setting.model, setting.threads, setting.work, setting.data / f"{setting.longest}_train.jsonl")
 
 
 CASES: dict[str, Callable[[Setting, PeftLoop], dict[str, Any]]] = {
@@ -179,6 +194,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base")
+    parser.add_argument("--data", type=Path, default=DATA, help="directory of NAME_train.jsonl, NAME_valid.jsonl")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=default_threads())
@@ -187,10 +203,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    if not Setting(options.model, 1, options.data, 0, "", options.data).sets:
+        parser.error(f"{options.data} holds no pair of NAME_train.jsonl and NAME_valid.jsonl")
     names = options.cases or [name for name in CASES if name != "quality"]
     report: dict[str, Any] = {**head("training", {"rows": options.rows, "threads": options.threads}), "cases": {}}
     with tempfile.TemporaryDirectory(prefix="tenora-bench-") as work, PeftLoop(options.model, options.threads) as peft:
-        setting = Setting(options.model, options.threads, Path(work), options.rows, options.dtype)
+        setting = Setting(options.model, options.threads, Path(work), options.rows, options.dtype, options.data)
         for name in names:
             print(f"{name}: {(CASES[name].__doc__ or '').splitlines()[0]}", flush=True)
             runs = []
