@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.api.conftest import SPEECH, TRAINING_ROWS
 from tests.cli.conftest import Shell
 
@@ -89,6 +91,35 @@ async def test_train_takes_tasks_sweeps_and_a_start(
     for entry in ("rank", "rank=", "rank=8,x", "rank=1..", "rank=[1]"):
         wrong = await shell("train", files[0], "--sweep", entry)
         assert (wrong.exit_code, "not understood" in wrong.stderr) == (1, True), entry
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--method", "ppo"), "method"),
+        (("--rank", "9999"), "rank"),
+        (("--epochs", "99999"), "n_epochs"),
+        (("--learning-rate", "7"), "learning_rate"),
+        (("--name", "Not/aName"), "name"),
+        (("--suffix", "a b"), "suffix"),
+        (("--init-from", "nobody"), "nobody"),
+        (("--sweep", "rank=8,16", "--trials", "9999"), "trials"),
+        (("--sweep", "colour=1,2"), "colour"),
+        (("--sweep", "rank"), "not understood"),
+        (("--validation", "nothing.jsonl"), "nothing.jsonl"),
+    ],
+)
+async def test_train_checks_its_settings_before_it_uploads(
+    shell: Shell, tmp_path: Path, options: tuple[str, ...], word: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(TRAINING_ROWS)
+    wrong = await shell("train", str(path), *options, "--no-wait")
+    assert wrong.exit_code == 1, wrong.output
+    assert word in wrong.stderr
+    weighted = await shell("train", f"{path}=0.5", *options, "--no-wait")
+    assert weighted.exit_code == 1
+    assert json.loads(await shell.ok("files", "list", "--json") or "null") is None
 
 
 async def test_train_refuses_what_is_no_file(shell: Shell, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ import typer
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
-from tenora_client import Client, Evaluation, Job
+from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", "rank", "learning_rate", "n_epochs", "batch_size", "status", "step", "valid_loss", "winner")
@@ -76,7 +76,10 @@ def train(
         lora=_given(rank=rank, init_from=init_from) or None,
         sweep=sweep_of(sweep or [], trials),
     )
+    for given in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
+        check_file(given)
     with connect() as client:
+        check_settings(client, training, fields)
         fields |= training_fields(client, training)
         validation_file = None if validation is None else file_id(client, validation)
         job = client.jobs.create(validation_file=validation_file, **fields)
@@ -106,6 +109,28 @@ def _report_evaluation(said: Evaluation, start: str) -> None:
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_settings(client: Client, training: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """Ask the server whether it takes the settings of a job, before anything is uploaded for it.
+
+    It is asked for an estimate on files that it does not have: settings and the adapter to start from come first.
+    """
+    names = [f"file-{number}-of-{len(training)}" for number in range(1, len(training) + 1)]
+    weights = [_weighted(entry)[1] for entry in training]
+    files = [_given(file=name, weight=weight) for name, weight in zip(names, weights, strict=True)]
+    sources = {"training_file": names[0]} if len(files) == 1 and weights[0] is None else {"training_files": files}
+    try:
+        client.jobs.estimate(**sources, **fields)
+    except NotFoundError as error:
+        if not (error.param or "").startswith("training_file"):
+            raise
+
+
+def check_file(path_or_id: str) -> None:
+    """Raise ConfigurationError for what is neither a file nor an id."""
+    if not Path(path_or_id).is_file() and not path_or_id.startswith("file-"):
+        raise ConfigurationError(f"There is no file {path_or_id!r}. Give a JSONL file, or the id of an uploaded one.")
 
 
 def training_fields(client: Client, training: Sequence[str]) -> dict[str, Any]:
@@ -161,11 +186,10 @@ def file_id(client: Client, path_or_id: str) -> str:
     Raises:
         ConfigurationError: neither a file nor an id, or the server found errors in the file.
     """
+    check_file(path_or_id)
     path = Path(path_or_id)
     if not path.is_file():
-        if path_or_id.startswith("file-"):
-            return path_or_id
-        raise ConfigurationError(f"There is no file {path_or_id!r}. Give a JSONL file, or the id of an uploaded one.")
+        return path_or_id
     uploaded = client.files.upload(path, progress=True)
     if uploaded.status == "error":
         raise ConfigurationError(f"{path_or_id} cannot be used: {uploaded.status_details}")

@@ -146,8 +146,8 @@ class Estimates:
         limits = self._limits()
         asked = check_request(request, limits)
         async with self._database.read() as session:
-            sources = await find_sources(session, principal.tenant_id, request)
             parent = await find_parent(session, principal, asked, limits, self._blobs)
+            sources = await find_sources(session, principal.tenant_id, request)
             speed = await _recent_speed(session)
             row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
             now = await one_pair(session, active_version(principal.tenant_id, row.name))

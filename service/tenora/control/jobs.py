@@ -77,8 +77,8 @@ class Jobs:
         limits = self._limits()
         asked = check_request(request, limits)
         async with self._database.write() as session:
-            sources = await find_sources(session, principal.tenant_id, request)
             parent = await find_parent(session, principal, asked, limits, self._blobs)
+            sources = await find_sources(session, principal.tenant_id, request)
             row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
             session.add(row)
             await session.flush()
