@@ -77,7 +77,7 @@ else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
-test-full: test ## what make test runs, and then the tests that take minutes: thousands of generated requests
+test-full: setup ## run the tests that take minutes, which make test leaves out
 	@$(BIN)/python -m pytest -m full tests
 
 lint: setup tools ## ruff, mypy, import-linter, hadolint, helm

@@ -28,9 +28,11 @@ STATUS = {
     e.UnavailableError: 503,
     e.PoolFullError: 503,
     e.StorageFullError: 507,
+    e.AdapterDamagedError: 500,
     e.UnsupportedModelError: 500,
     e.TrainingError: 500,
     e.ConfigurationError: 500,
+    e.SettingError: 500,
 }
 
 

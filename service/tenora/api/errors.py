@@ -67,10 +67,11 @@ TABLE: Mapping[type[e.TenoraError], Answer] = {
     e.PoolFullError: Answer(503, "server_error"),
     e.StorageFullError: Answer(507, "server_error"),
     e.AdapterDamagedError: Answer(500, "server_error"),
-    # These three concern the operator. A request that meets one was right; the server cannot serve it.
+    # These concern the operator. A request that meets one was right; the server cannot serve it.
     e.UnsupportedModelError: Answer(500, "server_error"),
     e.TrainingError: Answer(500, "server_error"),
     e.ConfigurationError: Answer(500, "server_error"),
+    e.SettingError: Answer(500, "server_error"),
 }
 # One class can mean two things to a client; the code tells them apart.
 _BY_CODE: Mapping[str, Answer] = {"idempotency_mismatch": Answer(422, "invalid_request_error")}
