@@ -28,8 +28,8 @@ COPY service service
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     pip install --constraint constraints.txt ./clients/python .
 # The CPU's kernels, for every processor with AVX2 or AVX-512: the first start need not compile them.
-RUN case "$(uname -m)" in x86_64) levels="x86-64-v3 x86-64-v4" ;; *) levels="" ;; esac \
-    && python -m tenora_kernels.cpu.precompile ${levels}
+RUN case "$(uname -m)" in x86_64) set -- x86-64-v3 x86-64-v4 ;; esac \
+    && python -m tenora_kernels.cpu.precompile "$@"
 
 FROM ${BASE_IMAGE} AS runtime-cpu
 

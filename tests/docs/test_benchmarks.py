@@ -58,8 +58,8 @@ def test_a_directory_without_data_is_told(repo_root: Path, tmp_path: Path) -> No
     assert (done.returncode, "NAME_train.jsonl" in done.stderr) == (2, True)
 
 
+@pytest.mark.full
 @pytest.mark.real
-@pytest.mark.timeout(1800)
 def test_the_training_benchmark_gives_its_first_result(repo_root: Path, real_base: Path) -> None:
     command = [sys.executable, "-m", "tests.bench.training", "--model", str(real_base), "--rows", "16", "one-job"]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
