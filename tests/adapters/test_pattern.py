@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from tenora.adapters import matching
+from tenora.adapters import pattern as pattern_module
 from tenora.adapters.matching import MAX_EXPRESSIONS, Expressions, KeyTable, layer_number
 from tenora.adapters.pattern import MAX_LENGTH, Pattern, PatternError
 from tenora.errors import AdapterFormatError
@@ -132,6 +133,23 @@ def test_nothing_runs_away(pattern: str) -> None:
     except PatternError:
         return
     assert not any(matches.fullmatch(path) for path in paths)
+
+
+COSTLY = ["(?i)" + "[!-鿿]" * 400, "(?i)" + r"[!-\uffff]" * 150, r"(?i)[!-\U0010ffff]", r"\\\N{EM DASH}"]
+
+
+@pytest.mark.parametrize("pattern", COSTLY, ids=lambda pattern: ascii(pattern)[:20])
+def test_sets_beyond_ascii_are_refused_before_python_compiles_them(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each such set costs Python up to ten milliseconds, with the interpreter's lock held."""
+    monkeypatch.setattr(pattern_module, "_require_python", lambda _: pytest.fail("it was compiled"))
+    with pytest.raises(PatternError, match="characters that no module's name has"):
+        Pattern(pattern)
+
+
+def test_an_escaped_backslash_is_not_the_beginning_of_another_escape() -> None:
+    assert Pattern(r"a\\up").fullmatch(r"a\up")
 
 
 # Kinds of keys of which one configuration holds thousands; the last one's automata alone took minutes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
 from tenora.control.records import Principal
+from tenora.control.versions import NewVersion, add_version
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,
@@ -102,6 +105,36 @@ async def test_content_imported_again_while_an_old_request_ends_keeps_pin_and_ca
     await control._blobs.settle()
     assert blobs(home) == {record.digest}
     assert (engine.evicted, engine.pins) == ([], {record.digest: True})
+
+
+async def test_content_that_is_imported_while_its_old_adapter_goes_stays(
+    control: Control,
+    acme: Principal,
+    import_adapter: ImportAdapter,
+    engine: ScriptedEngine,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its row is committed after the deletion has looked for rows, and before it comes to this content."""
+    digests = {(await import_adapter(control, acme, "desk", seed=seed)).digest for seed in range(2)}
+    kept = list(digests)[-1]  # the set's order is the deletion's
+    directory = home / "adapters" / kept[:2] / kept
+    publishing = contextlib.AsyncExitStack()
+    blob = await publishing.enter_async_context(control._blobs.publishing(directory))
+
+    async def evict(digest: str) -> None:
+        if digest != kept:
+            async with control._registry.database.write() as session:
+                await add_version(session, NewVersion(acme.tenant_id, "again", "tiny", source="upload"), blob)
+            ends.append(asyncio.create_task(publishing.aclose()))
+            await asyncio.sleep(0)  # it has begun
+
+    ends: list[asyncio.Task[None]] = []
+    monkeypatch.setattr(engine, "evict", evict)
+    await control.adapters.delete(acme, "desk")
+    await asyncio.gather(*ends)
+    assert blobs(home) == {kept}
+    (await control.adapters.archive(acme, "again")).unlink()
 
 
 async def test_damaged_weights_are_not_given_out(

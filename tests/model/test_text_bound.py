@@ -111,3 +111,12 @@ def test_the_real_base_is_bounded(base: Path) -> None:
     tokenizer = Tokenizer.load(base)
     assert tokenizer.text_bound is not None
     assert tokenizer.least_tokens("the quick brown " * 490_000, 8192) > 8192
+
+
+def test_what_is_found_out_of_a_vocabulary_is_found_out_once_for_all_requests() -> None:
+    tokenizer = byte_level()
+    first, second = tokenizer.watched(lambda: None), tokenizer.watched(lambda: None)
+    assert first.text_bound is not None
+    assert first.text_bound is second.text_bound
+    assert first._declared is second._declared
+    assert first._special_ids is second._special_ids

@@ -27,6 +27,8 @@ _SET_OPERATIONS = (
     "~~",
     "||",
 )  # within a set: RE2 reads names of classes, Python may read sets one day
+# Sets of them cost Python hundredths of a second each to compile without regard to case, and RE2 has no such escapes.
+_BEYOND_ASCII = re.compile(r"(?<!\\)(?:\\\\)*\\[uUN]")
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _OPTIONS = re2.Options()
 _OPTIONS.max_mem = _MAX_MEMORY
@@ -49,7 +51,7 @@ class Pattern:
         """
         if len(text) > MAX_LENGTH:
             raise PatternError(f"it has {len(text)} characters, more than {MAX_LENGTH}")
-        if not text.isprintable():
+        if not (text.isascii() and text.isprintable()) or _BEYOND_ASCII.search(text):
             raise PatternError("it holds characters that no module's name has")
         pieces = _translated(text)
         _require_python(text)

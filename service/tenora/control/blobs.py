@@ -194,10 +194,13 @@ class Blobs:
         )
 
     async def _delete_unnamed(self, digests: Collection[str]) -> None:
-        self._postponed -= set(digests)
+        # Before rows are read: the block that holds one may commit the row that names it at any time after that.
+        held = {digest for digest in digests if self._held[digest]}
+        free = set(digests) - held
+        self._postponed = (self._postponed - free) | held
         async with self._database.read() as session:
-            named = await _named(session, set(digests))
-        for digest in set(digests) - named:
+            named = await _named(session, free)
+        for digest in free - named:
             if self._held[digest]:
                 self._postponed.add(digest)
                 continue

@@ -27,6 +27,8 @@ _LARGE = frozenset({"vocab", "merges"})
 _LONG_TOKEN = 8  # characters: a text with fewer per token is not unusual
 _PIECE = 2**15  # characters
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# What is found out about the vocabulary when it is first asked for: tenths of a second, so once for all copies.
+_FOUND_OUT = ("text_bound", "_added", "_added_ids", "_special_ids", "_lengths", "_declared", "_decoders")
 
 
 class Tokenizer:
@@ -100,6 +102,8 @@ class Tokenizer:
 
     def watched(self, check: Callable[[], None]) -> Tokenizer:
         """The same tokenizer, which calls `check` before each text that it encodes: it may raise to end a long work."""
+        for name in _FOUND_OUT:
+            getattr(self, name)
         watched = copy.copy(self)
         watched.check = check
         return watched
