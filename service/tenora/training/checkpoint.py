@@ -134,9 +134,15 @@ class State:
 
 
 def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDataset) -> str:
-    """Names what a state belongs to: settings and data, but not where they lie."""
+    """Names what a state belongs to: settings and data, but not where they lie.
+
+    States outlive the version that wrote them: a field that is new in `TrainSpec` must leave the names of older runs.
+    """
     start = Path(spec.init_path).name  # a digest
-    settings = msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
+    settings = msgspec.to_builtins(
+        msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
+    )
+    del settings["split_seed"]  # the rows that it draws go in themselves
     digest = hashlib.sha256(msgspec.json.encode(settings))
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):
