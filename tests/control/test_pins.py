@@ -8,7 +8,7 @@ import pytest
 from tenora.control.control import Control
 from tenora.control.records import Principal
 from tenora.errors import ConflictError
-from tests.control.conftest import ImportAdapter, OpenControl, tenant
+from tests.control.conftest import ImportAdapter, OpenControl, create_job, messages, tenant, until
 from tests.control.scripted import ScriptedEngine
 
 
@@ -56,6 +56,22 @@ async def test_pins_leave_room_for_the_largest_adapter(
     with pytest.raises(ConflictError, match="cannot be pinned"):  # a version that its pinned name cannot move to
         await import_adapter(control, acme, "one", seed=6, rank=5)
     assert (await control.adapters.get(acme, "one")).version == 1
+
+
+async def test_a_pin_that_cannot_go_on_to_a_jobs_result_ends_in_the_jobs_log(
+    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+) -> None:
+    small = await import_adapter(control, acme, "desk", seed=1, rank=1)
+    limit(engine, adapter_pool_bytes=60_000)  # of which the result takes 48,000
+    await control.adapters.pin(acme, "desk", True)
+    job = await create_job(control, acme, name="desk", publish="always", lora={"rank": 5})
+    assert (await until(control, acme, job.id)).status == "succeeded"
+    assert any(
+        "desk is pinned no longer: pinned adapters would" in line for line in await messages(control, acme, job.id)
+    )
+    moved = await control.adapters.get(acme, "desk")
+    assert (moved.version, moved.pinned) == (2, False)
+    assert engine.pins == {small.digest: False}
 
 
 async def test_pins_that_no_longer_fit_are_reported_at_start(

@@ -218,6 +218,8 @@ async def test_an_imported_version_is_scored_as_it_is_served(
     assert worse.published["replaced"]["comparison"]["difference"] == pytest.approx(0.25)
     assert better.published["replaced"]["comparison"]["difference"] == pytest.approx(-0.25)
     assert (worse.published["alias_moved"], better.published["alias_moved"]) == (False, True)
+    # Whoever is told that the name stays is told what speaks against the comparison, too.
+    assert "not known which rows version 1 of desk" in worse.published["reason"]
     assert better.evaluation is not None
     assert any("not known which rows version 1 of desk" in note for note in better.evaluation["notes"])
 

@@ -187,10 +187,6 @@ class Adapters:
             await self.pins.let_go(row.digest)
         return self._record(principal, (alias, row))
 
-    async def move_pin(self, old: str, new: str) -> None:
-        """A job moved a pinned alias from one version to another."""
-        await self.pins.move(old, new)
-
     async def archive(self, principal: Principal, name: str) -> Path:
         """A zip of the active version's PEFT directory with its card; the caller removes it after sending it.
 

@@ -70,16 +70,21 @@ class Pins:
         if still is None:
             await self._engine.pin(self._blobs.ref(digest), pinned=False)
 
+    async def end_beyond_room(self, session: AsyncSession, alias: AdapterRow) -> str | None:
+        """Inside the transaction that moves a pinned alias where nobody can be told no: end the pin if it cannot stay.
+
+        Returns:
+            Why it ends; None if it stays.
+        """
+        await session.flush()
+        reason = await self._too_much(session, set(await session.scalars(_pinned())))
+        if reason is not None:
+            alias.pinned = False
+        return reason
+
     async def move(self, old: str, new: str) -> None:
-        """A pinned alias moved from one version to another. If the new one cannot be kept, its pin ends with a word."""
-        async with self._database.write() as session:
-            reason = await self._too_much(session, set(await session.scalars(_pinned())))
-            if reason is not None:
-                for alias in await session.scalars(_pinned(AdapterRow).where(AdapterVersionRow.digest == new)):
-                    alias.pinned = False
-                    _log.warning("the pin of %s ends with its new version: %s", alias.name, reason)
-        if reason is None:
-            await self.keep(new)
+        """A pinned alias moved from one version to another; that the new one may be kept was asked before."""
+        await self.keep(new)
         if old != new:
             await self.let_go(old)
 

@@ -23,7 +23,7 @@ from tenora.control.records import USUAL_PUBLISH
 from tenora.control.resolution import active_version, one_pair
 from tenora.control.result_files import ResultFile, discard_results, write_results
 from tenora.control.row_record import Keys, RowRecord
-from tenora.control.schema import AdapterRow, AdapterVersionRow
+from tenora.control.schema import AdapterRow, AdapterVersionRow, JobRow
 from tenora.control.scoring import Scorer
 from tenora.control.takeover import Decision, Published, decide
 from tenora.control.training_log import evaluation_of
@@ -71,15 +71,17 @@ async def _publish(
                 predecessor = await _predecessor(context, claim)
                 judged = await _judge(context, claim, spec, event, examined, keys, predecessor)
                 async with context.database.write() as session:
-                    moved = await _record_result(session, claim, event, blob, results, rows, judged)
+                    moved = await _record_result(context, session, claim, event, blob, results, rows, judged)
                     await session.flush()
                     context.failpoints.hit("publish.before_commit")
         except BaseException:
             await discard_results(results)
             raise
     context.failpoints.hit("publish.after_commit")
-    if moved.pinned is not None:
-        await context.adapters.move_pin(moved.pinned, blob.digest)
+    if moved.pinned is not None and moved.stays_pinned:
+        await context.adapters.pins.move(moved.pinned, blob.digest)
+    elif moved.pinned is not None:
+        await context.adapters.pins.let_go(moved.pinned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,15 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A job whose rows are written. `pinned` is the digest that its pinned alias pointed at before it moved."""
+    """A job whose rows are written.
 
-    pinned: str | None
+    Attributes:
+        pinned: the digest that its pinned alias pointed at before it moved.
+        stays_pinned: the alias still is.
+    """
+
+    pinned: str | None = None
+    stays_pinned: bool = False
 
 
 async def _predecessor(context: JobContext, claim: Claim) -> Predecessor | None:
@@ -138,6 +146,7 @@ async def _judge(
 
 
 async def _record_result(
+    context: JobContext,
     session: AsyncSession,
     claim: Claim,
     event: FinishedEvent,
@@ -162,6 +171,7 @@ async def _record_result(
         replaced=judged.card.replaced,
         base=judged.card.base,
         why_not=judged.beside.why_not,
+        note=judged.beside.note,
     )
     new = NewVersion(
         row.tenant_id,
@@ -194,10 +204,22 @@ async def _record_result(
     end(row, "succeeded")
     log(session, row, _said(alias, version, decision), level="warn" if decision.warns else "info")
     await session.flush()  # keeps the order of the lines
+    moved = Moved()
+    if before is not None and decision.moves and alias.pinned:
+        moved = await _with_pin(context, session, row, alias, before[1].digest)
     log(session, row, f"New fine-tuned model created: {model}")
     await session.flush()
     log(session, row, "The job has successfully completed")
-    return Moved(before[1].digest if before is not None and decision.moves and alias.pinned else None)
+    return moved
+
+
+async def _with_pin(context: JobContext, session: AsyncSession, row: JobRow, alias: AdapterRow, before: str) -> Moved:
+    """A pinned alias has moved: its pin goes with it, or ends and its owner is told why."""
+    too_much = await context.adapters.pins.end_beyond_room(session, alias)
+    if too_much is not None:
+        log(session, row, f"{alias.name} is pinned no longer: {too_much}", level="warn")
+        await session.flush()
+    return Moved(before, stays_pinned=too_much is None)
 
 
 def _said(alias: AdapterRow, version: AdapterVersionRow, decision: Decision) -> str:

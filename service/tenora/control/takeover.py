@@ -64,6 +64,7 @@ def decide(
     replaced: Replaced | None,
     base: Comparison | None,
     why_not: str | None,
+    note: str | None = None,
 ) -> Decision:
     """Apply the rule.
 
@@ -73,6 +74,7 @@ def decide(
         replaced: what its name means now; None if it means nothing.
         base: the result beside the base.
         why_not: the reason why there is no comparison with `replaced`.
+        note: what is to be known of the comparison; said where it keeps the name.
     """
     if publish == "never":
         return Decision(moves=False, code="never", reason="publish is never, so no name means it.")
@@ -80,7 +82,7 @@ def decide(
         return _first(publish, min_gain, base)
     if publish == "always":
         return _always(replaced, why_not)
-    return _if_better(replaced, min_gain, digest, base, why_not)
+    return _if_better(replaced, min_gain, digest, base, why_not, note)
 
 
 def _always(replaced: Replaced, why_not: str | None) -> Decision:
@@ -93,7 +95,12 @@ def _always(replaced: Replaced, why_not: str | None) -> Decision:
 
 
 def _if_better(
-    replaced: Replaced, min_gain: float, digest: str, base: Comparison | None, why_not: str | None
+    replaced: Replaced,
+    min_gain: float,
+    digest: str,
+    base: Comparison | None,
+    why_not: str | None,
+    note: str | None,
 ) -> Decision:
     stays = f"{replaced.name} still means version {replaced.version}"
     code: Code | None
@@ -104,6 +111,7 @@ def _if_better(
     else:
         code = _lacking(replaced.comparison, min_gain)
         reason = f"{stays}, than which it is {_less(code, min_gain)}: {replaced.comparison}."
+        reason += f" {note}" if note else ""
     if code is not None:
         return Decision(moves=False, code=code, reason=reason, warns=True)
     reason = f"{replaced.name} meant version {replaced.version}: {replaced.comparison}."
