@@ -120,3 +120,7 @@ def test_what_is_found_out_of_a_vocabulary_is_found_out_once_for_all_requests() 
     assert first.text_bound is second.text_bound
     assert first._declared is second._declared
     assert first._special_ids is second._special_ids
+    the = first.encode("the")[0]
+    assert first.token_bytes(the) == b"the"
+    assert first.token_bytes(the) is second.token_bytes(the)
+    assert first.token_text(the) is second.token_text(the)

@@ -28,7 +28,7 @@ _LONG_TOKEN = 8  # characters: a text with fewer per token is not unusual
 _PIECE = 2**15  # characters
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # What is found out about the vocabulary when it is first asked for: tenths of a second, so once for all copies.
-_FOUND_OUT = ("text_bound", "_added", "_added_ids", "_special_ids", "_lengths", "_declared", "_decoders")
+_FOUND_OUT = ("text_bound", "_added", "_added_ids", "_special_ids", "_lengths", "_spelled", "_declared", "_decoders")
 
 
 class Tokenizer:
@@ -186,10 +186,21 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """A single token for display, special ones included; part of a character shows as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+        return self._spell(token_id)[0]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for inside a text; empty for an id that the tokenizer does not know."""
+        return self._spell(token_id)[1]
+
+    def _spell(self, token_id: int) -> tuple[str, bytes]:
+        """A token's text and bytes, found out once: a scored prompt asks for twenty at each of its places."""
+        spelled = self._spelled.get(token_id)
+        if spelled is None:
+            raw = self._bytes_of(token_id)
+            spelled = self._spelled[token_id] = raw.decode("utf-8", errors="replace"), raw
+        return spelled
+
+    def _bytes_of(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -226,6 +237,10 @@ class Tokenizer:
     @cached_property
     def _added_ids(self) -> dict[str, int]:
         return {text: token_id for token_id, text in self._added.items()}
+
+    @cached_property
+    def _spelled(self) -> dict[int, tuple[str, bytes]]:
+        return {}
 
     @cached_property
     def _lengths(self) -> dict[int, int]:
