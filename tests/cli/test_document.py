@@ -61,6 +61,13 @@ def test_every_operation_tells_its_errors_and_its_key(service: Service) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+def test_what_waits_in_a_queue_and_what_writes_says_so(service: Service) -> None:  # noqa: F811
+    paths = service.app.openapi()["paths"]
+    for path in ("/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate", "/v1/chat/completions"):
+        assert "429" in paths[path]["post"]["responses"], path
+    assert "507" in paths["/v1/adapters/{name}/download"]["get"]["responses"]
+
+
 class Requests:
     """Sends what is made from the document and keeps what was not as it says.
 

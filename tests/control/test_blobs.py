@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
 from tenora.control.records import Principal
@@ -157,3 +158,27 @@ async def test_damaged_weights_are_not_given_out(
     assert list((home / "staging").iterdir()) == []
     await import_adapter(control, acme, "desk", seed=1)
     (await control.adapters.archive(acme, "desk")).unlink()
+
+
+async def test_nobody_waits_for_the_check_of_a_pin(
+    control: Control,
+    acme: Principal,
+    umbrella: Principal,
+    import_adapter: ImportAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All bytes of an adapter are read for it, so others write to the registry meanwhile."""
+    for seed in range(2):
+        await import_adapter(control, acme, "desk", seed=seed)
+    loop, real = asyncio.get_running_loop(), control._blobs.store.verify
+
+    def verify(digest: str) -> bool:
+        asyncio.run_coroutine_threadsafe(control.tenants.ensure(f"tenant-{len(checked)}"), loop).result(30)
+        checked.append(digest)
+        return real(digest)
+
+    checked: list[str] = []
+    monkeypatch.setattr(AdapterStore, "verify", lambda _, digest: verify(digest))
+    assert (await control.adapters.pin(acme, "desk", True)).pinned
+    assert (await control.adapters.rollback(acme, "desk", 1)).version == 1
+    assert len(checked) == 2

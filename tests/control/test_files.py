@@ -6,12 +6,16 @@ import asyncio
 import errno
 import hashlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tenora.control import files
 from tenora.control.control import Control
 from tenora.control.records import Principal
 from tenora.errors import (
@@ -21,6 +25,7 @@ from tenora.errors import (
     PermissionDeniedError,
     StorageFullError,
 )
+from tenora.training.reading import ValidationReport
 from tests.control.conftest import ROWS, OpenControl, jsonl, pieces, tenant, upload
 
 
@@ -244,3 +249,26 @@ async def test_a_restart_keeps_files_and_sweeps_leftovers(open_control: OpenCont
     assert everything_in(home) == [future, path] or everything_in(home) == [path, future]
     assert not directory.exists()
     assert await control.files.get(acme, record.id) == record
+
+
+async def test_the_checks_of_a_tenants_files_hold_up_nobody_else(
+    control: Control, acme: Principal, umbrella: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many it sends: neither what runs on the common threads nor another tenant's file."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    long, may, real = jsonl(ROWS * 2), threading.Event(), files.validate_file
+    running = list[int]()
+
+    def validate(path: Path, *args: Any, **options: Any) -> ValidationReport:
+        if path.stat().st_size == len(long):
+            running.append(1)
+            may.wait(30)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(files, "validate_file", validate)
+    uploads = [asyncio.create_task(upload(control, acme, ROWS * 2)) for _ in range(3)]
+    assert (await upload(control, umbrella)).status == "processed"
+    assert await asyncio.to_thread(lambda: not may.is_set())
+    assert len(running) <= 1
+    may.set()
+    assert [record.status for record in await asyncio.gather(*uploads)] == ["processed"] * 3

@@ -264,3 +264,14 @@ async def test_a_child_tells_how_far_it_is_while_it_loads(tiny_base: Path, run_d
     await engine.close(0)
     weights = [step for step in told if step is not None and step.phase == "weights"]
     assert weights[-1].done == weights[-1].total > 0
+
+
+async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tried again by its keeper, which any other kind of error would end."""
+    monkeypatch.setattr("tenora.engine.supervisor._private_directory", lambda: tmp_path / "gone")
+    engine = AsyncEngine(SETTINGS, tmp_path)
+    with pytest.raises(UnavailableError, match=r"could not be started: .*no socket at"):
+        async with asyncio.timeout(PATIENCE):
+            await engine.start()

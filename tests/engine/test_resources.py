@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tenora.config import Settings
 from tenora.engine.core import Engine
 from tenora.engine.decode_graphs import decode_sizes
 from tenora.engine.rehearsal import rehearse
-from tenora.engine.resources import Facts, Resources, graph_bytes, resources
+from tenora.engine.resources import Facts, Resources, activation_bytes, graph_bytes, resources
 from tenora.engine.runner import ModelRunner
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
@@ -152,3 +154,12 @@ def test_the_rehearsed_step_is_the_largest_there_can_be(
     most = decoder.spec.max_position_embeddings
     rows = min(seqs, tokens)
     assert seen == [(rows * min(tokens // rows, most), rows)]
+
+
+def test_a_step_is_reckoned_with_the_context_that_a_rope_scaling_gives() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8192}
+    scaled = dataclasses.replace(SPEC, rope_parameters=yarn, max_position_embeddings=8192)
+    plain = dataclasses.replace(SPEC, max_position_embeddings=4 * 8192)
+    for spec in (scaled, plain):
+        assert spec.context_length == 4 * 8192
+    assert activation_bytes(scaled, 512, 8, torch.bfloat16) == activation_bytes(plain, 512, 8, torch.bfloat16)

@@ -27,6 +27,8 @@ _ERROR = {
 }
 _STATUS = {"type": "object", "required": ["status"], "properties": {"status": _TEXT}}
 _INFERENCE = frozenset({"/v1/chat/completions", "/v1/completions"})
+# Text is worked on, on threads for which a tenant may queue only so long.
+_QUEUED = _INFERENCE | {"/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate"}
 _HEALTH = PROBE_PATHS - {"/metrics"}
 # Bodies that FastAPI cannot know, because the routes write them themselves.
 _MEDIA = {
@@ -95,10 +97,12 @@ def _refusals(path: str, method: str, operation: dict[str, Any]) -> Iterator[HTT
     names_something = any(parameter["in"] == "path" for parameter in operation.get("parameters", ()))
     if names_something or "requestBody" in operation or "{" in path:
         yield HTTPStatus.NOT_FOUND
-    if path in _INFERENCE:
+    if path in _QUEUED and method == "post":
         yield HTTPStatus.TOO_MANY_REQUESTS
     if method in {"post", "delete"}:
         yield from (HTTPStatus.CONFLICT, HTTPStatus.INSUFFICIENT_STORAGE)
+    if path.endswith("/download"):
+        yield HTTPStatus.INSUFFICIENT_STORAGE  # the archive is made aside
     if method == "post":
         yield HTTPStatus.UNPROCESSABLE_ENTITY
     if (method == "get" and path in {"/v1/files", "/v1/fine_tuning/jobs"}) or "events" in path or "checkpoints" in path:

@@ -147,23 +147,16 @@ class Adapters:
     async def rollback(self, principal: Principal, name: str, version: int | str) -> AdapterRecord:
         """Point the alias at one of its versions, given as a number or as hex digits of its digest."""
         principal.require("adapters")
+        async with self._database.read() as session:
+            alias, row = await self._version(session, principal, name, version)
+        if alias.pinned:
+            await self.pins.require_intact(row.digest)
         async with self._database.write() as session:
-            alias = await self._alias(session, principal, name)
+            alias, row = await self._version(session, principal, name, version)
             before = await one_pair(session, active_version(principal.tenant_id, alias.name))
-            query = versions_of(principal.tenant_id, alias.name).where(version_filter(version))
-            found = await pairs(session, query.order_by(AdapterVersionRow.version.desc()))
-            if not found:
-                raise NotFoundError(
-                    f"The adapter {name!r} has no version {version!r}; list its versions.", param="version"
-                )
-            if len({row.digest for _, row in found}) > 1:
-                raise InvalidRequestError(
-                    f"Several versions begin with {version!r}; give more digits.", param="version"
-                )
-            _, row = found[0]
             alias.version = row.version
             if alias.pinned:
-                await self.pins.require_allowed(session, row.digest)
+                await self.pins.require_allowed(session)
         if alias.pinned and before is not None:
             await self.pins.move(before[1].digest, row.digest)
         return self._record(principal, (alias, row))
@@ -173,13 +166,16 @@ class Adapters:
 
         Raises:
             ConflictError: code pins_full, see `tenora.control.pins`; nothing is stored.
+            AdapterDamagedError: the files are not what was stored.
         """
         principal.require("adapters")
+        if pinned:
+            await self.pins.require_intact((await self.get(principal, name)).digest)
         async with self._database.write() as session:
             alias, row = await self._active(session, principal, name)
             if pinned and not alias.pinned:
                 alias.pinned = True
-                await self.pins.require_allowed(session, row.digest)
+                await self.pins.require_allowed(session)
             alias.pinned = pinned
         if pinned:
             await self.pins.keep(row.digest)
@@ -277,7 +273,7 @@ class Adapters:
                     new = NewVersion(principal.tenant_id, name, self._base_id, source="upload")
                     found = await add_version(session, new, blob)
                     if found[0].pinned:
-                        await self.pins.require_allowed(session, blob.digest)
+                        await self.pins.require_allowed(session)
                 if receipt is not None:
                     await receipt.write(session, self._record(principal, found))
         self._failpoints.hit("adapters.after_create")
@@ -296,6 +292,19 @@ class Adapters:
         if found is None:
             raise _missing(name)
         return found
+
+    async def _version(
+        self, session: AsyncSession, principal: Principal, name: str, version: int | str
+    ) -> tuple[AdapterRow, AdapterVersionRow]:
+        """The alias, and the version of it that a number or hex digits mean."""
+        alias = await self._alias(session, principal, name)
+        query = versions_of(principal.tenant_id, alias.name).where(version_filter(version))
+        found = await pairs(session, query.order_by(AdapterVersionRow.version.desc()))
+        if not found:
+            raise NotFoundError(f"The adapter {name!r} has no version {version!r}; list its versions.", param="version")
+        if len({row.digest for _, row in found}) > 1:
+            raise InvalidRequestError(f"Several versions begin with {version!r}; give more digits.", param="version")
+        return alias, found[0][1]
 
     async def _alias(self, session: AsyncSession, principal: Principal, name: str) -> AdapterRow:
         """The alias, which may mean none of its versions: a job's result that was not to take its name over."""

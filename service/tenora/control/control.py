@@ -83,7 +83,7 @@ class Control:
         self._tokenizing = Tokenizing(tokenizer)
         store = AdapterStore(storage.adapters)
         self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
-        self.files = Files(settings, database, storage, tokenizer, failpoints)
+        self.files = Files(settings, database, storage, self._tokenizing, failpoints)
         self.previews = Previews(settings, database, storage, self._tokenizing, self._limits)
         self.estimates = Estimates(database, storage, self._blobs, self._tokenizing, self._limits)
         self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)

@@ -147,12 +147,14 @@ class Database:
         try:
             yield
         finally:
-            await self.restock()
+            if not self._reserve.whole:
+                await asyncio.to_thread(self._reserve.keep)
 
     async def restock(self) -> None:
         """Take the reserve again, after something was deleted whose space may be had now."""
         if self._reserve is not None and not self._reserve.whole:
-            await asyncio.to_thread(self._reserve.keep)
+            async with self._writing:  # or it would be taken from a deletion that it was lent to
+                await asyncio.to_thread(self._reserve.keep)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -26,8 +26,10 @@ from tenora.control.paging import Order, page
 from tenora.control.records import TERMINAL, FileRecord, Page, Principal
 from tenora.control.schema import FileRow, JobRow
 from tenora.control.storage import Storage, full_disk, place, remove
+from tenora.control.tokenizing import Tokenizing
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
 from tenora.training.dataset import validate_file
+from tenora.training.reading import ValidationReport
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -50,13 +52,13 @@ class Files:
         settings: Settings,
         database: Database,
         storage: Storage,
-        tokenizer: Tokenizer,
+        tokenizing: Tokenizing,
         failpoints: Failpoints,
     ) -> None:
         self._settings = settings
         self._database = database
         self._storage = storage
-        self._tokenizer = tokenizer
+        self._tokenizing = tokenizing
         self._failpoints = failpoints
 
     async def create(
@@ -83,6 +85,7 @@ class Files:
             InvalidRequestError: an unknown purpose, an empty file, a lifetime out of bounds.
             PayloadTooLargeError: more than `max_file_bytes`.
             StorageFullError: no room; nothing was kept.
+            RateLimitedError: too many of the tenant's files wait for their check.
         """
         principal.require("train")
         label = check_filename(filename)
@@ -99,7 +102,7 @@ class Files:
         staged, final = self._storage.stage(), self._storage.file(principal.tenant_id, file_id)
         try:
             size, sha256 = await self._receive(staged, chunks)
-            status, details = await self._check(staged, purpose)
+            status, details = await self._check(principal.tenant_id, staged, purpose)
             self._failpoints.hit("files.before_rename")
             await asyncio.to_thread(place, staged, final)
             self._failpoints.hit("files.after_rename")
@@ -224,12 +227,14 @@ class Files:
             raise InvalidRequestError("The file is empty; send its content as the form field `file`.", param="file")
         return total, sink.hash.hexdigest()
 
-    async def _check(self, staged: Path, purpose: str) -> tuple[Status, str | None]:
+    async def _check(self, tenant_id: str, staged: Path, purpose: str) -> tuple[Status, str | None]:
         if purpose != TRAINING_PURPOSE:
             return "uploaded", None
-        report = await asyncio.to_thread(
-            validate_file, staged, self._tokenizer, max_rows=self._settings.max_training_rows
-        )
+
+        def validate(tokenizer: Tokenizer) -> ValidationReport:
+            return validate_file(staged, tokenizer, max_rows=self._settings.max_training_rows)
+
+        report = await self._tokenizing.upload(tenant_id, validate)
         return ("processed", None) if report.ok else ("error", report.summary())
 
 

@@ -35,16 +35,22 @@ class Pins:
         self._blobs = blobs
         self._engine = engine
 
-    async def require_allowed(self, session: AsyncSession, digest: str) -> None:
-        """Inside the transaction that pins `digest`, or moves a pinned alias to it: raise unless it can be kept.
+    async def require_intact(self, digest: str) -> None:
+        """Before the transaction that pins `digest`, because all of its bytes are read: raise unless it can be read.
+
+        Raises:
+            AdapterDamagedError: its files are not what was stored.
+        """
+        if not await asyncio.to_thread(self._blobs.store.verify, digest):
+            raise damaged(digest)
+
+    async def require_allowed(self, session: AsyncSession) -> None:
+        """Inside a transaction that pins, or moves a pinned alias: raise unless what is pinned now can be kept.
 
         Raises:
             ConflictError: code pins_full; all pins together would take too much.
-            AdapterDamagedError: its files are not what was stored.
         """
         await session.flush()
-        if not await asyncio.to_thread(self._blobs.store.verify, digest):
-            raise damaged(digest)
         if (reason := await self._too_much(session, set(await session.scalars(_pinned())))) is not None:
             raise ConflictError(f"The adapter cannot be pinned: {reason}", code="pins_full")
 

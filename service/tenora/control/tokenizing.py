@@ -1,7 +1,7 @@
 """Where text becomes tokens: on threads of its own, so that nobody's long text holds up another's short one.
 
-What needs no more than a moment has threads of its own, and so have training files and jobs, which take minutes: of
-theirs a tenant has one at a time.
+What needs no more than a moment has threads of its own, and so have uploads, questions about training files, and jobs,
+which take minutes: of theirs a tenant has one at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ T = TypeVar("T")
 SHORT = 64 * 2**10  # characters, which take some 50 ms
 _MOST_THREADS = 4
 _FILES_AT_ONCE = 2
+_UPLOADS_AT_ONCE = 4
 
 
 class Tokenizing:
@@ -33,6 +34,7 @@ class Tokenizing:
         threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 4))
         self._short = FairThreads("tokenize-short", threads)
         self._long = FairThreads("tokenize-long", threads)
+        self._uploads = FairThreads("check-uploads", _UPLOADS_AT_ONCE, per_group=1)
         self._files = FairThreads("tokenize-files", _FILES_AT_ONCE, per_group=1)
         self._jobs = FairThreads("tokenize-jobs", _FILES_AT_ONCE, per_group=1)
 
@@ -46,6 +48,10 @@ class Tokenizing:
         threads = self._short if characters <= SHORT else self._long
         return await threads.run(group, self._watched(work))
 
+    async def upload(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+        """The same for the check of a file that was sent."""
+        return await self._uploads.run(group, self._watched(work))
+
     async def file(self, group: str, work: Callable[[Tokenizer], T]) -> T:
         """The same for the rows of a training file that somebody asks about."""
         return await self._files.run(group, self._watched(work))
@@ -56,7 +62,7 @@ class Tokenizing:
 
     def close(self) -> None:
         """Take nothing more and leave what runs."""
-        for threads in (self._short, self._long, self._files, self._jobs):
+        for threads in (self._short, self._long, self._uploads, self._files, self._jobs):
             threads.close()
 
     def _watched(self, work: Callable[[Tokenizer], T]) -> Callable[[Check], T]:

@@ -137,7 +137,7 @@ def activation_bytes(spec: ModelSpec, tokens: int, seqs: int, dtype: torch.dtype
     With a layer's go the keys and values of the longest sequence, gathered.
     """
     layer = 6 * spec.hidden_size + 2 * (spec.q_size + 2 * spec.kv_size) + 4 * spec.intermediate_size
-    gathered = 2 * spec.kv_size * spec.max_position_embeddings
+    gathered = 2 * spec.kv_size * spec.context_length
     return (tokens * layer + gathered) * dtype.itemsize + _LOGIT_COPIES * 4 * seqs * spec.vocab_size
 
 

@@ -85,7 +85,10 @@ class ProcessLink:
         try:
             self._directory = _private_directory()
             address = f"ipc://{self._directory / 'engine'}"
-            self._socket.bind(address)
+            try:
+                self._socket.bind(address)
+            except zmq.ZMQError as error:  # no OSError, and it must not end the keeper
+                raise OSError(error.errno, f"no socket at {address}: {error.strerror}") from error
             self._process = await _spawn(self._settings)
             await _write(self._process, launch_message(self._settings, self._model_dir, address))
         except BaseException:
