@@ -100,7 +100,7 @@ def place(staged: Path, final: Path) -> None:
     with full_disk():
         fsync(staged)
         if not final.parent.exists():
-            final.parent.mkdir(mode=0o700, parents=True)
+            final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # another of the tenant's files may come first
             fsync(final.parent.parent)
         staged.rename(final)
         fsync(final.parent)
