@@ -48,6 +48,17 @@ async def test_two_jobs_on_the_same_rows_hold_out_the_same_unless_a_seed_is_give
         assert contents(seeded[0].valid) != contents(sides[0].valid)
 
 
+async def test_the_seed_that_a_job_shows_makes_it_again(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    file = await upload(control, acme, MANY_ROWS)
+    first = await corpus_of(control, acme, engine, training_file=file.id)
+    shown = (await control.jobs.list(acme)).items[0].seed
+    again = await corpus_of(control, acme, engine, training_file=file.id, seed=shown)
+    assert contents(first.valid) == contents(again.valid)
+    assert [spec.seed for spec in engine.specs] == [shown, shown]
+
+
 async def test_doubled_rows_do_not_leak_between_folds_or_tasks(
     control: Control, acme: Principal, engine: ScriptedEngine
 ) -> None:

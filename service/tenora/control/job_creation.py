@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 import msgspec
@@ -10,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.adapter_shape import Limits
 from tenora.control.files import TRAINING_PURPOSE, find_file
-from tenora.control.job_requests import MAX_SEED, Asked, alias_of
+from tenora.control.job_requests import USUAL_SEED, Asked, alias_of
 from tenora.control.names import new_id, unix_now
 from tenora.control.records import JobRequest
 from tenora.control.schema import FileRow, JobRow
@@ -56,7 +55,7 @@ def new_job(
         parent_digest=None if parent is None else parent.digest,
         suffix=request.suffix,
         name=alias_of(request, job_id, limits),
-        seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
+        seed=USUAL_SEED if request.seed is None else request.seed,
         labels=None if request.metadata is None else dict(request.metadata),
         created_at=unix_now(),
         result_files=[],

@@ -22,6 +22,8 @@ HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 OF_METHOD: Mapping[Method, tuple[str, ...]] = {"supervised": HYPERPARAMETERS, "dpo": (*HYPERPARAMETERS, "beta")}
 PUBLISHING = ("publish", "min_gain")
 MAX_SEED = 2**31 - 1
+USUAL_SEED = 0
+"""Of a job that asks for none: two jobs on one file compare, and the seed that a job shows makes it again."""
 METADATA_KEY = re.compile(r'[^"\\\x00-\x1f]{1,64}')
 
 
@@ -34,7 +36,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         settings: the given ones of `SETTINGS`.
         lora: the given ones of `tenora.control.adapter_shape.LORA`.
         sweep: the object as sent.
-        seed: as sent; without one the files alone decide which rows are held out.
+        seed: as sent.
     """
 
     model: str
@@ -48,7 +50,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def split_seed(self) -> int:
         """What draws the rows that are held out, with their content."""
-        return self.seed or 0
+        return USUAL_SEED if self.seed is None else self.seed
 
     @classmethod
     def stored(cls, requested: Mapping[str, Any]) -> Asked:

@@ -137,7 +137,9 @@ class JobCreateRequest(RequestModel):
     n_epochs: Epochs = None
     batch_size: BatchSize = None
     suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX)
-    seed: int | None = Field(default=None, ge=0, lt=2**31)
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**31, description="Draws the held-out rows and all of training; 0 unless given."
+    )
     metadata: Metadata | None = None
     integrations: list[Any] | None = Field(default=None, max_length=0, description="Not supported.")
     name: str | None = Field(default=None, max_length=64, description="The name under which the adapter is called.")
