@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -12,9 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tenora.config import Settings
+from tenora.control import database
 from tenora.control.control import Control
+from tenora.control.database import RegistryDamagedError
 from tenora.engine.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import resolve_model
@@ -113,6 +117,21 @@ async def test_a_page_that_is_damaged_while_the_service_runs_is_told(
     ready = await nobody.get("/readyz")
     assert (ready.status_code, ready.json()) == (503, {"status": "registry is damaged"})
     assert (await nobody.get("/livez")).status_code == 200  # a restart would not help
+
+
+async def test_an_error_of_the_disk_that_passes_makes_no_server_unready_for_good(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "RECHECK_SECONDS", 0.01)
+    failure = sqlite3.OperationalError("disk I/O error")
+    failure.sqlite_errorcode, failure.sqlite_errorname = sqlite3.SQLITE_IOERR_WRITE, "SQLITE_IOERR_WRITE"
+    registry = service.control._registry.database
+    with pytest.raises(RegistryDamagedError):
+        async with registry.read():
+            raise OperationalError("INSERT", None, failure)
+    assert not service.control.ready()
+    while not service.control.ready():  # noqa: ASYNC110  # readiness tells nobody that it has changed
+        await asyncio.sleep(0.01)
 
 
 async def test_a_damaged_database_is_told_in_a_sentence_at_start(

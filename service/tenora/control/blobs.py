@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from tenora.errors import AdapterFormatError, NotFoundError
 
 if TYPE_CHECKING:
     from tenora.engine.client import AsyncEngine
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +133,10 @@ class Blobs:
                 release.add_done_callback(self._releases.discard)
 
     async def settle(self) -> None:
-        """Wait until what was postponed and may go by now is gone."""
-        await asyncio.gather(*self._releases)
+        """Wait until what was postponed and may go by now is gone; what cannot go is swept at the next start."""
+        for error in await asyncio.gather(*self._releases, return_exceptions=True):
+            if isinstance(error, BaseException):
+                _log.warning("an adapter's files stay until the next start", exc_info=error)
 
     @contextlib.asynccontextmanager
     async def publishing(self, directory: Path) -> AsyncIterator[Blob]:

@@ -76,7 +76,7 @@ class Control:
         self._lock = lock
         self._base_id = model.id
         self._target_names = frozenset(target.name for target in targets)
-        self._housekeeper: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         failpoints = Failpoints.parse(settings.failpoints)
         if failpoints.armed:
             _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
@@ -143,14 +143,17 @@ class Control:
         """Begin to work on jobs, take over those of a dead process, and pin what is pinned. The engine has started."""
         await self.adapters.pins.restore()
         await self._runner.start()
-        self._housekeeper = asyncio.create_task(self._keep_house(), name="control-housekeeping")
+        self._background = [
+            asyncio.create_task(self._keep_house(), name="control-housekeeping"),
+            asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
+        ]
 
     async def close(self) -> None:
         """Pause what runs, so that the next start goes on, and let go of the state directory."""
         self.begin_drain()
-        if self._housekeeper is not None:
-            self._housekeeper.cancel()
-            await asyncio.gather(self._housekeeper, return_exceptions=True)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         try:
             await self._runner.stop()
         except TenoraError as error:
@@ -169,7 +172,7 @@ class Control:
 
     @property
     def damaged(self) -> bool:
-        """Whether the registry turned out to be damaged; only a person can help."""
+        """Whether the registry seems damaged."""
         return self._registry.database.damaged
 
     def begin_drain(self) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 from tenora.control.driver_errors import RegistryBusyError, RegistryDamagedError, told
 from tenora.control.reserve import Reserve
-from tenora.errors import ConfigurationError
+from tenora.errors import ConfigurationError, TenoraError
 
 __all__ = ["Database", "RegistryBusyError", "RegistryDamagedError"]
 
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MILLISECONDS = 10_000
+RECHECK_SECONDS = 10.0  # between two looks at a registry that seemed damaged
 
 
 class Database:
@@ -35,13 +36,10 @@ class Database:
 
     SQLite allows one writer: writes of this process queue on a lock here instead of polling the file, and begin
     IMMEDIATE, because a read transaction that turns into a write fails at once when another write came between.
-
-    Attributes:
-        damaged: a page could not be read as it was written, or the disk failed, since the start.
     """
 
     def __init__(self, engine: AsyncEngine, reserve: Reserve | None = None) -> None:
-        self.damaged = False
+        self._trouble = asyncio.Event()
         self._reserve = reserve
         self._read = engine
         self._write = engine.execution_options(tenora_write=True)
@@ -91,6 +89,23 @@ class Database:
                 f"The database {parsed.render_as_string()} cannot be opened: {error.orig}."
             ) from error
         return database
+
+    @property
+    def damaged(self) -> bool:
+        """Whether a page could not be read as it was written, or the disk failed, and no look since found all whole."""
+        return self._trouble.is_set()
+
+    async def watch(self) -> None:
+        """Look again at a registry that seemed damaged until it is whole: an error of the disk may have passed."""
+        while True:
+            await self._trouble.wait()
+            await asyncio.sleep(RECHECK_SECONDS)
+            try:
+                await self.check()
+            except TenoraError:
+                continue
+            self._trouble.clear()
+            _log.warning("the registry is whole; the error of its disk has passed")
 
     async def check(self) -> None:
         """Read every page of SQLite's file once, as a server does before it relies on them.
@@ -172,7 +187,7 @@ class Database:
             if known is None:
                 raise
             if isinstance(known, RegistryDamagedError):
-                self.damaged = True
+                self._trouble.set()
                 _log.critical("the registry is damaged", extra={"reason": str(error.orig)})
             raise known from error
 

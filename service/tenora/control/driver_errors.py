@@ -10,7 +10,14 @@ from tenora.errors import StorageFullError, TenoraError, UnavailableError
 
 _PRIMARY = 0xFF  # the low byte of SQLite's extended codes is the code that they refine
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}  # the latter: no room for the index of the log
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL}
+_BUSY = {
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_IOERR_NOMEM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _FULL_STATES = ("53100",)
