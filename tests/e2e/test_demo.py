@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.serving import alive, until
+from tests.support.patience import PATIENCE
 
 PROGRAM = Path(__file__).parents[2] / "clients" / "demo" / "demo.py"
 
@@ -77,7 +78,7 @@ def test_two_runs_show_everything_and_leave_nothing_running(demo: Demo) -> None:
         process = demo.start()
         until(lambda: "is ready at" in demo.text(), "the demo's server is ready")
         family = demo.family()
-        assert process.wait(200) == 0, demo.text()
+        assert process.wait(PATIENCE) == 0, demo.text()
         text = demo.text()
         assert f"adapter 'library-desk', version {version}" in text
         assert text.count("\nQ: ") == 3
@@ -103,13 +104,13 @@ def test_ctrl_c_stops_the_server_and_a_second_run_is_clean(demo: Demo, moment: s
     until(lambda: moment in demo.text() and len(demo.family()) > 0, moment)
     family = demo.family()
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(90) == 130
+    assert process.wait(PATIENCE) == 130
     last = demo.text().splitlines()[-1]
     assert last == "Stopped. Nothing is left running, and `make demo` starts afresh."
     assert "Traceback" not in demo.text()
     assert not any(alive(member) for member in family)
 
-    assert demo.start().wait(200) == 0, demo.text()
+    assert demo.start().wait(PATIENCE) == 0, demo.text()
     assert "adapter 'library-desk', version 1" in demo.text()
 
 
@@ -120,7 +121,7 @@ def test_keep_leaves_the_server_until_ctrl_c(demo: Demo) -> None:
     announced = json.loads((demo.home / "server.json").read_text())
     assert f"curl {announced['url']}/v1/chat/completions" in demo.text()
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(90) == 130
+    assert process.wait(PATIENCE) == 130
     assert not (demo.home / "server.json").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Write a line that stays, above the bar."""
+        width = shutil.get_terminal_size(fallback=(100, 24)).columns
+        text = textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         self._write(f"\r\x1b[K{text}\n" if self._drawn else f"{text}\n")
         self._drawn = False
 
