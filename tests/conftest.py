@@ -11,7 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from numba.core import config
 
+from tenora_kernels.cpu.levels import LEVELS, target_features
+
+# The tiny bases are whole panels of AVX2's vectors and not of AVX-512's, so the compiled layers would not take them.
+if target_features().get("avx512f"):
+    os.environ |= {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": LEVELS["x86-64-v3"]}
+    config.reload_config()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 REPO = Path(__file__).resolve().parents[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +13,36 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
+from tenora_kernels.cpu import rowwise, strided, transposed
 from tenora_kernels.cpu.activation import ACTIVATIONS
 from tenora_kernels.cpu.gemm import NARROW, PANEL, WIDE, PackedMatrix
-from tenora_kernels.cpu.rowwise import gate_backward, gate_forward, norm_backward, norm_forward
 from tenora_kernels.cpu.stream import lay_out_rows, lay_out_sequences
-from tenora_kernels.cpu.strided import ADD, SET, WIDTH, times, times_address
-from tenora_kernels.cpu.transposed import multiply_turned, transpose_task, transpose_tasks
+from tenora_kernels.cpu.strided import ADD, SET, WIDTH, times_address
 from tenora_kernels.cpu.vectors import LANES
 from tenora_kernels.cpu.workspace import Workspace, cut
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 EPSILON = np.float32(1e-6)
+
+
+def callable_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that only kernels call, with an entry for Python."""
+
+    @njit(nogil=True)  # type: ignore[untyped-decorator]  # numba
+    def call(*arguments: Any) -> Any:
+        return kernel(*arguments)
+
+    called: Callable[..., Any] = call
+    return called
+
+
+gate_forward, gate_backward = callable_kernel(rowwise.gate_forward), callable_kernel(rowwise.gate_backward)
+norm_forward, norm_backward = callable_kernel(rowwise.norm_forward), callable_kernel(rowwise.norm_backward)
+times, multiply_turned = callable_kernel(strided.times), callable_kernel(transposed.multiply_turned)
+transpose_task, transpose_tasks = (
+    callable_kernel(transposed.transpose_task),
+    callable_kernel(transposed.transpose_tasks),
+)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -128,7 +148,7 @@ def test_a_compiled_function_is_called_by_its_address() -> None:
     @njit(nogil=True)  # type: ignore[untyped-decorator]  # numba
     def twice(x: int, w: int, out: int) -> None:
         for _ in range(2):
-            times(link, 1, LANES, x, 4, 4, w, LANES * 4, 1, out, LANES * 4, ADD, 1.0)
+            strided.times(link, 1, LANES, x, 4, 4, w, LANES * 4, 1, out, LANES * 4, ADD, 1.0)
 
     x, w, out = torch.full((1, 1), 3.0), torch.ones(1, LANES), torch.zeros(1, LANES)
     twice(x.data_ptr(), w.data_ptr(), out.data_ptr())

@@ -340,7 +340,8 @@ class TestCourse:
         assert isinstance(finished, FinishedEvent)
         assert [finished.base_loss, finished.valid_accuracy] == pytest.approx([LN2, 1.0])
         assert finished.valid_loss < 0.2
-        assert finished.held_out is None
+        assert finished.held_out is not None
+        assert len(finished.held_out.tokens) == len(finished.held_out.adapter) == 8  # both answers of four pairs
 
     def test_the_held_out_loss_of_a_task_is_the_objective(
         self, decoder: Decoder, make_dpo: MakeDpo, pairs: TokenizedDataset, tmp_path: Path

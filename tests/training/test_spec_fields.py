@@ -53,6 +53,7 @@ CHANGES: Mapping[str, Any] = {
 OTHERWISE = {
     **dict.fromkeys(("run_id", "group", "weight", "workdir", "base_model"), "names, and shares of the machine"),
     **dict.fromkeys(("packing", "tokens_per_microbatch", "recompute_activations"), "the same result by other passes"),
+    "split_seed": "which rows are in which fold; tests of its own",
     **dict.fromkeys(("tasks", "method", "init_path", "folds", "trials"), "what makes a kind; tests of their own"),
 }
 USELESS = {("plain", "beta"), ("folds", "beta"), ("sweep", "beta")}  # which no request can ask for
@@ -172,6 +173,7 @@ class TestFewShot:
     def test_the_folds_are_measured_where_the_fit_on_all_rows_may_end(
         self, decoder: Decoder, spec: TrainSpec, fields: dict[str, Any], steps: list[int], of_folds: list[int]
     ) -> None:
+        random_rows(12, seed=3).save(Path(spec.tasks[0].train_path))  # equal rows would share a fold
         events = told(decoder, msgspec.structs.replace(spec, **fields))
         assert [event.step for event in events if isinstance(event, EvalEvent)] == steps
         for fold in range(3):
