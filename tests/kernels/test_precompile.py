@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -72,25 +73,32 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     cache.writable.cache_clear()
 
 
-def test_a_second_try_goes_on_where_the_first_one_was_ended(tmp_path: Path) -> None:
-    first, last = json.loads(run(SMALL, "few", NUMBA_CACHE_DIR=str(tmp_path)))
+@pytest.fixture
+def fresh(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that finds the kernels' sources without what was ever compiled of them."""
+    package = tmp_path / "site"
+    package.mkdir()
+    shutil.copytree(Path(cache.__file__).parents[1], package / "tenora_kernels", ignore=lambda *_: {"__pycache__"})
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_a_second_try_goes_on_where_the_first_one_was_ended(tmp_path: Path, fresh: dict[str, str]) -> None:
+    fresh["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+    first, last = json.loads(run(SMALL, "few", **fresh))
     assert (first, last) == ([0, 3, 0], [3, 3, 0])
-    first, last = json.loads(run(SMALL, "more", NUMBA_CACHE_DIR=str(tmp_path)))
+    first, last = json.loads(run(SMALL, "more", **fresh))
     total = first[1]
     assert first == [3, total, 3]
     assert last == [total, total, 3]
-    assert json.loads(run(SMALL, "more", NUMBA_CACHE_DIR=str(tmp_path))) == [[total, total, total]] * 2
+    assert json.loads(run(SMALL, "more", **fresh)) == [[total, total, total]] * 2
 
 
-def test_kernels_that_came_with_the_code_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_kernels_that_came_with_the_code_are_read_where_nothing_can_be_written(
+    tmp_path: Path, fresh: dict[str, str]
+) -> None:
     """As in an image: the package is read-only, and the volume is empty."""
-    package = tmp_path / "site"
-    (package / "tenora_kernels").parent.mkdir()
-    source = Path(cache.__file__).parents[1]
-    subprocess.run(["cp", "-r", str(source), str(package)], check=True)
-    subprocess.run(f"rm -rf {package}/tenora_kernels/cpu/__pycache__", shell=True, check=True)
-    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = fresh
     level = best_level()
     if level is not None:  # compiled for the level, found by the processor
         levels = {"NUMBA_CPU_NAME": level, "NUMBA_CPU_FEATURES": LEVELS[level]}
