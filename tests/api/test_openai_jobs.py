@@ -184,8 +184,8 @@ async def test_a_file_expires_while_the_service_runs(
     later = file.created_at + 3601
     monkeypatch.setattr("tenora.control.files.unix_now", lambda: later)
     monkeypatch.setattr(control_module, "HOUSEKEEPING_SECONDS", 0.05)
-    assert service.control._housekeeper is not None
-    service.control._housekeeper.cancel()
+    housekeeper, _ = service.control._background
+    housekeeper.cancel()
     keeper = asyncio.create_task(service.control._keep_house())
     while path.exists():  # noqa: ASYNC110  # the state of a directory
         await asyncio.sleep(0.02)
