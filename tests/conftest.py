@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from numba.core import config
 
-from tenora_kernels.cpu.levels import LEVELS, target_features
+from tenora_kernels.cpu.runtime.levels import LEVELS, target_features
 
 # The tiny bases are whole panels of AVX2's vectors and not of AVX-512's, so the compiled layers would not take them.
 if target_features().get("avx512f"):

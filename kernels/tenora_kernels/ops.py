@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tenora_kernels import torch_backend
-from tenora_kernels.cpu import lora
+from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, accumulation_dtype
 
 

@@ -17,7 +17,7 @@ from tenora.adapters.peft_format import write_adapter
 from tenora.api.app import create_app
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer

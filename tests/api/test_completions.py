@@ -11,7 +11,7 @@ import pytest
 
 from tenora.api.routes.completions import LegacyLogprobs
 from tenora.api.schemas.completions import CompletionRequest
-from tenora.control.records import LogprobEntry
+from tenora.control.inference.records import LogprobEntry
 from tests.api.conftest import SPEECH, Service
 
 

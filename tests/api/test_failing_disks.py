@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from tenora.config import Settings
-from tenora.control import database
 from tenora.control.control import Control
-from tenora.control.database import RegistryDamagedError
-from tenora.engine.client import AsyncEngine
+from tenora.control.registry import database
+from tenora.control.registry.database import RegistryDamagedError
+from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules

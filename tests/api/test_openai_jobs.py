@@ -182,7 +182,7 @@ async def test_a_file_expires_while_the_service_runs(
     path = service.settings.root / "tenants" / tenant.id / "files" / file.id
     assert path.exists()
     later = file.created_at + 3601
-    monkeypatch.setattr("tenora.control.files.unix_now", lambda: later)
+    monkeypatch.setattr("tenora.control.files.files.unix_now", lambda: later)
     monkeypatch.setattr(control_module, "HOUSEKEEPING_SECONDS", 0.05)
     housekeeper, _ = service.control._background
     housekeeper.cancel()

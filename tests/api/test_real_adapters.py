@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from tenora.config import Settings
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tenora.engine.messages import Event
 from tests.api.conftest import Service, import_adapter, running

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tenora.config import Settings
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tests.api.conftest import Service, import_adapter, running
 from tests.api.engine import Script

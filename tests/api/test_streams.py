@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tenora.api import attendance
+from tenora.api import sse as attendance
 from tests.api.asgi import Call
 from tests.api.conftest import SPEECH, Service
 from tests.support.patience import PATIENCE

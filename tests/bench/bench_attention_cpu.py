@@ -16,8 +16,8 @@ from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu.attention import warm_up
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.attention.attention import warm_up
+from tenora_kernels.cpu.runtime.team import Team
 
 HEADS, KV_HEADS, DIM, SIZE = 9, 3, 64, 16
 SECONDS = 0.4  # for one figure

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from tenora_kernels.cpu.gemm import PackedMatrix, matmul
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.products.gemm import PackedMatrix, matmul
+from tenora_kernels.cpu.runtime.team import Team
 
 SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536), "head": (49152, 576)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from tenora_kernels import memory, torch_backend
-from tenora_kernels.cpu import lora
+from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
 GROUPS = {

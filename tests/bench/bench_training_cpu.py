@@ -29,7 +29,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep, layer_pass, losses
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 RANK, ALPHA, BATCH, RATE = 16, 32.0, 16, 2e-4

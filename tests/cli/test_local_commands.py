@@ -18,7 +18,7 @@ from tenora.cli.connection import SERVER_FILE, local_url
 from tenora.cli.options import SECRET, load_settings, settings_parameters, variable
 from tenora.cli.serving import listening, url_of
 from tenora.config import Settings
-from tenora.control.registry import Registry
+from tenora.control.tenancy.bootstrap import Registry
 from tenora.errors import ConfigurationError
 from tests.support.patience import PATIENCE
 

@@ -13,10 +13,13 @@ import pytest
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
+from tenora.control.adapters.records import AdapterRecord
 from tenora.control.control import Control
-from tenora.control.idempotency import Receipt
-from tenora.control.records import TERMINAL, AdapterRecord, FileRecord, JobRecord, JobRequest, Principal
-from tenora.engine.client import AsyncEngine
+from tenora.control.files.records import FileRecord
+from tenora.control.jobs.records import TERMINAL, JobRecord, JobRequest
+from tenora.control.tenancy.idempotency import Receipt
+from tenora.control.tenancy.records import Principal
+from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer

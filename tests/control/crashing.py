@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from tenora.config import Settings
+from tenora.control.adapters.records import AdapterRecord
 from tenora.control.control import Control
-from tenora.control.idempotency import Receipt, StoredAnswer
-from tenora.control.records import AdapterRecord, FileRecord, JobRecord, JobRequest, Principal
-from tenora.engine.client import AsyncEngine
+from tenora.control.files.records import FileRecord
+from tenora.control.jobs.records import JobRecord, JobRequest
+from tenora.control.tenancy.idempotency import Receipt, StoredAnswer
+from tenora.control.tenancy.records import Principal
+from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer

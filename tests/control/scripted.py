@@ -17,7 +17,7 @@ import numpy as np
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.targets import TargetModule
-from tenora.control.held_out import held_out_rows
+from tenora.control.gate.held_out import held_out_rows
 from tenora.engine.messages import EngineStats, Generate, Ready, SequenceOutput, TokenLogprob
 from tenora.errors import UnavailableError
 from tenora.training.spec import (

@@ -14,10 +14,10 @@ import pytest
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from tenora.adapters.targets import TargetModule
+from tenora.control.adapters.model_card import README_NAME
 from tenora.control.control import Control
-from tenora.control.model_card import README_NAME
-from tenora.control.records import Principal
-from tenora.control.tenants import DEFAULT_TENANT
+from tenora.control.tenancy.records import Principal
+from tenora.control.tenancy.tenants import DEFAULT_TENANT
 from tenora.engine.messages import EngineStats
 from tenora.errors import (
     AdapterFormatError,
@@ -304,7 +304,7 @@ async def test_a_restart_keeps_adapters_and_sweeps_orphans(
     async with control._registry.database.write() as session:
         from sqlalchemy import delete
 
-        from tenora.control.schema import AdapterRow, AdapterVersionRow
+        from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
 
         await session.execute(delete(AdapterVersionRow).where(AdapterVersionRow.digest == orphan.digest))
         await session.execute(delete(AdapterRow).where(AdapterRow.name == "gone"))

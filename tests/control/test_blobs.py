@@ -13,9 +13,9 @@ import safetensors.numpy
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
+from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.control import Control
-from tenora.control.records import Principal
-from tenora.control.versions import NewVersion, add_version
+from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,

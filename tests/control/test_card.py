@@ -10,20 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tenora.control.card import (
-    MIN_ROWS,
-    Card,
-    Judgement,
-    TaskCard,
-    bootstrap,
-    compare,
-    forgetting,
-    overfitting,
-)
-from tenora.control.lineage import Lineage, Parent, Rows, TrainingFile
-from tenora.control.model_card import model_card
-from tenora.control.parity import Parity
-from tenora.control.records import AdapterRecord
+from tenora.control.adapters.model_card import model_card
+from tenora.control.adapters.records import AdapterRecord
+from tenora.control.gate.card import MIN_ROWS, Card, Judgement, TaskCard, bootstrap, compare, forgetting, overfitting
+from tenora.control.gate.lineage import Lineage, Parent, Rows, TrainingFile
+from tenora.control.gate.parity import Parity
 from tenora.model.provenance import BaseSource
 from tenora.training.spec import EvaluationPoint
 

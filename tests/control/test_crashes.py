@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tenora.control import failpoints
 from tenora.control.control import Control
-from tenora.control.failpoints import Failpoints, InjectedError
-from tenora.control.idempotency import StoredAnswer
-from tenora.control.records import Principal
+from tenora.control.storage import failpoints
+from tenora.control.storage.failpoints import Failpoints, InjectedError
+from tenora.control.tenancy.idempotency import StoredAnswer
+from tenora.control.tenancy.records import Principal
 from tenora.errors import ConfigurationError, NotFoundError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
 from tests.control.crashing import KEYED, WORSE
@@ -236,6 +236,6 @@ def test_failpoints_are_named() -> None:
 
 
 def test_every_failpoint_is_hit_somewhere() -> None:
-    root = Path(failpoints.__file__).parent
-    source = "".join(path.read_text() for path in root.glob("*.py") if path.name != "failpoints.py")
+    root = Path(failpoints.__file__).parents[1]
+    source = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "failpoints.py")
     assert {point for point in failpoints.POINTS if f'hit("{point}")' not in source} == set()

@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from tenora.control.model_card import model_card
+from tenora.control.adapters.model_card import model_card
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
 from tests.control.test_publication import train, unpack

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
+from tenora.control.jobs.records import JobRequest
+from tenora.control.tenancy.records import Principal
 from tenora.errors import DatasetError, InvalidRequestError, NotFoundError
 from tenora.training.corpus import Corpus
 from tenora.training.packing import pack

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from tenora.control.fair_threads import AbandonedError, Check, FairThreads
+from tenora.control.tokenizing.fair_threads import AbandonedError, Check, FairThreads
 from tenora.errors import RateLimitedError, UnavailableError
 from tests.support.patience import PATIENCE
 
@@ -131,7 +131,7 @@ def test_a_process_ends_well_beside_work_that_does_not() -> None:
     """What `tenora serve` does at its end. Work in a pool of the standard library would hold the process for ever."""
     source = (
         "import asyncio, threading\n"
-        "from tenora.control.fair_threads import FairThreads, leave_threads\n"
+        "from tenora.control.tokenizing.fair_threads import FairThreads, leave_threads\n"
         "async def main():\n"
         "    threads, begun = FairThreads('x', 1), threading.Event()\n"
         "    task = asyncio.create_task(threads.run('a', lambda check: begun.set() or threading.Event().wait()))\n"

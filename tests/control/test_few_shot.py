@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tenora.control.few_shot import Prompted, few_shot_prompts
+from tenora.control.gate.few_shot import Prompted, few_shot_prompts
+from tenora.data.dataset import TokenizedDataset
+from tenora.data.encoding import encode_spans, end_of_text
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import TokenizedDataset
-from tenora.training.encoding import encode_spans, end_of_text
 from tests.support.tiny import CHAT_TEMPLATE
 
 SYSTEM = "Be kind."

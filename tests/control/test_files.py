@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tenora.control import files
 from tenora.control.control import Control
-from tenora.control.records import Principal
+from tenora.control.files import files
+from tenora.control.tenancy.records import Principal
+from tenora.data.reading import ValidationReport
 from tenora.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -25,7 +26,6 @@ from tenora.errors import (
     PermissionDeniedError,
     StorageFullError,
 )
-from tenora.training.reading import ValidationReport
 from tests.control.conftest import ROWS, OpenControl, jsonl, pieces, tenant, upload
 
 
@@ -107,7 +107,7 @@ async def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tenora.control.files.os.write", full)
+    monkeypatch.setattr("tenora.control.files.files.os.write", full)
     with pytest.raises(StorageFullError):
         await control.files.create(acme, filename="a", purpose="user_data", chunks=pieces(b"x"))
     monkeypatch.undo()

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.control import Control
-from tenora.control.idempotency import KEPT_SECONDS, Receipt, StoredAnswer
-from tenora.control.records import JobRecord, JobRequest, Principal
+from tenora.control.jobs.records import JobRecord, JobRequest
+from tenora.control.tenancy.idempotency import KEPT_SECONDS, Receipt, StoredAnswer
+from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError, InvalidRequestError
 from tests.control.conftest import BASE, OpenControl, tenant, upload
 
@@ -95,7 +96,7 @@ async def test_answers_are_kept_a_day(control: Control, acme: Principal, monkeyp
     await control.idempotency.begin(acme, "r", "k", b"p")
     await keep(control, acme, "r", "k")
     later = int(time.time()) + KEPT_SECONDS + 1
-    monkeypatch.setattr("tenora.control.idempotency.unix_now", lambda: later)
+    monkeypatch.setattr("tenora.control.tenancy.idempotency.unix_now", lambda: later)
     assert await control.idempotency.begin(acme, "r", "k", b"q") is None
 
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tenora.control.adapters.records import Target
 from tenora.control.control import Control
-from tenora.control.records import Delta, GenerationRequest, Principal, Target
-from tenora.control.streams import ChoiceStream
+from tenora.control.inference.detokenizing import ChoiceStream
+from tenora.control.inference.records import Delta, GenerationRequest
+from tenora.control.tenancy.records import Principal
 from tenora.engine.messages import Generate, SamplingParams, SequenceOutput, TokenLogprob
 from tenora.errors import (
     ContextLengthError,

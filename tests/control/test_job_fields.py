@@ -17,11 +17,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from tenora.api.schemas.fine_tuning import JobCreateRequest
-from tenora.control.adapter_shape import Limits
-from tenora.control.job_creation import new_job
-from tenora.control.job_requests import check_request
-from tenora.control.preparation import Preparation, prepare
-from tenora.control.training_sources import check_sources, name_sources
+from tenora.control.jobs.creation import new_job
+from tenora.control.jobs.preparation import Preparation, prepare
+from tenora.control.jobs.requests import check_request
+from tenora.control.jobs.shape import Limits
+from tenora.control.jobs.sources import check_sources, name_sources
 from tenora.errors import DatasetError, InvalidRequestError
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import ALL_LINEAR

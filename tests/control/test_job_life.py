@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from tenora.control import database, job_rows, job_training, publication, runner
 from tenora.control.control import Control
-from tenora.control.job_training import MAX_ATTEMPTS
-from tenora.control.records import Principal
+from tenora.control.jobs import rows as job_rows
+from tenora.control.registry import database
+from tenora.control.tenancy.records import Principal
+from tenora.control.worker import publication, runner
+from tenora.control.worker import training as job_training
+from tenora.control.worker.training import MAX_ATTEMPTS
 from tenora.errors import (
     ConflictError,
     StorageFullError,

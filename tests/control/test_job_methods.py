@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tenora.control.control import Control
-from tenora.control.records import JobRecord, JobRequest, Principal
+from tenora.control.jobs.records import JobRecord, JobRequest
+from tenora.control.tenancy.records import Principal
+from tenora.data.dataset import TokenizedDataset
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import FoldEvent, TaskSpec, TrainEvent, TrainSpec
 from tests.control.conftest import (
     BASE,

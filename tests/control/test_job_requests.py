@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
+from tenora.control.jobs.records import JobRequest
+from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     InvalidRequestError,
     ModelNotFoundError,

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from tenora.control.control import Control
-from tenora.control.records import Principal
-from tenora.control.training_log import CSV_COLUMNS
+from tenora.control.tenancy.records import Principal
+from tenora.control.worker.log import CSV_COLUMNS
+from tenora.data.dataset import TokenizedDataset
 from tenora.errors import (
     ConflictError,
     ModelNotFoundError,
 )
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import CheckpointEvent, FailedEvent
 from tests.control.conftest import (
     BASE,

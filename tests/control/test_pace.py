@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenora.control.pace import Pace
+from tenora.control.worker.eta import Pace
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import (
     EvalEvent,

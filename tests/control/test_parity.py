@@ -15,11 +15,12 @@ from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
-from tenora.control.parity import TOLERANCE, compare_paths, probe_rows, require_weights
-from tenora.control.records import JobRecord, Principal
+from tenora.control.gate.parity import TOLERANCE, compare_paths, probe_rows, require_weights
+from tenora.control.jobs.records import JobRecord
+from tenora.control.tenancy.records import Principal
+from tenora.data.dataset import TokenizedDataset
 from tenora.engine import core
 from tenora.errors import ModelNotFoundError, NotFoundError, TrainingError
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import LoraSpec
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
 from tests.control.scripted import random_modules

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tenora.control.control import Control
-from tenora.control.records import Principal
+from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, messages, tenant, until
 from tests.control.scripted import ScriptedEngine

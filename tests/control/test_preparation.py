@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
+from tenora.control.jobs.records import JobRequest
+from tenora.control.tenancy.records import Principal
+from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
-from tenora.training.dataset import TokenizedDataset
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload
 from tests.control.scripted import ScriptedEngine
 

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from tenora.control import baselines, scoring
+from tenora.control.adapters.model_card import README_NAME
 from tenora.control.control import Control
-from tenora.control.job_rows import find_job
-from tenora.control.model_card import README_NAME
-from tenora.control.records import JobRecord, Principal
+from tenora.control.gate import baselines
+from tenora.control.inference import scoring
+from tenora.control.jobs.records import JobRecord
+from tenora.control.jobs.rows import find_job
+from tenora.control.tenancy.records import Principal
+from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import Generate, SequenceOutput
 from tenora.errors import NotFoundError, UnavailableError
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
 from tests.control.conftest import ROWS, ImportAdapter, OpenControl, create_job, messages, tenant, until, upload
 from tests.control.scripted import ScriptedEngine, scores

@@ -11,8 +11,9 @@ import torch
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.control.records import Delta, GenerationRequest, Principal
-from tenora.engine.client import AsyncEngine
+from tenora.control.inference.records import Delta, GenerationRequest
+from tenora.control.tenancy.records import Principal
+from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tenora.engine.messages import SamplingParams
 from tenora.model.catalog import ResolvedModel

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tenora.control.adapters.model_card import model_card
 from tenora.control.control import Control
-from tenora.control.general import general_text
-from tenora.control.model_card import model_card
-from tenora.control.records import JobRecord, JobRequest, Principal
+from tenora.control.jobs.forgetting_text import general_text
+from tenora.control.jobs.records import JobRecord, JobRequest
+from tenora.control.tenancy.records import Principal
 from tenora.training.fusion import FusedTraining
-from tenora.training.work import Work
+from tenora.training.pass_queue import Work
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, messages, tenant, until, upload
 from tests.control.test_job_methods import PAIRS
 from tests.control.test_real_engine import Service, _one_thread, say, scores, service

@@ -15,11 +15,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from tenora.config import Settings
-from tenora.control import database as database_module
 from tenora.control.control import Control, Registry
-from tenora.control.database import Database, RegistryBusyError, RegistryDamagedError
-from tenora.control.records import JobRequest, Principal
-from tenora.control.schema import Base, TenantRow
+from tenora.control.jobs.records import JobRequest
+from tenora.control.registry import database as database_module
+from tenora.control.registry.database import Database, RegistryBusyError, RegistryDamagedError
+from tenora.control.registry.tables import Base, TenantRow
+from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -244,7 +245,7 @@ async def test_expiry(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> No
     _, secret = await registry.keys.create(acme.id, ["infer"], expires_in=60)
     await registry.keys.authenticate(secret)
     later = time.time() + 61
-    monkeypatch.setattr("tenora.control.keys.time.time", lambda: later)
+    monkeypatch.setattr("tenora.control.tenancy.keys.time.time", lambda: later)
     with pytest.raises(AuthenticationError):  # though it was remembered
         await registry.keys.authenticate(secret)
 
@@ -263,7 +264,7 @@ async def test_revocation_here_is_at_once_and_elsewhere_within_the_cache_time(
             await registry.keys.authenticate(secret)
         await other.keys.authenticate(secret)  # remembered
         later = time.monotonic() + registry.settings.key_cache_seconds
-        monkeypatch.setattr("tenora.control.keys.time.monotonic", lambda: later)
+        monkeypatch.setattr("tenora.control.tenancy.keys.time.monotonic", lambda: later)
         with pytest.raises(AuthenticationError):
             await other.keys.authenticate(secret)
     finally:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenora.control.stops import StopScanner
+from tenora.control.inference.stops import StopScanner
 
 
 def slowly(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:

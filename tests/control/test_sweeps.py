@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tenora.control.adapter_shape import Limits
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
-from tenora.control.sweeps import TRIAL_COLUMNS, points
+from tenora.control.jobs.records import JobRequest
+from tenora.control.jobs.shape import Limits
+from tenora.control.jobs.sweeps import TRIAL_COLUMNS, points
+from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError
 from tests.control.conftest import (
     BASE,

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tenora.control import publication
-from tenora.control.card import Comparison, Replaced
+from tenora.control.adapters.row_record import RowRecord
 from tenora.control.control import Control
-from tenora.control.records import JobEventRecord, JobRecord, JobRequest, Principal, Publish
-from tenora.control.row_record import RowRecord
-from tenora.control.takeover import Code, decide
+from tenora.control.gate.card import Comparison, Replaced
+from tenora.control.gate.takeover import Code, decide
+from tenora.control.jobs.records import JobEventRecord, JobRecord, JobRequest, Publish
+from tenora.control.tenancy.records import Principal
+from tenora.control.worker import publication
 from tenora.errors import InvalidRequestError, NotFoundError
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, create_job, until, upload
 from tests.control.scripted import ScriptedEngine

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tenora.control.adapter_shape import Limits, ParentShape, lora_spec
 from tenora.control.control import Control
-from tenora.control.records import JobRequest, Principal
+from tenora.control.jobs.records import JobRequest
+from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
+from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError, ModelNotFoundError
 from tests.control.conftest import (
     BASE,

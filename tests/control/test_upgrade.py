@@ -8,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine
 
-from tenora.control.database import MIGRATIONS
+from tenora.control.registry.database import MIGRATIONS
 from tests.control.conftest import MANY_ROWS, OpenControl, create_job, messages, tenant, until, upload
 from tests.control.scripted import ScriptedEngine
 

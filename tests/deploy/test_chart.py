@@ -13,7 +13,7 @@ import yaml
 
 from tenora.cli import serving
 from tenora.config import Settings
-from tenora.control import runner
+from tenora.control.worker import runner
 from tests.deploy.conftest import Helm, Tools
 from tests.support.patience import PATIENCE
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tenora.training.dataset import validate_file
+from tenora.data.dataset import validate_file
 
 DOCUMENTS = ("README.md", "kernels/README.md", "tests/bench/README.md", "service/README.md")
 

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from tenora.cli.app import app
-from tenora.training.dataset import validate_file
+from tenora.data.dataset import validate_file
 
 DOCUMENTS = ("README.md", "service/README.md", "CHANGELOG.md", "clients/python/README.md")
 

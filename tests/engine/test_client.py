@@ -11,8 +11,9 @@ import pytest
 
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
-from tenora.engine import client, keeper
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client import client
+from tenora.engine.client import supervisor as keeper
+from tenora.engine.client.client import AsyncEngine
 from tenora.engine.messages import Generate
 from tenora.errors import (
     AdapterDamagedError,

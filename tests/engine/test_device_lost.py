@@ -14,7 +14,7 @@ import torch
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine import process
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tenora.engine.messages import Command, Event
 from tenora.errors import DeviceLostError, UnavailableError

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tenora.engine import keeper, messages
-from tenora.engine.keeper import EngineKeeper
-from tenora.engine.link import Link
+from tenora.engine import messages
+from tenora.engine.client import supervisor as keeper
+from tenora.engine.client.link import Link
+from tenora.engine.client.supervisor import EngineKeeper
 from tenora.engine.messages import Command, EngineStats, Event, Heartbeat, Ready
 from tenora.errors import UnavailableError
 from tests.engine.fake import READY

@@ -18,11 +18,11 @@ import pytest
 
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
-from tenora.engine import client
-from tenora.engine.client import AsyncEngine
-from tenora.engine.link import ThreadLink
+from tenora.engine.client import client
+from tenora.engine.client.child import MAX_SOCKET_PATH, ProcessLink, _private_directory, launch_message
+from tenora.engine.client.client import AsyncEngine
+from tenora.engine.client.link import ThreadLink
 from tenora.engine.messages import Event, Generate, SequenceOutput
-from tenora.engine.supervisor import MAX_SOCKET_PATH, ProcessLink, _private_directory, launch_message
 from tenora.errors import UnavailableError, UnsupportedModelError
 from tenora.model.catalog import _run
 from tests.engine.driver import Driver
@@ -42,7 +42,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from tenora.config import Settings
-from tenora.engine.client import AsyncEngine
+from tenora.engine.client.client import AsyncEngine
 assert "torch" not in sys.modules
 
 async def main():
@@ -270,7 +270,7 @@ async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_b
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And tried again by its keeper, which any other kind of error would end."""
-    monkeypatch.setattr("tenora.engine.supervisor._private_directory", lambda: tmp_path / "gone")
+    monkeypatch.setattr("tenora.engine.client.child._private_directory", lambda: tmp_path / "gone")
     engine = AsyncEngine(SETTINGS, tmp_path)
     with pytest.raises(UnavailableError, match=r"could not be started: .*no socket at"):
         async with asyncio.timeout(PATIENCE):

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from tenora.engine.client.streams import SequenceStream
 from tenora.engine.messages import SequenceOutput, TokenLogprob
-from tenora.engine.streams import SequenceStream
 from tenora.errors import UnavailableError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import StartTraining, StopTraining
 from tenora.model.decoder import Decoder
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
 from tests.engine.driver import Driver, greedy, load_peft, ref_of
 from tests.engine.requests import generate, sampling

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenora_kernels import torch_backend
-from tenora_kernels.cpu import lora
+from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
 # Relative to the largest value of the result: float sums in another order, and one rounding of y to its own type.

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenora_kernels.cpu.attention import PagedStep, Rope, allocate_cache
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.attention.attention import PagedStep, Rope, allocate_cache
+from tenora_kernels.cpu.runtime.team import Team
 
 Schedule = list[list[tuple[int, int]]]
 """Steps; a step is (sequence, number of its next tokens) in stream order."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tenora.model.decoder import RMSNorm
 from tenora.model.rotary import rotate
-from tenora_kernels.cpu import attention
-from tenora_kernels.cpu.attention import PagedStep, Rope, allocate_cache, takes
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.attention import attention
+from tenora_kernels.cpu.attention.attention import PagedStep, Rope, allocate_cache, takes
+from tenora_kernels.cpu.runtime.team import Team
 from tests.kernels.paged_cases import PagedCase, Schedule, Shape, reference, token_by_token, whole
 
 SHAPES = {

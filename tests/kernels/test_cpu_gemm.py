@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenora_kernels.cpu.gemm import PANEL, ROW_BLOCK, PackedMatrix, matmul, unpack
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.products.gemm import PANEL, ROW_BLOCK, PackedMatrix, matmul, unpack
+from tenora_kernels.cpu.runtime.team import Team
 
 TYPES = (torch.bfloat16, torch.float32)
 

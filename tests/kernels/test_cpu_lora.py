@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenora_kernels import torch_backend
-from tenora_kernels.cpu import lora, lora_blocks
+from tenora_kernels.cpu.lowrank import lora, lora_blocks
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 from tenora_kernels.reference import add_lora_reference
 from tests.kernels.cases import GATE_UP, LAYOUTS, MIXED, QKV, TOLERANCE, make_case, make_tables, shuffled, worst

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from tenora_kernels.cpu.compiled import job
-from tenora_kernels.cpu.team import Team, claim, complete, join
-from tenora_kernels.cpu.values import peek
+from tenora_kernels.cpu.runtime.compiled import job
+from tenora_kernels.cpu.runtime.team import Team, claim, complete, join
+from tenora_kernels.cpu.runtime.values import peek
 from tests.support.patience import PATIENCE
 
 

@@ -13,13 +13,13 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenora_kernels.cpu import rowwise, strided, transposed
-from tenora_kernels.cpu.activation import ACTIVATIONS
-from tenora_kernels.cpu.gemm import NARROW, PANEL, WIDE, PackedMatrix
-from tenora_kernels.cpu.stream import lay_out_rows, lay_out_sequences
-from tenora_kernels.cpu.strided import ADD, SET, WIDTH, times_address
-from tenora_kernels.cpu.vectors import LANES
-from tenora_kernels.cpu.workspace import Workspace, cut
+from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
+from tenora_kernels.cpu.decoder.stream import lay_out_rows, lay_out_sequences
+from tenora_kernels.cpu.products import rowwise, strided, transposed
+from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix
+from tenora_kernels.cpu.products.strided import ADD, SET, WIDTH, times_address
+from tenora_kernels.cpu.runtime.vectors import LANES
+from tenora_kernels.cpu.runtime.workspace import Workspace, cut
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 EPSILON = np.float32(1e-6)

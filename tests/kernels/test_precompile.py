@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenora_kernels.cpu import cache, gemm, step, team
-from tenora_kernels.cpu.cache import Progress
-from tenora_kernels.cpu.levels import LEVELS, best_level, target_features
+from tenora_kernels.cpu.decoder import step
 from tenora_kernels.cpu.precompile import Wanted, plan, wait_for_others
-from tenora_kernels.cpu.watch import reachable
+from tenora_kernels.cpu.products import gemm
+from tenora_kernels.cpu.runtime import cache, team
+from tenora_kernels.cpu.runtime.cache import Progress
+from tenora_kernels.cpu.runtime.levels import LEVELS, best_level, target_features
+from tenora_kernels.cpu.runtime.watch import reachable
 
 SMALL = """
 import json, sys
 import torch
 from numba import types
 from tenora_kernels.cpu import gemm, team
-from tenora_kernels.cpu.gemm import NARROW
+from tenora_kernels.cpu.products.gemm import NARROW
 from tenora_kernels.cpu.precompile import Job, precompile
 from numba import typeof
 torch.set_num_threads(1)
@@ -40,7 +42,7 @@ WARM_UP = """
 import torch
 from tenora_kernels.cpu import layers, lora, losses
 from tenora_kernels.cpu.precompile import Wanted, _smallest
-from tenora_kernels.cpu.watch import watching
+from tenora_kernels.cpu.runtime.watch import watching
 compiled = []
 stack = _smallest(Wanted(torch.float32, True, True, 64, True))
 with watching(compiled.append):
@@ -78,7 +80,7 @@ def fresh(tmp_path: Path) -> dict[str, str]:
     """The environment of a process that finds the kernels' sources without what was ever compiled of them."""
     package = tmp_path / "site"
     package.mkdir()
-    shutil.copytree(Path(cache.__file__).parents[1], package / "tenora_kernels", ignore=lambda *_: {"__pycache__"})
+    shutil.copytree(Path(cache.__file__).parents[2], package / "tenora_kernels", ignore=lambda *_: {"__pycache__"})
     path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 

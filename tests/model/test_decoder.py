@@ -21,7 +21,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.packed import can_pack
 from tenora.model.spec import target_modules
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.model.paged import PagedRun, Schedule
 from tests.support.tiny import FAMILIES, VOCAB

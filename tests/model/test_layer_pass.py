@@ -18,7 +18,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep, kept_bytes_per_token, layer_pass, losses, release_buffers
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraTables
 from tests.model.streams import RANKS, SCALES, Part, Stream, finish, lay, make_rows, make_tables, run
 

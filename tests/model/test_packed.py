@@ -14,8 +14,8 @@ from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
-from tenora_kernels.cpu.lowrank import ITEM_ROWS
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.lowrank.lowrank import ITEM_ROWS
+from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.support.tiny import VOCAB
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import TokenizedDataset
 from tests.support.tiny import VOCAB
 
 

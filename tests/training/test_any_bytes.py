@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tenora.training.dataset import validate_file
-from tenora.training.forms import TABLE_KEYS
+from tenora.data.dataset import validate_file
+from tenora.data.forms import TABLE_KEYS
 
 from .rows import chat
 

@@ -12,9 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from tenora.data import containers, parquet_reader, records, tables
+from tenora.data.dataset import TokenizedDataset, tokenize_file, validate_file
 from tenora.model.tokenizer import Tokenizer
-from tenora.training import containers, parquet_reader, records, tables
-from tenora.training.dataset import TokenizedDataset, tokenize_file, validate_file
 
 from .rows import write_lines
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tenora.data.dataset import TokenizedDataset
+from tenora.data.division import divide, fold
+from tenora.data.duplicates import groups_of_similar, near_duplicates
 from tenora.errors import DatasetError
-from tenora.training.dataset import TokenizedDataset
-from tenora.training.division import divide, fold
-from tenora.training.duplicates import groups_of_similar, near_duplicates
 
 from .rows import random_rows
 

@@ -19,14 +19,15 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from tenora.adapters.peft_format import write_adapter
+from tenora.data.dataset import TokenizedDataset, tokenize_file
 from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training import learner
 from tenora.training.arena import TrainedAdapter
 from tenora.training.corpus import Corpus
-from tenora.training.dataset import TokenizedDataset, tokenize_file
 from tenora.training.optimizer import AdamW
 from tenora.training.packing import PackedRows, microbatches
+from tenora.training.pass_queue import Work
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
@@ -39,7 +40,6 @@ from tenora.training.spec import (
     TrainEvent,
     TrainSpec,
 )
-from tenora.training.work import Work
 
 from .rows import random_rows, write_lines
 from .runs import TrainingRun, assert_same_bits, comparable, default_spec, events_of, failure, weights_of

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from tenora.training import duplicates
-from tenora.training.dataset import TokenizedDataset
-from tenora.training.duplicates import DuplicatePair, near_duplicates
+from tenora.data import duplicates
+from tenora.data.dataset import TokenizedDataset
+from tenora.data.duplicates import DuplicatePair, near_duplicates
 
 
 def dataset(rows: list[list[int]], first_line: int = 1, size: int = 1) -> TokenizedDataset:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import transformers
 
+from tenora.data.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
+from tenora.data.division import divide
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
-from tenora.training.division import divide
 
 from .rows import chat, learned_text, write_lines
 

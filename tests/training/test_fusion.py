@@ -14,9 +14,9 @@ from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.training import fusion, learner
 from tenora.training.fusion import FusedTraining
+from tenora.training.pass_queue import Work
 from tenora.training.spec import FailedEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
-from tenora.training.work import Work
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 
 from .rows import random_rows
 from .runs import MakeSpec, assert_same_bits, comparable, weights_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tenora.training import json_list
-from tenora.training.containers import read_records
-from tenora.training.dataset import validate_file
+from tenora.data import json_list
+from tenora.data.containers import read_records
+from tenora.data.dataset import validate_file
 
 from .rows import chat
 

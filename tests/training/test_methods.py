@@ -11,11 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.fusion import FusedTraining
+from tenora.training.pass_queue import Work
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import (
     EvalEvent,
@@ -31,7 +32,6 @@ from tenora.training.spec import (
     TrialEvent,
     TrialSpec,
 )
-from tenora.training.work import Work
 
 from .rows import random_rows
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tenora.training import containers, opening, tables
-from tenora.training.containers import read_records
-from tenora.training.dataset import validate_file
-from tenora.training.reading import ValidationReport
+from tenora.data import containers, opening, tables
+from tenora.data.containers import read_records
+from tenora.data.dataset import validate_file
+from tenora.data.reading import ValidationReport
 
 from .rows import chat
 

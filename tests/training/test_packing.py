@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.packing import microbatches, pack, plan_microbatches, shared_prefix, stream_length
 
 from .rows import random_rows

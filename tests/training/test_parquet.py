@@ -11,9 +11,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import tenora.training.parquet
-from tenora.training.containers import read_records
-from tenora.training.dataset import validate_file
+import tenora.data.parquet
+from tenora.data.containers import read_records
+from tenora.data.dataset import validate_file
 
 MESSAGES = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
 
@@ -114,7 +114,7 @@ def test_a_file_that_unpacks_to_much_is_told_within_its_bound(
 ) -> None:
     path = written(tmp_path, {"messages": column}, compression="zstd", use_dictionary=column is not WORDS)
     assert path.stat().st_size < 20_000
-    monkeypatch.setattr(tenora.training.parquet, "MEMORY_BYTES", allowed * 2**20)  # the kernel holds the reader to it
+    monkeypatch.setattr(tenora.data.parquet, "MEMORY_BYTES", allowed * 2**20)  # the kernel holds the reader to it
     tracemalloc.start()
     report = validate_file(path)
     _, peak = tracemalloc.get_traced_memory()
@@ -126,7 +126,7 @@ def test_a_file_that_unpacks_to_much_is_told_within_its_bound(
 
 def test_a_reader_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, {"text": ["a", "b"]})
-    monkeypatch.setattr(tenora.training.parquet, "_READER", "tenora.no_such_module")
+    monkeypatch.setattr(tenora.data.parquet, "_READER", "tenora.no_such_module")
     assert "it broke its reader" in validate_file(path).summary()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from trl.data_utils import extract_prompt
 
-from tenora.training.containers import read_records
-from tenora.training.dataset import validate_file
-from tenora.training.forms import parse_row
-from tenora.training.rows import ChatRow, CompletionRow, PreferenceRow, RowChecker
+from tenora.data.containers import read_records
+from tenora.data.dataset import validate_file
+from tenora.data.forms import parse_row
+from tenora.data.rows import ChatRow, CompletionRow, PreferenceRow, RowChecker
 
 from .rows import write_lines
 

@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from tenora.data.dataset import tokenize_file, validate_file
+from tenora.data.duplicates import near_duplicates
+from tenora.data.preview import Span, preview_file, spans_of
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import tokenize_file, validate_file
-from tenora.training.duplicates import near_duplicates
-from tenora.training.preview import Span, preview_file, spans_of
 
 from .rows import chat, write_lines
 

@@ -19,10 +19,10 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.checkpoint import fingerprint
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.evaluation import Evaluation
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import (

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.spec import (
     FinishedEvent,
     LoraSpec,

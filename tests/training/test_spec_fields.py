@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.fusion import FusedTraining
+from tenora.training.pass_queue import Work
 from tenora.training.spec import (
     EvalEvent,
     FailedEvent,
@@ -28,7 +29,6 @@ from tenora.training.spec import (
     TrainSpec,
     TrialSpec,
 )
-from tenora.training.work import Work
 
 from .rows import random_rows
 from .runs import MakeSpec, TrainingRun, comparable, events_of

@@ -13,15 +13,16 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainedAdapter, TrainingArena
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.evaluation import Evaluation, measure
 from tenora.training.packing import PackedRows, microbatches, pack, shared_prefix
+from tenora.training.pass_queue import WorkQueue
 from tenora.training.spec import LoraSpec, TrainSpec
 from tenora.training.step import (
     Dropout,
@@ -34,7 +35,6 @@ from tenora.training.step import (
     forward_backward,
     load_pass,
 )
-from tenora.training.work import WorkQueue
 
 from .rows import random_rows
 

@@ -14,9 +14,9 @@ import tokenizers
 import trl
 from tokenizers import decoders, models, pre_tokenizers
 
+from tenora.data.encoding import Encoded, encode_example
+from tenora.data.rows import ChatRow, RowChecker
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.encoding import Encoded, encode_example
-from tenora.training.rows import ChatRow, RowChecker
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</s>")  # noqa: RUF001

@@ -13,13 +13,14 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers
 
-from tenora.control.records import GenerationRequest, Target
-from tenora.control.stops import Stops
+from tenora.control.adapters.records import Target
+from tenora.control.inference.records import GenerationRequest
+from tenora.control.inference.stops import Stops
+from tenora.data.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
+from tenora.data.encoding import encode_spans
 from tenora.engine.messages import SamplingParams
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
-from tenora.training.encoding import encode_spans
 
 from .rows import chat, learned_text, random_rows, write_lines
 

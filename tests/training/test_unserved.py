@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tenora.training.dataset import validate_file
+from tenora.data.dataset import validate_file
 
 from .rows import chat, write_lines
 

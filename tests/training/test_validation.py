@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tenora.training import containers
-from tenora.training.dataset import validate_file
-from tenora.training.forms import parse_row
-from tenora.training.rows import ChatRow, RowChecker
+from tenora.data import containers
+from tenora.data.dataset import validate_file
+from tenora.data.forms import parse_row
+from tenora.data.rows import ChatRow, RowChecker
 
 from .rows import chat, write_lines
 

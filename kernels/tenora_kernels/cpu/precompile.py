@@ -22,14 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from numba import typeof, types
 
-from tenora_kernels.cpu import attention, cache, layers, lora, losses, team
-from tenora_kernels.cpu.cache import Progress
-from tenora_kernels.cpu.gemm import PANEL, PackedMatrix
-from tenora_kernels.cpu.levels import LEVELS
-from tenora_kernels.cpu.stack import PackedLayer, PackedStack
-from tenora_kernels.cpu.team import Team, noting
-from tenora_kernels.cpu.values import SAMPLES
-from tenora_kernels.cpu.watch import reachable, watching
+from tenora_kernels.cpu.attention import attention
+from tenora_kernels.cpu.decoder import layers, losses
+from tenora_kernels.cpu.decoder.stack import PackedLayer, PackedStack
+from tenora_kernels.cpu.lowrank import lora
+from tenora_kernels.cpu.products.gemm import PANEL, PackedMatrix
+from tenora_kernels.cpu.runtime import cache, team
+from tenora_kernels.cpu.runtime.cache import Progress
+from tenora_kernels.cpu.runtime.levels import LEVELS
+from tenora_kernels.cpu.runtime.team import Team, noting
+from tenora_kernels.cpu.runtime.values import SAMPLES
+from tenora_kernels.cpu.runtime.watch import reachable, watching
 
 __all__ = ["Wanted", "plan", "precompile", "wait_for_others"]
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from tenora.api.lifecycle import Lifecycle
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.control.records import Principal, Scope
+from tenora.control.tenancy.records import Principal, Scope
 from tenora.errors import AuthenticationError, InvalidRequestError
 from tenora.telemetry.metrics import Metrics
 

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from tenora.aclosing import closing
 from tenora.api.schemas.sampling import GenerationBody, PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
-from tenora.control.closing import closing
-from tenora.control.inference import Inference
-from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
+from tenora.control.adapters.records import Target
+from tenora.control.inference.inference import Inference
+from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
 from tenora.engine.messages import FinishReason, SamplingParams
 from tenora.errors import UnavailableError
 from tenora.telemetry.metrics import RequestTimer

@@ -10,8 +10,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from tenora.control.control import Control
-from tenora.control.idempotency import Receipt, StoredAnswer
-from tenora.control.records import Principal
+from tenora.control.tenancy.idempotency import Receipt, StoredAnswer
+from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tenora.api import errors
 from tenora.api.lifecycle import Lifecycle
 from tenora.config import Settings
-from tenora.control.records import Principal
+from tenora.control.tenancy.records import Principal
 from tenora.errors import AuthenticationError, PayloadTooLargeError, TenoraError
 from tenora.telemetry.logs import request_id as current_request_id
 from tenora.telemetry.metrics import Metrics

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from tenora.config import Settings
 from tenora.environment import for_child
 from tenora.model.catalog import find_model
-from tenora_kernels.cpu import cache
+from tenora_kernels.cpu.runtime import cache
 
 
 @asynccontextmanager

@@ -181,7 +181,7 @@ def check_database(settings: Settings) -> Finding:
     """Does the registry open."""
     if settings.database_url is None and not (settings.root / "tenora.db").exists():
         return Finding("database", "ok", "none yet; the first start makes it")
-    from tenora.control.registry import Registry  # noqa: PLC0415 - SQLAlchemy, which only this check needs
+    from tenora.control.tenancy.bootstrap import Registry  # noqa: PLC0415 - SQLAlchemy, which only this check needs
 
     async def count() -> int:
         registry = await Registry.open(settings)

@@ -9,10 +9,10 @@ import typer
 
 from tenora.cli.output import moment, show_table
 from tenora.cli.registry import on_registry
-from tenora.control.records import SCOPES, KeyRecord
+from tenora.control.tenancy.records import SCOPES, KeyRecord
 
 if TYPE_CHECKING:
-    from tenora.control.registry import Registry
+    from tenora.control.tenancy.bootstrap import Registry
 
 app = typer.Typer(no_args_is_help=True, help="API keys, in the database of this machine: create, list, revoke.")
 Scopes = Annotated[list[str], typer.Option("--scope", help=f"What it may do: {', '.join(SCOPES)}; repeat for several.")]

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 def on_registry(work: Callable[..., Awaitable[T]]) -> T:
     """Open the registry of this state directory, let `work(registry)` use it, close it."""
-    from tenora.control.registry import Registry  # noqa: PLC0415 - SQLAlchemy, which the HTTP commands do not need
+    from tenora.control.tenancy.bootstrap import Registry  # noqa: PLC0415 - SQLAlchemy, which the HTTP commands do not need
 
     async def run() -> T:
         registry = await Registry.open(load_settings())

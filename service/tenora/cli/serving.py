@@ -31,9 +31,9 @@ from tenora.cli.fetching import fetch_model
 from tenora.cli.progress import StartProgress
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.control.fair_threads import leave_threads
-from tenora.control.storage import claim
-from tenora.engine.client import AsyncEngine
+from tenora.control.storage.directory import claim
+from tenora.control.tokenizing.fair_threads import leave_threads
+from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules

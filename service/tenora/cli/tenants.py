@@ -9,10 +9,10 @@ import typer
 
 from tenora.cli.output import moment, show_table
 from tenora.cli.registry import on_registry
-from tenora.control.records import TenantRecord
+from tenora.control.tenancy.records import TenantRecord
 
 if TYPE_CHECKING:
-    from tenora.control.registry import Registry
+    from tenora.control.tenancy.bootstrap import Registry
 
 app = typer.Typer(no_args_is_help=True, help="Tenants, in the database of this machine: create, list.")
 

@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
-from tenora.control.adapter_shape import Limits
-from tenora.control.adapters import Adapters
-from tenora.control.blobs import Blobs
-from tenora.control.estimates import Estimates
-from tenora.control.failpoints import Failpoints
-from tenora.control.files import Files
-from tenora.control.idempotency import Idempotency
-from tenora.control.inference import Inference
-from tenora.control.job_context import JobContext
-from tenora.control.jobs import Jobs
-from tenora.control.models import Models
-from tenora.control.names import new_id
-from tenora.control.previews import Previews
-from tenora.control.registry import Bootstrap, Registry
-from tenora.control.runner import JobRunner
-from tenora.control.storage import claim
-from tenora.control.tokenizing import Tokenizing
+from tenora.control.adapters.adapters import Adapters
+from tenora.control.adapters.blobs import Blobs
+from tenora.control.adapters.models import Models
+from tenora.control.files.files import Files
+from tenora.control.inference.inference import Inference
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.estimates import Estimates
+from tenora.control.jobs.jobs import Jobs
+from tenora.control.jobs.previews import Previews
+from tenora.control.jobs.shape import Limits
+from tenora.control.registry.ids import new_id
+from tenora.control.storage.directory import claim
+from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.bootstrap import Bootstrap, Registry
+from tenora.control.tenancy.idempotency import Idempotency
+from tenora.control.tokenizing.threads import Tokenizing
+from tenora.control.worker.runner import JobRunner
 from tenora.errors import TenoraError, UnavailableError
 
 if TYPE_CHECKING:
-    from tenora.engine.client import AsyncEngine
+    from tenora.engine.client.client import AsyncEngine
     from tenora.model.catalog import ResolvedModel
     from tenora.model.tokenizer import Tokenizer
 

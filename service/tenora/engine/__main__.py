@@ -1,4 +1,4 @@
-"""`python -m tenora.engine`: the engine's process, started by `tenora.engine.supervisor`."""
+"""`python -m tenora.engine`: the engine's process, started by `tenora.engine.client.child`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compiles the CPU's kernels beside the download and the load of the base: `python -m tenora.engine.compiling LOCK`.
 
-LOCK is the number of an open descriptor (`tenora_kernels.cpu.cache.under_way`): while it is open, the engine waits for
-this process. Standard input carries the settings and, where it is known, the model's directory.
+LOCK is the number of an open descriptor (`tenora_kernels.cpu.runtime.cache.under_way`): while it is open, the engine
+waits for this process. Standard input carries the settings and, where it is known, the model's directory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from tenora.config import Settings
-from tenora.engine.supervisor import available_cpus
+from tenora.engine.client.child import available_cpus
 from tenora.model.loading import resolve_device, resolve_dtype, wanted_kernels
 from tenora.processes import die_with_parent
-from tenora_kernels.cpu import cache
 from tenora_kernels.cpu.precompile import plan, precompile
+from tenora_kernels.cpu.runtime import cache
 
 
 def main(lock: int) -> None:

@@ -18,6 +18,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.adapters.upload import uploader_for
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
+from tenora.engine.client.child import available_cpus
 from tenora.engine.clock import clock_of
 from tenora.engine.context_length import check_context, context_length
 from tenora.engine.decode_graphs import DecodeGraphs
@@ -44,7 +45,6 @@ from tenora.engine.resources import Facts, Resources, resources
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
 from tenora.engine.sequence import Sequence
-from tenora.engine.supervisor import available_cpus
 from tenora.engine.trainer import Trainer
 from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
@@ -55,11 +55,11 @@ from tenora.model.memory import is_out_of_memory
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
-from tenora.training.host import TrainingHost
+from tenora.training.resident_base import TrainingHost
 from tenora.training.run import JobRun
 from tenora.training.spec import TrainSpec
 from tenora_kernels.cpu.precompile import wait_for_others
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 
 _log = logging.getLogger(__name__)
 

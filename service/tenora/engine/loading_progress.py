@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tenora.engine.messages import Loading, LoadingPhase
-from tenora_kernels.cpu.watch import watching
+from tenora_kernels.cpu.runtime.watch import watching
 
 PERIOD_SECONDS = 0.1
 

@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 
 from tenora.config import Settings
-from tenora.engine.link import decode_command, encode, start_failed
+from tenora.engine.client.link import decode_command, encode, start_failed
 from tenora.engine.loop import run_loop
 from tenora.engine.messages import Command, Event
 from tenora.errors import DeviceLostError, TenoraError

@@ -21,7 +21,7 @@ from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.transfer import to_device
+from tenora.model.to_device import to_device
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 Integers = npt.NDArray[np.integer[Any]]

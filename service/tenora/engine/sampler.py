@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenora.engine.messages import SamplingParams, TokenLogprob
 from tenora.engine.sequence import Sequence
-from tenora.model.transfer import to_device
+from tenora.model.to_device import to_device
 
 CANDIDATES = (256, 4096)  # most likely tokens that a top-k or top-p row looks at before it sorts the whole vocabulary
 _BLOCK = 256

@@ -18,8 +18,8 @@ from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention, attend_one, causal_mask
 from tenora.model.pages import DecodeAttention, SplitAttention
 from tenora.model.rotary import rotate
-from tenora_kernels.cpu.attention import PagedStep, Rope
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.attention.attention import PagedStep, Rope
+from tenora_kernels.cpu.runtime.team import Team
 
 __all__ = ["Attention", "KVCache", "PackedAttention", "PagedAttention"]
 

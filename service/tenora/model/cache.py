@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu.attention import allocate_cache, takes
+from tenora_kernels.cpu.attention.attention import allocate_cache, takes
 
 
 @dataclass(frozen=True, slots=True)

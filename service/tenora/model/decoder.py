@@ -20,10 +20,12 @@ from tenora.model.packed import PackedLinear
 from tenora.model.projection import LayerSites, Projection, lora_sites
 from tenora.model.rotary import Rotary, rotate
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu import attention, layers, lora, losses
-from tenora_kernels.cpu.attention import PagedStep, Rope, takes
-from tenora_kernels.cpu.stack import PackedStack
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.attention import attention
+from tenora_kernels.cpu.attention.attention import PagedStep, Rope, takes
+from tenora_kernels.cpu.decoder import layers, losses
+from tenora_kernels.cpu.decoder.stack import PackedStack
+from tenora_kernels.cpu.lowrank import lora
+from tenora_kernels.cpu.runtime.team import Team
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -18,9 +18,9 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora_kernels.cpu.attention import Rope
-from tenora_kernels.cpu.layers import Kept, StreamLayers, takes
-from tenora_kernels.cpu.losses import StreamLosses
+from tenora_kernels.cpu.attention.attention import Rope
+from tenora_kernels.cpu.decoder.layers import Kept, StreamLayers, takes
+from tenora_kernels.cpu.decoder.losses import StreamLosses
 
 __all__ = ["Keep", "LayerPass", "kept_bytes_per_token", "layer_pass", "losses", "release_buffers"]
 

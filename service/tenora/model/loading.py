@@ -18,9 +18,9 @@ from tenora.model.decoder import Decoder
 from tenora.model.packed import PackedLinear, can_pack, pack_stack
 from tenora.model.projection import Projection
 from tenora.model.spec import SUPPORTED, ModelSpec, read_json
-from tenora_kernels.cpu.gemm import PackedMatrix
 from tenora_kernels.cpu.precompile import Wanted
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.products.gemm import PackedMatrix
+from tenora_kernels.cpu.runtime.team import Team
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _USUAL_HEAD_DIM = 64

@@ -10,9 +10,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu.gemm import PackedMatrix, matmul, unpack
-from tenora_kernels.cpu.stack import PackedLayer, PackedStack, packable
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.decoder.stack import PackedLayer, PackedStack, packable
+from tenora_kernels.cpu.products.gemm import PackedMatrix, matmul, unpack
+from tenora_kernels.cpu.runtime.team import Team
 
 if TYPE_CHECKING:  # the decoder's modules use this one
     from tenora.model.decoder import Decoder

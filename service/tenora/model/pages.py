@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention
-from tenora.model.transfer import to_device
+from tenora.model.to_device import to_device
 from tenora.model.varlen import VarlenAttention
 from tenora_kernels import reference
 

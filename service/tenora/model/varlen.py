@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import attention as flash
 
 from tenora.model.cache import KVCache
-from tenora.model.transfer import to_device
+from tenora.model.to_device import to_device
 
 __all__ = ["VarlenAttention", "activate", "supports"]
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from tenora.adapters.atomic import fsync
 from tenora.adapters.peft_format import write_adapter
+from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.optimizer import AdamW
 from tenora.training.spec import EvaluationPoint, TrainSpec
 

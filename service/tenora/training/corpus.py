@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tenora.data.dataset import TokenizedDataset, concatenate
+from tenora.data.division import fold
 from tenora.errors import TrainingError
-from tenora.training.dataset import TokenizedDataset, concatenate
-from tenora.training.division import fold
 from tenora.training.packing import Int64Array
 from tenora.training.spec import TaskSpec
 

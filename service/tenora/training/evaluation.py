@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.training.arena import TrainedAdapter
-from tenora.training.dataset import TokenizedDataset
-from tenora.training.host import TrainingHost
 from tenora.training.objectives import PreferenceLoss, RewardSums, row_sums
 from tenora.training.packing import PackedRows, microbatches
+from tenora.training.pass_queue import Work, WorkQueue
+from tenora.training.resident_base import TrainingHost
 from tenora.training.spec import PROBE_ROWS, Rewards, TrainSpec
 from tenora.training.step import TokenLosses
-from tenora.training.work import Work, WorkQueue
 
 _PACKED_AT_ONCE = 64  # examples; packing is quadratic, and nothing else runs meanwhile
 

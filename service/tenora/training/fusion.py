@@ -21,11 +21,11 @@ from tenora.model.layer_pass import Keep, release_buffers
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.failures import explain
-from tenora.training.host import TrainingHost
+from tenora.training.pass_queue import Work, WorkQueue
+from tenora.training.resident_base import TrainingHost
 from tenora.training.run import JobRun
 from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
 from tenora.training.step import TokenLosses, forward, forward_backward, load_pass
-from tenora.training.work import Work, WorkQueue
 
 _log = logging.getLogger(__name__)
 

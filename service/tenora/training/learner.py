@@ -29,15 +29,15 @@ from tenora.training.checkpoint import (
 )
 from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
-from tenora.training.host import TrainingHost
+from tenora.training.init_from import start_adapter
 from tenora.training.objectives import MeanLoss, PreferenceLoss, RewardSums, row_sums
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.packing import PackedRows, microbatches, shared_prefix
+from tenora.training.pass_queue import Dropping, Work
+from tenora.training.resident_base import TrainingHost
 from tenora.training.schedule import learning_rate
 from tenora.training.spec import CheckpointEvent, EvalEvent, EvaluationPoint, Items, Rewards, StepEvent, TrainSpec
-from tenora.training.start import start_adapter
 from tenora.training.step import LoraDropout, TokenLosses
-from tenora.training.work import Dropping, Work
 
 STATE_INTERVAL_SECONDS = 120.0
 """At most this much work is lost when the process is killed between two evaluations."""

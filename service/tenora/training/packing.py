@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tenora.training.dataset import TokenizedDataset
+from tenora.data.dataset import TokenizedDataset
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -14,11 +14,11 @@ from typing import Protocol
 
 from tenora.model.device import survive
 from tenora.training.failures import explain
-from tenora.training.folds import FoldsPlan
-from tenora.training.host import TrainingHost
-from tenora.training.plain import PlainPlan
+from tenora.training.plans.folds import FoldsPlan
+from tenora.training.plans.single import PlainPlan
+from tenora.training.plans.sweep import SweepPlan
+from tenora.training.resident_base import TrainingHost
 from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
-from tenora.training.sweep import SweepPlan
 
 _log = logging.getLogger(__name__)
 

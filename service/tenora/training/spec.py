@@ -30,7 +30,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: what its held-out loss is called in events.
-        train_path, valid_path: tokenized datasets (`tenora.training.dataset.TokenizedDataset.save`). `valid_path` is
+        train_path, valid_path: tokenized datasets (`tenora.data.dataset.TokenizedDataset.save`). `valid_path` is
             empty only if `TrainSpec.folds` measures on the training rows.
         weight: how often its rows are seen, relative to the other tasks': an epoch draws `weight` · rows of each task,
             after the weights were scaled so that the largest is 1.

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep
 from tenora.model.spec import PROJECTIONS, target_modules
 from tenora.training.arena import TrainingArena
-from tenora.training.dataset import TokenizedDataset
 from tenora.training.packing import pack
 from tenora.training.spec import LoraSpec
 from tenora.training.step import Part, forward_backward, load_pass

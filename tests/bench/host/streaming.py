@@ -21,8 +21,8 @@ from starlette.types import Message
 from tenora.api.app import create_app
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.engine.client import AsyncEngine
-from tenora.engine.link import decode_event, encode
+from tenora.engine.client.client import AsyncEngine
+from tenora.engine.client.link import decode_event, encode
 from tenora.engine.messages import Command, Event, FinishReason, Generate, Outputs, Ready, SequenceOutput
 from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from tenora.cli.bench.figures import head, median
+from tenora.data.dataset import TokenizedDataset, tokenize_file
 from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.dataset import TokenizedDataset, tokenize_file
 from tenora.training.recipes import resolve_hyperparameters
 from tenora.training.spec import TrialSpec
 from tests.bench.serving.fixture import default_threads, end_in_order

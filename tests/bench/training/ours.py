@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from tenora.engine.supervisor import available_cpus
+from tenora.engine.client.child import available_cpus
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder, resolve_dtype
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import EvalEvent, FailedEvent, FinishedEvent, StepEvent, TaskSpec, TrainSpec
-from tenora_kernels.cpu.team import Team
+from tenora_kernels.cpu.runtime.team import Team
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from tenora.training.dataset import TokenizedDataset
+from tenora.data.dataset import TokenizedDataset
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

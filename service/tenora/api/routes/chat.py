@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from tenora.api.attendance import EventStream, attended
+from tenora.aclosing import closing
 from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
 from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
 from tenora.api.schemas import chat as schema
-from tenora.control.closing import closing
-from tenora.control.inference import Inference
-from tenora.control.records import Delta, GenerationRequest, LogprobEntry, Target
+from tenora.api.sse import EventStream, attended
+from tenora.control.adapters.records import Target
+from tenora.control.inference.inference import Inference
+from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
 
 router = APIRouter(tags=["inference"], route_class=JsonRoute)
 

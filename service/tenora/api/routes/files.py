@@ -10,15 +10,15 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from tenora.api.attendance import attended
 from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, SettingsDep, Train
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
 from tenora.api.schemas.files import FileObject, PreviewObject, PreviewRequest
-from tenora.control.files import LONGEST_LIFE, SHORTEST_LIFE
-from tenora.control.idempotency import Receipt
-from tenora.control.records import FileRecord
+from tenora.api.sse import attended
+from tenora.control.files.files import LONGEST_LIFE, SHORTEST_LIFE
+from tenora.control.files.records import FileRecord
+from tenora.control.tenancy.idempotency import Receipt
 from tenora.errors import InvalidRequestError
 
 router = APIRouter(tags=["files"], route_class=JsonRoute)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tenora.api.attendance import attended
 from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, Train
 from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
 from tenora.api.schemas.estimates import EstimateObject
 from tenora.api.schemas.fine_tuning import CheckpointObject, JobCreateRequest, JobEventObject, JobObject
+from tenora.api.sse import attended
 from tenora.errors import InvalidRequestError
 
 router = APIRouter(tags=["fine-tuning"], route_class=JsonRoute)

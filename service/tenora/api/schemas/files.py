@@ -7,8 +7,8 @@ from typing import Literal, Self
 from pydantic import Field, StrictBool
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
-from tenora.control.previews import MAX_ROWS, MIN_LENGTH
-from tenora.training.preview import Preview
+from tenora.control.jobs.previews import MAX_ROWS, MIN_LENGTH
+from tenora.data.preview import Preview
 
 
 class FileObject(ResponseModel):

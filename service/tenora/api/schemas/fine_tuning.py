@@ -9,10 +9,11 @@ from pydantic import Field, PlainValidator, StrictBool
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
 from tenora.api.schemas.evaluation import EvaluationObject, ReplacedObject
-from tenora.control.job_requests import HYPERPARAMETERS
-from tenora.control.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, JobStatus, Publish
-from tenora.control.sweeps import MAX_TRIALS
-from tenora.control.takeover import Code
+from tenora.control.gate.takeover import Code
+from tenora.control.jobs.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, Publish
+from tenora.control.jobs.requests import HYPERPARAMETERS
+from tenora.control.jobs.sweeps import MAX_TRIALS
+from tenora.control.registry.tables import JobStatus
 from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
 
 MAX_SUFFIX = 64

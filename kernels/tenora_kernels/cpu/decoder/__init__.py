@@ -1,0 +1,1 @@
+"""Whole layers as one job: a serving step, and training forward and back."""

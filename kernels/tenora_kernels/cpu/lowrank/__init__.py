@@ -1,0 +1,1 @@
+"""What adapters add to a projection, forward and back."""

@@ -1,0 +1,253 @@
+"""Low-rank terms inside a layer's training job: A and B of every slot of the stream, forward and backward.
+
+With S = x · Aᵀ and dS = c · dY · B per module: y += c · S · Bᵀ, dX += dS · A, dA += dSᵀ · X, dBᵀ += c · Sᵀ · dY. Rows
+of the stream go through this in *pieces* of one slot, and sums over rows in *runs* of one slot, in the order of the
+stream: what a slot gets depends on its own rows alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import float32
+
+from tenora_kernels.cpu.products.strided import ADD, SET, padded, times
+from tenora_kernels.cpu.runtime.compiled import compiled
+from tenora_kernels.cpu.runtime.values import load, peek, store
+
+__all__ = [
+    "FACTORS_SIZE", "PACKS", "SITE_SIZE", "expand", "expand_back", "gradient_task", "gradient_tasks", "pack_inputs",
+    "pack_outputs", "shrink", "shrink_back",
+]  # fmt: skip
+
+# Places in the array `factors`. Addresses in bytes; S_STEP: bytes from row to row of S and of dS. TIMES:
+# `times_address()`.
+RANKS, SCALING, A_OFFSET, B_OFFSET, SLOTS, ARENA, GRAD, S_STEP, TIMES, FACTORS_SIZE = range(10)
+
+# Places in a row of the array `sites`: first module of the layer's seven, columns of x, how many modules, the site's
+# first column in S, then first column and width in y of each module.
+MODULE, DEPTH, COUNT, S_COLUMN, SLICES = range(5)
+SITE_SIZE = SLICES + 2 * 3
+
+PACKS = 11
+"""Addresses in a row of the array `packs`: A of the 4 sites, then B of the 7 modules."""
+
+SUM_ROWS = 96
+"""Rows that are summed in registers before they are added to the gradient; their lines stay in the first cache."""
+
+SUM_COLUMNS = 192
+"""Columns of the gradient that one task makes."""
+
+_SITES, _MODULES = 4, 7
+_I64, _I32 = np.int64(0), np.int32(0)
+
+
+@compiled()
+def _rank(factors, layer, module, slot):
+    return np.int64(peek(factors[RANKS], (layer * _MODULES + module) * factors[SLOTS] + slot, _I32))
+
+
+@compiled()
+def _scale(factors, layer, module, slot):
+    return peek(factors[SCALING], (layer * _MODULES + module) * factors[SLOTS] + slot, float32(0))
+
+
+@compiled()
+def _element(factors, table, layer, module, slot):
+    """Bytes from the start of the arena to a matrix; table is A_OFFSET or B_OFFSET."""
+    return 4 * peek(factors[table], (layer * _MODULES + module) * factors[SLOTS] + slot, _I64)
+
+
+@compiled()
+def _width(factors, site, layer, slot):
+    """Columns of S that a slot takes at a site."""
+    total = 0
+    for j in range(site[COUNT]):
+        total += padded(_rank(factors, layer, site[MODULE] + j, slot))
+    return total
+
+
+@compiled()
+def _turned(source, rows, columns, out, out_step, whole):
+    """out[c, r] = source[r, c], with zeros for the r from `rows` up to `whole`."""
+    for c in range(columns):
+        place = out + c * out_step
+        for r in range(rows):
+            store(place, r, load(source, r * columns + c, float32(0)), float32(0))
+        for r in range(rows, whole):
+            store(place, r, float32(0), float32(0))
+
+
+@compiled()
+def pack_inputs(task, factors, sites, packs, slots, layer):
+    """Task 4 · i + s: A of slot number i at site s, all modules side by side, with its rows as columns."""
+    number, site = task // _SITES, sites[task % _SITES]
+    slot = slots[number]
+    step, column = 4 * _width(factors, site, layer, slot), 0
+    for j in range(site[COUNT]):
+        rank = _rank(factors, layer, site[MODULE] + j, slot)
+        if rank == 0:
+            continue
+        a = factors[ARENA] + _element(factors, A_OFFSET, layer, site[MODULE] + j, slot)
+        _turned(a, rank, site[DEPTH], packs[number, task % _SITES] + 4 * column, step, padded(rank))
+        column += padded(rank)
+
+
+@compiled()
+def pack_outputs(task, factors, sites, packs, slots, layer):
+    """Task 4 · i + s: B of slot number i at site s, module by module, each [width, padded rank]."""
+    number, site = task // _SITES, sites[task % _SITES]
+    slot = slots[number]
+    for j in range(site[COUNT]):
+        module = site[MODULE] + j
+        rank = _rank(factors, layer, module, slot)
+        if rank > 0:
+            bt = factors[ARENA] + _element(factors, B_OFFSET, layer, module, slot)
+            width = site[SLICES + 2 * j + 1]
+            _turned(bt, rank, width, packs[number, _SITES + module], 4 * padded(rank), padded(rank))
+
+
+@compiled()
+def shrink(piece, factors, sites, number, packs, layer, x, x_step, s):
+    """S = x · Aᵀ at site `number` for the rows of a piece."""
+    slot, first, rows, ordinal = piece
+    site = sites[number]
+    width = _width(factors, site, layer, slot) if slot >= 0 else 0
+    if width:
+        out = s + first * factors[S_STEP] + 4 * site[S_COLUMN]
+        times(
+            factors[TIMES], rows, width, x + first * x_step, x_step, 4, packs[ordinal, number], 4 * width, site[DEPTH],
+            out, factors[S_STEP], SET, 1.0,
+        )  # fmt: skip
+
+
+@compiled()
+def shrink_back(piece, factors, sites, number, packs, layer, dy, dy_step, ds):
+    """dS = c · dY · B at site `number` for the rows of a piece."""
+    slot, first, rows, ordinal = piece
+    if slot < 0:
+        return
+    site, column = sites[number], sites[number][S_COLUMN]
+    for j in range(site[COUNT]):
+        module = site[MODULE] + j
+        rank = _rank(factors, layer, module, slot)
+        if rank > 0:
+            start, width, whole = site[SLICES + 2 * j], site[SLICES + 2 * j + 1], padded(rank)
+            times(
+                factors[TIMES], rows, whole, dy + first * dy_step + 4 * start, dy_step, 4,
+                packs[ordinal, _SITES + module], 4 * whole, width, ds + first * factors[S_STEP] + 4 * column,
+                factors[S_STEP], SET, _scale(factors, layer, module, slot),
+            )  # fmt: skip
+            column += whole
+
+
+@compiled()
+def expand(pieces, start, stop, low, high, factors, sites, number, layer, s, out, out_step):
+    """y += c · S · Bᵀ for the rows start … stop - 1 and the columns low … high - 1 of a site's y at `out`."""
+    site = sites[number]
+    for index in range(pieces.shape[0]):
+        slot = pieces[index, 0]
+        first, last = max(start, pieces[index, 1]), min(stop, pieces[index, 1] + pieces[index, 2])
+        if slot < 0 or first >= last:
+            continue
+        column = site[S_COLUMN]
+        for j in range(site[COUNT]):
+            module = site[MODULE] + j
+            rank = _rank(factors, layer, module, slot)
+            if rank == 0:
+                continue
+            begin, width = site[SLICES + 2 * j], site[SLICES + 2 * j + 1]
+            left, right = max(low, begin), min(high, begin + width)
+            if left < right:
+                bt = factors[ARENA] + _element(factors, B_OFFSET, layer, module, slot)
+                times(
+                    factors[TIMES], last - first, right - left, s + first * factors[S_STEP] + 4 * column,
+                    factors[S_STEP], 4, bt + 4 * (left - begin), 4 * width, rank, out + first * out_step + 4 * left,
+                    out_step, ADD, _scale(factors, layer, module, slot),
+                )  # fmt: skip
+            column += padded(rank)
+
+
+@compiled()
+def expand_back(pieces, start, stop, low, high, factors, sites, number, layer, ds, out, out_step):
+    """dX += dS · A for the rows start … stop - 1 and the columns low … high - 1 of a site's x at `out`."""
+    site = sites[number]
+    for index in range(pieces.shape[0]):
+        slot = pieces[index, 0]
+        first, last = max(start, pieces[index, 1]), min(stop, pieces[index, 1] + pieces[index, 2])
+        if slot < 0 or first >= last:
+            continue
+        column = site[S_COLUMN]
+        for j in range(site[COUNT]):
+            rank = _rank(factors, layer, site[MODULE] + j, slot)
+            if rank == 0:
+                continue
+            a = factors[ARENA] + _element(factors, A_OFFSET, layer, site[MODULE] + j, slot)
+            times(
+                factors[TIMES], last - first, high - low, ds + first * factors[S_STEP] + 4 * column, factors[S_STEP], 4,
+                a + 4 * low, 4 * site[DEPTH], rank, out + first * out_step + 4 * low, out_step, ADD, 1.0,
+            )  # fmt: skip
+            column += padded(rank)
+
+
+@compiled()
+def _chunks(columns):
+    return (columns + SUM_COLUMNS - 1) // SUM_COLUMNS
+
+
+@compiled()
+def gradient_tasks(sites, number):
+    """How many tasks `gradient_task` has for each slot at site `number`."""
+    site, total = sites[number], 0
+    for j in range(site[COUNT]):
+        total += _chunks(site[DEPTH]) + _chunks(site[SLICES + 2 * j + 1])
+    return total
+
+
+@compiled()
+def _sum_rows(link, runs, begin, end, rank, columns, coefficients, step, values, value_step, out, out_step, scale):
+    """out[r, c] += scale · Σ coefficients[t, r] · values[t, c] over the rows t of some runs."""
+    for index in range(begin, end):
+        first, last = runs[index, 1], runs[index, 1] + runs[index, 2]
+        for row in range(first, last, SUM_ROWS):
+            times(
+                link, rank, columns, coefficients + row * step, 4, step, values + row * value_step, value_step,
+                min(SUM_ROWS, last - row), out, out_step, ADD, scale,
+            )  # fmt: skip
+
+
+@compiled()
+def gradient_task(task, factors, sites, number, runs, bounds, slots, layer, x, x_step, dy, dy_step, s, ds):
+    """Add a part of dA or dBᵀ at site `number`, for slot task // gradient_tasks(…) of the stream.
+
+    runs: int64 [n, 3]: slot, first row, rows. bounds: int64 [slots + 1], where each slot's runs begin.
+    """
+    site, per_slot = sites[number], gradient_tasks(sites, number)
+    ordinal, left = task // per_slot, task % per_slot
+    slot, column = slots[ordinal], site[S_COLUMN]
+    begin, end = bounds[ordinal], bounds[ordinal + 1]
+    for j in range(site[COUNT]):
+        module = site[MODULE] + j
+        rank = _rank(factors, layer, module, slot)
+        start, width = site[SLICES + 2 * j], site[SLICES + 2 * j + 1]
+        for side in range(2):
+            columns = site[DEPTH] if side == 0 else width
+            if left >= _chunks(columns):
+                left -= _chunks(columns)
+                continue
+            if rank > 0:
+                low = left * SUM_COLUMNS
+                size = min(SUM_COLUMNS, columns - low)
+                if side == 0:
+                    out = factors[GRAD] + _element(factors, A_OFFSET, layer, module, slot) + 4 * low
+                    _sum_rows(
+                        factors[TIMES], runs, begin, end, rank, size, ds + 4 * column, factors[S_STEP], x + 4 * low,
+                        x_step, out, 4 * columns, 1.0,
+                    )  # fmt: skip
+                else:
+                    out = factors[GRAD] + _element(factors, B_OFFSET, layer, module, slot) + 4 * low
+                    _sum_rows(
+                        factors[TIMES], runs, begin, end, rank, size, s + 4 * column, factors[S_STEP],
+                        dy + 4 * (start + low), dy_step, out, 4 * columns, _scale(factors, layer, module, slot),
+                    )  # fmt: skip
+            return
+        column += padded(rank)

@@ -1,0 +1,1 @@
+"""Products with packed weights, and what is done row by row."""

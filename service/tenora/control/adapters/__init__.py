@@ -1,0 +1,1 @@
+"""Adapters, their versions and content, and what a model name means."""

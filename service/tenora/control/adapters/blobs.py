@@ -1,0 +1,231 @@
+"""Adapter blobs: stored once per content, shared by every row of any tenant that names the digest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select, union
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.adapters.arena_room import ArenaRoom, lora_parameters
+from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.peft_format import read_config, summarise, validate_files
+from tenora.adapters.ref import AdapterRef
+from tenora.adapters.store import AdapterStore
+from tenora.adapters.targets import TargetModule
+from tenora.control.registry.database import Database
+from tenora.control.registry.tables import TERMINAL, AdapterVersionRow, CheckpointRow, JobRow
+from tenora.control.storage.directory import full_disk
+from tenora.errors import AdapterFormatError, NotFoundError
+
+if TYPE_CHECKING:
+    from tenora.engine.client.client import AsyncEngine
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A stored adapter: its digest and what its files say.
+
+    Attributes:
+        bytes: size of the weights in the file.
+        device_bytes: what they take in the engine's arena.
+    """
+
+    digest: str
+    rank: int
+    target_modules: Sequence[str]
+    bytes: int
+    device_bytes: int
+
+
+class Blobs:
+    """The adapter store together with the rule that a blob lives as long as a row names it.
+
+    A blob is stored before the row that names it and deleted after the last one is gone. One that is being published is
+    not deleted between being stored and being named, and one that requests use not before they end. If the process dies
+    meanwhile, the next start sweeps it.
+
+    Attributes:
+        store: where they lie.
+        targets: the base's modules.
+        max_rank: highest rank that is accepted.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        store: AdapterStore,
+        engine: AsyncEngine,
+        targets: Sequence[TargetModule],
+        max_rank: int,
+    ) -> None:
+        self.store = store
+        self.targets = targets
+        self.max_rank = max_rank
+        self._database = database
+        self._engine = engine
+        self._lock = asyncio.Lock()  # of storing and deleting
+        self._held: Counter[str] = Counter()  # digest → open blocks of `publishing` and `use`
+        self._postponed: set[str] = set()  # digests that were to be freed meanwhile
+        self._going: set[str] = set()  # digests that are being deleted
+        self._sizes: dict[str, int] = {}  # digest → bytes on the device, which never change
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def room(self) -> ArenaRoom:
+        """The engine's memory for adapters."""
+        ready = self._engine.ready
+        return ArenaRoom(
+            nbytes=ready.adapter_pool_bytes,
+            slots=ready.adapter_slots,
+            dtype=ready.dtype,
+            keeps_bfloat16=ready.device == "cpu" and ready.dtype == "float32",
+        )
+
+    def ref(self, digest: str) -> AdapterRef:
+        """What the engine needs to find a version, whether it is stored or not: a pin may meet a deletion."""
+        return AdapterRef(digest=digest, path=str(self.store.path(digest)))
+
+    def require_trainable(self, rank: int, names: Sequence[str]) -> None:
+        """Raise AdapterFormatError if an adapter that is trained so, in float32, could never be served."""
+        self.room.require(self.room.bytes_of(lora_parameters(self.targets, names, rank)))
+
+    async def device_bytes(self, digest: str) -> int:
+        """What a stored version takes on the device; 0 if its files cannot be read, for then it is never there."""
+        if digest not in self._sizes:
+            try:
+                summary = await asyncio.to_thread(
+                    summarise, self.store.path(digest), self.targets, max_rank=self.max_rank
+                )
+            except (AdapterFormatError, OSError):
+                return 0
+            self._sizes[digest] = self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+        return self._sizes[digest]
+
+    @contextlib.contextmanager
+    def use(self, digest: str) -> Iterator[None]:
+        """Keep a blob for as long as the block runs, whatever becomes of the rows that name it.
+
+        Raises:
+            NotFoundError: it is not stored, or is being deleted.
+        """
+        if digest in self._going:
+            raise NotFoundError(f"The adapter version {digest} was deleted.")
+        self.store.ref(digest)
+        self._held[digest] += 1
+        try:
+            yield
+        finally:
+            self._held -= Counter([digest])
+            if digest in self._postponed and not self._held[digest]:
+                release = asyncio.create_task(self.release([digest]), name="blob-release")
+                self._releases.add(release)
+                release.add_done_callback(self._releases.discard)
+
+    async def settle(self) -> None:
+        """Wait until what was postponed and may go by now is gone; what cannot go is swept at the next start."""
+        for error in await asyncio.gather(*self._releases, return_exceptions=True):
+            if isinstance(error, BaseException):
+                _log.warning("an adapter's files stay until the next start", exc_info=error)
+
+    @contextlib.asynccontextmanager
+    async def publishing(self, directory: Path) -> AsyncIterator[Blob]:
+        """Check and store the PEFT directory; the block must commit a row that names the blob.
+
+        If the block raises, a blob that no row names is removed again. Blocks may take their time: others publish
+        meanwhile.
+
+        Raises:
+            AdapterFormatError: not an adapter of this base; nothing was stored.
+        """
+        async with self._lock:
+            blob = await asyncio.to_thread(self._put, directory)
+            self._held[blob.digest] += 1
+        try:
+            yield blob
+        except BaseException:
+            self._postponed.add(blob.digest)
+            raise
+        finally:
+            self._held -= Counter([blob.digest])
+            if blob.digest in self._postponed:
+                await self.release([blob.digest])
+
+    async def release(self, digests: Collection[str]) -> None:
+        """Rows that named these digests were deleted: free those that no row of any tenant names any more."""
+        async with self._lock:
+            await self._delete_unnamed(digests)
+
+    async def sweep(self, older_than: float) -> int:
+        """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""
+        async with self._lock:
+            async with self._database.read() as session:
+                named = await _named(session)
+
+            def remove_orphans() -> int:
+                orphans = [
+                    digest
+                    for digest in self.store.list()
+                    if digest not in named and self.store.path(digest).lstat().st_mtime < older_than
+                ]
+                for digest in orphans:
+                    self.store.delete(digest)
+                return len(orphans)
+
+            return await asyncio.to_thread(remove_orphans)
+
+    def _put(self, directory: Path) -> Blob:
+        room, config = self.room, read_config(directory)
+        summary = validate_files(config, directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank, room=room)
+        with full_disk():
+            digest = self.store.put(directory)
+        self._sizes[digest] = room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+        return Blob(
+            digest=digest,
+            rank=summary.rank,
+            target_modules=summary.target_modules,
+            bytes=summary.nbytes,
+            device_bytes=self._sizes[digest],
+        )
+
+    async def _delete_unnamed(self, digests: Collection[str]) -> None:
+        # Before rows are read: the block that holds one may commit the row that names it at any time after that.
+        held = {digest for digest in digests if self._held[digest]}
+        free = set(digests) - held
+        self._postponed = (self._postponed - free) | held
+        async with self._database.read() as session:
+            named = await _named(session, free)
+        for digest in free - named:
+            if self._held[digest]:
+                self._postponed.add(digest)
+                continue
+            self._going.add(digest)  # nobody begins with it between here and its end
+            try:
+                await self._engine.evict(digest)
+                await asyncio.to_thread(self.store.delete, digest)
+            finally:
+                self._going.discard(digest)
+        await self._database.restock()
+
+
+async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:
+    """Digests that a row of any tenant names; the only query across tenants besides those at start."""
+    versions, checkpoints = select(AdapterVersionRow.digest), select(CheckpointRow.digest)
+    # What an unfinished job starts from is read when its run begins, and again when it goes on after a restart.
+    parents = select(JobRow.parent_digest).where(
+        JobRow.parent_digest.is_not(None), JobRow.status.not_in(sorted(TERMINAL))
+    )
+    if among is not None:
+        versions = versions.where(AdapterVersionRow.digest.in_(among))
+        checkpoints = checkpoints.where(CheckpointRow.digest.in_(among))
+        parents = parents.where(JobRow.parent_digest.in_(among))
+    return set(await session.scalars(union(versions, checkpoints, parents)))

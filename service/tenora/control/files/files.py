@@ -1,0 +1,317 @@
+"""Uploaded files: streamed to disk, checked, listed, deleted.
+
+An upload is written to staging, checked, given its name, and only then recorded in one transaction. A crash at any
+point leaves either a whole file that is listed or a leftover that the next start sweeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnElement, Select, String, cast, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.config import Settings
+from tenora.control.files.records import FileRecord
+from tenora.control.registry.database import Database
+from tenora.control.registry.ids import new_id, unix_now
+from tenora.control.registry.paging import Order, Page, page
+from tenora.control.registry.tables import TERMINAL, FileRow, JobRow
+from tenora.control.storage.directory import Storage, full_disk, place, remove
+from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.idempotency import Receipt
+from tenora.control.tenancy.records import Principal
+from tenora.control.tokenizing.threads import Tokenizing
+from tenora.data.dataset import validate_file
+from tenora.data.reading import ValidationReport
+from tenora.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
+TRAINING_PURPOSE = "fine-tune"
+RESULT_PURPOSE = "fine-tune-results"
+UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+SHORTEST_LIFE = 3600
+LONGEST_LIFE = 30 * 24 * 3600
+_WRITE_BYTES = 1 << 20
+
+Status = Literal["uploaded", "processed", "error"]
+
+
+class Files:
+    """The files of a tenant. Every method needs the scope `train`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        storage: Storage,
+        tokenizing: Tokenizing,
+        failpoints: Failpoints,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._storage = storage
+        self._tokenizing = tokenizing
+        self._failpoints = failpoints
+
+    async def create(
+        self,
+        principal: Principal,
+        *,
+        filename: str,
+        purpose: str,
+        chunks: AsyncIterator[bytes],
+        expires_after: int | None = None,
+        receipt: Receipt[FileRecord] | None = None,
+    ) -> FileRecord:
+        """Store an upload; memory does not grow with it.
+
+        A training file is checked before this returns: its status is `processed`, or `error` with `status_details`
+        naming lines. Files of other purposes are `uploaded`.
+
+        Args:
+            filename: kept as a label; no path is made from it.
+            expires_after: seconds until the file goes away by itself, 1 hour to 30 days; None keeps it.
+            receipt: keeps the answer together with the file.
+
+        Raises:
+            InvalidRequestError: an unknown purpose, an empty file, a lifetime out of bounds.
+            PayloadTooLargeError: more than `max_file_bytes`.
+            StorageFullError: no room; nothing was kept.
+            RateLimitedError: too many of the tenant's files wait for their check.
+        """
+        principal.require("train")
+        label = check_filename(filename)
+        if purpose not in UPLOAD_PURPOSES:
+            raise InvalidRequestError(
+                f"purpose must be one of {', '.join(UPLOAD_PURPOSES)}; send fine-tune for training data.",
+                param="purpose",
+            )
+        if expires_after is not None and not SHORTEST_LIFE <= expires_after <= LONGEST_LIFE:
+            raise InvalidRequestError(
+                f"expires_after must lie between {SHORTEST_LIFE} and {LONGEST_LIFE} seconds.", param="expires_after"
+            )
+        file_id = new_id("file")
+        staged, final = self._storage.stage(), self._storage.file(principal.tenant_id, file_id)
+        try:
+            size, sha256 = await self._receive(staged, chunks)
+            status, details = await self._check(principal.tenant_id, staged, purpose)
+            self._failpoints.hit("files.before_rename")
+            await asyncio.to_thread(place, staged, final)
+            self._failpoints.hit("files.after_rename")
+            now = unix_now()
+            row = FileRow(
+                id=file_id,
+                tenant_id=principal.tenant_id,
+                bytes=size,
+                created_at=now,
+                filename=label,
+                purpose=purpose,
+                status=status,
+                status_details=details,
+                expires_at=None if expires_after is None else now + expires_after,
+                sha256=sha256,
+            )
+            async with self._database.write() as session:
+                session.add(row)
+                if receipt is not None:
+                    await receipt.write(session, file_record(row))
+        except BaseException:
+            await asyncio.to_thread(remove, staged)
+            await asyncio.to_thread(remove, final)
+            raise
+        self._failpoints.hit("files.after_create")
+        return file_record(row)
+
+    async def list(
+        self,
+        principal: Principal,
+        *,
+        after: str | None = None,
+        limit: int = 10_000,
+        order: Order = "desc",
+        purpose: str | None = None,
+    ) -> Page[FileRecord]:
+        """One page of the tenant's files, newest first by default."""
+        principal.require("train")
+        query = select(FileRow).where(FileRow.tenant_id == principal.tenant_id, _unexpired())
+        if purpose is not None:
+            query = query.where(FileRow.purpose == purpose)
+        async with self._database.read() as session:
+            return await page(session, query, FileRow, file_record, after=after, limit=limit, order=order)
+
+    async def get(self, principal: Principal, file_id: str) -> FileRecord:
+        """One file, or NotFoundError."""
+        principal.require("train")
+        async with self._database.read() as session:
+            return file_record(await find_file(session, principal.tenant_id, file_id))
+
+    async def content(self, principal: Principal, file_id: str) -> Path:
+        """Where the bytes of a file lie, to be read and not changed."""
+        await self.get(principal, file_id)
+        return self._storage.file(principal.tenant_id, file_id)
+
+    async def delete(self, principal: Principal, file_id: str) -> None:
+        """Remove a file. ConflictError while a job that has not ended uses it."""
+        principal.require("train")
+        async with self._database.write(frees=True) as session:
+            row = await find_file(session, principal.tenant_id, file_id)
+            user = await session.scalar(_unfinished_user(principal.tenant_id, file_id))
+            if user is not None:
+                raise ConflictError(
+                    f"The file {file_id} is used by the job {user}; cancel it or wait until it ends.",
+                    code="file_in_use",
+                )
+            await session.delete(row)
+        self._failpoints.hit("files.after_delete")
+        await asyncio.to_thread(remove, self._storage.file(principal.tenant_id, file_id))
+        await self._database.restock()
+
+    async def delete_expired(self) -> int:
+        """Remove the expired files of all tenants, except those of unfinished jobs; how many were removed."""
+        async with self._database.write(frees=True) as session:
+            rows = list(await session.scalars(select(FileRow).where(FileRow.expires_at <= unix_now())))
+            gone = [row for row in rows if await session.scalar(_unfinished_user(row.tenant_id, row.id)) is None]
+            for row in gone:
+                await session.delete(row)
+        for row in gone:
+            await asyncio.to_thread(remove, self._storage.file(row.tenant_id, row.id))
+        await self._database.restock()
+        return len(gone)
+
+    async def sweep(self, older_than: float) -> int:
+        """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""
+        async with self._database.read() as session:
+            known = {tuple(row) for row in await session.execute(select(FileRow.tenant_id, FileRow.id))}
+
+        def remove_orphans() -> int:
+            orphans = [
+                path
+                for tenant_id, file_id, path in self._storage.files()
+                if (tenant_id, file_id) not in known and path.lstat().st_mtime < older_than
+            ]
+            for path in orphans:
+                remove(path)
+            return len(orphans)
+
+        return await asyncio.to_thread(remove_orphans)
+
+    async def _receive(self, staged: Path, chunks: AsyncIterator[bytes]) -> tuple[int, str]:
+        """Write the chunks, in pieces of about a mebibyte per hop to a thread; their size and SHA-256."""
+        sink = await asyncio.to_thread(_Sink.open, staged)
+        pending: list[bytes] = []
+        held = total = 0
+        try:
+            async for chunk in chunks:
+                total += len(chunk)
+                if total > self._settings.max_file_bytes:
+                    raise PayloadTooLargeError(
+                        f"Files may have at most {self._settings.max_file_bytes} bytes; see TENORA_MAX_FILE_BYTES."
+                    )
+                pending.append(chunk)
+                held += len(chunk)
+                if held >= _WRITE_BYTES:
+                    await asyncio.to_thread(sink.write, b"".join(pending))
+                    pending, held = [], 0
+            await asyncio.to_thread(sink.write, b"".join(pending))
+        finally:
+            await asyncio.to_thread(sink.close)
+        if total == 0:
+            raise InvalidRequestError("The file is empty; send its content as the form field `file`.", param="file")
+        return total, sink.hash.hexdigest()
+
+    async def _check(self, tenant_id: str, staged: Path, purpose: str) -> tuple[Status, str | None]:
+        if purpose != TRAINING_PURPOSE:
+            return "uploaded", None
+
+        def validate(tokenizer: Tokenizer) -> ValidationReport:
+            return validate_file(staged, tokenizer, max_rows=self._settings.max_training_rows)
+
+        report = await self._tokenizing.upload(tenant_id, validate)
+        return ("processed", None) if report.ok else ("error", report.summary())
+
+
+class _Sink(NamedTuple):
+    """An open file and the hash of what was written to it; used from worker threads, one call at a time."""
+
+    descriptor: int
+    hash: hashlib._Hash
+
+    @classmethod
+    def open(cls, path: Path) -> _Sink:
+        with full_disk():
+            return cls(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), hashlib.sha256())
+
+    def write(self, content: bytes) -> None:
+        self.hash.update(content)
+        view = memoryview(content)
+        with full_disk():
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+async def find_file(session: AsyncSession, tenant_id: str, file_id: str, *, param: str = "file_id") -> FileRow:
+    """The row of a file that has not expired, or NotFoundError, equal for missing and foreign ids."""
+    row = await session.scalar(
+        select(FileRow).where(FileRow.tenant_id == tenant_id, FileRow.id == file_id, _unexpired())
+    )
+    if row is None:
+        raise NotFoundError(f"There is no file {file_id!r}; GET /v1/files lists yours.", param=param)
+    return row
+
+
+def check_filename(filename: str) -> str:
+    """The last part of a client's file name, fit to be shown; InvalidRequestError if nothing is left of it."""
+    label = filename.replace("\\", "/").rpartition("/")[2].strip()
+    if not label or len(label) > 255 or not label.isprintable():
+        raise InvalidRequestError("The file needs a printable name of at most 255 characters.", param="file")
+    return label
+
+
+def file_record(row: FileRow) -> FileRecord:
+    """The row as it is handed out."""
+    return FileRecord(
+        id=row.id,
+        tenant_id=row.tenant_id,
+        bytes=row.bytes,
+        created_at=row.created_at,
+        filename=row.filename,
+        purpose=row.purpose,
+        status=row.status,  # type: ignore[arg-type]  # a column of strings; only these three are written
+        status_details=row.status_details,
+        expires_at=row.expires_at,
+        sha256=row.sha256,
+    )
+
+
+def _unexpired() -> ColumnElement[bool]:
+    return or_(FileRow.expires_at.is_(None), FileRow.expires_at > int(time.time()))
+
+
+def _unfinished_user(tenant_id: str, file_id: str) -> Select[Any]:
+    """A query for the id of a job that has not ended and reads this file."""
+    return (
+        select(JobRow.id)
+        .where(
+            JobRow.tenant_id == tenant_id,
+            JobRow.status.not_in(sorted(TERMINAL)),
+            or_(
+                JobRow.training_file == file_id,
+                JobRow.validation_file == file_id,
+                # Ids have no character that JSON escapes or LIKE interprets.
+                cast(JobRow.training_files, String).contains(f'"{file_id}"'),
+            ),
+        )
+        .limit(1)
+    )

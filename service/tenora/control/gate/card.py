@@ -1,0 +1,283 @@
+"""What is said of a finished adapter: figures and verdicts, as plain values that go into the registry as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tenora.control.gate.lineage import Lineage
+from tenora.control.gate.parity import Parity
+from tenora.control.jobs.rows import finite
+from tenora.training.spec import EvaluationPoint
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+MIN_ROWS = 6
+"""Rows that a verdict needs: with five, all of which agree, a sign test still gives p = 2 · 0.5⁵ = 0.06."""
+_MAX_UNITS = 1024  # more rows are gathered into this many groups, which bounds the time and changes little else
+_CHUNK = 500  # resamples at once
+
+SOME_OVERFITTING = 1.02
+"""Last ÷ best held-out loss. With a few dozen rows it moves by a percent or two from one evaluation to the next without
+any trend; a rise beyond that is one."""
+STRONG_OVERFITTING = 1.10
+"""A tenth of the loss is more than a second epoch gains on most small files: the last epochs undid what came before."""
+
+Verdict = Literal["better", "worse", "no difference", "too few rows"]
+Unit = Literal["nats per token", "nats per pair"]
+Against = Literal["start", "base", "few_shot_base", "replaced"]
+OverfitVerdict = Literal["none", "some", "strong"]
+Source = Literal["held-out rows", "cross-validation"]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Held-out loss of the adapter beside something else's, on the same rows.
+
+    Attributes:
+        rows, tokens: what was measured: rows, or pairs of preference rows, and their learned tokens.
+        unit: of the losses: means over learned tokens, or over pairs of DPO's objective.
+        adapter_loss, other_loss: the means.
+        difference: adapter - other; below 0 the adapter is better.
+        low, high: 95% interval of the difference, by a paired bootstrap over rows.
+        verdict: "better" or "worse" if the interval leaves out 0.
+    """
+
+    rows: int
+    tokens: int
+    adapter_loss: float
+    other_loss: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+    unit: Unit = "nats per token"
+
+    def __str__(self) -> str:
+        """In words."""
+        what = "pairs" if self.unit == "nats per pair" else "rows"
+        return (
+            f"held-out loss {self.adapter_loss:.4f} against {self.other_loss:.4f} on {self.rows} {what}, a difference "
+            f"of {self.difference:+.4f} ({self.low:+.4f} to {self.high:+.4f}) {self.unit}: {self.verdict}"
+        )
+
+
+class Judgement(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict, or why there is none."""
+
+    verdict: Verdict | Literal["not measured"]
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, comparison: Comparison | None, why_not: str) -> Judgement:
+        """The verdict of a comparison; `why_not` if there is none."""
+        if comparison is None:
+            return cls(verdict="not measured", reason=why_not)
+        return cls(verdict=comparison.verdict)
+
+
+class Replaced(msgspec.Struct, frozen=True, kw_only=True):
+    """The version that the adapter's name meant when its job ended.
+
+    Attributes:
+        comparison: the adapter beside it, on held-out rows that neither has learned; None if there are none.
+    """
+
+    name: str
+    version: int
+    digest: str
+    comparison: Comparison | None
+
+
+class FewShot(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter beside the base that sees `shots` training rows in its prompt, and the base without them.
+
+    Attributes:
+        base_loss: the start's on the same rows.
+    """
+
+    shots: int
+    base_loss: float
+    comparison: Comparison
+
+
+class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
+    """Loss on the general text, which has nothing to do with the rows, nats per token; `change` is adapter - base."""
+
+    tokens: int
+    adapter_loss: float
+    base_loss: float
+    change: float
+
+
+class Overfitting(msgspec.Struct, frozen=True, kw_only=True):
+    """What went on after the best evaluation, whose adapter is the published one: `ratio` is last ÷ best."""
+
+    best_loss: float
+    last_loss: float
+    ratio: float
+    verdict: OverfitVerdict
+
+
+class TaskCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One training file.
+
+    Attributes:
+        name, file, weight: as the job named it; how often its rows are seen, relative to the others.
+        trained, held_out, cut: its examples, as `tenora.control.gate.lineage.Rows` has them for all files.
+        comparison: the adapter beside what training started from, on this file's held-out examples.
+    """
+
+    name: str
+    file: str
+    weight: float
+    trained: int
+    held_out: int
+    cut: int
+    comparison: Comparison | None
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it. What could not be measured is None, and `notes` says why.
+
+    Attributes:
+        source: where the held-out figures come from.
+        verdicts: against each of `Against`.
+        held_out: the adapter beside what training started from.
+        base: beside the base; the same as `held_out` where training started from that.
+        replaced: beside what its name meant; None if the name is new.
+        trials: of a sweep, which these held-out rows were compared on: the winner's figures on them look better than on
+            fresh ones. 1 without a sweep.
+        tasks: file by file.
+        curve: the evaluations, from the start on; of a long run some of them.
+        near_duplicates: held-out rows that are nearly rows of the training file.
+    """
+
+    source: Source
+    verdicts: dict[Against, Judgement]
+    held_out: Comparison | None
+    base: Comparison | None
+    replaced: Replaced | None
+    trials: int
+    tasks: list[TaskCard]
+    curve: list[EvaluationPoint]
+    few_shot: FewShot | None
+    forgetting: Forgetting | None
+    overfitting: Overfitting | None
+    near_duplicates: int | None
+    parity: Parity
+    lineage: Lineage
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Builtin values, with None for numbers that JSON cannot carry."""
+        return as_json(self)
+
+
+def as_json(said: msgspec.Struct) -> dict[str, Any]:
+    """Builtin values, with None for numbers that JSON cannot carry."""
+    found: dict[str, Any] = _json(msgspec.to_builtins(said))
+    return found
+
+
+def compare(
+    tokens: Sequence[int],
+    adapter: Sequence[float],
+    other: Sequence[float],
+    *,
+    seed: int,
+    unit: Unit = "nats per token",
+) -> Comparison | None:
+    """Compare two losses on the same examples; None without a learned token.
+
+    Args:
+        tokens: learned tokens of each example.
+        adapter, other: losses of each example in nats: of a row summed over its learned tokens.
+        seed: of the bootstrap; equal arguments give equal intervals.
+        unit: what a mean is over: learned tokens, or pairs, which count alike however long they are.
+    """
+    count = np.array(tokens, dtype=np.int64)
+    if not count.sum():
+        return None
+    weights = count if unit == "nats per token" else np.ones_like(count)
+    total = int(weights.sum())
+    differences = np.array(adapter, dtype=np.float64) - np.array(other, dtype=np.float64)
+    low, high = bootstrap(differences, weights, seed=seed)
+    return Comparison(
+        rows=len(count),
+        tokens=int(count.sum()),
+        adapter_loss=float(np.sum(adapter)) / total,
+        other_loss=float(np.sum(other)) / total,
+        difference=float(differences.sum()) / total,
+        low=low,
+        high=high,
+        verdict=_verdict(len(count), low, high),
+        unit=unit,
+    )
+
+
+def bootstrap(differences: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], *, seed: int) -> tuple[float, float]:
+    """Percentile interval of Σ differences / Σ tokens when rows are drawn again with replacement (Efron 1979).
+
+    Rows, not tokens, are drawn: tokens of one row are not independent.
+
+    Args:
+        differences: float64 [n], per row, paired: one number for both sides.
+        tokens: int64 [n].
+    """
+    random = np.random.default_rng(seed)
+    weights = tokens.astype(np.float64)
+    if len(weights) > _MAX_UNITS:
+        unit = random.permutation(len(weights)) % _MAX_UNITS
+        differences, weights = (
+            np.bincount(unit, weights=values, minlength=_MAX_UNITS).astype(np.float64, copy=False)
+            for values in (differences, weights)
+        )
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, _CHUNK):
+        drawn = random.integers(0, len(weights), size=(_CHUNK, len(weights)))
+        means[start : start + _CHUNK] = differences[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1.0)
+    tail = 100.0 * (1.0 - CONFIDENCE) / 2.0
+    low, high = np.percentile(means, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def forgetting(adapter: float | None, base: float | None, *, tokens: int) -> Forgetting | None:
+    """From the mean losses on the general text, whose learned tokens are `tokens`; None if one was not measured."""
+    if adapter is None or base is None:
+        return None
+    return Forgetting(tokens=tokens, adapter_loss=adapter, base_loss=base, change=adapter - base)
+
+
+def overfitting(best_loss: float, last_loss: float) -> Overfitting | None:
+    """The verdict on a run whose best and last held-out losses these are; None if there is no last one."""
+    if not (best_loss > 0.0 and last_loss > 0.0):
+        return None
+    ratio = last_loss / best_loss
+    verdict: OverfitVerdict = "none" if ratio <= SOME_OVERFITTING else "some"
+    if ratio > STRONG_OVERFITTING:
+        verdict = "strong"
+    return Overfitting(best_loss=best_loss, last_loss=last_loss, ratio=ratio, verdict=verdict)
+
+
+def _verdict(rows: int, low: float, high: float) -> Verdict:
+    if rows < MIN_ROWS:
+        return "too few rows"
+    if high < 0.0:
+        return "better"
+    return "worse" if low > 0.0 else "no difference"
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {name: _json(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_json(inner) for inner in value]
+        case float():
+            return finite(value)
+        case _:
+            return value

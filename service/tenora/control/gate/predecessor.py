@@ -1,0 +1,173 @@
+"""The version that a job's name means while the job ends: its result is held against that, on fair rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.adapters.ref import AdapterRef
+from tenora.control.adapters.resolution import active_version, one_pair
+from tenora.control.adapters.row_record import Keys, RowRecord, keys_of
+from tenora.control.gate.card import Comparison, Replaced
+from tenora.control.gate.held_out import HeldOutExamples
+from tenora.control.inference.scoring import Scorer, is_gone
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.rows import Claim, owned
+from tenora.control.registry.tables import AdapterVersionRow, CheckpointRow
+from tenora.data.dataset import TokenizedDataset
+from tenora.errors import TenoraError, UnavailableError
+from tenora.training.spec import TrainSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Predecessor:
+    """What a name means. `rows` is None where nobody knows what it has learned; `id` is the version's row."""
+
+    id: str
+    name: str
+    version: int
+    digest: str
+    base_model: str
+    rows: RowRecord | None
+
+    def replaced(self, comparison: Comparison | None) -> Replaced:
+        """As the card shows it."""
+        return Replaced(name=self.name, version=self.version, digest=self.digest, comparison=comparison)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A result beside a predecessor: the comparison, or why there is none, and what a reader should know of it."""
+
+    comparison: Comparison | None = None
+    why_not: str | None = None
+    note: str | None = None
+
+
+async def find_predecessor(session: AsyncSession, tenant_id: str, name: str) -> Predecessor | None:
+    """What the name means now; None if nothing."""
+    found = await one_pair(session, active_version(tenant_id, name))
+    if found is None:
+        return None
+    _, row = found
+    rows = await _rows(session, AdapterVersionRow.tenant_id == tenant_id, AdapterVersionRow.id == row.id)
+    return Predecessor(row.id, name, row.version, row.digest, row.base_model, rows)
+
+
+async def rows_of(
+    context: JobContext, claim: Claim, spec: TrainSpec, held_out: HeldOutExamples | None
+) -> tuple[RowRecord | None, Keys]:
+    """What a result has learned and was measured on, and the keys of the latter."""
+    if held_out is None:
+        return None, np.zeros(0, dtype=np.uint64)
+    async with context.database.read() as session:
+        digest = (await owned(session, claim)).parent_digest
+        parent = None if digest is None else await _rows_behind(session, claim.tenant_id, digest)
+
+    def read() -> tuple[RowRecord, Keys]:
+        keys = train = keys_of(held_out.dataset)
+        if not spec.folds:
+            train = np.concatenate([keys_of(TokenizedDataset.load(Path(task.train_path))) for task in spec.tasks])
+        record = RowRecord.of(
+            train,
+            keys,
+            held_out.result,
+            cross_validated=spec.folds > 0,
+            parent=parent,
+            has_parent=digest is not None,
+        )
+        return record, keys
+
+    return await asyncio.to_thread(read)
+
+
+async def _rows_behind(session: AsyncSession, tenant_id: str, digest: str) -> RowRecord | None:
+    """What the tenant's adapter of that content has learned: a version, or a checkpoint of a job that made one."""
+    of_tenant = AdapterVersionRow.tenant_id == tenant_id
+    found = await _rows(session, of_tenant, AdapterVersionRow.digest == digest)
+    if found is not None:
+        return found
+    jobs = select(CheckpointRow.job_id).where(CheckpointRow.tenant_id == tenant_id, CheckpointRow.digest == digest)
+    return await _rows(session, of_tenant, AdapterVersionRow.job_id.in_(jobs))
+
+
+async def hold_against(
+    context: JobContext,
+    predecessor: Predecessor,
+    examples: HeldOutExamples | None,
+    keys: Keys,
+    scorer: Scorer,
+    *,
+    base_model: str,
+    parent_digest: str | None,
+) -> Beside:
+    """Compare a result with what its name means, on held-out examples that neither has learned.
+
+    What the predecessor came to when it was measured on one of them is taken from its record; others are scored.
+
+    Args:
+        examples: that the result was measured on.
+        keys: of them.
+        parent_digest: what the result's training started from, which was measured on all of them.
+
+    Raises:
+        UnavailableError: the engine is gone.
+    """
+    named = f"version {predecessor.version}"
+    if examples is None:
+        return Beside(why_not="the run says nothing of its held-out rows one by one.")
+    if predecessor.base_model != base_model:
+        return Beside(why_not=f"{named} is an adapter of another base, {predecessor.base_model}.")
+    known, fresh = _divide(predecessor.rows, keys, examples.dataset.rows_per_example)
+    if not known and not fresh:
+        return Beside(why_not=f"{named} has learned every row that this job holds out.")
+    if predecessor.digest == parent_digest:
+        start = examples.start
+        losses = known | {example: start[example].tolist() for example in fresh}
+    else:
+        chosen = await asyncio.to_thread(examples.choose, fresh, max_length=context.engine.ready.max_model_len)
+        ref = AdapterRef(digest=predecessor.digest, path=str(context.blobs.store.path(predecessor.digest)))
+        try:
+            losses = known | await examples.score(scorer, chosen, ref)
+        except TenoraError as error:
+            if isinstance(error, UnavailableError) and is_gone(error, context.engine):
+                raise
+            return Beside(why_not=f"{named} could not be scored: {error.message}")
+    comparison = await asyncio.to_thread(examples.compare, losses)
+    if comparison is None:
+        return Beside(why_not=f"no row that this job holds out fits, or has a learned token, for {named}.")
+    return Beside(comparison=comparison, note=_note(predecessor, len(keys) - len(known) - len(fresh)))
+
+
+def _divide(rows: RowRecord | None, keys: Keys, rows_per_example: int) -> tuple[dict[int, list[float]], list[int]]:
+    """Of each example the predecessor's losses if it was measured on it, and which others it has not learned."""
+    if rows is None:
+        return {}, list(range(len(keys)))
+    measured, learned = rows.known_losses(rows_per_example), rows.has_learned(keys).tolist()
+    by_key: Sequence[int] = keys.tolist()
+    known = {example: measured[key] for example, key in enumerate(by_key) if key in measured}
+    return known, [example for example, seen in enumerate(learned) if not seen and example not in known]
+
+
+def _note(predecessor: Predecessor, left_out: int) -> str | None:
+    named = f"version {predecessor.version} of {predecessor.name}"
+    if predecessor.rows is None or not predecessor.rows.whole:
+        return (
+            f"It is not known which rows {named} has learned; held-out rows that are among them make it look better "
+            "than it is."
+        )
+    if left_out:
+        return f"{left_out} held-out rows that {named} has learned are not part of the comparison with it."
+    return None
+
+
+async def _rows(session: AsyncSession, *conditions: ColumnElement[bool]) -> RowRecord | None:
+    query = select(AdapterVersionRow.rows).where(*conditions, AdapterVersionRow.rows.is_not(None))
+    stored: bytes | None = await session.scalar(query.order_by(AdapterVersionRow.seq.desc()).limit(1))
+    return None if stored is None else RowRecord.decode(stored)

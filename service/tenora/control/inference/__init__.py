@@ -1,0 +1,1 @@
+"""From a request to text: prompts, generation, stop strings, scoring."""

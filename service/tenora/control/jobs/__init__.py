@@ -1,0 +1,1 @@
+"""Fine-tuning jobs as they are asked for, planned, estimated and told."""

@@ -1,0 +1,82 @@
+"""Which adapter a job starts from: `lora.init_from`, or `model` where that names an adapter of the tenant."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tenora.adapters.peft_config import parse_config
+from tenora.adapters.peft_format import read_config
+from tenora.control.adapters.blobs import Blobs
+from tenora.control.adapters.resolution import find_digest
+from tenora.control.jobs.requests import Asked
+from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
+from tenora.control.jobs.sweeps import points
+from tenora.control.tenancy.records import Principal
+from tenora.errors import InvalidRequestError, ModelNotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter to start from: as it was named, the version that this means now, and its shape."""
+
+    name: str
+    digest: str
+    shape: ParentShape
+
+
+async def find_parent(
+    session: AsyncSession, principal: Principal, asked: Asked, limits: Limits, blobs: Blobs
+) -> Parent | None:
+    """The adapter that a job names; None starts from the base.
+
+    Raises:
+        ModelNotFoundError: no such adapter of this tenant; the same for another tenant's.
+        InvalidRequestError: `model` and `lora.init_from` name two adapters, or the shape asked for does not hold it.
+    """
+    named = {"lora.init_from": asked.lora.get("init_from")}
+    if asked.model != limits.base_id:
+        named["model"] = asked.model
+    found: Parent | None = None
+    for param, name in named.items():
+        if name is None:
+            continue
+        digest = await _digest(session, principal, name, param)
+        if found is not None and found.digest != digest:
+            raise InvalidRequestError(
+                f"model and lora.init_from name two adapters; set model to the base {limits.base_id!r}.",
+                param="lora.init_from",
+            )
+        found = found or Parent(name, digest, await parent_shape(blobs, digest))
+    if found is not None:
+        lora_spec(asked.lora, limits, found.shape)
+        for point in points(asked.sweep, limits, 0) if asked.sweep and "rank" in asked.sweep else ():
+            _fit(asked, point["rank"], limits, found.shape)
+    return found
+
+
+async def parent_shape(blobs: Blobs, digest: str) -> ParentShape:
+    """The shape of a stored adapter."""
+    config = parse_config(await asyncio.to_thread(read_config, blobs.store.path(digest)))
+    return ParentShape.of(config, blobs.targets)
+
+
+def _fit(asked: Asked, rank: int | float, limits: Limits, shape: ParentShape) -> None:
+    try:
+        lora_spec({**asked.lora, "rank": rank}, limits, shape)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace("lora.rank", "sweep.rank"), param="sweep.rank") from error
+
+
+async def _digest(session: AsyncSession, principal: Principal, name: str, param: str) -> str:
+    try:
+        digest = await find_digest(session, principal, name)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message, code=error.code, param=param) from error
+    if digest is None:
+        missing = ModelNotFoundError(name)
+        missing.param = param
+        raise missing
+    return digest

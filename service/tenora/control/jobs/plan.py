@@ -1,0 +1,177 @@
+"""From what a job asks for and what its files hold to concrete numbers: no "auto" is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from tenora.control.jobs.requests import OF_METHOD, PUBLISHING, Asked
+from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
+from tenora.control.jobs.sweeps import points
+from tenora.training.recipes import (
+    FEW_SHOT_RANK,
+    Hyperparameters,
+    cross_validation_folds,
+    resolve_hyperparameters,
+)
+from tenora.training.spec import LoraSpec, TrainSpec, TrialSpec
+
+_OF_SPEC = (
+    *("scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("max_steps", "eval_interval", "early_stopping", "packing"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """What there is to train on.
+
+    Attributes:
+        examples: of an epoch, weighted: rows, or pairs for DPO.
+        tokens: of an epoch.
+        few_shot: no example is held out; see `tenora.training.recipes`.
+    """
+
+    examples: int
+    tokens: int
+    few_shot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The numbers of a run.
+
+    Attributes:
+        folds: of cross-validation; 0 holds rows out.
+        trials: of a sweep; empty without one.
+        split_seed: draws the folds.
+        spec_fields: further fields of the TrainSpec that were asked for.
+    """
+
+    hyperparameters: Hyperparameters
+    lora: LoraSpec
+    folds: int
+    trials: tuple[TrialSpec, ...]
+    split_seed: int
+    spec_fields: Mapping[str, Any]
+
+
+def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: RowCounts, seed: int) -> Resolved:
+    """Fill in everything that is "auto" or absent. Equal arguments give equal numbers.
+
+    Args:
+        parent: of the adapter to start from, if there is one.
+        seed: of the job; draws the trials of a sweep.
+
+    Raises:
+        InvalidRequestError: values that do not fit the rows or the parent.
+    """
+    requested = {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}
+    chosen = resolve_hyperparameters(
+        counts.examples, counts.tokens, requested, method=asked.method, few_shot=counts.few_shot
+    )
+    max_steps = int(asked.settings.get("max_steps", 0))
+    if max_steps:
+        n_epochs = _epochs_of(max_steps, counts.examples, chosen.batch_size)
+        chosen = dataclasses.replace(chosen, n_epochs=n_epochs)
+    lora = lora_spec(asked.lora, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank)
+    return Resolved(
+        hyperparameters=chosen,
+        lora=lora,
+        folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
+        trials=_trials(asked, limits, parent, chosen, counts, seed),
+        split_seed=asked.split_seed,
+        spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
+    )
+
+
+def _trials(
+    asked: Asked,
+    limits: Limits,
+    parent: ParentShape | None,
+    chosen: Hyperparameters,
+    counts: RowCounts,
+    seed: int,
+) -> tuple[TrialSpec, ...]:
+    if asked.sweep is None:
+        return ()
+    trials: list[TrialSpec] = []
+    for point in points(asked.sweep, limits, seed):
+        rank = {"rank": point["rank"]} if "rank" in point else {}
+        shape = lora_spec({**asked.lora, **rank}, limits, parent)
+        batch_size = min(int(point.get("batch_size", chosen.batch_size)), max(counts.examples, 1))
+        n_epochs = int(point.get("n_epochs", chosen.n_epochs))
+        if max_steps := int(asked.settings.get("max_steps", 0)):
+            n_epochs = _epochs_of(max_steps, counts.examples, batch_size)
+        trials.append(
+            TrialSpec(
+                rank=shape.rank,
+                alpha=shape.alpha,
+                learning_rate=float(point.get("learning_rate", chosen.learning_rate)),
+                n_epochs=n_epochs,
+                batch_size=batch_size,
+            )
+        )
+    return tuple(trials)
+
+
+def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:
+    """The passes over the rows that so many steps come to, the last one perhaps not to its end."""
+    return math.ceil(max_steps / max(math.ceil(examples / batch_size), 1))
+
+
+def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> dict[str, Any]:
+    """The job's hyperparameters in numbers; what its sweep still has to choose stays "auto"."""
+    values = {
+        "n_epochs": spec.n_epochs,
+        "batch_size": spec.batch_size,
+        "learning_rate_multiplier": multiplier,
+        "beta": spec.beta,
+    }
+    swept = set(asked.sweep or {})
+    if "learning_rate" in swept:
+        swept.add("learning_rate_multiplier")
+    return {name: "auto" if name in swept else values[name] for name in OF_METHOD[asked.method]}
+
+
+def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
+    """The shape in numbers, without what the job's sweep still has to choose."""
+    shape: dict[str, Any] = msgspec.to_builtins(spec.lora)
+    if "rank" in (asked.sweep or {}):
+        del shape["rank"], shape["alpha"]
+    return {**shape, **{name: asked.lora[name] for name in ("init_from",) if name in asked.lora}}
+
+
+def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[str, Any]:
+    """The job's other settings as they are used."""
+    swept = asked.sweep or {}
+    rate = {} if "learning_rate" in swept else {"learning_rate": spec.learning_rate}
+    return {
+        **rate,
+        **{name: getattr(spec, name) for name in _OF_SPEC},
+        "max_seq_length": max_seq_length,
+        "truncate": bool(asked.settings.get("truncate")),
+        **{name: asked.settings[name] for name in PUBLISHING if name in asked.settings},
+    }
+
+
+def shown_trials(trials: tuple[TrialSpec, ...]) -> list[dict[str, Any]]:
+    """The rows of a sweep's table before it begins; the columns are `tenora.control.jobs.sweeps.TRIAL_COLUMNS`."""
+    return [
+        {
+            "trial": number,
+            **msgspec.to_builtins(trial),
+            "status": "queued",
+            "step": 0,
+            "total_steps": None,
+            "valid_loss": None,
+            "winner": False,
+            "reason": None,
+        }
+        for number, trial in enumerate(trials)
+    ]

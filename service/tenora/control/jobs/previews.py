@@ -1,0 +1,84 @@
+"""What a training file would teach: its rows as the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tenora.config import Settings
+from tenora.control.files.files import TRAINING_PURPOSE, find_file
+from tenora.control.jobs.field_checks import whole
+from tenora.control.jobs.shape import Limits
+from tenora.control.registry.database import Database
+from tenora.control.storage.directory import Storage
+from tenora.control.tenancy.records import Principal
+from tenora.control.tokenizing.threads import Tokenizing
+from tenora.data.preview import Preview, preview_file
+from tenora.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
+
+MAX_ROWS = 100
+MIN_LENGTH = 8
+
+
+class Previews:
+    """Previews of a tenant's training files. Needs the scope `train`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        storage: Storage,
+        tokenizing: Tokenizing,
+        limits: Callable[[], Limits],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._storage = storage
+        self._tokenizing = tokenizing
+        self._limits = limits
+
+    async def preview(
+        self,
+        principal: Principal,
+        file_id: str,
+        *,
+        limit: int = 10,
+        after: int = 0,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> Preview:
+        """Some rows of a training file, also of one whose status is `error`.
+
+        Args:
+            limit: how many rows, at most MAX_ROWS.
+            after: the line of the last row that was seen.
+            max_seq_length, truncate: as of a job.
+
+        Raises:
+            NotFoundError: no such file.
+            InvalidRequestError: it is not a training file, or a value is out of bounds.
+        """
+        principal.require("train")
+        longest = self._limits().max_model_len
+        whole(limit, "limit", 1, MAX_ROWS)
+        whole(after, "after", 0, 2**63 - 1)
+        length = longest if max_seq_length is None else whole(max_seq_length, "max_seq_length", MIN_LENGTH, longest)
+        async with self._database.read() as session:
+            row = await find_file(session, principal.tenant_id, file_id)
+        if row.purpose != TRAINING_PURPOSE:
+            raise InvalidRequestError(
+                f"The file {file_id} has the purpose {row.purpose!r}; only those with the purpose {TRAINING_PURPOSE!r} "
+                "can be previewed.",
+                param="file_id",
+            )
+        path, most = self._storage.file(principal.tenant_id, file_id), self._settings.max_training_rows
+
+        def preview(tokenizer: Tokenizer) -> Preview:
+            return preview_file(
+                path, tokenizer, max_length=length, truncate=truncate, limit=limit, after=after, max_rows=most
+            )
+
+        return await self._tokenizing.file(principal.tenant_id, preview)

@@ -1,0 +1,22 @@
+"""What the use cases of jobs ask of whoever works on them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class JobQueue(Protocol):
+    """The workers, as `tenora.control.jobs.jobs` sees them; `tenora.control.worker.runner.JobRunner` is one."""
+
+    @property
+    def leases_lost(self) -> int:
+        """Jobs that another process took because this one had let their lease run out."""
+        ...
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        ...
+
+    async def leave(self, tenant_id: str, job_id: str, *, pause: bool) -> None:
+        """The job was taken from its worker: end its run, and without `pause` forget its files."""
+        ...

@@ -1,0 +1,138 @@
+"""The shape of the adapter that a job trains: from the request, with the defaults of an adapter to start from.
+
+Transfer (`init_from`) never changes what the parent computes at step 0. Rank, scaling and target modules default to the
+parent's. A higher rank is allowed, because further rows of A may be random where those columns of B are zero; so are
+more modules, which begin as the base. A lower rank or fewer modules would throw away what the parent learned and are
+refused. `alpha` defaults to the one that keeps alpha / rank (alpha / √rank for rsLoRA); another one is allowed, since
+training multiplies the difference into B, but it is another effective learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tenora.adapters.peft_config import PeftConfig
+from tenora.adapters.targets import TargetModule
+from tenora.control.jobs.field_checks import flag, known_fields, real, whole
+from tenora.errors import AdapterFormatError, InvalidRequestError
+from tenora.training.spec import ALL_LINEAR, LoraSpec
+
+LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init_from")
+
+
+def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
+    """A pool without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a request on this service."""
+
+    base_id: str
+    max_rank: int
+    max_model_len: int
+    target_modules: frozenset[str]  # short names of the base's modules
+    fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
+    """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParentShape:
+    """An adapter to start from.
+
+    Attributes:
+        rank: the highest of its modules.
+        scaling: alpha / rank (alpha / √rank for rsLoRA), where no pattern of its configuration says otherwise.
+        target_modules: last parts of the paths that it adapts, perhaps not in every layer.
+    """
+
+    rank: int
+    scaling: float
+    use_rslora: bool
+    target_modules: frozenset[str]
+
+    @classmethod
+    def of(cls, config: PeftConfig, targets: Sequence[TargetModule]) -> ParentShape:
+        """The shape that an adapter_config.json names for this base."""
+        covered = config.resolve(targets)
+        return cls(
+            rank=max(rank for rank, _ in covered.values()),
+            scaling=config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank),
+            use_rslora=config.use_rslora,
+            target_modules=frozenset(path.rpartition(".")[2] for path in covered),
+        )
+
+
+def lora_spec(
+    lora: Mapping[str, Any], limits: Limits, parent: ParentShape | None = None, *, usual_rank: int = LoraSpec().rank
+) -> LoraSpec:
+    """The adapter's shape with defaults filled in: alpha is twice the rank, all linear modules of the base.
+
+    Args:
+        lora: as asked for; None and absent are the same.
+        limits: of the service.
+        parent: the adapter to start from; its shape is the default then.
+        usual_rank: where neither says one.
+
+    Raises:
+        InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
+    """
+    known_fields(lora, LORA, "lora")
+    rank = lora.get("rank")
+    if rank is None:
+        rank = min(usual_rank, limits.max_rank) if parent is None else parent.rank
+    rank = whole(rank, "lora.rank", 1, limits.max_rank)
+    modules = _target_modules(lora.get("target_modules"), limits, parent)
+    if parent is not None:
+        _require_room(rank, modules, parent)
+    try:
+        limits.fits(rank, modules)
+    except AdapterFormatError as error:
+        raise InvalidRequestError(error.message, code=error.code, param="lora.rank") from error
+    rslora = lora.get("use_rslora")
+    if rslora is None and parent is not None:
+        rslora = parent.use_rslora
+    rslora = flag(rslora, "lora.use_rslora")
+    usual_alpha = 2.0 * rank
+    if parent is not None and parent.scaling > 0:
+        usual_alpha = parent.scaling * (math.sqrt(rank) if rslora else rank)
+    alpha = lora.get("alpha")
+    return LoraSpec(
+        rank=rank,
+        alpha=usual_alpha if alpha is None else real(alpha, "lora.alpha", above=0.0, most=4096.0),
+        dropout=real(lora.get("dropout") or 0.0, "lora.dropout", least=0.0, most=0.9),
+        target_modules=modules,
+        use_rslora=rslora,
+    )
+
+
+def _require_room(rank: int, modules: tuple[str, ...], parent: ParentShape) -> None:
+    if rank < parent.rank:
+        raise InvalidRequestError(
+            f"lora.rank is {rank}, but the adapter to start from has rank {parent.rank}, and a lower rank would drop "
+            f"what it learned; ask for {parent.rank} or more, or leave lora.rank out.",
+            param="lora.rank",
+        )
+    if dropped := sorted(parent.target_modules - set(modules)):
+        raise InvalidRequestError(
+            f"lora.target_modules leaves out {', '.join(dropped)}, which the adapter to start from adapts; name them "
+            "too, or leave lora.target_modules out.",
+            param="lora.target_modules",
+        )
+
+
+def _target_modules(given: Any, limits: Limits, parent: ParentShape | None) -> tuple[str, ...]:
+    available = tuple(name for name in ALL_LINEAR if name in limits.target_modules)
+    if given is None and parent is not None:
+        return tuple(name for name in available if name in parent.target_modules)
+    if given is None or given == "all-linear":
+        return available
+    if not isinstance(given, list | tuple) or not given or any(name not in available for name in given):
+        raise InvalidRequestError(
+            f'lora.target_modules must be "all-linear" or a list of {", ".join(available)}.',
+            param="lora.target_modules",
+        )
+    return tuple(name for name in available if name in given)

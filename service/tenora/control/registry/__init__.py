@@ -1,0 +1,1 @@
+"""The database: tables, migrations, pages, and what its errors mean."""

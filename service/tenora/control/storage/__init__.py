@@ -1,0 +1,1 @@
+"""Files and directories that are there whole or not at all."""

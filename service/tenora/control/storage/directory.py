@@ -1,0 +1,140 @@
+"""The state directory: where blobs lie, and the one way to write them (staging, fsync, rename).
+
+    $TENORA_HOME/
+        staging/                               half-written files; emptied at start
+        tenants/<tenant_id>/files/<file_id>    one upload or result file each
+        tenants/<tenant_id>/jobs/<job_id>/     work directory of an unfinished job
+        adapters/                              `tenora.adapters.store.AdapterStore`
+
+A path is built from ids that the server made, never from anything a client sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tenora.adapters.atomic import fsync
+from tenora.control.registry.ids import random_word
+from tenora.errors import ConfigurationError, StorageFullError
+
+
+class Storage:
+    """The files of the control plane under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.staging = root / "staging"
+        self.tenants = root / "tenants"
+        self.adapters = root / "adapters"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The root may have been made by something else, with other permissions: what is private is private by itself.
+        for directory in (self.staging, self.tenants, self.adapters):
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+    def stage(self, suffix: str = "") -> Path:
+        """A fresh path in staging; nothing exists there yet."""
+        return self.staging / f"{random_word(24)}{suffix}"
+
+    def file(self, tenant_id: str, file_id: str) -> Path:
+        """Where the bytes of a file lie."""
+        return self.tenants / tenant_id / "files" / file_id
+
+    def workdir(self, tenant_id: str, job_id: str) -> Path:
+        """The work directory of a job."""
+        return self.tenants / tenant_id / "jobs" / job_id
+
+    def files(self) -> Iterator[tuple[str, str, Path]]:
+        """Every stored file as (tenant_id, file_id, path)."""
+        for path in self.tenants.glob("*/files/*"):
+            yield path.parts[-3], path.name, path
+
+    def workdirs(self) -> Iterator[tuple[str, str, Path]]:
+        """Every work directory as (tenant_id, job_id, path)."""
+        for path in self.tenants.glob("*/jobs/*"):
+            yield path.parts[-3], path.name, path
+
+    def sweep_staging(self, older_than: float) -> int:
+        """Remove what a dead process left half-written before `older_than` (Unix time); how many entries."""
+        removed = 0
+        for path in self.staging.iterdir():
+            if path.lstat().st_mtime < older_than:
+                remove(path)
+                removed += 1
+        return removed
+
+
+def claim(root: Path) -> int:
+    """Take a state directory for this process; the kernel frees it when the process ends, however that happens.
+
+    Returns:
+        A descriptor to be closed at the end.
+
+    Raises:
+        ConfigurationError: the directory cannot be had, or another process serves from it.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(root / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The state directory {root} cannot be written: {error.strerror or error}. Set TENORA_HOME to one that can."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"Another Tenora serves from {root}; stop it, or set TENORA_HOME to another directory."
+        ) from error
+    return descriptor
+
+
+def place(staged: Path, final: Path) -> None:
+    """Give a complete staged file its name: fsync, rename, fsync of the directory. Visible whole or not at all."""
+    with full_disk():
+        fsync(staged)
+        if not final.parent.exists():
+            final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # another of the tenant's files may come first
+            fsync(final.parent.parent)
+        staged.rename(final)
+        fsync(final.parent)
+
+
+def write_file(storage: Storage, final: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Write `content` at `final` through staging, replacing what is there."""
+    staged = storage.stage()
+    try:
+        with full_disk():
+            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+        place(staged, final)
+    except BaseException:
+        remove(staged)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory tree; nothing happens if it is gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT into StorageFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageFullError("The disk is full; free some space and send the request again.") from error
+        raise

@@ -1,0 +1,1 @@
+"""Tenants, their keys, who is calling and what that caller may do."""

@@ -1,0 +1,52 @@
+"""Tenants, their keys, and who is calling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tenora.errors import PermissionDeniedError
+
+Scope = Literal["infer", "train", "adapters", "admin"]
+SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling: a tenant, through one key. `admin` implies every scope."""
+
+    tenant_id: str
+    tenant: str
+    key_id: str
+    scopes: frozenset[str]
+
+    def require(self, scope: Scope) -> None:
+        """Raise PermissionDeniedError unless the key carries `scope`."""
+        if scope not in self.scopes and "admin" not in self.scopes:
+            raise PermissionDeniedError(
+                f"This key lacks the scope {scope!r}. Use a key that has it, or create one with "
+                f"`tenora keys create --tenant {self.tenant} --scope {scope}`."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant. `name` follows the adapter-name pattern and is part of canonical adapter names."""
+
+    id: str
+    name: str
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key without its secret; `prefix` is the part that may be shown."""
+
+    id: str
+    tenant_id: str
+    name: str | None
+    prefix: str
+    scopes: frozenset[str]
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None

@@ -1,0 +1,57 @@
+"""Tenants: who owns files, jobs, adapters and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from tenora.control.registry.database import Database
+from tenora.control.registry.ids import check_tenant_name, new_id, unix_now
+from tenora.control.registry.tables import TenantRow
+from tenora.control.tenancy.records import TenantRecord
+from tenora.errors import ConflictError, NotFoundError
+
+DEFAULT_TENANT = "default"
+
+
+class Tenants:
+    """The tenants of this service. For operators: nothing here is reachable with a tenant's key."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(self, name: str) -> TenantRecord:
+        """Add a tenant. ConflictError if the name is taken, InvalidRequestError if it does not match the pattern."""
+        row = TenantRow(id=new_id("tenant"), name=check_tenant_name(name), created_at=unix_now())
+        try:
+            async with self._database.write() as session:
+                session.add(row)
+        except IntegrityError as error:
+            raise ConflictError(f"There is a tenant {name!r} already; choose another name.", param="name") from error
+        return _record(row)
+
+    async def get(self, name: str) -> TenantRecord:
+        """The tenant of that name, or NotFoundError."""
+        async with self._database.read() as session:
+            row = await session.scalar(select(TenantRow).where(TenantRow.name == name))
+        if row is None:
+            raise NotFoundError(f"There is no tenant {name!r}; `tenora tenants list` shows them.", param="name")
+        return _record(row)
+
+    async def list(self) -> Sequence[TenantRecord]:
+        """Every tenant, by name."""
+        async with self._database.read() as session:
+            return [_record(row) for row in await session.scalars(select(TenantRow).order_by(TenantRow.name))]
+
+    async def ensure(self, name: str) -> TenantRecord:
+        """The tenant of that name, created if need be."""
+        try:
+            return await self.get(name)
+        except NotFoundError:
+            return await self.create(name)
+
+
+def _record(row: TenantRow) -> TenantRecord:
+    return TenantRecord(id=row.id, name=row.name, created_at=row.created_at)

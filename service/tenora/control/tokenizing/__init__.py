@@ -1,0 +1,1 @@
+"""Where text becomes tokens: threads that tenants share fairly."""

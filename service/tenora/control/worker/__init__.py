@@ -1,0 +1,1 @@
+"""What takes a job from its files to its adapter."""

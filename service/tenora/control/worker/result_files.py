@@ -1,0 +1,84 @@
+"""The files that a finished job leaves: its metrics, and the table of its sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+
+from tenora.control.files.files import RESULT_PURPOSE
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.rows import Claim, owned
+from tenora.control.jobs.sweeps import trials_csv
+from tenora.control.registry.ids import new_id, unix_now
+from tenora.control.registry.tables import FileRow, JobEventRow
+from tenora.control.storage.directory import remove, write_file
+from tenora.control.worker.log import metrics_csv
+
+METRICS_NAME = "step_metrics.csv"
+SWEEP_NAME = "sweep.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """A file that lies on disk under its id already and awaits its row."""
+
+    id: str
+    filename: str
+    path: Path
+    content: bytes
+
+    def row(self, tenant_id: str) -> FileRow:
+        """The row that makes it a file of the tenant."""
+        return FileRow(
+            id=self.id,
+            tenant_id=tenant_id,
+            bytes=len(self.content),
+            created_at=unix_now(),
+            filename=self.filename,
+            purpose=RESULT_PURPOSE,
+            status="processed",
+            sha256=hashlib.sha256(self.content).hexdigest(),
+        )
+
+
+async def write_results(context: JobContext, claim: Claim) -> list[ResultFile]:
+    """Write what the job's log and its sweep hold now. Without rows they are swept at the next start.
+
+    Raises:
+        LeaseLostError: the job is in other hands.
+        StorageFullError: no room; nothing was kept.
+    """
+    query = (
+        select(JobEventRow.data)
+        .where(JobEventRow.tenant_id == claim.tenant_id, JobEventRow.job_id == claim.job_id)
+        .where(JobEventRow.type == "metrics")
+        .order_by(JobEventRow.seq)
+    )
+    async with context.database.read() as session:
+        trials = (await owned(session, claim)).sweep_results
+        winner = next((trial["trial"] for trial in trials or () if trial["winner"]), None)
+        contents = {METRICS_NAME: metrics_csv(await session.scalars(query), winner=winner)}
+    if trials:
+        contents[SWEEP_NAME] = trials_csv(trials)
+    written: list[ResultFile] = []
+    try:
+        for filename, content in contents.items():
+            file_id = new_id("file")
+            path = context.storage.file(claim.tenant_id, file_id)
+            await asyncio.to_thread(write_file, context.storage, path, content)
+            written.append(ResultFile(file_id, filename, path, content))
+    except BaseException:
+        await discard_results(written)
+        raise
+    return written
+
+
+async def discard_results(results: Sequence[ResultFile]) -> None:
+    """Remove files that will get no row."""
+    for result in results:
+        await asyncio.to_thread(remove, result.path)

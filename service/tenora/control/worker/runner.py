@@ -1,0 +1,215 @@
+"""Claims jobs under leases and works on them: one is prepared at a time, up to `max_running_jobs` train."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import select
+
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.rows import (
+    LEASE_SECONDS,
+    Claim,
+    LeaseLostError,
+    claim_next,
+    release_dead,
+    release_own,
+    renew,
+)
+from tenora.control.registry.database import RegistryBusyError
+from tenora.control.registry.tables import TERMINAL, JobRow
+from tenora.control.storage.directory import remove
+from tenora.control.worker.preparing import prepare_job
+from tenora.control.worker.training import JobTraining
+from tenora.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+
+RENEW_SECONDS = LEASE_SECONDS / 3
+STOP_SECONDS = 10.0  # what `stop` allows for saving the state of runs
+
+
+@dataclass(slots=True)
+class _Work:
+    """A claimed job and what this process does for it; `training` is None while it is prepared."""
+
+    claim: Claim
+    task: asyncio.Task[None]
+    training: JobTraining | None
+
+
+class JobRunner:
+    """Works on jobs until `stop`. `owner` names this process (its boot) in leases.
+
+    Attributes:
+        leases_lost: jobs that another process claimed while this one worked on them.
+    """
+
+    def __init__(self, context: JobContext, owner: str) -> None:
+        self.leases_lost = 0
+        self._context = context
+        self._owner = owner
+        self._works: dict[str, _Work] = {}
+        self._wake = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take over the jobs of a dead process and begin; a service that only serves (`role=serve`) never trains."""
+        async with self._context.database.write() as session:
+            await release_dead(session, self._owner)
+        await self._sweep_workdirs()
+        if self._context.settings.role != "serve":
+            self._loop = asyncio.create_task(self._run(), name="job-runner")
+
+    async def stop(self) -> None:
+        """Pause what runs, so that the next start goes on, and wait for it."""
+        self._closing.set()
+        self._wake.set()
+        if self._loop is not None:
+            await self._loop
+        works = list(self._works.values())
+        for work in works:
+            if work.training is not None:
+                await self._context.engine.stop_training(work.claim.job_id, pause=True)
+        if works:
+            _, late = await asyncio.wait([work.task for work in works], timeout=STOP_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        async with self._context.database.write() as session:
+            await release_own(session, self._owner)
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    async def leave(self, tenant_id: str, job_id: str, *, pause: bool) -> None:
+        """The job was taken from this worker, if it had it: end its run, and without `pause` forget its files.
+
+        With `pause` this returns when the run has ended and its events are recorded, or after a while.
+        """
+        work = self._works.get(job_id)
+        if work is not None and work.training is not None and pause:
+            await work.training.pause()
+            await asyncio.wait([work.task], timeout=STOP_SECONDS)
+        elif work is not None and work.training is not None:
+            await work.training.leave()
+        elif work is None and not pause:
+            await self._forget(tenant_id, job_id)
+
+    async def _run(self) -> None:
+        renewed = time.monotonic()
+        while not self._closing.is_set():
+            self._wake.clear()
+            try:
+                await self._claim_all()
+                if time.monotonic() - renewed >= RENEW_SECONDS:
+                    await self._renew()
+                    renewed = time.monotonic()
+            except Exception:  # noqa: BLE001 (logged; the loop must outlive any failure)
+                # The database may be busy or its disk full for a while: jobs wait, they are not lost.
+                _log.exception("jobs could not be claimed; trying again in %g s", RENEW_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_SECONDS):
+                    await self._wake.wait()
+
+    async def _renew(self) -> None:
+        async with self._context.database.write() as session:
+            await renew(session, self._owner, [work.claim for work in self._works.values()])
+
+    async def _claim_all(self) -> None:
+        """Fill the free places: one for preparing, `max_running_jobs` for training."""
+        while not any(work.training is None for work in self._works.values()):
+            async with self._context.database.write() as session:
+                claim = await claim_next(session, self._owner, ("validating_files",), self._works.keys())
+            if claim is None:
+                break
+            self._begin(claim, None)
+        while sum(work.training is not None for work in self._works.values()) < self._context.settings.max_running_jobs:
+            async with self._context.database.write() as session:
+                claim = await claim_next(session, self._owner, ("running", "queued"), self._works.keys())
+            if claim is None:
+                break
+            self._begin(claim, JobTraining(self._context, claim, self._closing))
+
+    def _begin(self, claim: Claim, training: JobTraining | None) -> None:
+        task = asyncio.create_task(self._work(claim, training), name=f"job-{claim.job_id}")
+        self._works[claim.job_id] = _Work(claim, task, training)
+
+    async def _work(self, claim: Claim, training: JobTraining | None) -> None:
+        try:
+            await (prepare_job(self._context, claim) if training is None else training.run())
+        except LeaseLostError as error:
+            self._lost(claim, error)
+        except RegistryBusyError as error:
+            # The job is as the registry says: it is claimed again when its lease has run out.
+            _log.warning("job %s: %s It goes on then.", claim.job_id, error.message)
+        except Exception:  # noqa: BLE001 (logged, and the job ends with it)
+            # A defect of ours: the job must not be claimed again and again, and its owner must hear of it.
+            _log.exception("job %s ended with an unexpected error", claim.job_id)
+            await self._give_up(claim)
+        finally:
+            try:
+                if not self._closing.is_set():
+                    await self._forget_if_over(claim)
+            except RegistryBusyError:
+                _log.warning("job %s: the registry is busy; the next start looks at its files", claim.job_id)
+            finally:
+                del self._works[claim.job_id]
+                self._wake.set()
+
+    async def _give_up(self, claim: Claim) -> None:
+        try:
+            await self._context.fail(
+                claim,
+                TrainingError("The job ended with an internal error; the server's log has it.", code="internal_error"),
+            )
+        except LeaseLostError as error:
+            self._lost(claim, error)
+        except RegistryBusyError as error:
+            _log.warning("job %s: that it failed was not recorded. %s", claim.job_id, error.message)
+
+    def _lost(self, claim: Claim, error: LeaseLostError) -> None:
+        if error.holder is None or error.holder == self._owner:
+            _log.info("job %s changed hands", claim.job_id)
+            return
+        self.leases_lost += 1
+        _log.warning("job %s was taken over by %s: this process had let its lease run out", claim.job_id, error.holder)
+
+    async def _forget_if_over(self, claim: Claim) -> None:
+        async with self._context.database.read() as session:
+            status = await session.scalar(
+                select(JobRow.status).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id)
+            )
+        if status in TERMINAL:
+            await self._forget(claim.tenant_id, claim.job_id)
+
+    async def _forget(self, tenant_id: str, job_id: str) -> None:
+        """Let go of what only an unfinished job needs: its files, and the adapter that it started from."""
+        await asyncio.to_thread(remove, self._context.storage.workdir(tenant_id, job_id))
+        async with self._context.database.read() as session:
+            parent = await session.scalar(
+                select(JobRow.parent_digest).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id)
+            )
+        if parent is not None:
+            await self._context.blobs.release([parent])
+
+    async def _sweep_workdirs(self) -> None:
+        """At start: remove the work directories of jobs that have ended or were never recorded."""
+        async with self._context.database.read() as session:
+            rows = await session.execute(
+                select(JobRow.tenant_id, JobRow.id).where(JobRow.status.not_in(sorted(TERMINAL)))
+            )
+            unfinished = {tuple(row) for row in rows}
+
+        def remove_leftovers() -> None:
+            for tenant_id, job_id, path in self._context.storage.workdirs():
+                if (tenant_id, job_id) not in unfinished:
+                    remove(path)
+
+        await asyncio.to_thread(remove_leftovers)

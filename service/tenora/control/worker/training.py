@@ -1,0 +1,282 @@
+"""`queued` → `running` → published: one job is followed through the engine, over engine deaths if need be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+
+from tenora.aclosing import closing
+from tenora.adapters.digest import damaged
+from tenora.control.gate.baselines import Measuring, measuring
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.preparation import is_prepared, spec_of
+from tenora.control.jobs.rows import PAUSED_LINE, Claim, LeaseLostError, PausedError, drop_lease, log, owned
+from tenora.control.registry.database import RegistryBusyError
+from tenora.control.worker.checkpoints import keep_checkpoint
+from tenora.control.worker.eta import Pace
+from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, trial_line
+from tenora.control.worker.publication import publish_result
+from tenora.control.worker.sweep_table import choose_winner, record_trial, shares_done
+from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
+from tenora.training.spec import (
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    FoldEvent,
+    StepEvent,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+    TrialEvent,
+)
+
+_log = logging.getLogger(__name__)
+
+BUSY_SECONDS = 1.0  # between attempts to write to a busy registry, each of which waits for a while itself
+MAX_ATTEMPTS = 5  # runs of one job that may end with the engine
+
+
+class JobTraining:
+    """Follows one claimed job until it is published, has failed, or is not this worker's any more."""
+
+    def __init__(self, context: JobContext, claim: Claim, closing_down: asyncio.Event) -> None:
+        """Take the job; nothing happens before `run`.
+
+        Args:
+            context: the collaborators.
+            claim: the lease, whose token fences every write.
+            closing_down: set when the service stops; the run is then paused and the job left for the next start.
+        """
+        self._context = context
+        self._claim = claim
+        self._closing = closing_down
+        self._pausing = asyncio.Event()  # the job is paused: its run is to end, and all that it says until then counts
+        self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
+        self._pace: Pace | None = None  # of the attempt that is under way
+        self._before: dict[int, float] = {}  # how far the trials of its sweep were when it began
+        self._lost: LeaseLostError | None = None
+
+    async def run(self) -> None:
+        """Do it; errors of the job itself end the job, anything else is raised.
+
+        Raises:
+            LeaseLostError: the job changed hands; nothing of it is recorded here any more, and its run has ended.
+            RegistryBusyError: the job's status could not be read or written; it is as the registry says.
+        """
+        try:
+            spec = await self._spec()
+            while spec is not None and await self._engine_is_up():
+                await self._begin()
+                if self._pausing.is_set() or await self._attempt(spec):
+                    break
+        except (LeaseLostError, RegistryBusyError):
+            raise
+        except TenoraError as error:
+            await self._context.fail(self._claim, error)
+        if self._lost is not None:
+            raise self._lost
+        if self._pausing.is_set():
+            await self._let_go()
+
+    async def leave(self) -> None:
+        """The job was cancelled by its owner: record nothing more, end the run."""
+        self._left.set()
+        await self._context.engine.stop_training(self._claim.job_id, pause=False)
+
+    async def pause(self) -> None:
+        """The job was paused by its owner: end the run, and record what it says until it has."""
+        self._pausing.set()
+        await self._context.engine.stop_training(self._claim.job_id, pause=True)
+
+    async def _let_go(self) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            drop_lease(row)
+            if row.status == "paused":
+                log(session, row, PAUSED_LINE)
+
+    async def _spec(self) -> TrainSpec | None:
+        """The run; None if its rows have to be read again, which puts the job back into that state."""
+        context = self._context
+        async with context.database.read() as session:
+            row = await owned(session, self._claim)
+        workdir = context.storage.workdir(row.tenant_id, row.id)
+        if row.plan is not None and await asyncio.to_thread(is_prepared, row.plan, workdir):
+            parent = None if row.parent_digest is None else context.blobs.store.path(row.parent_digest)
+            if row.parent_digest is not None and not await asyncio.to_thread(
+                context.blobs.store.verify, row.parent_digest
+            ):
+                raise damaged(row.parent_digest)
+            return spec_of(row.plan, workdir, parent)
+        async with context.database.write() as session:
+            row = await owned(session, self._claim)
+            if row.status == "paused":
+                self._pausing.set()
+                return None
+            row.status = "validating_files"
+            row.plan = None
+            drop_lease(row)
+            log(session, row, "The prepared rows are missing; the files are read again", level="warn")
+        return None
+
+    async def _engine_is_up(self) -> bool:
+        """Wait for the engine; False if the service stops or the job changed hands first."""
+        waits = [
+            asyncio.ensure_future(wait)
+            for wait in (
+                self._context.engine.wait_alive(),
+                self._closing.wait(),
+                self._pausing.wait(),
+                self._left.wait(),
+            )
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self._is_to_end()
+
+    def _is_to_end(self) -> bool:
+        return self._closing.is_set() or self._pausing.is_set() or self._left.is_set()
+
+    async def _begin(self) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            if row.status == "paused":
+                self._pausing.set()
+                return
+            resumed = row.status == "running" or row.trained_tokens is not None
+            row.status = "running"
+            self._before = shares_done(row)
+            log(
+                session,
+                row,
+                "Fine-tuning job resumed from its last saved state" if resumed else "Fine-tuning job started",
+            )
+
+    async def _attempt(self, spec: TrainSpec) -> bool:
+        """Follow the run; False if the engine died and it should be tried again."""
+        self._pace = Pace(spec, self._before)
+        try:
+            async with (
+                measuring(self._context, self._claim, spec) as base,
+                closing(self._context.engine.train(spec)) as events,
+            ):
+                async for event in events:
+                    await self._record(event, spec, base)
+        except UnavailableError as error:
+            if self._is_to_end():
+                return True
+            await self._engine_died(error)
+            return False
+        return True
+
+    async def _record(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
+        """Put one event of the run into the registry, unless the job is in other hands.
+
+        A busy registry is no matter of the engine's: the run goes on, and its events wait until they can be recorded.
+        """
+        while not self._left.is_set():
+            try:
+                await self._write(event, spec, base)
+            except LeaseLostError as error:
+                # Cancelled elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
+                # so that its state is whole when another run of this job begins.
+                self._lost = error
+                self._left.set()
+                await self._context.engine.stop_training(self._claim.job_id, pause=True)
+                return
+            except RegistryBusyError as error:
+                if self._closing.is_set():
+                    return  # the next start goes on from the last saved state, and says this again
+                _log.warning("job %s: %s Its run goes on.", self._claim.job_id, error.message)
+                await asyncio.sleep(BUSY_SECONDS)
+            else:
+                return
+
+    async def _write(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
+        match event:
+            case StepEvent():
+                await self._line(event, *step_line(event))
+            case EvalEvent():
+                await self._line(event, *eval_line(event, 0 if self._pace is None else self._pace.total_steps))
+            case TrialEvent():
+                await self._line(event, *trial_line(event, len(spec.trials)))
+            case FoldEvent():
+                await self._line(event, *fold_line(event, spec.folds))
+            case CheckpointEvent():
+                await self._keep(event)
+            case FinishedEvent():
+                await self._finish(event, spec, base)
+            case FailedEvent():
+                raise TrainingError(event.message, code=event.code)
+            case StoppedEvent():
+                await self._stopped(event)
+
+    async def _line(
+        self, event: StepEvent | EvalEvent | TrialEvent | FoldEvent, message: str, metrics: Metrics
+    ) -> None:
+        left = None if self._pace is None else self._pace.left(event)
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            if not isinstance(event, EvalEvent):
+                row.trained_tokens = event.trained_tokens
+            if isinstance(event, TrialEvent):
+                record_trial(row, event)
+            if left is not None:
+                row.estimated_finish = math.ceil(time.time() + left)
+            log(session, row, message, metrics=metrics)
+            paused = row.status == "paused"
+        if paused and not self._pausing.is_set():  # by another process, whose runner does not have it
+            await self.pause()
+
+    async def _finish(self, event: FinishedEvent, spec: TrainSpec, base: Measuring) -> None:
+        try:
+            await self._choose(event)
+            await publish_result(self._context, self._claim, spec, event, base)
+        except PausedError:
+            self._pausing.set()
+
+    async def _choose(self, event: FinishedEvent) -> None:
+        """Of a sweep: the winner's settings are the job's from now on."""
+        if event.trial is not None:
+            async with self._context.database.write() as session:
+                choose_winner(await owned(session, self._claim), event.trial)
+
+    async def _keep(self, event: CheckpointEvent) -> None:
+        try:
+            await keep_checkpoint(self._context, self._claim, event)
+        except StorageFullError:
+            # The run goes on: its own state is on disk already, a callable checkpoint is an extra.
+            _log.warning("job %s: no room for the checkpoint of step %d", self._claim.job_id, event.step)
+
+    async def _stopped(self, event: StoppedEvent) -> None:
+        if self._closing.is_set() or self._pausing.is_set():
+            return  # the job stays as it is; the next start, or its owner, goes on
+        if event.paused:
+            raise UnavailableError("The engine is shutting down.")
+        raise TrainingError(f"The run was stopped at step {event.step}; start the job again.", code="run_stopped")
+
+    async def _engine_died(self, error: UnavailableError) -> None:
+        async with self._context.database.write() as session:
+            row = await owned(session, self._claim)
+            row.attempts += 1
+            row.estimated_finish = None
+            attempts = row.attempts
+            log(
+                session,
+                row,
+                f"The engine stopped; the job goes on from its last saved state when it is back "
+                f"(attempt {attempts} of {MAX_ATTEMPTS})",
+                level="warn",
+            )
+        _log.warning("job %s: %s", self._claim.job_id, error.message)
+        if attempts >= MAX_ATTEMPTS:
+            raise TrainingError(
+                f"The engine stopped {attempts} times while this job ran; try a smaller batch_size or max_seq_length.",
+                code="engine_lost",
+            )

@@ -1,0 +1,1 @@
+"""Training files: from bytes to tokenized rows. Free of torch."""

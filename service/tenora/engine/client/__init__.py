@@ -1,0 +1,1 @@
+"""What the API process needs of the engine. Free of torch."""

@@ -1,0 +1,1 @@
+"""How many learners a job has, and in what order they run."""

@@ -1,0 +1,86 @@
+"""The plain run: one adapter, from the first step to the last."""
+
+from __future__ import annotations
+
+import time
+
+from tenora.errors import TrainingError
+from tenora.training.checkpoint import Best
+from tenora.training.corpus import Corpus
+from tenora.training.learner import Learner
+from tenora.training.resident_base import TrainingHost
+from tenora.training.spec import FinishedEvent, HeldOut, Items, Probe, TrainSpec
+
+
+class PlainPlan:
+    """One learner."""
+
+    def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
+        """Read the rows and take up the adapter; raises as `Corpus.load` and `Learner` do."""
+        self._learner = Learner(host, spec, load_corpus(spec))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._learner.progress.step
+
+    def items(self) -> Items:
+        """Events, and None where it waits, up to the FinishedEvent."""
+        yield from self._learner.fit()
+        yield finished(self._learner)
+
+    def save(self) -> None:
+        """Write the state after the last whole step."""
+        self._learner.save()
+
+    def close(self) -> None:
+        """Free the adapter's room."""
+        self._learner.close()
+
+
+def load_corpus(spec: TrainSpec) -> Corpus:
+    """The rows that the run's method wants; raises as `Corpus.load`."""
+    return Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
+
+
+def finished(learner: Learner) -> FinishedEvent:
+    """What a learner that has ended says.
+
+    Raises:
+        TrainingError: it had no step to make.
+    """
+    progress, spec = learner.progress, learner.spec
+    best = progress.best
+    if best is None:
+        raise TrainingError("The run has no step to make; set n_epochs or max_steps above 0.", code="no_steps")
+    return FinishedEvent(
+        run_id=spec.run_id,
+        path=best.path,
+        step=best.step,
+        steps=progress.step,
+        valid_loss=best.valid_loss,
+        valid_accuracy=best.valid_accuracy,
+        base_loss=progress.base_loss,
+        trained_tokens=progress.trained_tokens,
+        seconds=time.monotonic() - learner.started,
+        last_loss=progress.last_loss,
+        held_out=_held_out(learner, best),
+        probe=_probe(learner, best),
+        tasks=best.tasks,
+        curve=progress.points,
+        general_loss=best.general_loss,
+        base_general_loss=progress.base_general_loss,
+        stopped_early=progress.step < learner.total_steps,
+    )
+
+
+def _probe(learner: Learner, best: Best) -> Probe:
+    """Of the first task's rows, which come first among the held-out ones."""
+    corpus = learner.corpus
+    rows = int((corpus.valid_task == 0).sum()) * corpus.valid.rows_per_example
+    return Probe(path=learner.spec.tasks[0].valid_path, rows=best.probe[:rows])
+
+
+def _held_out(learner: Learner, best: Best) -> HeldOut:
+    progress = learner.progress
+    return HeldOut(tokens=progress.row_tokens, adapter=best.rows, start=progress.start_rows)

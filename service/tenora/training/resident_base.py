@@ -1,0 +1,57 @@
+"""What all runs share: the base, the arena of their adapters, the queue of their works, and what a pass may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tenora.model.decoder import Decoder
+from tenora.model.layer_pass import Keep, kept_bytes_per_token
+from tenora.training.arena import TrainingArena
+from tenora.training.pass_queue import WorkQueue
+
+# Of a pass whose activations are kept. On a CPU larger ones are hardly faster, they only hold the pass longer between
+# two boundaries.
+_ACTIVATION_BYTES = {"cpu": 768 * 2**20, "cuda": 8 * 2**30}
+_KEPT_SHARE = 0.75  # of the memory that training was given: the rest is for adapters, gradients and moments
+_USUAL_RANK = 16
+
+
+@dataclass(slots=True)
+class TrainingHost:
+    """The resident base as runs see it.
+
+    Attributes:
+        tokens_per_pass: most tokens of a fused pass; a single longer row makes one of its own.
+        memory: bytes that training was given of the device; 0 if nobody has counted.
+        kept_tokens: tokens of the largest pass whose activations are kept; longer ones run their layers twice.
+        general_losses: of the base on the texts that runs have measured it on.
+    """
+
+    decoder: Decoder
+    arena: TrainingArena
+    queue: WorkQueue
+    tokens_per_pass: int = 2048
+    memory: int = 0
+    kept_tokens: int = field(init=False)
+    general_losses: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        per_token = kept_bytes_per_token(self.decoder, _USUAL_RANK, Keep.ALL)
+        budget = int(self.memory * _KEPT_SHARE) or _ACTIVATION_BYTES.get(
+            self.decoder.device.type, _ACTIVATION_BYTES["cpu"]
+        )
+        self.kept_tokens = max(1, budget // per_token)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what all rows begin with may be computed once: not if positions are rotated by a row's length."""
+        return not self.decoder.rotary.depends_on_length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a fused pass."""
+        return min(self.tokens_per_pass, self.kept_tokens)
+
+    def part_tokens(self, wanted: int, *, recompute: bool | None) -> int:
+        """Tokens of a run's own parts: what it asked for, but no more than memory keeps, unless layers run twice."""
+        return wanted if recompute else min(wanted, self.kept_tokens)
