@@ -16,7 +16,8 @@ from tenora.config import Settings
 from tenora.control.adapters.records import AdapterRecord
 from tenora.control.control import Control
 from tenora.control.files.records import FileRecord
-from tenora.control.jobs.records import TERMINAL, JobRecord, JobRequest
+from tenora.control.jobs.records import JobRecord, JobRequest
+from tenora.control.registry.tables import TERMINAL
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
 from tenora.engine.client.client import AsyncEngine

@@ -20,10 +20,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.worker import publication, runner
 from tenora.control.worker import training as job_training
 from tenora.control.worker.training import MAX_ATTEMPTS
-from tenora.errors import (
-    ConflictError,
-    StorageFullError,
-)
+from tenora.errors import ConflictError, StorageFullError
 from tests.control.conftest import (
     OpenControl,
     create_job,
