@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
-async def closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+async def aclosing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     """`contextlib.aclosing` for a value that is declared as an iterator and is a generator.
 
     Closing a generation ends it in the engine.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tenora.api import sse as attendance
+from tenora.api import sse
 from tests.api.asgi import Call
 from tests.api.conftest import SPEECH, Service
 from tests.support.patience import PATIENCE
@@ -120,7 +120,7 @@ async def test_a_client_that_leaves_before_the_first_token(service: Service) -> 
 
 
 async def test_a_client_that_stops_reading_is_cut_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance.EventStream.__init__, "__defaults__", (0.05,))
+    monkeypatch.setattr(sse.EventStream.__init__, "__defaults__", (0.05,))
     service.script.hold_after = 3
     call = Call(
         service,

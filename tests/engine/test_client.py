@@ -11,8 +11,7 @@ import pytest
 
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
-from tenora.engine.client import client
-from tenora.engine.client import supervisor as keeper
+from tenora.engine.client import client, supervisor
 from tenora.engine.client.client import AsyncEngine
 from tenora.engine.messages import Generate
 from tenora.errors import (
@@ -48,7 +47,7 @@ class Fakes:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    monkeypatch.setattr(keeper, "BACKOFF_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.01, 0.05))
     return Fakes()
 
 

@@ -48,7 +48,7 @@ assert "torch" not in sys.modules
 async def main():
     engine = AsyncEngine(Settings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
     await engine.start()
-    print(engine._keeper.link.pid, "torch" in sys.modules, flush=True)
+    print(engine._supervisor.link.pid, "torch" in sys.modules, flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -66,9 +66,9 @@ def run_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def pid_of(engine: AsyncEngine) -> int:
-    assert isinstance(engine._keeper.link, ProcessLink)
-    assert engine._keeper.link.pid is not None
-    return engine._keeper.link.pid
+    assert isinstance(engine._supervisor.link, ProcessLink)
+    assert engine._supervisor.link.pid is not None
+    return engine._supervisor.link.pid
 
 
 async def _exhaust(outputs: AsyncIterator[SequenceOutput]) -> None:
@@ -237,7 +237,7 @@ async def test_the_real_engine_in_a_thread(driver: Callable[..., Driver], adapte
     tiny = driver()
     engine = AsyncEngine.in_thread(SETTINGS, lambda wake: Engine(tiny.engine.decoder, SETTINGS, wake=wake))
     await engine.start()
-    assert isinstance(engine._keeper.link, ThreadLink)
+    assert isinstance(engine._supervisor.link, ThreadLink)
     try:
         requests = [generate([5, 6, seed], sampling(max_tokens=12), adapter=adapters[seed]) for seed in range(4)]
         answers = await asyncio.gather(*(tokens_of(engine, request) for request in requests))
@@ -253,13 +253,13 @@ async def test_the_real_engine_in_a_thread(driver: Callable[..., Driver], adapte
 
 async def test_a_child_tells_how_far_it_is_while_it_loads(tiny_base: Path, run_directory: Path) -> None:
     engine, told = AsyncEngine(SETTINGS, tiny_base), []
-    receive = engine._keeper._receive
+    receive = engine._supervisor._receive
 
     def note(event: Event) -> None:
         receive(event)
         told.append(engine.loading)
 
-    engine._keeper._receive = note
+    engine._supervisor._receive = note
     await engine.start()
     await engine.close(0)
     weights = [step for step in told if step is not None and step.phase == "weights"]
@@ -269,7 +269,7 @@ async def test_a_child_tells_how_far_it_is_while_it_loads(tiny_base: Path, run_d
 async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And tried again by its keeper, which any other kind of error would end."""
+    """And tried again by its supervisor, which any other kind of error would end."""
     monkeypatch.setattr("tenora.engine.client.child._private_directory", lambda: tmp_path / "gone")
     engine = AsyncEngine(SETTINGS, tmp_path)
     with pytest.raises(UnavailableError, match=r"could not be started: .*no socket at"):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.api.schemas.sampling import GenerationBody, PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
 from tenora.control.adapters.records import Target
 from tenora.control.inference.inference import Inference
@@ -82,7 +82,7 @@ async def generate(
     Closing the generator aborts everything that still runs.
     """
     try:
-        async with closing(merged([inference.generate(request) for request in requests])) as deltas:
+        async with aclosing(merged([inference.generate(request) for request in requests])) as deltas:
             async for source, delta in deltas:
                 timer.token(delta.queue_seconds)
                 tally.add(source, delta)
@@ -126,7 +126,7 @@ async def collect(deltas: AsyncIterator[tuple[int, Delta]], tally: Tally, expect
     """
     texts: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     collected = Collected({}, {})
-    async with closing(deltas) as items:
+    async with aclosing(deltas) as items:
         async for source, delta in items:
             key = (source, delta.index)
             choice = collected.choices.setdefault(key, Choice())
@@ -146,14 +146,14 @@ async def collect(deltas: AsyncIterator[tuple[int, Delta]], tally: Tally, expect
 async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
     """The items of all streams as they come, each with its stream's index. The first error ends all of them."""
     if len(streams) == 1:
-        async with closing(streams[0]) as only:
+        async with aclosing(streams[0]) as only:
             async for item in only:
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue(BUFFERED)
 
     async def forward(index: int, stream: AsyncIterator[T]) -> None:
-        async with closing(stream) as items:
+        async with aclosing(stream) as items:
             async for item in items:
                 await queue.put((index, item))
 

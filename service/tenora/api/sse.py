@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.api import errors
 from tenora.api.lifecycle import Lifecycle
 
@@ -95,7 +95,7 @@ class EventStream(Response):
             await self._break_off(scope, send, error)
 
     async def _write(self, send: Send) -> None:
-        async with self._reader_watched(), closing(self.items) as items:
+        async with self._reader_watched(), aclosing(self.items) as items:
             async for item in items:
                 if not self.started:
                     await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
 from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
@@ -94,7 +94,7 @@ class ChatAnswer:
         """The JSON of each event: the roles, the text as it comes, each choice's end, the usage if wanted."""
         begun = False
         texts = TextEvents(lambda index, text: self._chunk(schema.ChunkChoice(index=index, delta={"content": text})))
-        async with closing(deltas) as items:
+        async with aclosing(deltas) as items:
             async for _, delta in items:
                 if not begun:
                     begun = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
 from tenora.api.generation import (
@@ -169,7 +169,7 @@ class CompletionAnswer:
         """The JSON of each event: the echo if wanted, the text as it comes, then the usage if it is wanted."""
         begun: set[int] = set()
         texts = TextEvents(self._chunk)
-        async with closing(deltas) as items:
+        async with aclosing(deltas) as items:
             async for source, delta in items:
                 index = source * self.body.choices + delta.index
                 if self.echo is not None and index not in begun:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.adapters.ref import AdapterRef
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.records import Target
@@ -164,7 +164,7 @@ class Inference:
         )
         # A stop string is to be found before the engine goes on for long.
         batch = 1 if request.at_once or stream.stops.strings else _TOKENS_AT_ONCE
-        async with closing(self.engine.generate(command, batch=batch)) as outputs:
+        async with aclosing(self.engine.generate(command, batch=batch)) as outputs:
             async for output in outputs:
                 delta = stream.push(output)
                 if delta is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.adapters.ref import AdapterRef
 from tenora.control.registry.ids import random_word
 from tenora.engine.messages import Generate, SamplingParams
@@ -90,7 +90,7 @@ class Scorer:
             cache_salt=self.group,
         )
         found: list[float] = []
-        async with closing(self.engine.generate(command)) as outputs:
+        async with aclosing(self.engine.generate(command)) as outputs:
             async for output in outputs:
                 found += [entry.logprob for entry in output.prompt_logprobs or () if entry is not None]
         if len(found) != len(tokens) - first:

@@ -18,5 +18,8 @@ class JobQueue(Protocol):
         ...
 
     async def leave(self, tenant_id: str, job_id: str, *, pause: bool) -> None:
-        """The job was taken from its worker: end its run, and without `pause` forget its files."""
+        """The job was taken from its worker: end its run, and without `pause` forget its files.
+
+        With `pause` this returns when the run has ended and its events are recorded, or after a while.
+        """
         ...

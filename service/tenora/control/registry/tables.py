@@ -16,7 +16,6 @@ Sequence = BigInteger().with_variant(Integer, "sqlite")
 Id = String(64)
 Binary = bytes  # by a name that no column has
 
-
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 
-from tenora.aclosing import closing
+from tenora.aclosing import aclosing
 from tenora.adapters.digest import damaged
 from tenora.control.gate.baselines import Measuring, measuring
 from tenora.control.jobs.context import JobContext
@@ -164,7 +164,7 @@ class JobTraining:
         try:
             async with (
                 measuring(self._context, self._claim, spec) as base,
-                closing(self._context.engine.train(spec)) as events,
+                aclosing(self._context.engine.train(spec)) as events,
             ):
                 async for event in events:
                     await self._record(event, spec, base)

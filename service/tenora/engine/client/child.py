@@ -87,7 +87,7 @@ class ProcessLink:
             address = f"ipc://{self._directory / 'engine'}"
             try:
                 self._socket.bind(address)
-            except zmq.ZMQError as error:  # no OSError, and it must not end the keeper
+            except zmq.ZMQError as error:  # no OSError, and it must not end the supervisor
                 raise OSError(error.errno, f"no socket at {address}: {error.strerror}") from error
             self._process = await _spawn(self._settings)
             await _write(self._process, launch_message(self._settings, self._model_dir, address))

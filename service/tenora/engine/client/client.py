@@ -13,7 +13,7 @@ from tenora.config import Settings
 from tenora.engine.client.child import ProcessLink
 from tenora.engine.client.link import Link, ThreadLink, check
 from tenora.engine.client.streams import RunStream, SequenceStream
-from tenora.engine.client.supervisor import EngineKeeper
+from tenora.engine.client.supervisor import EngineSupervisor
 from tenora.engine.loop import StepEngine
 from tenora.engine.messages import (
     Abort,
@@ -49,7 +49,7 @@ class AsyncEngine:
 
     def __init__(self, settings: Settings, model_dir: Path, *, link: Callable[[], Link] | None = None) -> None:
         self._settings = settings
-        self._keeper = EngineKeeper(
+        self._supervisor = EngineSupervisor(
             link or (lambda: ProcessLink(settings, model_dir)),
             on_event=self._on_event,
             on_lost=self._on_lost,
@@ -72,9 +72,9 @@ class AsyncEngine:
     @property
     def ready(self) -> Ready:
         """What the engine said when it was loaded. Raises UnavailableError before the first start."""
-        if self._keeper.ready is None:
+        if self._supervisor.ready is None:
             raise UnavailableError("The engine has not started; wait for start() to return.")
-        return self._keeper.ready
+        return self._supervisor.ready
 
     @property
     def stats(self) -> EngineStats:
@@ -84,17 +84,17 @@ class AsyncEngine:
     @property
     def loading(self) -> Loading | None:
         """How far an engine is that is being loaded; None before its first word and once it is there."""
-        return self._keeper.loading
+        return self._supervisor.loading
 
     @property
     def alive(self) -> bool:
         """Whether an engine is loaded and running (it may hang)."""
-        return self._keeper.up.is_set()
+        return self._supervisor.up.is_set()
 
     @property
     def last_heartbeat(self) -> float:
         """`time.monotonic()` of the last sign of life of the step loop; 0 before the first."""
-        return self._keeper.last_heard
+        return self._supervisor.last_heard
 
     @property
     def healthy(self) -> bool:
@@ -104,12 +104,12 @@ class AsyncEngine:
     @property
     def trouble(self) -> str | None:
         """What a restart of this process would help against, and nothing else; None while there is no such thing."""
-        return self._keeper.trouble
+        return self._supervisor.trouble
 
     @property
     def restarts(self) -> int:
         """How often an engine that died or hung was replaced."""
-        return self._keeper.restarts
+        return self._supervisor.restarts
 
     @property
     def open_requests(self) -> int:
@@ -130,18 +130,18 @@ class AsyncEngine:
             UnsupportedModelError, ConfigurationError: it cannot serve this model with these settings.
             UnavailableError: it died, or made no progress for `engine_start_seconds`.
         """
-        await self._keeper.start(self._settings.engine_start_seconds)
+        await self._supervisor.start(self._settings.engine_start_seconds)
 
     async def wait_alive(self) -> None:
         """Wait until an engine is loaded and running, after a restart for example."""
-        await self._keeper.up.wait()
+        await self._supervisor.up.wait()
 
     async def close(self, grace: float) -> None:
         """Stop for good: open requests may finish for `grace` seconds, training runs are paused and saved."""
-        self._keeper.closing.set()
+        self._supervisor.closing.set()
         if self.alive:
             await self._wait_for_sequences(grace)
-        await self._keeper.close()
+        await self._supervisor.close()
 
     # ---- use ------------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class AsyncEngine:
             raise ConflictError(f"A request {request.request_id!r} is running; use a fresh id.")
         stream = self._sequences[request.request_id] = SequenceStream(OUTPUT_BUFFER, batch)
         self._no_sequences.clear()
-        self._keeper.send(request)
+        self._supervisor.send(request)
         try:
             while True:
                 output = await stream.get()
@@ -174,7 +174,7 @@ class AsyncEngine:
                     return
         finally:
             if not stream.ended:
-                self._keeper.send(Abort(request.request_id))
+                self._supervisor.send(Abort(request.request_id))
             self._drop(request.request_id)
 
     async def train(self, spec: TrainSpec) -> AsyncGenerator[TrainEvent, None]:
@@ -191,7 +191,7 @@ class AsyncEngine:
             await previous.over.wait()  # its consumer left and it is about to pause
         self._require_engine()
         stream = self._runs[spec.run_id] = RunStream()
-        self._keeper.send(StartTraining(spec))
+        self._supervisor.send(StartTraining(spec))
         try:
             while True:
                 event = await stream.get()
@@ -201,11 +201,11 @@ class AsyncEngine:
         finally:
             stream.abandoned = True
             if not stream.over.is_set():
-                self._keeper.send(StopTraining(spec.run_id, pause=True))
+                self._supervisor.send(StopTraining(spec.run_id, pause=True))
 
     async def stop_training(self, run_id: str, *, pause: bool = False) -> None:
         """Cancel a run, or pause it; `train` then ends with a StoppedEvent. Unknown runs are ignored."""
-        self._keeper.send(StopTraining(run_id, pause=pause))
+        self._supervisor.send(StopTraining(run_id, pause=pause))
 
     async def pin(self, ref: AdapterRef, pinned: bool = True) -> None:
         """Load an adapter and keep its slot, also over restarts; or no longer keep it."""
@@ -213,17 +213,17 @@ class AsyncEngine:
             self._pinned[ref.digest] = ref
         else:
             self._pinned.pop(ref.digest, None)
-        self._keeper.send(PinAdapter(ref, pinned))
+        self._supervisor.send(PinAdapter(ref, pinned))
 
     async def evict(self, digest: str) -> None:
         """The version was deleted: free what the engine holds of it as soon as no sequence uses it."""
         self._pinned.pop(digest, None)
-        self._keeper.send(EvictAdapter(digest))
+        self._supervisor.send(EvictAdapter(digest))
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _require_engine(self) -> None:
-        if self._keeper.closing.is_set():
+        if self._supervisor.closing.is_set():
             raise UnavailableError("The server is shutting down; retry on another one.", code="draining")
         if not self.alive:
             raise UnavailableError("The engine is starting; retry in a moment.")
@@ -259,7 +259,7 @@ class AsyncEngine:
                 self._stats = stats
             case Ready():
                 for ref in self._pinned.values():
-                    self._keeper.send(PinAdapter(ref))
+                    self._supervisor.send(PinAdapter(ref))
 
     def _on_output(self, item: SequenceOutput | SequenceFailed) -> None:
         stream = self._sequences.get(item.request_id)
@@ -268,7 +268,7 @@ class AsyncEngine:
         if isinstance(item, SequenceFailed):
             stream.fail_as(item)
         elif not stream.put(item):
-            self._keeper.send(Abort(item.request_id))
+            self._supervisor.send(Abort(item.request_id))
 
     def _drop(self, request_id: str) -> None:
         self._sequences.pop(request_id, None)

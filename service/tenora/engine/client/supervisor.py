@@ -24,7 +24,7 @@ _START_ERRORS: dict[str | None, type[TenoraError]] = {
 }
 
 
-class EngineKeeper:
+class EngineSupervisor:
     """One engine after another, until `close`.
 
     Attributes:
@@ -79,7 +79,7 @@ class EngineKeeper:
         self._start_seconds = seconds
         self._away_since = time.monotonic()
         self._first = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._keep(), name="engine-keeper")
+        self._task = asyncio.create_task(self._keep(), name="engine-supervisor")
         try:
             await asyncio.shield(self._first)
         except BaseException:

@@ -1,4 +1,4 @@
-"""How long a keeper waits for an engine, and what it does then, on a clock that jumps instead of waiting."""
+"""How long a supervisor waits for an engine, and what it does then, on a clock that jumps instead of waiting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tenora.engine import messages
-from tenora.engine.client import supervisor as keeper
+from tenora.engine.client import supervisor
 from tenora.engine.client.link import Link
-from tenora.engine.client.supervisor import EngineKeeper
+from tenora.engine.client.supervisor import EngineSupervisor
 from tenora.engine.messages import Command, EngineStats, Event, Heartbeat, Ready
 from tenora.errors import UnavailableError
 from tests.engine.fake import READY
@@ -44,7 +44,7 @@ def clock() -> _NoWaiting:
 def run(clock: _NoWaiting, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
     loop = asyncio.SelectorEventLoop(clock)
     monkeypatch.setattr(loop, "time", lambda: clock.now)
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock.now)
     yield loop.run_until_complete
     loop.close()
 
@@ -80,12 +80,12 @@ def _kernels(done: int) -> Event:
     return messages.Loading(phase="kernels", done=done, total=140)
 
 
-def _keeper(link: Callable[[], Link]) -> EngineKeeper:
-    return EngineKeeper(link, on_event=lambda _: None, on_lost=lambda: None, hang_seconds=HANG)
+def _supervisor(link: Callable[[], Link]) -> EngineSupervisor:
+    return EngineSupervisor(link, on_event=lambda _: None, on_lost=lambda: None, hang_seconds=HANG)
 
 
 async def _start(words: list[Event]) -> Ready | None:
-    subject = _keeper(lambda: _Slow(words))
+    subject = _supervisor(lambda: _Slow(words))
     try:
         await subject.start(PATIENCE)
         return subject.ready
@@ -145,10 +145,10 @@ def _beats(count: int) -> list[tuple[float, Event]]:
     return [(0.5, Heartbeat(stats=EngineStats()))] * count
 
 
-async def _keep(made: list[_Scripted]) -> EngineKeeper:
-    """A keeper whose engines are these, one after another; the first one is loaded."""
+async def _keep(made: list[_Scripted]) -> EngineSupervisor:
+    """A supervisor whose engines are these, one after another; the first one is loaded."""
     left = iter(made)
-    subject = _keeper(lambda: next(left))
+    subject = _supervisor(lambda: next(left))
     await subject.start(PATIENCE)
     return subject
 
@@ -223,7 +223,7 @@ def test_only_what_a_restart_would_help_is_trouble(run: Callable[[Any], Any]) ->
                 return "exit status 1"
 
         engines = itertools.chain([_Scripted([(1, READY)])], iter(Failing, None))
-        subject = _keeper(lambda: next(engines))
+        subject = _supervisor(lambda: next(engines))
         await subject.start(PATIENCE)
         await asyncio.sleep(HANG + PATIENCE - 10)
         assert subject.restarts > 5
