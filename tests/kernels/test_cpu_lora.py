@@ -164,7 +164,7 @@ def test_works_where_no_cache_can_be_written(tmp_path: Path, repo_root: Path) ->
 
         # What Numba finds where neither the package's folder nor the user's can be written.
         caching.CacheImpl._locator_classes = []
-        from tenora_kernels.cpu import lora
+        from tenora_kernels.cpu.lowrank import lora
         from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
         tables = LoraTables.empty(torch.ones(4), in_features=(2,), out_features=(2,), slots=1)

@@ -26,7 +26,8 @@ SMALL = """
 import json, sys
 import torch
 from numba import types
-from tenora_kernels.cpu import gemm, team
+from tenora_kernels.cpu.products import gemm
+from tenora_kernels.cpu.runtime import team
 from tenora_kernels.cpu.products.gemm import NARROW
 from tenora_kernels.cpu.precompile import Job, precompile
 from numba import typeof
@@ -40,7 +41,8 @@ print(json.dumps([told[0], told[-1]]))
 """
 WARM_UP = """
 import torch
-from tenora_kernels.cpu import layers, lora, losses
+from tenora_kernels.cpu.decoder import layers, losses
+from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.cpu.precompile import Wanted, _smallest
 from tenora_kernels.cpu.runtime.watch import watching
 compiled = []
