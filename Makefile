@@ -64,7 +64,7 @@ demo: setup ## the whole product in one run: serve, fine-tune on a sample file, 
 	@$(BIN)/python clients/demo/demo.py $(ARGS)
 
 # Two lanes when everything runs: the tests that compute, and the rest, which mostly wait for servers.
-COMPUTING := tests/kernels tests/model tests/training tests/engine
+COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine
 
 test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
 ifeq ($(strip $(ARGS)),)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from numba.core import config
 
 from tenora_kernels.cpu.runtime.levels import LEVELS, target_features
+
+if TYPE_CHECKING:
+    from tenora.model.tokenizer import Tokenizer
 
 # The tiny bases are whole panels of AVX2's vectors and not of AVX-512's, so the compiled layers would not take them.
 if target_features().get("avx512f"):
@@ -52,6 +56,14 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def tiny_base(make_tiny: Callable[[str], Path]) -> Path:
     """Directory of the tiny random base that most tests serve; read only."""
     return make_tiny("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    """The tiny base's tokenizer."""
+    from tenora.model.tokenizer import Tokenizer  # imports tokenizers, whose parallelism is settled above
+
+    return Tokenizer.load(tiny_base)
 
 
 @pytest.fixture(scope="session")

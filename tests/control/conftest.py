@@ -45,11 +45,6 @@ def targets(tiny_base: Path) -> Sequence[TargetModule]:
     return target_modules(ModelSpec.from_directory(tiny_base))
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tiny_base: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_base)
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"

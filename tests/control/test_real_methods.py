@@ -17,7 +17,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, messages, tenant, until, upload
-from tests.control.test_job_methods import PAIRS
+from tests.control.jobs.test_job_methods import PAIRS
 from tests.control.test_real_engine import Service, _one_thread, say, scores, service
 
 __all__ = ["_one_thread", "service"]  # fixtures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import Generate, SamplingParams
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 
 _ids = count()
 
@@ -21,7 +21,7 @@ def sampling(max_tokens: int = 8, temperature: float = 0.0, **given: Any) -> Sam
 
 
 def generate(
-    token_ids: Rows[int],
+    token_ids: Sequence[int],
     params: SamplingParams | None = None,
     *,
     adapter: AdapterRef | None = None,
@@ -40,10 +40,10 @@ def generate(
 
 
 def sequence(
-    token_ids: Rows[int], params: SamplingParams | None = None, output: Rows[int] = (), **given: Any
-) -> Sequence:
+    token_ids: Sequence[int], params: SamplingParams | None = None, output: Sequence[int] = (), **given: Any
+) -> SequenceState:
     """A sequence as it stands after `output` was generated."""
-    made = Sequence.start(generate(token_ids, params, **given), next(_ids))
+    made = SequenceState.start(generate(token_ids, params, **given), next(_ids))
     made.token_ids += output
     return made
 

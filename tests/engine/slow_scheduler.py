@@ -11,7 +11,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
 from tenora.engine.scheduler import LOOK_AHEAD, Blocked, Residency, Scheduled, Scheduler
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 
 
 @dataclass
@@ -19,7 +19,7 @@ class _Group:
     service: float
     weight: float = 1.0
     live: int = 0
-    waiting: list[Sequence] = field(default_factory=list)
+    waiting: list[SequenceState] = field(default_factory=list)
 
 
 class SlowQueue(FairQueue):
@@ -32,14 +32,14 @@ class SlowQueue(FairQueue):
     def __len__(self) -> int:
         return sum(len(group.waiting) for group in self.groups.values())
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[SequenceState]:
         for group in self.groups.values():
             yield from group.waiting
 
-    def waiting_for(self, digest: str) -> list[Sequence]:
+    def waiting_for(self, digest: str) -> list[SequenceState]:
         return [sequence for sequence in self if sequence.digest == digest]
 
-    def enter(self, sequence: Sequence) -> None:
+    def enter(self, sequence: SequenceState) -> None:
         group = self.groups.setdefault(sequence.request.group, _Group(self.floor))
         if group.live == 0:
             group.service = max(group.service, self._least_served())
@@ -47,26 +47,26 @@ class SlowQueue(FairQueue):
         group.live += 1
         self.requeue(sequence)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: SequenceState) -> None:
         insort(self.groups[sequence.request.group].waiting, sequence, key=lambda waiting: waiting.order)
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: SequenceState) -> None:
         self.groups[sequence.request.group].waiting.remove(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: SequenceState) -> None:
         self.groups[sequence.request.group].live -= 1
         self.floor = max(self.floor, self._least_served())
         if not any(group.live for group in self.groups.values()):
             self.floor = 0.0
             self.groups.clear()
 
-    def charge(self, sequence: Sequence, end: int) -> None:
+    def charge(self, sequence: SequenceState, end: int) -> None:
         if end > sequence.charged:
             group = self.groups[sequence.request.group]
             group.service += (end - sequence.charged) / group.weight
             sequence.charged = end
 
-    def candidates(self, blocked: Collection[str] = ()) -> Iterator[Sequence]:
+    def candidates(self, blocked: Collection[str] = ()) -> Iterator[SequenceState]:
         pending = [(group, list(reversed(group.waiting))) for group in self.groups.values() if group.waiting]
         while pending:
             turn = min(range(len(pending)), key=lambda index: pending[index][0].service)
@@ -90,7 +90,7 @@ class SlowScheduler(Scheduler):
         refs = [sequence.request.adapter for sequence in islice(self.waiting.candidates(), LOOK_AHEAD)]
         return iter(dict.fromkeys(ref for ref in refs if ref is not None))
 
-    def _admit(self, batch: dict[Sequence, Scheduled], budget: int) -> None:
+    def _admit(self, batch: dict[SequenceState, Scheduled], budget: int) -> None:
         blocked: set[str] = set()
         slots_full = False
         for sequence in self.waiting.candidates():

@@ -16,7 +16,7 @@ from tenora.engine.core import Engine
 from tenora.engine.messages import (
     Abort,
 )
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.errors import ConfigurationError
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
@@ -158,7 +158,7 @@ def test_prefixes_are_shared_within_a_salt_and_an_adapter_version_only(
 
 def test_prefixes_of_another_length_class_are_not_shared() -> None:
     """With a RoPE scaling that depends on the length, the same tokens have other keys in a longer prompt."""
-    short, long = (Sequence.start(generate(prompt(8)), 0, length_class) for length_class in (0, 1))
+    short, long = (SequenceState.start(generate(prompt(8)), 0, length_class) for length_class in (0, 1))
     assert not set(short.hashes(4, 8)) & set(long.hashes(4, 8))
 
 

@@ -17,7 +17,7 @@ from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
 from tenora.engine.messages import Generate
 from tenora.engine.scheduler import Scheduler
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tests.engine.requests import generate, ref, sampling, sequence
 from tests.engine.slow_scheduler import SlowScheduler
 from tests.engine.test_scheduler import Slots, step
@@ -38,7 +38,7 @@ class Pair:
 
     def join(self, request: Generate) -> None:
         for scheduler in self.both:
-            scheduler.add(Sequence.start(request, self.arrivals))
+            scheduler.add(SequenceState.start(request, self.arrivals))
         self.arrivals += 1
 
     def abort(self, choice: Random) -> None:

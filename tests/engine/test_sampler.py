@@ -15,7 +15,7 @@ from torch import Tensor
 from tenora.engine import sampler
 from tenora.engine.messages import SamplingParams
 from tenora.engine.sampler import sample, uniform
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tests.engine.requests import sampling, sequence
 
 VOCAB = 520  # more than one block of the two-level draw, and more than the candidates
@@ -256,7 +256,7 @@ def test_only_rows_without_any_wish_are_plain(given: dict[str, Any]) -> None:
 def test_log_probabilities_are_the_models_own() -> None:
     logits = logits_for(3)
     want = torch.log_softmax(logits, dim=-1)
-    rows: list[Sequence] = [
+    rows: list[SequenceState] = [
         sequence([1], sampling(logprobs=2, logit_bias={11: 100.0}, repetition_penalty=1.5)),
         sequence([1], sampling()),
         sequence([1], sampling(temperature=0.2, seed=1, top_k=3, logprobs=0)),

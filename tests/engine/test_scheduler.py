@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.scheduler import LOOK_AHEAD, Blocked, Scheduled, Scheduler
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.errors import UnavailableError
 from tests.engine.requests import ref, sampling, sequence
 
@@ -59,7 +59,7 @@ def step(scheduler: Scheduler) -> list[Scheduled]:
     return batch
 
 
-def shape(batch: list[Scheduled]) -> list[tuple[Sequence, int, int]]:
+def shape(batch: list[Scheduled]) -> list[tuple[SequenceState, int, int]]:
     return [(item.sequence, item.start, item.count) for item in batch]
 
 
@@ -268,7 +268,7 @@ class Traffic(RuleBasedStateMachine):
         self.slots = Slots(size=2, loaded=False)
         self.scheduler = make(num_blocks, block_size, seqs, tokens, self.slots)
         self.capacity = num_blocks * block_size
-        self.ended: list[Sequence] = []
+        self.ended: list[SequenceState] = []
 
     @rule(
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=30),

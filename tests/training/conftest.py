@@ -11,7 +11,6 @@ import torch
 
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import TrainEvent
 
 from .runs import MakeSpec, TrainingRun, default_spec, write_rows
@@ -23,11 +22,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_base: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_base)
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ from tenora.training.spec import (
     TrainEvent,
     TrainSpec,
 )
-
-from .rows import random_rows
+from tests.data.rows import random_rows
 
 MakeSpec = Callable[..., TrainSpec]
 

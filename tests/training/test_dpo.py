@@ -40,8 +40,8 @@ from tenora.training.spec import (
     TrainEvent,
     TrainSpec,
 )
+from tests.data.rows import random_rows, write_lines
 
-from .rows import random_rows, write_lines
 from .runs import TrainingRun, assert_same_bits, comparable, default_spec, events_of, failure, weights_of
 from .test_step import make_adapter
 

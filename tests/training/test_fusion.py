@@ -17,8 +17,8 @@ from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
 from tenora.training.spec import FailedEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
 from tenora_kernels.cpu.runtime.team import Team
+from tests.data.rows import random_rows
 
-from .rows import random_rows
 from .runs import MakeSpec, assert_same_bits, comparable, weights_of
 
 Events = dict[str, list[Any]]

@@ -32,8 +32,8 @@ from tenora.training.spec import (
     TrialEvent,
     TrialSpec,
 )
+from tests.data.rows import random_rows
 
-from .rows import random_rows
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of
 
 RATES = (1e-4, 3e-3, 1e-2, 2e-2, 5e-3, 1e-5)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
 from tenora.training.packing import microbatches, pack, plan_microbatches, shared_prefix, stream_length
-
-from .rows import random_rows
+from tests.data.rows import random_rows
 
 
 @given(lengths=st.lists(st.integers(0, 60), max_size=40), capacity=st.integers(1, 64))

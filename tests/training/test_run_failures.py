@@ -23,9 +23,9 @@ from tenora.training.spec import (
     StepEvent,
     TaskSpec,
 )
+from tests.data.rows import random_rows
 from tests.support.errors import OUT_OF_MEMORY
 
-from .rows import random_rows
 from .runs import (
     Items,
     MakeSpec,

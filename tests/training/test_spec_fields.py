@@ -1,6 +1,6 @@
 """Every field of a run's spec changes what the run does, whatever kind of run it is: none is ignored.
 
-`tests/control/test_job_fields.py` shows how the fields of a request become these.
+`tests/control/jobs/test_job_fields.py` shows how the fields of a request become these.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tenora.training.spec import (
     TrainSpec,
     TrialSpec,
 )
+from tests.data.rows import random_rows
 
-from .rows import random_rows
 from .runs import MakeSpec, TrainingRun, comparable, events_of
 
 KINDS = ("plain", "folds", "sweep", "dpo")

@@ -35,8 +35,7 @@ from tenora.training.step import (
     forward_backward,
     load_pass,
 )
-
-from .rows import random_rows
+from tests.data.rows import random_rows
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

@@ -44,7 +44,7 @@ from tenora.engine.requests import check_request
 from tenora.engine.resources import Facts, Resources, resources
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.engine.trainer import Trainer
 from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
@@ -312,7 +312,7 @@ class Engine:
         length_class = self.decoder.rotary.length_class(len(request.token_ids))
         try:
             check_request(request, vocab_size=self.decoder.spec.vocab_size, max_model_len=self.max_model_len)
-            self.scheduler.add(Sequence.start(request, self._arrivals, length_class))
+            self.scheduler.add(SequenceState.start(request, self._arrivals, length_class))
         except TenoraError as error:
             code = error.code if error.code == "context_length_exceeded" else "invalid_request"
             self._rejected.append(failed(request.request_id, code or "invalid_request", error.message))
@@ -378,7 +378,7 @@ def _share_out(decoder: Decoder, settings: Settings) -> Resources:
     return found
 
 
-def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+def _digests(sequences: Iterable[SequenceState]) -> tuple[str, ...]:
     return tuple(sorted({sequence.digest for sequence in sequences if sequence.digest}))
 
 

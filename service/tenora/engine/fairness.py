@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 
 _FEWEST_KEPT = 1024  # groups that are remembered however few of them have a sequence
 _order = attrgetter("order")
@@ -21,7 +21,7 @@ class _Group:
         number: order of arrival, the tie-breaker between groups that were served alike.
         service: tokens served, divided by the weight.
         live: sequences waiting or running.
-        waiting: sorted by `Sequence.order`.
+        waiting: sorted by `SequenceState.order`.
         turn: its entry in `FairQueue._turns` while it is live.
     """
 
@@ -29,7 +29,7 @@ class _Group:
     service: float
     weight: float = 1.0
     live: int = 0
-    waiting: list[Sequence] = field(default_factory=list)
+    waiting: list[SequenceState] = field(default_factory=list)
     turn: _Turn | None = None
 
 
@@ -52,7 +52,7 @@ class FairQueue:
         self._floor = 0.0
         self._turns: list[_Turn] = []  # of the live groups, sorted, but for those in `_charged`
         self._charged: set[_Group] = set()
-        self._by_digest: dict[str, dict[Sequence, None]] = {}  # all that wait, in the order in which they came
+        self._by_digest: dict[str, dict[SequenceState, None]] = {}  # all that wait, in the order in which they came
         self._arrivals = 0  # of groups
         self._kept = _FEWEST_KEPT
         self._waiting = 0
@@ -60,7 +60,7 @@ class FairQueue:
     def __len__(self) -> int:
         return self._waiting
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[SequenceState]:
         for group in self._groups.values():
             yield from group.waiting
 
@@ -68,11 +68,11 @@ class FairQueue:
         """The adapters that are waited for, each once; "" is the base."""
         return list(self._by_digest)
 
-    def waiting_for(self, digest: str) -> list[Sequence]:
+    def waiting_for(self, digest: str) -> list[SequenceState]:
         """The waiting sequences of one adapter, or of the base with ""."""
         return list(self._by_digest.get(digest, ()))
 
-    def enter(self, sequence: Sequence) -> None:
+    def enter(self, sequence: SequenceState) -> None:
         """Add a new sequence. Its group counts as active until `leave`."""
         name = sequence.request.group
         group = self._groups.get(name)
@@ -87,13 +87,13 @@ class FairQueue:
         group.live += 1
         self.requeue(sequence)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: SequenceState) -> None:
         """Put a running sequence back among the waiting ones, in its old place."""
         insort(self._groups[sequence.request.group].waiting, sequence, key=_order)
         self._by_digest.setdefault(sequence.digest, {})[sequence] = None
         self._waiting += 1
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: SequenceState) -> None:
         """Remove a waiting sequence (it runs now, or is about to leave)."""
         self._groups[sequence.request.group].waiting.remove(sequence)
         same = self._by_digest[sequence.digest]
@@ -102,7 +102,7 @@ class FairQueue:
             del self._by_digest[sequence.digest]
         self._waiting -= 1
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: SequenceState) -> None:
         """A sequence that no longer waits has ended."""
         group = self._groups[sequence.request.group]
         group.live -= 1
@@ -117,7 +117,7 @@ class FairQueue:
             self._groups = {n: g for n, g in self._groups.items() if g.live or g.service > self._floor}
             self._kept = max(_FEWEST_KEPT, 2 * len(self._groups))  # so that looking at all of them is rare
 
-    def charge(self, sequence: Sequence, end: int) -> None:
+    def charge(self, sequence: SequenceState, end: int) -> None:
         """Charge the group for the tokens up to `end` that were not charged yet."""
         if end > sequence.charged:
             group = self._groups[sequence.request.group]
@@ -125,7 +125,7 @@ class FairQueue:
             sequence.charged = end
             self._charged.add(group)
 
-    def candidates(self, blocked: frozenset[str] | set[str] = frozenset()) -> Iterator[Sequence]:
+    def candidates(self, blocked: frozenset[str] | set[str] = frozenset()) -> Iterator[SequenceState]:
         """Each waiting sequence once, fairest first, as charges stand now.
 
         Args:

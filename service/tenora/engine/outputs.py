@@ -6,7 +6,7 @@ import math
 
 from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
 from tenora.engine.runner import Result
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 
 Item = SequenceOutput | SequenceFailed
 
@@ -21,7 +21,7 @@ def is_final(item: Item) -> bool:
     return isinstance(item, SequenceFailed) or item.finish_reason is not None
 
 
-def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
+def advance(sequence: SequenceState, result: Result, max_model_len: int) -> Item:
     """Append the sampled token unless it is a stop token, and say what is new and whether that was all.
 
     Args:
@@ -59,7 +59,7 @@ def advance(sequence: Sequence, result: Result, max_model_len: int) -> Item:
     )
 
 
-def _not_finite(sequence: Sequence, result: Result) -> SequenceFailed | None:
+def _not_finite(sequence: SequenceState, result: Result) -> SequenceFailed | None:
     """The failure of a sequence whose scores are not numbers. With the same adapter or request it comes again."""
     scored = sequence.prompt_logprobs if sequence.digest and not sequence.reported else None
     if (result.token is None or result.token >= 0) and not any(e and math.isnan(e.logprob) for e in scored or ()):

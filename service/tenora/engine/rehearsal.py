@@ -9,7 +9,7 @@ import torch
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.spec import target_modules
@@ -36,7 +36,7 @@ def rehearse(decoder: Decoder, *, tokens: int, seqs: int, block_size: int) -> Ca
     batch = []
     for number in range(seqs):
         sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=1, seed=number)
-        prompt = Sequence.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=number)
+        prompt = SequenceState.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=number)
         prompt.block_table = list(range(number * blocks, (number + 1) * blocks))
         batch.append(Scheduled(prompt, 0, length))
 

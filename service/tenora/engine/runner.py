@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from tenora.engine.decode_graphs import DecodeGraphs, DecodeRows
 from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
 from tenora.engine.sampler import describe, sample
 from tenora.engine.scheduler import Scheduled
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
@@ -67,7 +67,7 @@ class ModelRunner:
 
     # Not inference_mode: a tensor made there and kept (a lazily packed weight, say) could not take part in training.
     @torch.no_grad()
-    def run(self, batch: Rows[Scheduled]) -> list[Result]:
+    def run(self, batch: Sequence[Scheduled]) -> list[Result]:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].sequence.slot)  # rows of a slot lie together
         items = [batch[index] for index in order]
@@ -104,7 +104,7 @@ class ModelRunner:
         most = min(max_tokens, self.cache.num_blocks * size, self.decoder.spec.context_length)
         for length in (most, min(most, _FEW_ROWS)):
             sampling = SamplingParams(temperature=0.0, max_tokens=1)
-            prompt = Sequence.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=0)
+            prompt = SequenceState.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=0)
             prompt.slot = 0  # of an empty pool: it adapts nothing
             prompt.block_table = list(range(-(-length // size)))
             self.run([Scheduled(prompt, 0, length)])
@@ -114,7 +114,7 @@ class ModelRunner:
         """Raise unless the block tables that are kept are those of the sequences."""
         self._block_tables.check_integrity()
 
-    def _hidden(self, items: Rows[Scheduled]) -> Tensor:
+    def _hidden(self, items: Sequence[Scheduled]) -> Tensor:
         """Hidden states [T, H] of the stream of the items' tokens."""
         sequences = [item.sequence for item in items]
         starts = np.array([item.start for item in items])
@@ -149,7 +149,7 @@ class ModelRunner:
         hidden: Tensor = self.decoder(self._tensor(np.array(token_ids)), context)
         return hidden
 
-    def _adapters(self, sequences: Rows[Sequence], row: Integers) -> LoraBatch | None:
+    def _adapters(self, sequences: Sequence[SequenceState], row: Integers) -> LoraBatch | None:
         """Which rows use which slot. Kept from step to step while only decoding goes on, with the same rows."""
         slots = [sequence.slot for sequence in sequences]
         if self.graphs is not None:
@@ -165,7 +165,7 @@ class ModelRunner:
             self._lora = (made_for, lora)
         return self._lora[1]
 
-    def _lengths(self, sequences: Rows[Sequence], row: Integers, positions: Integers) -> Integers | None:
+    def _lengths(self, sequences: Sequence[SequenceState], row: Integers, positions: Integers) -> Integers | None:
         """What each token is rotated for (see `Rotary.table`): the prompt as a whole, then one more with each token."""
         if not self.decoder.rotary.depends_on_length:
             return None

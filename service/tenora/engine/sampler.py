@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 
 from tenora.engine.messages import SamplingParams, TokenLogprob
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.model.to_device import to_device
 
 CANDIDATES = (256, 4096)  # most likely tokens that a top-k or top-p row looks at before it sorts the whole vocabulary
 _BLOCK = 256
 
-_Draw = Callable[[Tensor, Rows[Sequence]], Tensor]  # logits [n, vocab], n rows → tokens [n], -1 where impossible
+# From logits [n, vocab] and their n rows: tokens [n], -1 where there is none to be had.
+_Draw = Callable[[Tensor, Sequence[SequenceState]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 12) / 2**52
 
 
-def sample(logits: Tensor, rows: Rows[Sequence]) -> Sampled:
+def sample(logits: Tensor, rows: Sequence[SequenceState]) -> Sampled:
     """Choose the next token of each row.
 
     The order is transformers' and vLLM's: repetition, frequency and presence penalties, bias, minimum length, then
@@ -79,7 +79,7 @@ def sample(logits: Tensor, rows: Rows[Sequence]) -> Sampled:
     return Sampled(tokens, logprobs)
 
 
-def describe(logprobs: Tensor, token_ids: Rows[int], top: Rows[int]) -> list[TokenLogprob]:
+def describe(logprobs: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
     """Log-probability of one token per row and of the row's `top[i]` most likely ones.
 
     Args:
@@ -96,20 +96,20 @@ def describe(logprobs: Tensor, token_ids: Rows[int], top: Rows[int]) -> list[Tok
     return entries
 
 
-def _is_penalised(row: Sequence) -> bool:
+def _is_penalised(row: SequenceState) -> bool:
     sampling = row.sampling
     return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
 
 
-def _is_biased(row: Sequence) -> bool:
+def _is_biased(row: SequenceState) -> bool:
     return bool(row.sampling.logit_bias)
 
 
-def _is_too_short(row: Sequence) -> bool:
+def _is_too_short(row: SequenceState) -> bool:
     return row.num_output < row.sampling.min_tokens and bool(row.stop_ids)
 
 
-def _penalise(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _penalise(logits: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     """Repetition penalty (Keskar et al. 2019) on prompt and output; frequency and presence (OpenAI) on the output.
 
     Only the tokens that occur are looked at: a few hundred of a row's tens of thousands.
@@ -133,7 +133,7 @@ def _penalise(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     return logits
 
 
-def _keys(token_ids: Rows[list[int]], vocab: int) -> npt.NDArray[np.int64]:
+def _keys(token_ids: Sequence[list[int]], vocab: int) -> npt.NDArray[np.int64]:
     """Each token of each row as row · vocab + token."""
     return np.concatenate([np.array(ids, dtype=np.int64) + row * vocab for row, ids in enumerate(token_ids)])
 
@@ -150,7 +150,7 @@ def _presence_penalty(sampling: SamplingParams) -> float:
     return sampling.presence_penalty
 
 
-def _bias(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _bias(logits: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     entries = [
         (index, token, bias) for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()
     ]
@@ -159,14 +159,14 @@ def _bias(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     return logits.index_put_(at, _beside(logits, biases, logits.dtype), accumulate=True)
 
 
-def _forbid_stops(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _forbid_stops(logits: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     entries = [(index, token) for index, row in enumerate(rows) for token in row.stop_ids]
     row_ids, token_ids = zip(*entries, strict=True)
     logits[_indices(logits, row_ids), _indices(logits, token_ids)] = -torch.inf
     return logits
 
 
-def _choose(logits: Tensor, rows: Rows[Sequence]) -> list[int]:
+def _choose(logits: Tensor, rows: Sequence[SequenceState]) -> list[int]:
     """One token per row: arg max, a draw from the whole vocabulary, or a draw from its most likely part.
 
     They are read from the device once, at the end.
@@ -199,7 +199,7 @@ def _argmax(logits: Tensor) -> Tensor:
     return torch.where(values.isfinite(), tokens, -1)
 
 
-def _draw(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     """Inverse-CDF draw over the vocabulary in id order. Two levels (sums of 256) spare a float64 scan of it all."""
     n, vocab = logits.shape
     weights = logits.new_empty(n, -(-vocab // _BLOCK) * _BLOCK)
@@ -215,7 +215,7 @@ def _draw(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     return torch.where(sums.sum(dim=-1).isfinite(), block * _BLOCK + inner, -1)
 
 
-def _draw_filtered(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _draw_filtered(logits: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     """Draw from the most likely tokens: from few of them, or from more if a row's top-p or top-k exceeds those.
 
     Which path a row takes depends on that row alone: its neighbours never change its tokens.
@@ -234,7 +234,7 @@ def _draw_filtered(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     return tokens
 
 
-def _draw_sorted(scaled: Tensor, rows: Rows[Sequence], width: int) -> tuple[Tensor, Tensor]:
+def _draw_sorted(scaled: Tensor, rows: Sequence[SequenceState], width: int) -> tuple[Tensor, Tensor]:
     """Draw among the `width` largest of each row. Also tells which rows needed no more than those."""
     vocab = scaled.shape[1]
     values, ids = _largest(scaled, width)
@@ -302,20 +302,20 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(1), (target - before).clamp_(min=0)
 
 
-def _noise(like: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _noise(like: Tensor, rows: Sequence[SequenceState]) -> Tensor:
     return _beside(like, [uniform(row.seed, row.num_output) for row in rows], torch.float64).unsqueeze(1)
 
 
-def _column(like: Tensor, rows: Rows[Sequence], value: Callable[[SamplingParams], float]) -> Tensor:
+def _column(like: Tensor, rows: Sequence[SequenceState], value: Callable[[SamplingParams], float]) -> Tensor:
     """One value per row as a column [n, 1] that broadcasts over the vocabulary."""
     return _beside(like, [value(row.sampling) for row in rows], like.dtype).unsqueeze(1)
 
 
-def _indices(like: Tensor, numbers: Rows[int]) -> Tensor:
+def _indices(like: Tensor, numbers: Sequence[int]) -> Tensor:
     """int64 [n] beside `like`: a list as an index would be copied while everybody waits."""
     return _beside(like, numbers, torch.int64)
 
 
-def _beside(like: Tensor, numbers: Rows[float], dtype: torch.dtype) -> Tensor:
+def _beside(like: Tensor, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
     """[n] on the device of `like`."""
     return to_device(torch.tensor(numbers, dtype=dtype), like.device)

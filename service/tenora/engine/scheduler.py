@@ -13,7 +13,7 @@ from typing import Protocol
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tenora.errors import ConflictError, TenoraError
 
 LOOK_AHEAD = 32  # waiting sequences whose adapters are read while others run
@@ -42,7 +42,7 @@ class Residency(Protocol):
 class Scheduled:
     """Tokens [start, start + count) of a sequence are computed in this step."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     count: int
 
@@ -68,15 +68,15 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every decode fits into every step
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = FairQueue()
-        self.running: list[Sequence] = []
-        self.failed: list[tuple[Sequence, TenoraError]] = []  # ended by the last `schedule`
+        self.running: list[SequenceState] = []
+        self.failed: list[tuple[SequenceState, TenoraError]] = []  # ended by the last `schedule`
         self.adapter_use: Counter[str] = Counter()  # digest → live sequences
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._by_id: dict[str, Sequence] = {}
+        self._by_id: dict[str, SequenceState] = {}
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Let a new sequence wait for its turn. Raises ValueError for an id that is live already."""
         if sequence.id in self._by_id:
             raise ValueError(f"request id {sequence.id!r} is in use")
@@ -84,11 +84,11 @@ class Scheduler:
         self.adapter_use[sequence.digest] += 1
         self.waiting.enter(sequence)
 
-    def get(self, request_id: str) -> Sequence | None:
+    def get(self, request_id: str) -> SequenceState | None:
         """The live sequence of a request, or None."""
         return self._by_id.get(request_id)
 
-    def live(self) -> list[Sequence]:
+    def live(self) -> list[SequenceState]:
         """Every sequence that has not ended."""
         return list(self._by_id.values())
 
@@ -124,7 +124,7 @@ class Scheduler:
         for index in range(first, len(hashes)):
             self.blocks.register(sequence.block_table[index], hashes[index], sequence.digest)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """End a sequence, running or waiting, and give back everything it holds."""
         if self._by_id.pop(sequence.id, None) is None:
             return
@@ -142,8 +142,8 @@ class Scheduler:
         """Raise BlockIntegrityError unless every held block belongs to a running sequence."""
         self.blocks.check_integrity(sequence.block_table for sequence in self.live())
 
-    def _continue_running(self) -> tuple[dict[Sequence, Scheduled], int]:
-        batch: dict[Sequence, Scheduled] = {}
+    def _continue_running(self) -> tuple[dict[SequenceState, Scheduled], int]:
+        batch: dict[SequenceState, Scheduled] = {}
         budget = self.max_num_batched_tokens
         for sequence in sorted(self.running, key=lambda running: running.remaining > 1):  # stable: admission order
             if budget == 0:
@@ -163,7 +163,7 @@ class Scheduler:
                 budget -= count
         return batch, budget
 
-    def _admit(self, batch: dict[Sequence, Scheduled], budget: int) -> None:
+    def _admit(self, batch: dict[SequenceState, Scheduled], budget: int) -> None:
         if budget == 0 or len(self.running) >= self.max_num_seqs or not len(self.waiting):
             return
         blocked: set[str] = set()
@@ -186,10 +186,10 @@ class Scheduler:
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 return
 
-    def _match(self, sequence: Sequence) -> list[int]:
+    def _match(self, sequence: SequenceState) -> list[int]:
         return self.blocks.match(sequence.hashes(self.blocks.block_size, sequence.num_cacheable))
 
-    def _acquire(self, sequence: Sequence) -> Blocked | None:
+    def _acquire(self, sequence: SequenceState) -> Blocked | None:
         """Give the sequence its adapter's slot; a failed load ends it and all others that wait for the same."""
         if sequence.request.adapter is None:
             return None
@@ -213,7 +213,7 @@ class Scheduler:
             self.failed.append((waiting, error))
             self.finish(waiting)
 
-    def _start(self, sequence: Sequence, matched: list[int], budget: int) -> Scheduled:
+    def _start(self, sequence: SequenceState, matched: list[int], budget: int) -> Scheduled:
         self.waiting.take(sequence)
         self.running.append(sequence)
         sequence.block_table = self.blocks.take(matched)
@@ -228,19 +228,19 @@ class Scheduler:
             raise RuntimeError("blocks vanished between can_hold and grow")
         return Scheduled(sequence, sequence.num_computed, count)
 
-    def _victim(self) -> Sequence:
+    def _victim(self) -> SequenceState:
         held: Counter[str] = Counter()
         for sequence in self.running:
             held[sequence.request.group] += len(sequence.block_table)
         return max(self.running, key=lambda running: (held[running.request.group], *running.order))
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: SequenceState) -> None:
         self.preemptions += 1
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.requeue(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         self.blocks.free(sequence.block_table)
         sequence.num_computed = 0
         if sequence.slot >= 0:

@@ -13,7 +13,7 @@ GREEDY_BELOW = 1e-5  # temperature
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class SequenceState:
     """Mutable state of one request. Only the scheduler and the engine change it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Sequence:
         self.order = (self.request.priority, self.arrival)
 
     @classmethod
-    def start(cls, request: Generate, arrival: int, length_class: int = 0) -> Sequence:
+    def start(cls, request: Generate, arrival: int, length_class: int = 0) -> SequenceState:
         """Make the sequence of a request."""
         sampling = request.sampling
         stops = frozenset(sampling.stop_token_ids)

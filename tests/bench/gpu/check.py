@@ -22,10 +22,10 @@ NO_GPU = 3
 TESTS = (
     "tests/kernels/gpu/test_cuda.py",
     "tests/kernels/gpu/test_cuda_paged.py",
-    "tests/engine/test_card.py",
+    "tests/engine/test_gpu.py",
     "tests/engine/test_clock.py",
     "tests/engine/test_decode_graphs.py",
-    "tests/training/test_card.py",
+    "tests/training/test_gpu.py",
 )
 REPO = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,7 @@ from tenora.engine.decode_graphs import AdapterRows
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tests.bench.gpu.engine_loop import BLOCK, EngineLoop
 from tests.engine.graphs import Rerun
 
@@ -23,9 +23,9 @@ STEPS = ((512, 32), (2048, 64))
 def batch(loop: EngineLoop, chunk: int, rows: int, slots: list[int]) -> list[Scheduled]:
     """The chunk of a sequence of its own, whole, in the blocks behind those of the rows that decode."""
 
-    def sequence(number: int, tokens: int, blocks: range, slot: int) -> Sequence:
+    def sequence(number: int, tokens: int, blocks: range, slot: int) -> SequenceState:
         sampling = SamplingParams(temperature=0.0, max_tokens=1)
-        made = Sequence.start(Generate(request_id=str(number), token_ids=[1] * tokens, sampling=sampling), number)
+        made = SequenceState.start(Generate(request_id=str(number), token_ids=[1] * tokens, sampling=sampling), number)
         made.block_table, made.slot = list(blocks), slot
         return made
 

@@ -9,7 +9,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.runner import BlockTables
 from tenora.engine.scheduler import Blocked, Scheduler
-from tenora.engine.sequence import Sequence
+from tenora.engine.sequence import SequenceState
 from tests.bench.host.timing import median
 from tests.engine.requests import ref, sequence
 
@@ -72,7 +72,7 @@ def planning() -> Iterator[tuple[str, float]]:
     yield f"schedule(), adapters being read, {name}", median(scheduler.schedule, REPEATS, lambda: step(scheduler))
     scheduler = waiting(1024, Blocked.FULL)
     leaving = iter(scheduler.waiting)
-    gone: list[Sequence] = [next(leaving) for _ in range(REPEATS + 2)]
+    gone: list[SequenceState] = [next(leaving) for _ in range(REPEATS + 2)]
     yield f"finish(), {name}", median(lambda: scheduler.finish(gone.pop()), REPEATS, lambda: step(scheduler))
 
 

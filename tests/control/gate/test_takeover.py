@@ -17,8 +17,8 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.worker import publication
 from tenora.errors import InvalidRequestError, NotFoundError
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, create_job, until, upload
+from tests.control.jobs.test_job_methods import PAIRS
 from tests.control.scripted import ScriptedEngine
-from tests.control.test_job_methods import PAIRS
 
 OTHER_ROWS = [
     {"messages": [{"role": "user", "content": f"Riddle {i}?"}, {"role": "assistant", "content": f"Solution {i}."}]}

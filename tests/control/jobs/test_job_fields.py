@@ -26,7 +26,7 @@ from tenora.errors import DatasetError, InvalidRequestError
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import ALL_LINEAR
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, jsonl
-from tests.control.test_job_methods import PAIRS
+from tests.control.jobs.test_job_methods import PAIRS
 
 LIMITS = Limits(base_id=BASE, max_rank=64, max_model_len=256, target_modules=frozenset(ALL_LINEAR))
 LONG = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "long " * 300}]}
@@ -100,9 +100,9 @@ CHANGES: Mapping[str, Callable[[str], dict[str, Any]]] = {
 LABELS = {"name": "desk", "suffix": "tail", "publish": "always", "min_gain": 0.5}
 """They change nothing of the run, and are kept with the job."""
 ELSEWHERE = {
-    "model": "tests/control/test_transfer.py",
-    "lora.init_from": "tests/control/test_transfer.py",
-    "metadata": "tests/control/test_jobs.py",
+    "model": "tests/control/jobs/test_transfer.py",
+    "lora.init_from": "tests/control/jobs/test_transfer.py",
+    "metadata": "tests/control/jobs/test_jobs.py",
     "integrations": "test_integrations_are_refused",
 }
 

@@ -23,10 +23,10 @@ from tenora.errors import (
     ModelNotFoundError,
     NotFoundError,
 )
+from tests.control.adapters.test_adapters import blobs
+from tests.control.adapters.test_pins import limit
 from tests.control.conftest import ImportAdapter, adapter_files, create_job, until
 from tests.control.scripted import ScriptedEngine
-from tests.control.test_adapters import blobs
-from tests.control.test_pins import limit
 
 
 def damage(home: Path, digest: str) -> None:

@@ -14,8 +14,8 @@ import yaml
 from tenora.control.adapters.model_card import model_card
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
-from tests.control.test_publication import train, unpack
 from tests.control.test_real_engine import Service, _one_thread, service
+from tests.control.worker.test_publication import train, unpack
 
 __all__ = ["_one_thread", "service"]  # fixtures
 

@@ -26,8 +26,8 @@ from tenora.errors import (
 )
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, ImportAdapter, tenant
+from tests.control.inference.test_stops import slowly
 from tests.control.scripted import ScriptedEngine, outputs
-from tests.control.test_stops import slowly
 
 TARGET = Target(BASE, None, "tenant-x", "tenant-x")
 
