@@ -24,6 +24,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training import learner
 from tenora.training.arena import TrainedAdapter
+from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
 from tenora.training.optimizer import AdamW
 from tenora.training.packing import PackedRows, microbatches
@@ -171,7 +172,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensors, Tensors]]:
     found: list[tuple[Tensors, Tensors]] = []
     step = AdamW.step
 
-    def recording(self: AdamW, learning_rate: float) -> None:
+    def recording(self: AdamW, settings: AdamWSettings) -> None:
         adapter = self.parameters
         assert isinstance(adapter, TrainedAdapter)
         tables, slot = adapter.tables, adapter.slot
@@ -182,7 +183,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensors, Tensors]]:
             weights |= {a: tables.a(module.row, slot).clone(), b: tables.bt(module.row, slot).t().clone()}
             grads |= {a: tables.grad_a(module.row, slot).clone(), b: tables.grad_bt(module.row, slot).t().clone()}
         found.append((weights, grads))
-        step(self, learning_rate)
+        step(self, settings)
 
     monkeypatch.setattr(AdamW, "step", recording)
     return found

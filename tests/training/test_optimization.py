@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tenora.errors import InvalidRequestError
+from tenora.training.commands import AdamWSettings
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.recipes import held_out_fraction, resolve_hyperparameters
 from tenora.training.schedule import learning_rate, warmup_steps
@@ -28,21 +29,36 @@ class Vector:
         self.refreshed = self.weights.clone()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_equals_torch(weight_decay: float) -> None:
+def _rates(weight_decay: float) -> list[AdamWSettings]:
+    return [AdamWSettings(learning_rate=1e-2 / (step + 1), weight_decay=weight_decay) for step in range(20)]
+
+
+MOMENTS = [AdamWSettings(learning_rate=1e-2, beta1=0.8, beta2=0.95, epsilon=1e-12)] * 20
+CHANGING = [
+    AdamWSettings(
+        learning_rate=1e-2, weight_decay=0.05, beta1=0.95 - 0.03 * step, beta2=0.9 + 0.004 * step, epsilon=eps
+    )
+    for step, eps in enumerate([1e-4, 1e-8] * 10)
+]
+
+
+@pytest.mark.parametrize("course", [_rates(0.0), _rates(0.1), MOMENTS, CHANGING])
+def test_adamw_equals_torch_with_settings_of_every_steps_own(course: list[AdamWSettings]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(300, generator=generator)
     theirs = torch.nn.Parameter(start.clone())
-    reference = torch.optim.AdamW([theirs], lr=1.0, weight_decay=weight_decay, foreach=False)
+    reference = torch.optim.AdamW([theirs], lr=1.0, foreach=False)
     parameters = Vector(start.clone(), torch.zeros(300))
-    ours = AdamW(parameters, weight_decay=weight_decay)
-    for step in range(20):
-        rate = 1e-2 / (step + 1)
+    ours = AdamW(parameters)
+    for settings in course:
         theirs.grad = torch.randn(300, generator=generator)
         parameters.grad.copy_(theirs.grad)
-        reference.param_groups[0]["lr"] = rate
+        betas = (settings.beta1, settings.beta2)
+        reference.param_groups[0].update(
+            lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=betas, eps=settings.epsilon
+        )
         reference.step()
-        ours.step(rate)
+        ours.step(settings)
     torch.testing.assert_close(parameters.weights, theirs.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(ours.exp_avg_sq, reference.state[theirs]["exp_avg_sq"], rtol=1e-6, atol=0)
     assert parameters.refreshed is not None

@@ -27,6 +27,7 @@ from tenora.training.checkpoint import (
     thinned,
     write_checkpoint,
 )
+from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
 from tenora.training.init_from import start_adapter
@@ -82,7 +83,7 @@ class Learner:
                     self.reference = host.arena.add(spec.lora)
                     self.reference.weights.copy_(self.adapter.weights)
                     self.reference.refresh()
-            self.optimizer = AdamW(self.adapter, weight_decay=spec.weight_decay)
+            self.optimizer = AdamW(self.adapter)
             rows = len(corpus.train) if spec.method == "dpo" else 0
             self.train_reference = np.full(rows, np.nan, np.float32)  # log π_ref of each row, once it was computed
             self.belongs_to = fingerprint(spec, corpus.train, corpus.valid)
@@ -175,7 +176,7 @@ class Learner:
             warmup_ratio=spec.warmup_ratio,
             scheduler=spec.scheduler,
         )
-        self.optimizer.step(rate)
+        self.optimizer.step(AdamWSettings(learning_rate=rate, weight_decay=spec.weight_decay))
         self._advance(loss, accuracy, count)
         yield StepEvent(
             run_id=spec.run_id,

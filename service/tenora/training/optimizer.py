@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+from tenora.training.commands import AdamWSettings
 
 
 class Parameters(Protocol):
@@ -30,7 +30,7 @@ class Parameters(Protocol):
 
 
 class AdamW:
-    """Optimizer of one adapter.
+    """Optimizer of one adapter. Every step has settings of its own, so adapters side by side share none.
 
     Attributes:
         parameters: weights and gradient.
@@ -38,25 +38,27 @@ class AdamW:
         steps: updates done so far.
     """
 
-    def __init__(self, parameters: Parameters, *, weight_decay: float) -> None:
-        self.parameters, self.weight_decay = parameters, weight_decay
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameters.weights), torch.zeros_like(parameters.weights)
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, settings: AdamWSettings) -> None:
         """Update the weights from the gradient, as `torch.optim.AdamW` does, decoupled weight decay included.
 
-        The last thing it does is `parameters.refresh()`.
+        The bias of the moments is corrected by the betas of this step, as torch does when they change on the way. The
+        last thing it does is `parameters.refresh()`.
         """
         weights, grad = self.parameters.weights, self.parameters.grad
+        rate, beta1, beta2 = settings.learning_rate, settings.beta1, settings.beta2
         self.steps += 1
-        self.exp_avg.lerp_(grad, 1 - BETA1)
-        self.exp_avg_sq.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        denominator = self.exp_avg_sq.sqrt().div_((1 - BETA2**self.steps) ** 0.5).add_(EPSILON)
-        if self.weight_decay:
-            weights.mul_(1 - learning_rate * self.weight_decay)
-        weights.addcdiv_(self.exp_avg, denominator, value=-learning_rate / (1 - BETA1**self.steps))
+        self.exp_avg.lerp_(grad, 1 - beta1)
+        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = self.exp_avg_sq.sqrt().div_((1 - beta2**self.steps) ** 0.5).add_(settings.epsilon)
+        if settings.weight_decay:
+            weights.mul_(1 - rate * settings.weight_decay)
+        weights.addcdiv_(self.exp_avg, denominator, value=-rate / (1 - beta1**self.steps))
         self.parameters.refresh()
 
 
