@@ -43,6 +43,7 @@ NAMES = {
     "tenora_adapters_resident",
     "tenora_engine_last_step_timestamp_seconds",
     "tenora_rejected_total",
+    "tenora_refused_actions_total",
     "tenora_jobs",
     "tenora_train_tokens_total",
     "tenora_job_lease_lost_total",
@@ -60,6 +61,7 @@ async def scrape(service: Service) -> dict[str, float]:
 
 async def test_every_promised_metric_is_there(service: Service, base_id: str) -> None:
     await service.client("infer").get("/v1/models/none")
+    await service.client("infer").get("/v1/files")
     samples = await scrape(service)
     present = {name.partition("{")[0] for name in samples}
     assert NAMES - present == set()
@@ -111,6 +113,7 @@ async def test_refusals_are_counted_by_reason(service: Service) -> None:
     samples = await scrape(service)
     for reason in ("invalid_api_key", "insufficient_scope", "model_not_found"):
         assert samples[f'tenora_rejected_total{{reason="{reason}"}}'] == 1
+    assert samples['tenora_refused_actions_total{action="files.list"}'] == 1
 
 
 async def test_no_tenants_names_in_metrics(service: Service) -> None:

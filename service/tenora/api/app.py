@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -14,6 +15,7 @@ from tenora.api.middleware import Authentication, BodyLimit, DrainGate, RequestC
 from tenora.api.routes import adapters, chat, completions, files, fine_tuning, lora_compat, models, operations
 from tenora.config import Settings
 from tenora.control.control import Control
+from tenora.control.tenancy.access import Attempt
 from tenora.telemetry.metrics import Metrics
 
 DESCRIPTION = "Trains and serves many tenants' LoRA adapters on one frozen base model. OpenAI-compatible."
@@ -26,6 +28,7 @@ def create_app(control: Control, settings: Settings) -> FastAPI:
     """
     lifecycle = Lifecycle()
     metrics = build_metrics(control)
+    control.access.hooks.append(partial(count_refusals, metrics))
     app = FastAPI(
         title="Tenora",
         version=__version__,
@@ -68,3 +71,9 @@ def build_metrics(control: Control) -> Metrics:
         leases_lost=lambda: control.jobs.leases_lost,
         cache=lambda: engine.ready.memory,
     )
+
+
+async def count_refusals(metrics: Metrics, attempt: Attempt) -> None:
+    """A hook of `Access`: the metrics count what keys may not do."""
+    if not attempt.allowed:
+        metrics.refused(attempt.action)

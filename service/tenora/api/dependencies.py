@@ -1,6 +1,6 @@
-"""What routes ask for: who is calling, with which scope, and the parts of the server that they use.
+"""What routes ask for: who is calling, to do what, and the parts of the server that they use.
 
-Authentication itself is a middleware (deny by default); here a route names the scope that its caller's key must carry.
+Authentication itself is a middleware (deny by default); here a route names the action that its caller's key must allow.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from starlette.exceptions import HTTPException
 from tenora.api.lifecycle import Lifecycle
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.control.tenancy.records import Principal, Scope
+from tenora.control.tenancy.access import ACTIONS
+from tenora.control.tenancy.records import Principal
 from tenora.errors import AuthenticationError, InvalidRequestError
 from tenora.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Dependency: the authenticated principal, whose key must carry `scope` (None: any valid key will do)."""
+    """Dependency: the authenticated principal, whose key may do `action` with what the path names."""
 
-    scope: Scope | None
+    action: str
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"{self.action!r} is not one of the actions of tenora.control.tenancy.access.")
 
     async def __call__(self, request: Request) -> Principal:
         """The principal, or PermissionDeniedError."""
@@ -34,9 +39,15 @@ class Caller:
         if not isinstance(principal, Principal):
             # The middleware leaves nothing else to happen, and a route must not depend on its being there.
             raise AuthenticationError("No API key. Send it as `Authorization: Bearer <key>`.")
-        if self.scope is not None:
-            principal.require(self.scope)
+        control: Control = request.app.state.control
+        named = "/".join(request.path_params.values())
+        await control.access.check(principal, self.action, named or None)
         return principal
+
+
+def may(action: str) -> Any:
+    """What a route's caller depends on: `caller: Annotated[Principal, may("files.read")]`."""
+    return Depends(Caller(action))
 
 
 async def _control(request: Request) -> Control:
@@ -59,11 +70,6 @@ async def _lifecycle(request: Request) -> Lifecycle:
     return lifecycle
 
 
-AnyKey = Annotated[Principal, Depends(Caller(None))]
-Infer = Annotated[Principal, Depends(Caller("infer"))]
-Train = Annotated[Principal, Depends(Caller("train"))]
-ManageAdapters = Annotated[Principal, Depends(Caller("adapters"))]
-Admin = Annotated[Principal, Depends(Caller("admin"))]
 ControlDep = Annotated[Control, Depends(_control)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]

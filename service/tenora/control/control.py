@@ -25,6 +25,7 @@ from tenora.control.jobs.shape import Limits
 from tenora.control.registry.ids import new_id
 from tenora.control.storage.directory import claim
 from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.access import Access
 from tenora.control.tenancy.bootstrap import Bootstrap, Registry
 from tenora.control.tenancy.idempotency import Idempotency
 from tenora.control.tokenizing.threads import Tokenizing
@@ -50,6 +51,7 @@ class Control:
     and only then `await engine.close(…)`: runs are paused through the engine.
 
     Attributes:
+        access: what a key may do; whoever calls a use case has asked it, and hooks of its are told.
         bootstrap: what became of the default tenant's admin key; its `secret` is there to be printed once.
         draining: no new generation and no new job is taken.
     """
@@ -69,6 +71,7 @@ class Control:
         self.engine = engine
         self.bootstrap = bootstrap
         self.draining = False
+        self.access = Access()
         self.keys = registry.keys
         self.tenants = registry.tenants
         self.idempotency = Idempotency(database)

@@ -121,6 +121,12 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._refused = Counter(
+            "tenora_refused_actions",
+            "Actions that a key was not allowed to do.",
+            ["action"],
+            registry=self.registry,
+        )
         self._jobs = Gauge(
             "tenora_jobs", "Fine-tuning jobs of all tenants, by status.", ["state"], registry=self.registry
         )
@@ -131,6 +137,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count a request that was answered with an error; `reason` is the error's code, a small fixed set."""
         self._rejected.labels(reason).inc()
+
+    def refused(self, action: str) -> None:
+        """Count an action that a key may not do; `action` is one of a small fixed set."""
+        self._refused.labels(action).inc()
 
     def finished(self, reason: str) -> None:
         """Count a choice that ended: stop, length, or abort if the client left."""

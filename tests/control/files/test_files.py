@@ -23,7 +23,6 @@ from tenora.errors import (
     InvalidRequestError,
     NotFoundError,
     PayloadTooLargeError,
-    PermissionDeniedError,
     StorageFullError,
 )
 from tests.control.conftest import ROWS, OpenControl, jsonl, pieces, tenant, upload
@@ -184,19 +183,6 @@ async def test_another_tenants_file_is_a_missing_one(control: Control, acme: Pri
         said.add(invalid.value.message.replace(file_id, "?"))
     assert len(said) == 1
     assert (await control.files.content(umbrella, theirs)).exists()
-
-
-async def test_the_scope_is_needed(control: Control) -> None:
-    reader = await tenant(control, "acme", "infer", "adapters")
-    for call in (
-        lambda: control.files.create(reader, filename="a", purpose="user_data", chunks=pieces(b"x")),
-        lambda: control.files.list(reader),
-        lambda: control.files.get(reader, "file-x"),
-        lambda: control.files.delete(reader, "file-x"),
-        lambda: control.files.content(reader, "file-x"),
-    ):
-        with pytest.raises(PermissionDeniedError):
-            await call()
 
 
 async def test_delete_frees_the_disk(control: Control, acme: Principal, home: Path) -> None:

@@ -20,12 +20,11 @@ from tenora.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelNotFoundError,
-    PermissionDeniedError,
     RateLimitedError,
     UnavailableError,
 )
 from tenora.model.tokenizer import Tokenizer
-from tests.control.conftest import BASE, ImportAdapter, tenant
+from tests.control.conftest import BASE, ImportAdapter
 from tests.control.inference.test_stops import slowly
 from tests.control.scripted import ScriptedEngine, outputs
 
@@ -113,12 +112,6 @@ async def test_ambiguous_digests_are_refused(
     await import_adapter(control, acme, "desk", seed=2)
     with pytest.raises(InvalidRequestError, match="more digits"):
         await control.inference.resolve(acme, "desk@abababab", None)
-
-
-async def test_the_scope_is_needed(control: Control) -> None:
-    trainer = await tenant(control, "acme", "train")
-    with pytest.raises(PermissionDeniedError):
-        await control.inference.resolve(trainer, BASE, None)
 
 
 async def test_prompts(control: Control, tokenizer: Tokenizer) -> None:

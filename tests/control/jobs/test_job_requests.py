@@ -13,7 +13,6 @@ from tenora.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
-    PermissionDeniedError,
 )
 from tests.control.conftest import (
     BASE,
@@ -21,7 +20,6 @@ from tests.control.conftest import (
     create_job,
     jsonl,
     pieces,
-    tenant,
     until,
     upload,
 )
@@ -180,19 +178,3 @@ async def test_another_tenants_job_is_a_missing_one(control: Control, acme: Prin
             await control.inference.resolve(acme, name, None)
     with pytest.raises(NotFoundError):
         await control.files.get(acme, theirs.result_files[0])
-
-
-async def test_the_scope_is_needed(control: Control) -> None:
-    reader = await tenant(control, "acme", "infer", "adapters")
-    for call in (
-        lambda: control.jobs.create(reader, JobRequest(model=BASE, training_file="file-x")),
-        lambda: control.jobs.list(reader),
-        lambda: control.jobs.get(reader, "x"),
-        lambda: control.jobs.cancel(reader, "x"),
-        lambda: control.jobs.pause(reader, "x"),
-        lambda: control.jobs.resume(reader, "x"),
-        lambda: control.jobs.events(reader, "x"),
-        lambda: control.jobs.checkpoints(reader, "x"),
-    ):
-        with pytest.raises(PermissionDeniedError):
-            await call()

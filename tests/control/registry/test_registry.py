@@ -20,14 +20,12 @@ from tenora.control.jobs.records import JobRequest
 from tenora.control.registry import database as database_module
 from tenora.control.registry.database import Database, RegistryBusyError, RegistryDamagedError
 from tenora.control.registry.tables import Base, TenantRow
-from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     AuthenticationError,
     ConfigurationError,
     ConflictError,
     InvalidRequestError,
     NotFoundError,
-    PermissionDeniedError,
     StorageFullError,
     UnavailableError,
 )
@@ -217,14 +215,6 @@ async def test_wrong_keys_all_get_the_same_answer(registry: Registry) -> None:
     with pytest.raises(AuthenticationError) as caught:
         await registry.keys.authenticate(secret)
     assert (caught.value.message, caught.value.code, caught.value.param) in messages
-
-
-async def test_scopes() -> None:
-    key = Principal("t", "acme", "k", frozenset({"infer"}))
-    key.require("infer")
-    with pytest.raises(PermissionDeniedError, match="train"):
-        key.require("train")
-    Principal("t", "acme", "k", frozenset({"admin"})).require("train")
 
 
 async def test_bad_keys_are_not_made(registry: Registry) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from tenora.api.dependencies import ControlDep, JsonRoute, ManageAdapters, SettingsDep
+from tenora.api.dependencies import ControlDep, JsonRoute, SettingsDep, may
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, form_schema, read_form
 from tenora.api.schemas.adapters import AdapterObject, RollbackRequest
 from tenora.api.schemas.base import Deleted, ListResponse
+from tenora.control.tenancy.records import Principal
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
 ADAPTERS = "/v1/adapters"
@@ -32,7 +34,7 @@ FORM_SCHEMA = form_schema(
 
 @router.post(ADAPTERS, response_model=AdapterObject, status_code=201, openapi_extra=FORM_SCHEMA)
 async def import_adapter(
-    request: Request, caller: ManageAdapters, control: ControlDep, settings: SettingsDep
+    request: Request, caller: Annotated[Principal, may("adapters.import")], control: ControlDep, settings: SettingsDep
 ) -> Response:
     """Import a PEFT adapter; under a name in use it becomes the next version."""
     files = {"adapter_config": MAX_CONFIG_BYTES, "adapter_model": settings.max_adapter_bytes}
@@ -53,50 +55,66 @@ async def import_adapter(
 
 
 @router.get(ADAPTERS)
-async def list_adapters(caller: ManageAdapters, control: ControlDep) -> ListResponse[AdapterObject]:
+async def list_adapters(
+    caller: Annotated[Principal, may("adapters.list")], control: ControlDep
+) -> ListResponse[AdapterObject]:
     """The tenant's adapters, each with the version that its name points at."""
     return ListResponse.page([AdapterObject.of(record) for record in await control.adapters.list(caller)])
 
 
 @router.get(ONE + "/versions")
-async def list_versions(name: str, caller: ManageAdapters, control: ControlDep) -> ListResponse[AdapterObject]:
+async def list_versions(
+    name: str, caller: Annotated[Principal, may("adapters.versions")], control: ControlDep
+) -> ListResponse[AdapterObject]:
     """Every version that the adapter ever had."""
     return ListResponse.page([AdapterObject.of(record) for record in await control.adapters.versions(caller, name)])
 
 
 @router.post(ONE + "/rollback")
-async def roll_back(name: str, body: RollbackRequest, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+async def roll_back(
+    name: str, body: RollbackRequest, caller: Annotated[Principal, may("adapters.rollback")], control: ControlDep
+) -> AdapterObject:
     """Point the name at another of its versions. Requests in flight finish on the one they started with."""
     return AdapterObject.of(await control.adapters.rollback(caller, name, body.version))
 
 
 @router.post(ONE + "/pin")
-async def pin_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+async def pin_adapter(
+    name: str, caller: Annotated[Principal, may("adapters.pin")], control: ControlDep
+) -> AdapterObject:
     """Keep the adapter on the device."""
     return AdapterObject.of(await control.adapters.pin(caller, name, True))
 
 
 @router.post(ONE + "/unpin")
-async def unpin_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+async def unpin_adapter(
+    name: str, caller: Annotated[Principal, may("adapters.unpin")], control: ControlDep
+) -> AdapterObject:
     """Let the adapter's place on the device go to others again."""
     return AdapterObject.of(await control.adapters.pin(caller, name, False))
 
 
 @router.get(ONE + "/download", response_class=FileResponse)
-async def download_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> FileResponse:
+async def download_adapter(
+    name: str, caller: Annotated[Principal, may("adapters.download")], control: ControlDep
+) -> FileResponse:
     """A zip of the PEFT directory, which `PeftModel.from_pretrained` and vLLM load once unpacked."""
     path = await control.adapters.archive(caller, name)
     return PassingFileResponse(path, media_type="application/zip", filename=f"{name.rsplit('/', 1)[-1]}.zip")
 
 
 @router.get(ONE)
-async def get_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> AdapterObject:
+async def get_adapter(
+    name: str, caller: Annotated[Principal, may("adapters.read")], control: ControlDep
+) -> AdapterObject:
     """One adapter, by its name, its canonical name or `name@digest`."""
     return AdapterObject.of(await control.adapters.get(caller, name))
 
 
 @router.delete(ONE)
-async def delete_adapter(name: str, caller: ManageAdapters, control: ControlDep) -> Deleted:
+async def delete_adapter(
+    name: str, caller: Annotated[Principal, may("adapters.delete")], control: ControlDep
+) -> Deleted:
     """Delete an adapter and all its versions. Running requests finish."""
     await control.adapters.delete(caller, name)
     return Deleted(id=name, object="adapter")

@@ -6,18 +6,20 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 
 from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
-from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, MetricsDep, may
 from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
 from tenora.api.schemas import chat as schema
 from tenora.api.sse import EventStream, attended
 from tenora.control.adapters.records import Target
 from tenora.control.inference.inference import Inference
 from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
+from tenora.control.tenancy.records import Principal
 
 router = APIRouter(tags=["inference"], route_class=JsonRoute)
 
@@ -26,7 +28,7 @@ router = APIRouter(tags=["inference"], route_class=JsonRoute)
 async def create_chat_completion(
     body: schema.ChatCompletionRequest,
     request: Request,
-    caller: Infer,
+    caller: Annotated[Principal, may("chat.create")],
     control: ControlDep,
     metrics: MetricsDep,
     lifecycle: LifecycleDep,

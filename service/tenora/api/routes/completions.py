@@ -6,12 +6,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 
 from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
-from tenora.api.dependencies import ControlDep, Infer, JsonRoute, LifecycleDep, MetricsDep
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, MetricsDep, may
 from tenora.api.generation import (
     Choice,
     Collected,
@@ -27,6 +28,7 @@ from tenora.control.adapters.records import Target
 from tenora.control.inference.inference import Inference
 from tenora.control.inference.prompts import Prompts
 from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
+from tenora.control.tenancy.records import Principal
 from tenora.errors import ContextLengthError
 from tenora.model.tokenizer import Tokenizer
 
@@ -37,7 +39,7 @@ router = APIRouter(tags=["inference"], route_class=JsonRoute)
 async def create_completion(
     body: schema.CompletionRequest,
     request: Request,
-    caller: Infer,
+    caller: Annotated[Principal, may("completions.create")],
     control: ControlDep,
     metrics: MetricsDep,
     lifecycle: LifecycleDep,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, SettingsDep, Train
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, SettingsDep, may
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
@@ -19,6 +19,7 @@ from tenora.api.sse import attended
 from tenora.control.files.files import LONGEST_LIFE, SHORTEST_LIFE
 from tenora.control.files.records import FileRecord
 from tenora.control.tenancy.idempotency import Receipt
+from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError
 
 router = APIRouter(tags=["files"], route_class=JsonRoute)
@@ -36,7 +37,9 @@ FORM_SCHEMA = form_schema(
 
 
 @router.post("/v1/files", response_model=FileObject, openapi_extra=FORM_SCHEMA)
-async def upload_file(request: Request, caller: Train, control: ControlDep, settings: SettingsDep) -> Response:
+async def upload_file(
+    request: Request, caller: Annotated[Principal, may("files.create")], control: ControlDep, settings: SettingsDep
+) -> Response:
     """Upload a file; a training file (`purpose: fine-tune`) is checked line by line, and `status` says how it went."""
     fields = ("purpose", _ANCHOR, _SECONDS)
     async with read_form(
@@ -83,7 +86,7 @@ async def _chunks(path: Path) -> AsyncIterator[bytes]:
 
 @router.get("/v1/files")
 async def list_files(
-    caller: Train,
+    caller: Annotated[Principal, may("files.list")],
     control: ControlDep,
     after: Annotated[str | None, Query(max_length=128)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
@@ -96,13 +99,13 @@ async def list_files(
 
 
 @router.get("/v1/files/{file_id}")
-async def get_file(file_id: str, caller: Train, control: ControlDep) -> FileObject:
+async def get_file(file_id: str, caller: Annotated[Principal, may("files.read")], control: ControlDep) -> FileObject:
     """One file."""
     return FileObject.of(await control.files.get(caller, file_id))
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete_file(file_id: str, caller: Train, control: ControlDep) -> Deleted:
+async def delete_file(file_id: str, caller: Annotated[Principal, may("files.delete")], control: ControlDep) -> Deleted:
     """Delete a file and its content."""
     await control.files.delete(caller, file_id)
     return Deleted(id=file_id, object="file")
@@ -112,7 +115,7 @@ async def delete_file(file_id: str, caller: Train, control: ControlDep) -> Delet
 async def preview_file(
     file_id: str,
     request: Request,
-    caller: Train,
+    caller: Annotated[Principal, may("files.preview")],
     control: ControlDep,
     lifecycle: LifecycleDep,
     body: PreviewRequest = PreviewRequest(),
@@ -130,7 +133,9 @@ async def preview_file(
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
-async def get_file_content(file_id: str, caller: Train, control: ControlDep) -> FileResponse:
+async def get_file_content(
+    file_id: str, caller: Annotated[Principal, may("files.download")], control: ControlDep
+) -> FileResponse:
     """The bytes of a file."""
     record = await control.files.get(caller, file_id)
     path = await control.files.content(caller, file_id)

@@ -8,12 +8,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, Train
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, may
 from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
 from tenora.api.schemas.estimates import EstimateObject
 from tenora.api.schemas.fine_tuning import CheckpointObject, JobCreateRequest, JobEventObject, JobObject
 from tenora.api.sse import attended
+from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError
 
 router = APIRouter(tags=["fine-tuning"], route_class=JsonRoute)
@@ -23,7 +24,9 @@ After = Annotated[str | None, Query(max_length=128)]
 
 
 @router.post(JOBS, response_model=JobObject)
-async def create_job(body: JobCreateRequest, request: Request, caller: Train, control: ControlDep) -> Response:
+async def create_job(
+    body: JobCreateRequest, request: Request, caller: Annotated[Principal, may("jobs.create")], control: ControlDep
+) -> Response:
     """Train an adapter on an uploaded file; the job says what became of it."""
     create = partial(control.jobs.create, caller, body.to_request())
     return await once(request, control, caller, await request.body(), create, JobObject.of)
@@ -31,7 +34,11 @@ async def create_job(body: JobCreateRequest, request: Request, caller: Train, co
 
 @router.post("/v1/fine_tuning/estimate")
 async def estimate_job(
-    body: JobCreateRequest, request: Request, caller: Train, control: ControlDep, lifecycle: LifecycleDep
+    body: JobCreateRequest,
+    request: Request,
+    caller: Annotated[Principal, may("jobs.estimate")],
+    control: ControlDep,
+    lifecycle: LifecycleDep,
 ) -> EstimateObject:
     """What a job with this body would take: rows, tokens, steps and time. Nothing is stored."""
     estimate = control.estimates.estimate(caller, body.to_request())
@@ -41,7 +48,7 @@ async def estimate_job(
 @router.get(JOBS)
 async def list_jobs(
     request: Request,
-    caller: Train,
+    caller: Annotated[Principal, may("jobs.list")],
     control: ControlDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
@@ -68,25 +75,25 @@ def metadata_filter(request: Request) -> dict[str, str] | None:
 
 
 @router.get(JOBS + "/{job_id}")
-async def get_job(job_id: str, caller: Train, control: ControlDep) -> JobObject:
+async def get_job(job_id: str, caller: Annotated[Principal, may("jobs.read")], control: ControlDep) -> JobObject:
     """One job."""
     return JobObject.of(await control.jobs.get(caller, job_id))
 
 
 @router.post(JOBS + "/{job_id}/cancel")
-async def cancel_job(job_id: str, caller: Train, control: ControlDep) -> JobObject:
+async def cancel_job(job_id: str, caller: Annotated[Principal, may("jobs.cancel")], control: ControlDep) -> JobObject:
     """End a job; what it trained so far is dropped."""
     return JobObject.of(await control.jobs.cancel(caller, job_id))
 
 
 @router.post(JOBS + "/{job_id}/pause")
-async def pause_job(job_id: str, caller: Train, control: ControlDep) -> JobObject:
+async def pause_job(job_id: str, caller: Annotated[Principal, may("jobs.pause")], control: ControlDep) -> JobObject:
     """Stop a job and keep its state."""
     return JobObject.of(await control.jobs.pause(caller, job_id))
 
 
 @router.post(JOBS + "/{job_id}/resume")
-async def resume_job(job_id: str, caller: Train, control: ControlDep) -> JobObject:
+async def resume_job(job_id: str, caller: Annotated[Principal, may("jobs.resume")], control: ControlDep) -> JobObject:
     """Let a paused job go on."""
     return JobObject.of(await control.jobs.resume(caller, job_id))
 
@@ -94,7 +101,7 @@ async def resume_job(job_id: str, caller: Train, control: ControlDep) -> JobObje
 @router.get(JOBS + "/{job_id}/events")
 async def list_job_events(
     job_id: str,
-    caller: Train,
+    caller: Annotated[Principal, may("jobs.events")],
     control: ControlDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
@@ -107,7 +114,7 @@ async def list_job_events(
 @router.get(JOBS + "/{job_id}/checkpoints")
 async def list_job_checkpoints(
     job_id: str,
-    caller: Train,
+    caller: Annotated[Principal, may("jobs.checkpoints")],
     control: ControlDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 10,

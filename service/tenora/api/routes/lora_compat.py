@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from tenora.api.dependencies import Admin, ControlDep, JsonRoute, ManageAdapters
+from tenora.api.dependencies import ControlDep, JsonRoute, may
 from tenora.api.errors import CompatibilityError
 from tenora.api.schemas.adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
+from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError, InvalidRequestError
 
 router = APIRouter(tags=["vLLM compatibility"], route_class=JsonRoute)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraAdapterRequest, caller: Admin, control: ControlDep) -> PlainTextResponse:
+async def load_lora_adapter(
+    body: LoadLoraAdapterRequest, caller: Annotated[Principal, may("adapters.load")], control: ControlDep
+) -> PlainTextResponse:
     """Load an adapter from a directory of the server, which must lie under one of TENORA_ADAPTER_DIRS."""
     if not body.lora_name or not body.lora_path:
         raise CompatibilityError("Both 'lora_name' and 'lora_path' must be given.")
@@ -31,7 +35,7 @@ async def load_lora_adapter(body: LoadLoraAdapterRequest, caller: Admin, control
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload_lora_adapter(
-    body: UnloadLoraAdapterRequest, caller: ManageAdapters, control: ControlDep
+    body: UnloadLoraAdapterRequest, caller: Annotated[Principal, may("adapters.unload")], control: ControlDep
 ) -> PlainTextResponse:
     """Delete an adapter."""
     if not body.lora_name:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from tenora.api.dependencies import AnyKey, ControlDep, LifecycleDep, MetricsDep
+from tenora.api.dependencies import ControlDep, LifecycleDep, MetricsDep, may
 from tenora.api.lifecycle import Lifecycle
 from tenora.control.control import Control
+from tenora.control.tenancy.records import Principal
 from tenora.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])
@@ -31,7 +34,9 @@ async def readyz(control: ControlDep, lifecycle: LifecycleDep) -> JSONResponse:
 
 
 @router.get("/health")
-async def health(_: AnyKey, control: ControlDep, lifecycle: LifecycleDep) -> JSONResponse:
+async def health(
+    _: Annotated[Principal, may("service.health")], control: ControlDep, lifecycle: LifecycleDep
+) -> JSONResponse:
     """The same, under the name that vLLM's users know."""
     return readiness(control, lifecycle)
 
@@ -48,6 +53,8 @@ def readiness(control: Control, lifecycle: Lifecycle) -> JSONResponse:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(_: AnyKey, control: ControlDep, metrics: MetricsDep) -> Response:
+async def metrics(
+    _: Annotated[Principal, may("service.metrics")], control: ControlDep, metrics: MetricsDep
+) -> Response:
     """Prometheus metrics."""
     return Response(metrics.render(await control.jobs.counts()), media_type=CONTENT_TYPE)

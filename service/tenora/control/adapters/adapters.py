@@ -34,7 +34,6 @@ from tenora.control.storage.directory import Storage, full_disk, remove
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
-from tenora.control.tenancy.tenants import DEFAULT_TENANT
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Adapters:
-    """The adapters of a tenant. Every method needs the scope `adapters`.
+    """The adapters of a tenant.
 
     `name` is an alias or its canonical form `tenant/name`. A missing adapter and another tenant's give the same
     NotFoundError.
@@ -94,7 +93,6 @@ class Adapters:
             InvalidRequestError: a bad name, or the base model's.
             ConflictError: code pins_full, what is pinned leaves no room for it.
         """
-        principal.require("adapters")
         check_name(name, reserved=self._base_id)
         directory = self._storage.stage()
         try:
@@ -104,19 +102,14 @@ class Adapters:
             await asyncio.to_thread(remove, directory)
 
     async def load_path(self, principal: Principal, *, name: str, path: Path, replace: bool) -> AdapterRecord:
-        """Import a PEFT directory of this machine, as vLLM's load_lora_adapter does; needs the operator's own key.
-
-        That is one of the default tenant with the scope `admin`: another tenant's admin is a customer, and what lies in
-        the operator's directories may be anybody's.
+        """Import a PEFT directory of this machine, as vLLM's load_lora_adapter does. For the operator.
 
         Raises:
-            PermissionDeniedError: the path is not under one of `adapter_dirs`, or they are not the caller's.
+            PermissionDeniedError: the path is not under one of `adapter_dirs`.
             InvalidRequestError: code already_loaded, the name exists and `replace` is false.
         """
-        principal.require("admin")
         check_name(name, param="lora_name", reserved=self._base_id)
-        allowed = self._settings.adapter_dirs if principal.tenant == DEFAULT_TENANT else ()
-        config, weights = await asyncio.to_thread(check_loadable, path, allowed)
+        config, weights = await asyncio.to_thread(check_loadable, path, self._settings.adapter_dirs)
         if not replace:
             async with self._database.read() as session:
                 if await find_alias(session, principal.tenant_id, name) is not None:
@@ -129,7 +122,6 @@ class Adapters:
 
     async def list(self, principal: Principal) -> Sequence[AdapterRecord]:
         """The active version of every adapter, by name."""
-        principal.require("adapters")
         query = (
             all_versions(principal.tenant_id)
             .where(AdapterVersionRow.version == AdapterRow.version)
@@ -140,13 +132,11 @@ class Adapters:
 
     async def get(self, principal: Principal, name: str) -> AdapterRecord:
         """The active version of one adapter."""
-        principal.require("adapters")
         async with self._database.read() as session:
             return self._record(principal, await self._active(session, principal, name))
 
     async def versions(self, principal: Principal, name: str) -> Sequence[AdapterRecord]:
         """Every version, newest first."""
-        principal.require("adapters")
         async with self._database.read() as session:
             alias = await self._alias(session, principal, name)
             query = versions_of(principal.tenant_id, alias.name).order_by(AdapterVersionRow.version.desc())
@@ -154,7 +144,6 @@ class Adapters:
 
     async def rollback(self, principal: Principal, name: str, version: int | str) -> AdapterRecord:
         """Point the alias at one of its versions, given as a number or as hex digits of its digest."""
-        principal.require("adapters")
         async with self._database.read() as session:
             alias, row = await self._version(session, principal, name, version)
         if alias.pinned:
@@ -176,7 +165,6 @@ class Adapters:
             ConflictError: code pins_full, see `tenora.control.adapters.pins`; nothing is stored.
             AdapterDamagedError: the files are not what was stored.
         """
-        principal.require("adapters")
         if pinned:
             await self.pins.require_intact((await self.get(principal, name)).digest)
         async with self._database.write() as session:
@@ -216,7 +204,6 @@ class Adapters:
         Accepted requests finish, those that wait for a slot too; then slot, host copy and disk are freed unless
         another adapter has the same content.
         """
-        principal.require("adapters")
         async with self._database.write(frees=True) as session:
             alias = await self._alias(session, principal, name)
             rows = await pairs(session, versions_of(principal.tenant_id, alias.name))
@@ -234,7 +221,6 @@ class Adapters:
         Raises:
             ConflictError: the alias points at it and has other versions.
         """
-        principal.require("adapters")
         async with self._database.write(frees=True) as session:
             row = await session.scalar(
                 select(AdapterVersionRow).where(

@@ -24,7 +24,7 @@ OWNER = "tenora"
 
 @dataclass(slots=True)
 class Models:
-    """The models that a tenant may call. Any key of the tenant may list them.
+    """The models that a tenant may call.
 
     Attributes:
         base_id: the base model's id.
@@ -65,10 +65,9 @@ class Models:
         """Delete an adapter by its name or `tenant/name`, or one version by its `ft:` name.
 
         Raises:
-            PermissionDeniedError: the base, which nobody may delete, or the key lacks the scope `adapters`.
+            PermissionDeniedError: the base, which nobody may delete.
             ConflictError: the version is the one that its adapter's name points at, and there are others.
         """
-        principal.require("adapters")
         if name == self.base_id:
             raise PermissionDeniedError(
                 "The base model cannot be deleted; delete adapters instead.", code="base_model", param="model"

@@ -46,7 +46,7 @@ Status = Literal["uploaded", "processed", "error"]
 
 
 class Files:
-    """The files of a tenant. Every method needs the scope `train`."""
+    """The files of a tenant."""
 
     def __init__(
         self,
@@ -88,7 +88,6 @@ class Files:
             StorageFullError: no room; nothing was kept.
             RateLimitedError: too many of the tenant's files wait for their check.
         """
-        principal.require("train")
         label = check_filename(filename)
         if purpose not in UPLOAD_PURPOSES:
             raise InvalidRequestError(
@@ -141,7 +140,6 @@ class Files:
         purpose: str | None = None,
     ) -> Page[FileRecord]:
         """One page of the tenant's files, newest first by default."""
-        principal.require("train")
         query = select(FileRow).where(FileRow.tenant_id == principal.tenant_id, _unexpired())
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
@@ -150,7 +148,6 @@ class Files:
 
     async def get(self, principal: Principal, file_id: str) -> FileRecord:
         """One file, or NotFoundError."""
-        principal.require("train")
         async with self._database.read() as session:
             return file_record(await find_file(session, principal.tenant_id, file_id))
 
@@ -161,7 +158,6 @@ class Files:
 
     async def delete(self, principal: Principal, file_id: str) -> None:
         """Remove a file. ConflictError while a job that has not ended uses it."""
-        principal.require("train")
         async with self._database.write(frees=True) as session:
             row = await find_file(session, principal.tenant_id, file_id)
             user = await session.scalar(_unfinished_user(principal.tenant_id, file_id))

@@ -70,7 +70,6 @@ class Inference:
             ModelNotFoundError: no such model for this tenant; the same for another tenant's.
             InvalidRequestError: neither is given, or `adapter_id` beside a `model` that is not the base.
         """
-        principal.require("infer")
         if adapter_id is not None and model not in {None, self.base_id}:
             raise InvalidRequestError(
                 f"With adapter_id, model must be the base {self.base_id!r} or absent; name the adapter in one of them.",

@@ -120,7 +120,7 @@ class Estimate:
 
 
 class Estimates:
-    """Estimates of fine-tuning jobs. Needs the scope `train`."""
+    """Estimates of fine-tuning jobs."""
 
     def __init__(
         self,
@@ -143,7 +143,6 @@ class Estimates:
             InvalidRequestError, NotFoundError, ModelNotFoundError: as `tenora.control.jobs.jobs.Jobs.create`.
             DatasetError: rows that cannot be used, on which the job would fail.
         """
-        principal.require("train")
         limits = self._limits()
         asked = check_request(request, limits)
         async with self._database.read() as session:

@@ -37,7 +37,7 @@ from tenora.errors import ConflictError
 
 
 class Jobs:
-    """Create, read and steer the fine-tuning jobs of a tenant. Every method needs the scope `train`."""
+    """Create, read and steer the fine-tuning jobs of a tenant."""
 
     def __init__(
         self,
@@ -70,7 +70,6 @@ class Jobs:
             ModelNotFoundError: no such adapter to start from.
             UnavailableError: the server drains.
         """
-        principal.require("train")
         self._admit()
         limits = self._limits()
         asked = check_request(request, limits)
@@ -110,7 +109,6 @@ class Jobs:
         metadata: Mapping[str, str] | None = None,
     ) -> Page[JobRecord]:
         """One page of the tenant's jobs, newest first; with `metadata` only those that carry all its entries."""
-        principal.require("train")
         query = select(JobRow).where(JobRow.tenant_id == principal.tenant_id)
         for key, value in (metadata or {}).items():
             # A key that no job can have would make a malformed JSON path.
@@ -123,13 +121,11 @@ class Jobs:
 
     async def get(self, principal: Principal, job_id: str) -> JobRecord:
         """One job, or NotFoundError."""
-        principal.require("train")
         async with self._database.read() as session:
             return job_record(await find_job(session, principal.tenant_id, job_id), principal.tenant)
 
     async def cancel(self, principal: Principal, job_id: str) -> JobRecord:
         """End a job for good. ConflictError if it has ended already."""
-        principal.require("train")
         async with self._database.write(frees=True) as session:
             row = await find_job(session, principal.tenant_id, job_id)
             if is_over(row):
@@ -144,7 +140,6 @@ class Jobs:
 
         The worker of a running job keeps its lease until the run has ended and all that it said is in the log.
         """
-        principal.require("train")
         async with self._database.write() as session:
             row = await find_job(session, principal.tenant_id, job_id)
             if row.status not in UNFINISHED:
@@ -160,7 +155,6 @@ class Jobs:
 
     async def resume(self, principal: Principal, job_id: str) -> JobRecord:
         """Put a paused job back into the queue. ConflictError if it is not paused."""
-        principal.require("train")
         self._admit()
         async with self._database.write() as session:
             row = await find_job(session, principal.tenant_id, job_id)
@@ -175,7 +169,6 @@ class Jobs:
         self, principal: Principal, job_id: str, *, after: str | None = None, limit: int = 20
     ) -> Page[JobEventRecord]:
         """One page of the job's log, newest first."""
-        principal.require("train")
         query = select(JobEventRow).where(JobEventRow.tenant_id == principal.tenant_id, JobEventRow.job_id == job_id)
         async with self._database.read() as session:
             await find_job(session, principal.tenant_id, job_id)
@@ -185,7 +178,6 @@ class Jobs:
         self, principal: Principal, job_id: str, *, after: str | None = None, limit: int = 10
     ) -> Page[CheckpointRecord]:
         """One page of the job's checkpoints, newest first; each is callable until the job's adapter is deleted."""
-        principal.require("train")
         query = select(CheckpointRow).where(
             CheckpointRow.tenant_id == principal.tenant_id, CheckpointRow.job_id == job_id
         )

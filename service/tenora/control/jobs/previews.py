@@ -24,7 +24,7 @@ MIN_LENGTH = 8
 
 
 class Previews:
-    """Previews of a tenant's training files. Needs the scope `train`."""
+    """Previews of a tenant's training files."""
 
     def __init__(
         self,
@@ -61,7 +61,6 @@ class Previews:
             NotFoundError: no such file.
             InvalidRequestError: it is not a training file, or a value is out of bounds.
         """
-        principal.require("train")
         longest = self._limits().max_model_len
         whole(limit, "limit", 1, MAX_ROWS)
         whole(after, "after", 0, 2**63 - 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tenora.errors import PermissionDeniedError
-
 Scope = Literal["infer", "train", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
 
@@ -19,14 +17,6 @@ class Principal:
     tenant: str
     key_id: str
     scopes: frozenset[str]
-
-    def require(self, scope: Scope) -> None:
-        """Raise PermissionDeniedError unless the key carries `scope`."""
-        if scope not in self.scopes and "admin" not in self.scopes:
-            raise PermissionDeniedError(
-                f"This key lacks the scope {scope!r}. Use a key that has it, or create one with "
-                f"`tenora keys create --tenant {self.tenant} --scope {scope}`."
-            )
 
 
 @dataclass(frozen=True, slots=True)
