@@ -275,3 +275,30 @@ async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_b
     with pytest.raises(UnavailableError, match=r"could not be started: .*no socket at"):
         async with asyncio.timeout(PATIENCE):
             await engine.start()
+
+
+async def test_a_second_client_is_served_by_the_child_and_by_its_successor(tiny_base: Path, tmp_path: Path) -> None:
+    door = tmp_path / "engine.sock"
+    owner, guest = AsyncEngine(SETTINGS, tiny_base, door=door), AsyncEngine.attached(SETTINGS, door)
+    await owner.start()
+    try:
+        await guest.start()
+        assert guest.ready == owner.ready
+        request = generate([5, 6, 7], sampling(max_tokens=20))
+        expected = await tokens_of(owner, request)
+        assert await asyncio.gather(tokens_of(owner, request), tokens_of(guest, request)) == [expected, expected]
+        os.kill(pid_of(owner), signal.SIGSTOP)  # or it might have done the work before it is killed
+        lost = asyncio.create_task(_exhaust(guest.generate(generate([5], sampling(max_tokens=500)))))
+        await until(lambda: guest.open_requests == 1)
+        os.kill(pid_of(owner), signal.SIGKILL)
+        with pytest.raises(UnavailableError) as caught:
+            await lost
+        assert caught.value.code == "engine_lost"
+        await until(lambda: guest.healthy)
+        assert await tokens_of(guest, request) == expected
+        assert owner.restarts == 1
+        await guest.close(0)
+        assert await tokens_of(owner, request) == expected, "a guest that leaves ends nothing of the owner's"
+    finally:
+        await guest.close(0)
+        await owner.close(0)

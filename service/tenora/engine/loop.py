@@ -3,72 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
-from tenora.engine.messages import Command, EngineStats, Event, Heartbeat, Ready, Shutdown
+from tenora.engine.clients import OWNER, Addressed, Clients
+from tenora.engine.messages import Heartbeat, Shutdown
+from tenora.engine.protocols import Channel, Joined, Left, StepEngine
 
 HEARTBEAT_SECONDS = 0.5
 
 
-class StepEngine(Protocol):
-    """What the loop drives; `tenora.engine.core.Engine` is one."""
-
-    @property
-    def ready(self) -> Ready:
-        """What is announced before anything else."""
-        ...
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` can get anything done now; if not, the loop sleeps until a command or a wake-up."""
-        ...
-
-    def add(self, command: Command) -> None:
-        """Take a command other than Shutdown. Never raises; what is wrong with it comes out of `step` as an event."""
-        ...
-
-    def step(self) -> list[Event]:
-        """Do one piece of work."""
-        ...
-
-    def stats(self) -> EngineStats:
-        """Counters and gauges of now."""
-        ...
-
-    def shutdown(self) -> list[Event]:
-        """End everything: sequences fail, training saves its state."""
-        ...
-
-
-class Channel(Protocol):
-    """The engine's end of the line to the API."""
-
-    def receive(self, timeout: float) -> list[Command]:
-        """Commands that arrived; blocks up to `timeout` seconds for the first command or a wake-up."""
-        ...
-
-    def send(self, event: Event) -> None:
-        """Send an event; never blocks."""
-        ...
-
-
 def run_loop(engine: StepEngine, channel: Channel, orphaned: Callable[[], bool] = lambda: False) -> None:
-    """Serve until Shutdown arrives or `orphaned` says that nobody is left to serve.
+    """Serve until the owner says Shutdown or `orphaned` says that it is gone.
 
     Heartbeats come from here and from nowhere else: when a step hangs, they stop.
     """
-    channel.send(engine.ready)
+    clients = Clients(engine)
+
+    def tell(messages: Iterable[Addressed]) -> None:
+        for client, event in messages:
+            channel.send(client, event)
+
+    channel.send(OWNER, engine.ready)
     beat = 0.0
     while not orphaned():
-        for command in channel.receive(0.0 if engine.has_work else HEARTBEAT_SECONDS):
-            if isinstance(command, Shutdown):
-                for event in engine.shutdown():
-                    channel.send(event)
-                return
-            engine.add(command)
+        for client, message in channel.receive(0.0 if engine.has_work else HEARTBEAT_SECONDS):
+            match message:
+                case Shutdown() if client == OWNER:
+                    for event in engine.shutdown():
+                        tell(clients.addressed(event))
+                    return
+                case Shutdown():
+                    continue  # only the owner ends the engine
+                case Joined():
+                    tell(clients.joined(client))
+                case Left():
+                    clients.left(client)
+                case command:
+                    tell(clients.take(client, command))
         for event in engine.step():
-            channel.send(event)
+            tell(clients.addressed(event))
         if (now := time.monotonic()) - beat >= HEARTBEAT_SECONDS:
-            channel.send(Heartbeat(stats=engine.stats()))
+            tell(clients.all(Heartbeat(stats=engine.stats())))
             beat = now

@@ -1,4 +1,4 @@
-"""What crosses the socket between the API and the engine process: msgspec structs, never pickles. Free of torch."""
+"""What crosses the sockets between an engine and its clients: msgspec structs, never pickles. Free of torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-# ---- API → engine -------------------------------------------------------------------------------------------------
+# ---- clients → engine ---------------------------------------------------------------------------------------------
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -113,7 +113,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 Command = Generate | Abort | StartTraining | StopTraining | PinAdapter | EvictAdapter | Shutdown
 
-# ---- engine → API -------------------------------------------------------------------------------------------------
+# ---- engine → clients ---------------------------------------------------------------------------------------------
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
@@ -239,4 +239,5 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     items: list[SequenceOutput | SequenceFailed]
 
 
-Event = Outputs | Training | Heartbeat | Loading | Ready | StartFailed
+Event = Outputs | Training | Heartbeat | Loading | Ready | StartFailed | PinAdapter | EvictAdapter
+"""The last two tell the owner what another client asked for, so that it can say it to the engine's successor."""

@@ -13,7 +13,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.client import client, supervisor
 from tenora.engine.client.client import AsyncEngine
-from tenora.engine.messages import Generate
+from tenora.engine.messages import EvictAdapter, Generate, PinAdapter
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,
@@ -256,6 +256,20 @@ async def test_leaving_a_run_pauses_it_and_it_can_be_taken_up_again(engine: Asyn
             assert isinstance(first, StepEvent)
             assert first.step == 1  # not the StoppedEvent of the time before
         await until(partial(eq, fakes.made[0].stopped, expected))
+
+
+async def test_what_another_client_pins_is_pinned_again_at_the_engines_successor(
+    engine: AsyncEngine, fakes: Fakes
+) -> None:
+    mine, others = (AdapterRef(digest=letter * 64, path=f"/{letter}") for letter in "ab")
+    await engine.pin(mine)
+    fakes.made[0].events += [PinAdapter(others), EvictAdapter(mine.digest)]
+    fakes.made[0].wake()
+    assert await tokens_of(engine, generate([5], sampling(max_tokens=2))) == [6, 7]
+    with pytest.raises(UnavailableError):
+        await tokens_of(engine, generate([CRASH]))
+    await until(lambda: engine.alive and len(fakes.made) > 1 and bool(fakes.made[1].pins))
+    assert fakes.made[1].pins == [(others, True)]
 
 
 async def test_close_lets_requests_finish_within_the_grace(fakes: Fakes) -> None:

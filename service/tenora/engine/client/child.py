@@ -44,13 +44,19 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return max(1, math.ceil(int(quota) / int(period)))
 
 
-def launch_message(settings: Settings, model_dir: Path, address: str) -> bytes:
+def launch_message(settings: Settings, model_dir: Path, address: str, door: Path | None = None) -> bytes:
     """What the child reads from its standard input: everything it needs, so that it reads no environment again.
 
     The API key and the database's URL, which may hold a password, are the parent's business alone.
     """
     values = settings.model_dump(mode="json", exclude={"api_key", "database_url"})
-    launch = {"settings": values, "model_dir": str(model_dir), "address": address, "parent": os.getpid()}
+    launch = {
+        "settings": values,
+        "model_dir": str(model_dir),
+        "address": address,
+        "door": None if door is None else str(door),
+        "parent": os.getpid(),
+    }
     return json.dumps(launch).encode()
 
 
@@ -61,9 +67,11 @@ class ProcessLink:
     leave it behind.
     """
 
-    def __init__(self, settings: Settings, model_dir: Path) -> None:
+    def __init__(self, settings: Settings, model_dir: Path, door: Path | None = None) -> None:
+        """`door`: where the child lets other processes in; it outlasts the child, and the next one takes it."""
         self._settings = settings
         self._model_dir = model_dir
+        self._door = door
         self._directory: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -90,7 +98,7 @@ class ProcessLink:
             except zmq.ZMQError as error:  # no OSError, and it must not end the supervisor
                 raise OSError(error.errno, f"no socket at {address}: {error.strerror}") from error
             self._process = await _spawn(self._settings)
-            await _write(self._process, launch_message(self._settings, self._model_dir, address))
+            await _write(self._process, launch_message(self._settings, self._model_dir, address, self._door))
         except BaseException:
             self.kill()
             self._clean_up()

@@ -11,10 +11,10 @@ from pathlib import Path
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.client.child import ProcessLink
+from tenora.engine.client.connection import EngineConnection
 from tenora.engine.client.link import Link, ThreadLink, check
 from tenora.engine.client.streams import RunStream, SequenceStream
 from tenora.engine.client.supervisor import EngineSupervisor
-from tenora.engine.loop import StepEngine
 from tenora.engine.messages import (
     Abort,
     EngineStats,
@@ -32,6 +32,7 @@ from tenora.engine.messages import (
     StopTraining,
     Training,
 )
+from tenora.engine.protocols import StepEngine
 from tenora.errors import ConflictError, RateLimitedError, UnavailableError
 from tenora.training.spec import TrainEvent, TrainSpec
 
@@ -41,20 +42,42 @@ OUTPUT_BUFFER = 1024  # outputs that a consumer may lag behind
 
 
 class AsyncEngine:
-    """The engine as the API process sees it. Every method runs on the event loop that called `start`.
+    """The engine as a process sees it that uses it. Every method runs on the event loop that called `start`.
 
     The engine lives elsewhere and may die or hang: then every open request ends with UnavailableError, and a new engine
-    is started with exponential back-off. Pinned adapters are pinned again.
+    is started with exponential back-off by the process that owns it. Pinned adapters are pinned again.
     """
 
-    def __init__(self, settings: Settings, model_dir: Path, *, link: Callable[[], Link] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model_dir: Path,
+        *,
+        door: Path | None = None,
+        link: Callable[[], Link] | None = None,
+        connection: Path | None = None,
+    ) -> None:
+        """Nothing is started before `start`.
+
+        Args:
+            settings: what the engine is started with, and the limits of this client.
+            model_dir: the base.
+            door: where the engine lets other processes in; None: nowhere.
+            link: makes the line to an engine; None: to a child process.
+            connection: the door of an engine that another process owns; then none is started here.
+        """
         self._settings = settings
-        self._supervisor = EngineSupervisor(
-            link or (lambda: ProcessLink(settings, model_dir)),
-            on_event=self._on_event,
-            on_lost=self._on_lost,
-            hang_seconds=settings.engine_hang_seconds,
-        )
+        self._owns = connection is None
+        self._supervisor: EngineSupervisor | EngineConnection
+        if connection is None:
+            self._supervisor = EngineSupervisor(
+                link or (lambda: ProcessLink(settings, model_dir, door)),
+                on_event=self._on_event,
+                on_lost=self._on_lost,
+                hang_seconds=settings.engine_hang_seconds,
+            )
+        else:
+            self._supervisor = EngineConnection(connection, on_event=self._on_event, on_lost=self._on_lost)
         self._stats = EngineStats()
         self._sequences: dict[str, SequenceStream] = {}
         self._runs: dict[str, RunStream] = {}
@@ -66,6 +89,11 @@ class AsyncEngine:
     def in_thread(cls, settings: Settings, build: Callable[[Callable[[], None]], StepEngine]) -> AsyncEngine:
         """The same client with the engine in a thread: for tests. `build(wake)` is called anew at each (re)start."""
         return cls(settings, Path(), link=lambda: ThreadLink(build))
+
+    @classmethod
+    def attached(cls, settings: Settings, door: Path) -> AsyncEngine:
+        """A client of the engine that another process owns and that listens at `door`."""
+        return cls(settings, Path(), connection=door)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -209,10 +237,7 @@ class AsyncEngine:
 
     async def pin(self, ref: AdapterRef, pinned: bool = True) -> None:
         """Load an adapter and keep its slot, also over restarts; or no longer keep it."""
-        if pinned:
-            self._pinned[ref.digest] = ref
-        else:
-            self._pinned.pop(ref.digest, None)
+        self._note_pin(ref, pinned)
         self._supervisor.send(PinAdapter(ref, pinned))
 
     async def evict(self, digest: str) -> None:
@@ -257,9 +282,19 @@ class AsyncEngine:
                         del self._runs[training.run_id]
             case Heartbeat(stats=stats):
                 self._stats = stats
-            case Ready():
+            case Ready() if self._owns:
                 for ref in self._pinned.values():
                     self._supervisor.send(PinAdapter(ref))
+            case PinAdapter(adapter=ref, pinned=pinned):  # another client asked for it
+                self._note_pin(ref, pinned)
+            case EvictAdapter(digest=digest):
+                self._pinned.pop(digest, None)
+
+    def _note_pin(self, ref: AdapterRef, pinned: bool) -> None:
+        if pinned:
+            self._pinned[ref.digest] = ref
+        else:
+            self._pinned.pop(ref.digest, None)
 
     def _on_output(self, item: SequenceOutput | SequenceFailed) -> None:
         stream = self._sequences.get(item.request_id)

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import msgspec
 
-from tenora.engine.loop import StepEngine, run_loop
+from tenora.engine.clients import OWNER
+from tenora.engine.loop import run_loop
 from tenora.engine.messages import Command, Event, StartFailed
+from tenora.engine.protocols import Arrival, StepEngine
 from tenora.errors import DeviceLostError, InvalidRequestError, TenoraError
 
 _encoder = msgspec.msgpack.Encoder()
@@ -135,14 +137,15 @@ class _ThreadChannel:
         self._inbox = inbox
         self._deliver = deliver
 
-    def receive(self, timeout: float) -> list[Command]:
+    def receive(self, timeout: float) -> list[Arrival]:
         frames: list[bytes | None] = []
         try:
             frames.append(self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait())
             while True:
                 frames.append(self._inbox.get_nowait())
         except queue.Empty:
-            return [decode_command(frame) for frame in frames if frame is not None]
+            return [(OWNER, decode_command(frame)) for frame in frames if frame is not None]
 
-    def send(self, event: Event) -> None:
-        self._deliver(encode(event))
+    def send(self, client: str, event: Event) -> None:
+        if client == OWNER:  # nobody else comes
+            self._deliver(encode(event))
