@@ -20,10 +20,11 @@ from tenora.control.inference.inference import Inference
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.estimates import Estimates
 from tenora.control.jobs.jobs import Jobs
+from tenora.control.jobs.leases import Leases
 from tenora.control.jobs.previews import Previews
 from tenora.control.jobs.shape import Limits
-from tenora.control.registry.ids import new_id
-from tenora.control.storage.directory import claim
+from tenora.control.registry.presence import Presence
+from tenora.control.storage.directory import claim, seat
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.access import Access
 from tenora.control.tenancy.bootstrap import Bootstrap, Registry
@@ -64,6 +65,7 @@ class Control:
         model: ResolvedModel,
         targets: Sequence[TargetModule],
         bootstrap: Bootstrap,
+        presence: Presence,
         lock: int | None,
     ) -> None:
         settings, database, storage = registry.settings, registry.database, registry.storage
@@ -74,8 +76,9 @@ class Control:
         self.access = Access()
         self.keys = registry.keys
         self.tenants = registry.tenants
-        self.idempotency = Idempotency(database)
+        self.idempotency = Idempotency(database, presence)
         self._registry = registry
+        self._presence = presence
         self._lock = lock
         self._base_id = model.id
         self._target_names = frozenset(target.name for target in targets)
@@ -104,7 +107,7 @@ class Control:
             self._limits,
             failpoints,
         )
-        self._runner = JobRunner(context, owner=new_id("boot"))
+        self._runner = JobRunner(context, Leases(database, presence))
         self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)
 
     @classmethod
@@ -132,9 +135,13 @@ class Control:
         try:
             lock = None if claimed else await asyncio.to_thread(claim, settings.root)
             await registry.database.check()
+            presence = Presence(registry.database, await asyncio.to_thread(seat, settings.root))
+            await presence.begin()
             bootstrap = await registry.bootstrap()
-            control = await asyncio.to_thread(cls, registry, engine, tokenizer, model, targets, bootstrap, lock)
-            await control.sweep(started)
+            control = await asyncio.to_thread(
+                cls, registry, engine, tokenizer, model, targets, bootstrap, presence, lock
+            )
+            await control.sweep(min(started, await presence.oldest_start()))
         except BaseException:
             await registry.close()
             if lock is not None:
@@ -149,6 +156,7 @@ class Control:
         self._background = [
             asyncio.create_task(self._keep_house(), name="control-housekeeping"),
             asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
+            asyncio.create_task(self._presence.keep(), name="presence"),
         ]
 
     async def close(self) -> None:
@@ -159,6 +167,7 @@ class Control:
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
             await self._runner.stop()
+            await self._presence.end()
         except TenoraError as error:
             # A full disk, or a damaged registry: the leases run out by themselves.
             _log.warning("that the jobs pause was not recorded: %s", error.message)
@@ -200,7 +209,7 @@ class Control:
         staged = await asyncio.to_thread(self._registry.storage.sweep_staging, started)
         files = await self.files.sweep(started)
         adapters = await self._blobs.sweep(started)
-        await self.idempotency.forget_unfinished()
+        await self.idempotency.forget_dead()
         if staged or files or adapters:
             _log.info("swept %d staged uploads, %d files and %d adapters without a row", staged, files, adapters)
 

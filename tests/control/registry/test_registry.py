@@ -17,8 +17,9 @@ from sqlalchemy import create_engine
 from tenora.config import Settings
 from tenora.control.control import Control, Registry
 from tenora.control.jobs.records import JobRequest
-from tenora.control.registry import database as database_module
 from tenora.control.registry.database import Database, RegistryBusyError, RegistryDamagedError
+from tenora.control.registry.dialects import dialect
+from tenora.control.registry.dialects.by_url import dialect_of
 from tenora.control.registry.tables import Base, TenantRow
 from tenora.errors import (
     AuthenticationError,
@@ -49,7 +50,7 @@ async def test_the_migrations_build_the_schema(registry: Registry, home: Path) -
 
 def test_every_table_is_scoped_to_a_tenant() -> None:
     tables = {name for name, table in Base.metadata.tables.items() if "tenant_id" not in table.columns}
-    assert tables == {"tenants"}
+    assert tables == {"tenants", "processes"}
 
 
 async def test_sqlite_is_durable_and_checks_references(registry: Registry) -> None:
@@ -92,7 +93,7 @@ async def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
 async def test_a_locked_database_is_unavailable(
     registry: Registry, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_module, "BUSY_MILLISECONDS", 50)
+    monkeypatch.setattr(dialect, "BUSY_MILLISECONDS", 50)
     other = await Database.open(registry.settings.database)
     blocker = sqlite3.connect(home / "tenora.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
@@ -131,12 +132,6 @@ def postgres_error(state: str) -> sqlalchemy.exc.DBAPIError:
         (sqlite_error(sqlite3.SQLITE_CORRUPT_INDEX), RegistryDamagedError),
         (sqlite_error(sqlite3.SQLITE_IOERR_READ), RegistryDamagedError),
         (sqlite_error(sqlite3.SQLITE_ERROR), sqlalchemy.exc.OperationalError),
-        (postgres_error("53100"), StorageFullError),
-        (postgres_error("53300"), RegistryBusyError),
-        (postgres_error("57P01"), RegistryBusyError),
-        (postgres_error("XX001"), RegistryDamagedError),
-        (postgres_error("42P01"), sqlalchemy.exc.DBAPIError),
-        (sqlalchemy.exc.InterfaceError("q", None, Exception("?"), connection_invalidated=True), RegistryBusyError),
         (sqlalchemy.exc.TimeoutError("pool"), RegistryBusyError),
         (ConnectionRefusedError(), RegistryBusyError),
         (sqlalchemy.exc.IntegrityError("q", None, Exception("connect")), sqlalchemy.exc.IntegrityError),
@@ -149,6 +144,23 @@ async def test_failures_of_the_driver(
         async with getattr(registry.database, transaction)():
             raise failure
     assert type(caught.value) is told
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (postgres_error("53100"), StorageFullError),
+        (postgres_error("53300"), RegistryBusyError),
+        (postgres_error("57P01"), RegistryBusyError),
+        (postgres_error("55P03"), RegistryBusyError),
+        (postgres_error("XX001"), RegistryDamagedError),
+        (postgres_error("42P01"), type(None)),
+        (postgres_error(""), type(None)),
+        (sqlalchemy.exc.InterfaceError("q", None, Exception("?"), connection_invalidated=True), RegistryBusyError),
+    ],
+)
+def test_failures_of_postgres_are_told_by_their_state(failure: sqlalchemy.exc.DBAPIError, told: type) -> None:
+    assert type(dialect_of("postgresql://u:p@h/d").meaning(failure)) is told
 
 
 async def test_jobs_are_counted_from_the_index_alone(registry: Registry) -> None:

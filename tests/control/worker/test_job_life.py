@@ -306,7 +306,7 @@ async def test_a_job_that_its_tenant_takes_is_no_lost_lease(
 @pytest.fixture
 def hold_registry(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """`with hold_registry():` another process writes; ours give up after 50 ms instead of ten seconds."""
-    monkeypatch.setattr(database, "BUSY_MILLISECONDS", 50)
+    monkeypatch.setattr("tenora.control.registry.dialects.dialect.BUSY_MILLISECONDS", 50)
     monkeypatch.setattr(job_training, "BUSY_SECONDS", 0.01)
 
     @contextlib.contextmanager
@@ -364,7 +364,7 @@ async def test_a_registry_that_is_busy_when_a_run_begins_does_not_fail_the_job(
 
     monkeypatch.setattr(job_training.JobTraining, "_begin", busy_once)
     monkeypatch.setattr(runner, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(job_rows, "LEASE_SECONDS", 0)
+    monkeypatch.setattr("tenora.control.jobs.lease_rows.ALIVE_SECONDS", 0)
     control = await open_control()
     acme = await tenant(control, "acme")
     job = await create_job(control, acme)

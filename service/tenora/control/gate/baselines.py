@@ -22,7 +22,7 @@ from tenora.control.gate.lineage import TrainingFile
 from tenora.control.gate.parity import probe_rows, score_rows
 from tenora.control.inference.scoring import Scorer
 from tenora.control.jobs.context import JobContext
-from tenora.control.jobs.rows import Claim, LeaseLostError, owned
+from tenora.control.jobs.lease_rows import Claim, LeaseLostError, owned, read_owned
 from tenora.control.registry.database import RegistryBusyError
 from tenora.control.registry.tables import FileRow, JobRow
 from tenora.data.dataset import TokenizedDataset, concatenate
@@ -154,7 +154,7 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
     """Measure and keep; the job goes on without what fails here."""
     try:
         async with context.database.read() as session:
-            row = await owned(session, claim)
+            row = await read_owned(session, claim)
         measuring.found = msgspec.convert(row.baselines or {}, Baselines)
         if measuring.found.complete:
             return

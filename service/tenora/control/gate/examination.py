@@ -27,7 +27,7 @@ from tenora.control.gate.lineage import Rows, lineage_of
 from tenora.control.gate.parity import Parity, compare_paths, probe_rows, require_weights, score_rows
 from tenora.control.inference.scoring import Scorer, is_gone
 from tenora.control.jobs.context import JobContext
-from tenora.control.jobs.rows import Claim, owned
+from tenora.control.jobs.lease_rows import Claim, read_owned
 from tenora.control.registry.tables import JobRow
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
@@ -99,7 +99,7 @@ async def examine(
         modules=modules,
     )
     async with context.database.read() as session:
-        row = await owned(session, claim)
+        row = await read_owned(session, claim)
     held_out = None
     if event.held_out is not None:
         held_out = await asyncio.to_thread(HeldOutExamples.load, spec, event.held_out)

@@ -18,7 +18,7 @@ from tenora.control.gate.card import Comparison, Replaced
 from tenora.control.gate.held_out import HeldOutExamples
 from tenora.control.inference.scoring import Scorer, is_gone
 from tenora.control.jobs.context import JobContext
-from tenora.control.jobs.rows import Claim, owned
+from tenora.control.jobs.lease_rows import Claim, read_owned
 from tenora.control.registry.tables import AdapterVersionRow, CheckpointRow
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TenoraError, UnavailableError
@@ -67,7 +67,7 @@ async def rows_of(
     if held_out is None:
         return None, np.zeros(0, dtype=np.uint64)
     async with context.database.read() as session:
-        digest = (await owned(session, claim)).parent_digest
+        digest = (await read_owned(session, claim)).parent_digest
         parent = None if digest is None else await _rows_behind(session, claim.tenant_id, digest)
 
     def read() -> tuple[RowRecord, Keys]:

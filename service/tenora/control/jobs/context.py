@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from tenora.config import Settings
 from tenora.control.adapters.adapters import Adapters
 from tenora.control.adapters.blobs import Blobs
-from tenora.control.jobs.rows import Claim, end, log, owned
+from tenora.control.jobs.lease_rows import Claim, owned
+from tenora.control.jobs.rows import end, log
 from tenora.control.jobs.shape import Limits
 from tenora.control.registry.database import Database
 from tenora.control.storage.directory import Storage

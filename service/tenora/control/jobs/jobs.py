@@ -8,6 +8,7 @@ from sqlalchemy import false, select
 
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.jobs.creation import find_sources, new_job
+from tenora.control.jobs.lease_rows import drop_lease, is_held
 from tenora.control.jobs.parent import find_parent
 from tenora.control.jobs.queue import JobQueue
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord, JobRequest
@@ -17,11 +18,9 @@ from tenora.control.jobs.rows import (
     UNFINISHED,
     checkpoint_record,
     count_jobs,
-    drop_lease,
     end,
     event_record,
     find_job,
-    is_held,
     is_over,
     job_record,
     log,
@@ -127,7 +126,7 @@ class Jobs:
     async def cancel(self, principal: Principal, job_id: str) -> JobRecord:
         """End a job for good. ConflictError if it has ended already."""
         async with self._database.write(frees=True) as session:
-            row = await find_job(session, principal.tenant_id, job_id)
+            row = await find_job(session, principal.tenant_id, job_id, writes=True)
             if is_over(row):
                 raise ConflictError(f"The job {job_id} has ended ({row.status}) and cannot be cancelled.")
             end(row, "cancelled")
@@ -141,10 +140,10 @@ class Jobs:
         The worker of a running job keeps its lease until the run has ended and all that it said is in the log.
         """
         async with self._database.write() as session:
-            row = await find_job(session, principal.tenant_id, job_id)
+            row = await find_job(session, principal.tenant_id, job_id, writes=True)
             if row.status not in UNFINISHED:
                 raise ConflictError(f"The job {job_id} is {row.status} and cannot be paused.")
-            runs = row.status == "running" and is_held(row)
+            runs = row.status == "running" and await is_held(session, row)
             row.status = "paused"
             row.estimated_finish = None
             if not runs:
@@ -157,7 +156,7 @@ class Jobs:
         """Put a paused job back into the queue. ConflictError if it is not paused."""
         self._admit()
         async with self._database.write() as session:
-            row = await find_job(session, principal.tenant_id, job_id)
+            row = await find_job(session, principal.tenant_id, job_id, writes=True)
             if row.status != "paused":
                 raise ConflictError(f"The job {job_id} is {row.status}; only a paused job can be resumed.")
             row.status = "validating_files" if row.plan is None else "queued"

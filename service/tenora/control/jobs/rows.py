@@ -1,38 +1,23 @@
-"""Rows of jobs, their events and checkpoints inside an open transaction; leases and fencing."""
+"""Rows of jobs, their events and checkpoints inside an open transaction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from sqlalchemy import func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import func, select
 
+from tenora.control.jobs.lease_rows import drop_lease
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord
+from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow, JobStatus
 from tenora.errors import NotFoundError, TenoraError
 
 T = TypeVar("T")
-LEASE_SECONDS = 30
 PAUSED_LINE = "The job was paused"
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
-
-
-class LeaseLostError(TenoraError):
-    """The job changed hands (cancelled, paused, claimed by another worker): this worker may write nothing more.
-
-    Attributes:
-        holder: the owner that has the job now; None if its tenant took it, not another worker.
-    """
-
-    code = "lease_lost"
-
-    def __init__(self, job_id: str, holder: str | None) -> None:
-        super().__init__(f"The job {job_id} is in other hands.")
-        self.holder = holder
 
 
 class PausedError(TenoraError):
@@ -41,94 +26,20 @@ class PausedError(TenoraError):
     code = "paused"
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A job in the hands of one worker, for as long as the row carries the same token."""
-
-    job_id: str
-    tenant_id: str
-    token: int
-
-
-async def claim_next(
-    session: AsyncSession, owner: str, statuses: Sequence[JobStatus], busy: Collection[str]
-) -> Claim | None:
-    """Lease the oldest unclaimed job in one of `statuses` that is not among `busy`, whichever tenant's it is."""
-    now = unix_now()
-    row = await session.scalar(
-        select(JobRow)
-        .where(
-            JobRow.status.in_(statuses),
-            JobRow.id.not_in(busy),
-            or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at < now),
-        )
-        .order_by(JobRow.seq)
-        .limit(1)
-    )
-    if row is None:
-        return None
-    row.lease_owner = owner
-    row.lease_token += 1
-    row.lease_expires_at = now + LEASE_SECONDS
-    return Claim(row.id, row.tenant_id, row.lease_token)
-
-
-async def renew(session: AsyncSession, owner: str, claims: Collection[Claim]) -> None:
-    """Extend the leases that are still held."""
-    for claim in claims:
-        await session.execute(
-            update(JobRow)
-            .where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id, JobRow.lease_token == claim.token)
-            .where(JobRow.lease_owner == owner)
-            .values(lease_expires_at=unix_now() + LEASE_SECONDS)
-        )
-
-
-async def release_dead(session: AsyncSession, owner: str) -> None:
-    """At start, when every other owner is known to be dead: their unfinished jobs may be claimed at once."""
-    await session.execute(
-        update(JobRow)
-        .where(JobRow.lease_owner.is_not(None), JobRow.lease_owner != owner)
-        .values(lease_owner=None, lease_expires_at=None, lease_token=JobRow.lease_token + 1)
-    )
-
-
-async def release_own(session: AsyncSession, owner: str) -> None:
-    """At the end: another process need not wait for our leases to expire."""
-    await session.execute(
-        update(JobRow).where(JobRow.lease_owner == owner).values(lease_owner=None, lease_expires_at=None)
-    )
-
-
-async def owned(session: AsyncSession, claim: Claim) -> JobRow:
-    """The job's row, to be written by the holder of `claim`. LeaseLostError if it is not the holder any more."""
-    row = await session.scalar(select(JobRow).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id))
-    if row is None or row.lease_token != claim.token:
-        raise LeaseLostError(claim.job_id, None if row is None else row.lease_owner)
-    return row
-
-
-def is_held(row: JobRow) -> bool:
-    """Whether a worker has the job in its hands."""
-    return row.lease_owner is not None and (row.lease_expires_at or 0) >= unix_now()
-
-
-def drop_lease(row: JobRow) -> None:
-    """Take the job out of whoever's hands it is in."""
-    row.lease_owner = None
-    row.lease_expires_at = None
-    row.lease_token += 1
-
-
-async def count_jobs(session: AsyncSession) -> dict[str, int]:
+async def count_jobs(session: Session) -> dict[str, int]:
     """Jobs of all tenants by status, every status named; answered from the index `ix_jobs_status` alone."""
     rows = await session.execute(select(JobRow.status, func.count()).group_by(JobRow.status))
     return dict.fromkeys(get_args(JobStatus), 0) | {row.status: row[1] for row in rows}
 
 
-async def find_job(session: AsyncSession, tenant_id: str, job_id: str) -> JobRow:
-    """The row of a job, or NotFoundError, equal for missing and foreign ids."""
-    row = await session.scalar(select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id))
+async def find_job(session: Session, tenant_id: str, job_id: str, *, writes: bool = False) -> JobRow:
+    """The row of a job, or NotFoundError, equal for missing and foreign ids.
+
+    Args:
+        writes: lock it until the transaction ends, which writes it.
+    """
+    query = select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id)
+    row = await session.scalar(query.with_for_update() if writes else query)
     if row is None:
         raise NotFoundError(f"There is no fine-tuning job {job_id!r}; list yours.", param="fine_tuning_job_id")
     return row
@@ -144,7 +55,7 @@ def end(row: JobRow, status: JobStatus, error: Mapping[str, Any] | None = None) 
 
 
 def log(
-    session: AsyncSession,
+    session: Session,
     row: JobRow,
     message: str,
     *,

@@ -1,4 +1,4 @@
-"""The registry's tables. Every table but `tenants` has a tenant_id, and every query outside start-up takes one.
+"""The registry's tables. Those of tenants' things have a tenant_id, and every query outside start-up takes one.
 
 `seq` columns give listings a total order: several rows may share a second in `created_at`. The migrations in
 `migrations/versions` build the same tables; a test compares the two.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # SQLite only auto-increments a column of the exact type INTEGER.
@@ -31,13 +31,33 @@ class Base(DeclarativeBase):
     }
 
 
+class ProcessRow(Base):
+    """A process that shares the registry: alive until `alive_until` on the database's clock, unless it says so again.
+
+    `started_at` is on its own clock, which is that of the files that it writes.
+    """
+
+    __tablename__ = "processes"
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    seat: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[int]
+    alive_until: Mapped[int]
+
+
 class TenantRow(Base):
-    """A tenant."""
+    """A tenant.
+
+    Workers serve tenants by the jobs that they have in hand for each, divided by `weight`; among equals goes first who
+    was served longest ago: `prepare_turn` and `train_turn` are the numbers of the latest claims.
+    """
 
     __tablename__ = "tenants"
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(63), unique=True)
     created_at: Mapped[int]
+    weight: Mapped[float] = mapped_column(Float, default=1.0, server_default="1")
+    prepare_turn: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    train_turn: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
 
 
 class KeyRow(Base):
@@ -76,8 +96,9 @@ class FileRow(Base):
 class JobRow(Base):
     """A fine-tuning job with its lease.
 
-    `lease_token` is a fencing token: it grows whenever the job changes hands (claimed, cancelled, paused), and every
-    write of a worker names the token that it holds, so that a worker which lost the job can write nothing more.
+    `lease_token` is a fencing token: it grows whenever the job changes hands (claimed, cancelled, paused). It stands in
+    the WHERE of every UPDATE of the row, so that a worker which lost the job can write nothing more.
+    `lease_owner` is a process, `lease_expires_at` on the database's clock.
     `requested` is what was asked for (`tenora.control.jobs.requests.Asked`) and never changes; `hyperparameters`,
     `lora` and `settings` are what is shown, with numbers once the files were read; `plan` holds the resolved TrainSpec
     then.
@@ -120,12 +141,13 @@ class JobRow(Base):
     baselines: Mapped[dict[str, Any] | None]  # `tenora.control.gate.baselines.Baselines`, as far as it was measured
     attempts: Mapped[int]  # runs that ended because the engine died
     lease_owner: Mapped[str | None] = mapped_column(String(64))
-    lease_token: Mapped[int]
+    lease_token: Mapped[int] = mapped_column(BigInteger)
     lease_expires_at: Mapped[int | None]
     __table_args__ = (
         Index("ix_jobs_tenant_seq", "tenant_id", "seq"),
         Index("ix_jobs_status", "status"),
     )
+    __mapper_args__ = {"version_id_col": lease_token, "version_id_generator": False}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class JobEventRow(Base):
@@ -219,6 +241,7 @@ class IdempotencyRow(Base):
     route: Mapped[str] = mapped_column(String(64), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     payload_hash: Mapped[str] = mapped_column(String(64))
+    process_id: Mapped[str | None] = mapped_column(Id)  # that works on it
     status: Mapped[int | None]
     body: Mapped[bytes | None] = mapped_column(LargeBinary)
     created_at: Mapped[int] = mapped_column(BigInteger, index=True)

@@ -95,6 +95,15 @@ def claim(root: Path) -> int:
     return descriptor
 
 
+def seat(root: Path) -> str:
+    """The name of a state directory, for whoever has claimed it: of its holders one lives at a time."""
+    lock = root / "serve.lock"
+    if not (name := lock.read_text()):
+        name = random_word(24)
+        lock.write_text(name)
+    return name
+
+
 def place(staged: Path, final: Path) -> None:
     """Give a complete staged file its name: fsync, rename, fsync of the directory. Visible whole or not at all."""
     with full_disk():

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.registry.database import Database
 from tenora.control.registry.ids import unix_now
+from tenora.control.registry.presence import Presence, living
 from tenora.control.registry.tables import IdempotencyRow
 from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError, InvalidRequestError
@@ -59,8 +60,9 @@ class Idempotency:
     `payload` is what tells two requests apart: the body, or for an upload its fields and the SHA-256 of its bytes.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, presence: Presence) -> None:
         self._database = database
+        self._presence = presence
 
     async def begin(self, principal: Principal, route: str, key: str, payload: bytes) -> StoredAnswer | None:
         """Reserve the key. None: do the work with a `receipt`. An answer: send it, do nothing.
@@ -80,6 +82,7 @@ class Idempotency:
             route=route,
             key=key,
             payload_hash=digest,
+            process_id=self._presence.id,
             status=None,
             body=None,
             created_at=now,
@@ -107,10 +110,11 @@ class Idempotency:
                 delete(IdempotencyRow).where(*_same(principal, route, key), IdempotencyRow.status.is_(None))
             )
 
-    async def forget_unfinished(self) -> None:
-        """At start: free the keys that a dead process had reserved."""
+    async def forget_dead(self) -> None:
+        """Free the keys that processes had reserved which are dead now."""
         async with self._database.write() as session:
-            await session.execute(delete(IdempotencyRow).where(IdempotencyRow.status.is_(None)))
+            dead = or_(IdempotencyRow.process_id.is_(None), IdempotencyRow.process_id.not_in(living()))
+            await session.execute(delete(IdempotencyRow).where(IdempotencyRow.status.is_(None), dead))
 
     async def _first(self, principal: Principal, route: str, key: str, digest: str) -> StoredAnswer:
         async with self._database.read() as session:

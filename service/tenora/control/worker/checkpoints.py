@@ -10,8 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.adapters.blobs import Blob
 from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.lease_rows import Claim, owned
 from tenora.control.jobs.requests import model_name
-from tenora.control.jobs.rows import Claim, finite, owned
+from tenora.control.jobs.rows import finite
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import CheckpointRow, JobRow, TenantRow
 from tenora.training.spec import CheckpointEvent

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from tenora.control.gate.baselines import NotedTask, note_rows
 from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.lease_rows import Claim, drop_lease, owned, read_owned
 from tenora.control.jobs.preparation import Prepared, TaskRows, preparation_of, prepare
 from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.rows import Claim, drop_lease, log, owned
+from tenora.control.jobs.rows import log
 from tenora.control.registry.tables import JobRow
 from tenora.data.duplicates import DuplicatePair
 from tenora.errors import TenoraError
@@ -23,7 +24,7 @@ async def prepare_job(context: JobContext, claim: Claim) -> None:
         LeaseLostError: the job was cancelled or paused meanwhile; what was written is the runner's to remove.
     """
     async with context.database.read() as session:
-        row = await owned(session, claim)
+        row = await read_owned(session, claim)
     try:
         preparation, limits = await preparation_of(context.storage, context.blobs, row), context.limits()
         tokens = context.settings.train_tokens_per_microbatch

@@ -21,9 +21,10 @@ from tenora.control.gate.predecessor import Beside, Predecessor, find_predecesso
 from tenora.control.gate.takeover import Decision, Published, decide
 from tenora.control.inference.scoring import Scorer
 from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.lease_rows import Claim, owned, read_owned
 from tenora.control.jobs.records import USUAL_PUBLISH
 from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.rows import Claim, PausedError, end, finite, log, owned
+from tenora.control.jobs.rows import PausedError, end, finite, log
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, JobRow
 from tenora.control.worker.checkpoints import result_name, withdraw_checkpoints
 from tenora.control.worker.log import evaluation_of
@@ -109,7 +110,7 @@ class Moved:
 
 async def _predecessor(context: JobContext, claim: Claim) -> Predecessor | None:
     async with context.database.read() as session:
-        row = await owned(session, claim)
+        row = await read_owned(session, claim)
         return await find_predecessor(session, row.tenant_id, row.name)
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from tenora.control.files.files import RESULT_PURPOSE
 from tenora.control.jobs.context import JobContext
-from tenora.control.jobs.rows import Claim, owned
+from tenora.control.jobs.lease_rows import Claim, read_owned
 from tenora.control.jobs.sweeps import trials_csv
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import FileRow, JobEventRow
@@ -60,7 +60,7 @@ async def write_results(context: JobContext, claim: Claim) -> list[ResultFile]:
         .order_by(JobEventRow.seq)
     )
     async with context.database.read() as session:
-        trials = (await owned(session, claim)).sweep_results
+        trials = (await read_owned(session, claim)).sweep_results
         winner = next((trial["trial"] for trial in trials or () if trial["winner"]), None)
         contents = {METRICS_NAME: metrics_csv(await session.scalars(query), winner=winner)}
     if trials:

@@ -1,4 +1,4 @@
-"""Claims jobs under leases and works on them: one is prepared at a time, up to `max_running_jobs` train."""
+"""Claims jobs under leases and works on them: a few are prepared at a time, up to `max_running_jobs` train."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from sqlalchemy import select
 
 from tenora.control.jobs.context import JobContext
-from tenora.control.jobs.rows import (
-    LEASE_SECONDS,
-    Claim,
-    LeaseLostError,
-    claim_next,
-    release_dead,
-    release_own,
-    renew,
-)
+from tenora.control.jobs.lease_rows import Claim, LeaseLostError
+from tenora.control.jobs.leases import RENEW_SECONDS, Leases
 from tenora.control.registry.database import RegistryBusyError
 from tenora.control.registry.tables import TERMINAL, JobRow
 from tenora.control.storage.directory import remove
@@ -29,7 +22,7 @@ from tenora.errors import TrainingError
 
 _log = logging.getLogger(__name__)
 
-RENEW_SECONDS = LEASE_SECONDS / 3
+PREPARING = 4  # jobs that are prepared at the same time, each another tenant's
 STOP_SECONDS = 10.0  # what `stop` allows for saving the state of runs
 
 
@@ -43,16 +36,16 @@ class _Work:
 
 
 class JobRunner:
-    """Works on jobs until `stop`. `owner` names this process (its boot) in leases.
+    """Works on jobs until `stop`; `leases` are this process's.
 
     Attributes:
         leases_lost: jobs that another process claimed while this one worked on them.
     """
 
-    def __init__(self, context: JobContext, owner: str) -> None:
+    def __init__(self, context: JobContext, leases: Leases) -> None:
         self.leases_lost = 0
         self._context = context
-        self._owner = owner
+        self._leases = leases
         self._works: dict[str, _Work] = {}
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
@@ -60,8 +53,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Take over the jobs of a dead process and begin; a service that only serves (`role=serve`) never trains."""
-        async with self._context.database.write() as session:
-            await release_dead(session, self._owner)
+        await self._leases.end_dead()
         await self._sweep_workdirs()
         if self._context.settings.role != "serve":
             self._loop = asyncio.create_task(self._run(), name="job-runner")
@@ -81,8 +73,7 @@ class JobRunner:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        async with self._context.database.write() as session:
-            await release_own(session, self._owner)
+        await self._leases.end()
 
     def wake(self) -> None:
         """There may be something to claim."""
@@ -119,20 +110,17 @@ class JobRunner:
                     await self._wake.wait()
 
     async def _renew(self) -> None:
-        async with self._context.database.write() as session:
-            await renew(session, self._owner, [work.claim for work in self._works.values()])
+        await self._leases.renew([work.claim for work in self._works.values()])
 
     async def _claim_all(self) -> None:
-        """Fill the free places: one for preparing, `max_running_jobs` for training."""
-        while not any(work.training is None for work in self._works.values()):
-            async with self._context.database.write() as session:
-                claim = await claim_next(session, self._owner, ("validating_files",), self._works.keys())
+        """Fill the free places: `PREPARING`, with no tenant in two of them, and `max_running_jobs` for training."""
+        while sum(work.training is None for work in self._works.values()) < PREPARING:
+            claim = await self._leases.claim("prepare", self._works.keys(), most_of_tenant=1)
             if claim is None:
                 break
             self._begin(claim, None)
         while sum(work.training is not None for work in self._works.values()) < self._context.settings.max_running_jobs:
-            async with self._context.database.write() as session:
-                claim = await claim_next(session, self._owner, ("running", "queued"), self._works.keys())
+            claim = await self._leases.claim("train", self._works.keys())
             if claim is None:
                 break
             self._begin(claim, JobTraining(self._context, claim, self._closing))
@@ -175,7 +163,7 @@ class JobRunner:
             _log.warning("job %s: that it failed was not recorded. %s", claim.job_id, error.message)
 
     def _lost(self, claim: Claim, error: LeaseLostError) -> None:
-        if error.holder is None or error.holder == self._owner:
+        if error.holder is None or error.holder == self._leases.owner:
             _log.info("job %s changed hands", claim.job_id)
             return
         self.leases_lost += 1

@@ -11,8 +11,9 @@ from tenora.aclosing import aclosing
 from tenora.adapters.digest import damaged
 from tenora.control.gate.baselines import Measuring, measuring
 from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.lease_rows import Claim, LeaseLostError, drop_lease, owned, read_owned
 from tenora.control.jobs.preparation import is_prepared, spec_of
-from tenora.control.jobs.rows import PAUSED_LINE, Claim, LeaseLostError, PausedError, drop_lease, log, owned
+from tenora.control.jobs.rows import PAUSED_LINE, PausedError, log
 from tenora.control.registry.database import RegistryBusyError
 from tenora.control.worker.checkpoints import keep_checkpoint
 from tenora.control.worker.eta import Pace
@@ -93,7 +94,7 @@ class JobTraining:
 
     async def _let_go(self) -> None:
         async with self._context.database.write() as session:
-            row = await owned(session, self._claim)
+            row = await read_owned(session, self._claim)
             drop_lease(row)
             if row.status == "paused":
                 log(session, row, PAUSED_LINE)

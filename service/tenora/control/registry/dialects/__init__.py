@@ -1,0 +1,1 @@
+"""What differs between the databases that can hold the registry: one file each, behind `dialect.Dialect`."""
