@@ -22,7 +22,7 @@ USABLE = [ ! -e $(UNFINISHED) ] && $(BIN)/python -m pip --version >/dev/null 2>&
 
 ARGS ?=
 
-.PHONY: help setup tools demo test test-full lint fmt serve bench bench-peers gpu-check clean
+.PHONY: help setup tools demo test test-full lint fmt client serve bench bench-peers gpu-check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ lint: setup tools ## ruff, mypy, import-linter, hadolint, helm
 fmt: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+client: setup ## make the synchronous client of the asynchronous one
+	@$(BIN)/python clients/python/scripts/unasync.py
 
 serve: setup ## start the service on this machine (ARGS="--port 8001")
 	@$(BIN)/tenora serve $(ARGS)

@@ -10,6 +10,8 @@ with Client() as client:
 
 from tenora_client.async_client import AsyncClient
 from tenora_client.async_jobs import AsyncJob
+from tenora_client.async_paging import AsyncPages
+from tenora_client.async_streams import AsyncStream
 from tenora_client.client import Client
 from tenora_client.errors import (
     AuthenticationError,
@@ -57,10 +59,10 @@ from tenora_client.models import (
     Preview,
     Usage,
 )
-from tenora_client.paging import AsyncPages, Pages
+from tenora_client.paging import Pages
 from tenora_client.progress import Bar, JobBar
 from tenora_client.retry import RetryPolicy
-from tenora_client.streams import AsyncStream, Stream
+from tenora_client.streams import Stream
 from tenora_client.version import __version__
 
 __all__ = [

@@ -13,19 +13,19 @@ import httpx
 
 from tenora_client.async_jobs import AsyncJobs
 from tenora_client.async_resources import AsyncAdapters, AsyncChat, AsyncCompletions, AsyncFiles, AsyncModels
+from tenora_client.async_streams import AsyncStream
 from tenora_client.calls import Call, OnBytes, get_bytes
 from tenora_client.environment import resolve_key, resolve_url
 from tenora_client.errors import TenoraError, status_error
 from tenora_client.exchange import DEFAULT_LIMITS, DEFAULT_TIMEOUT, arriving, build_request, read_answer, translate
 from tenora_client.retry import RetryPolicy
-from tenora_client.streams import AsyncStream
 from tenora_client.version import __version__
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """A connection to one Tenora server, for asyncio. Safe to share between tasks; close it, or use it in `async with`.
+    """An asynchronous connection to a Tenora server, safe to share between tasks. Close it, or use it in `async with`.
 
     Args:
         base_url: default `$TENORA_URL`, else http://127.0.0.1:8000.

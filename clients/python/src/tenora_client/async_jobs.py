@@ -1,4 +1,4 @@
-"""Fine-tuning jobs of the asynchronous client; the same calls as `tenora_client.jobs`."""
+"""Fine-tuning jobs of the asynchronous client."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Self, Unpack
 from pydantic import PrivateAttr, TypeAdapter
 
 from tenora_client import calls
+from tenora_client.async_paging import AsyncPages
 from tenora_client.errors import TenoraError
-from tenora_client.jobs import file_id
 from tenora_client.models import Checkpoint, Estimate, File, JobEvent, JobState, ListPage
-from tenora_client.paging import AsyncPages
 from tenora_client.params import JobParams
 from tenora_client.progress import JobBar
 from tenora_client.watching import JobView, Watch
@@ -59,7 +58,7 @@ class AsyncJob(JobState):
         *,
         progress: bool | JobView = False,
         poll: float = 1.0,
-        timeout: float | None = None,  # noqa: ASYNC109 - the same signature as Job.wait
+        timeout: float | None = None,
     ) -> AsyncJob:
         """Wait until the job has succeeded; a server that restarts meanwhile is waited for.
 
@@ -103,8 +102,8 @@ class AsyncJobs:
         """
         call = calls.create_job(
             _JOB,
-            training_file=None if training_file is None else file_id(training_file),
-            validation_file=None if validation_file is None else file_id(validation_file),
+            training_file=None if training_file is None else calls.file_id(training_file),
+            validation_file=None if validation_file is None else calls.file_id(validation_file),
             model=model or (await self._client.models.base()).id,
             params=params,
             idempotency_key=idempotency_key,
@@ -121,8 +120,8 @@ class AsyncJobs:
     ) -> Estimate:
         """Rows, tokens, steps and time of the job that `create` would queue; nothing is queued."""
         call = calls.estimate_job(
-            training_file=None if training_file is None else file_id(training_file),
-            validation_file=None if validation_file is None else file_id(validation_file),
+            training_file=None if training_file is None else calls.file_id(training_file),
+            validation_file=None if validation_file is None else calls.file_id(validation_file),
             model=model or (await self._client.models.base()).id,
             params=params,
         )
@@ -158,7 +157,7 @@ class AsyncJobs:
         *,
         progress: bool | JobView = False,
         poll: float = 1.0,
-        timeout: float | None = None,  # noqa: ASYNC109 - the same signature as Jobs.wait
+        timeout: float | None = None,
     ) -> AsyncJob:
         """`AsyncJob.wait`, by id."""
         watch = Watch(timeout)

@@ -1,4 +1,4 @@
-"""What the asynchronous client offers, by resource; the same calls as `tenora_client.resources`."""
+"""What the asynchronous client offers, by resource: `client.chat`, `.completions`, `.models`, `.files`, `.adapters`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from tenora_client import calls
+from tenora_client.async_paging import AsyncPages
+from tenora_client.async_streams import AsyncStream
+from tenora_client.errors import ResponseError
 from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
-from tenora_client.paging import AsyncPages
 from tenora_client.params import ChatParams, CompletionParams
 from tenora_client.progress import transfer
-from tenora_client.resources import find_base
-from tenora_client.streams import AsyncStream
 
 if TYPE_CHECKING:
     from tenora_client.async_client import AsyncClient
@@ -115,8 +115,11 @@ class AsyncModels:
         return await self._client.send(calls.delete_model(name))
 
     async def base(self) -> Model:
-        """The base model that the server serves."""
-        return find_base([model async for model in self.list()])
+        """The base model that the server serves: the one without a parent."""
+        async for model in self.list():
+            if model.parent is None:
+                return model
+        raise ResponseError("The server lists no base model. Is it a Tenora server?")
 
     def list(self) -> AsyncPages[Model]:
         """All models."""

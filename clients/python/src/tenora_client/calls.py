@@ -289,3 +289,8 @@ def get_bytes(path: str) -> Call[object]:
 def new_key() -> str:
     """A fresh idempotency key."""
     return uuid.uuid4().hex
+
+
+def file_id(file: str | models.File) -> str:
+    """The id of a file or the id itself."""
+    return file if isinstance(file, str) else file.id

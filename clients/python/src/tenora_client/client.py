@@ -1,3 +1,4 @@
+# Made of async_client.py by scripts/unasync.py (`make client`): change that one.
 """The synchronous client."""
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to one Tenora server. Safe to share between threads; close it, or use it in `with`.
+    """A synchronous connection to a Tenora server, safe to share between threads. Close it, or use it in `with`.
 
     Args:
         base_url: default `$TENORA_URL`, else http://127.0.0.1:8000.

@@ -1,3 +1,4 @@
+# Made of async_jobs.py by scripts/unasync.py (`make client`): change that one.
 """Fine-tuning jobs of the synchronous client."""
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ class Job(JobState):
         """The job's checkpoints, newest first."""
         return self._jobs.checkpoints(self.id, limit)
 
-    def wait(self, *, progress: bool | JobView = False, poll: float = 1.0, timeout: float | None = None) -> Job:
+    def wait(
+        self,
+        *,
+        progress: bool | JobView = False,
+        poll: float = 1.0,
+        timeout: float | None = None,
+    ) -> Job:
         """Wait until the job has succeeded; a server that restarts meanwhile is waited for.
 
         Args:
@@ -96,8 +103,8 @@ class Jobs:
         """
         call = calls.create_job(
             _JOB,
-            training_file=None if training_file is None else file_id(training_file),
-            validation_file=None if validation_file is None else file_id(validation_file),
+            training_file=None if training_file is None else calls.file_id(training_file),
+            validation_file=None if validation_file is None else calls.file_id(validation_file),
             model=model or self._client.models.base().id,
             params=params,
             idempotency_key=idempotency_key,
@@ -114,8 +121,8 @@ class Jobs:
     ) -> Estimate:
         """Rows, tokens, steps and time of the job that `create` would queue; nothing is queued."""
         call = calls.estimate_job(
-            training_file=None if training_file is None else file_id(training_file),
-            validation_file=None if validation_file is None else file_id(validation_file),
+            training_file=None if training_file is None else calls.file_id(training_file),
+            validation_file=None if validation_file is None else calls.file_id(validation_file),
             model=model or self._client.models.base().id,
             params=params,
         )
@@ -146,7 +153,12 @@ class Jobs:
         return Pages(lambda after: self._client.send(calls.job_checkpoints(job_id, after, limit)))
 
     def wait(
-        self, job_id: str, *, progress: bool | JobView = False, poll: float = 1.0, timeout: float | None = None
+        self,
+        job_id: str,
+        *,
+        progress: bool | JobView = False,
+        poll: float = 1.0,
+        timeout: float | None = None,
     ) -> Job:
         """`Job.wait`, by id."""
         watch = Watch(timeout)
@@ -198,8 +210,3 @@ class Jobs:
         if newest_first:
             watch.saw(newest_first[0])
         return newest_first[::-1]
-
-
-def file_id(file: str | File) -> str:
-    """The id of a file or the id itself."""
-    return file if isinstance(file, str) else file.id

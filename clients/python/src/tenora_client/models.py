@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +14,14 @@ T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class HasId(Protocol):
+    """What can be the cursor of a listing."""
+
+    @property
+    def id(self) -> str:
+        """The cursor."""
 
 
 class ListPage(ApiObject, Generic[T]):

@@ -1,20 +1,12 @@
+# Made of async_paging.py by scripts/unasync.py (`make client`): change that one.
 """Listings that fetch their pages while they are read."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
-from tenora_client.models import ListPage
-
-
-class HasId(Protocol):
-    """What can be the cursor of a listing."""
-
-    @property
-    def id(self) -> str:
-        """The cursor."""
-
+from tenora_client.models import HasId, ListPage
 
 T = TypeVar("T", bound=HasId)
 
@@ -30,23 +22,6 @@ class Pages(Generic[T]):
         while True:
             page = self._fetch(after)
             yield from page.data
-            if not page.has_more or not page.data:
-                return
-            after = page.data[-1].id
-
-
-class AsyncPages(Generic[T]):
-    """`Pages` for `async for`."""
-
-    def __init__(self, fetch: Callable[[str | None], Awaitable[ListPage[T]]]) -> None:
-        self._fetch = fetch
-
-    async def __aiter__(self) -> AsyncIterator[T]:
-        after: str | None = None
-        while True:
-            page = await self._fetch(after)
-            for item in page.data:
-                yield item
             if not page.has_more or not page.data:
                 return
             after = page.data[-1].id

@@ -1,3 +1,4 @@
+# Made of async_resources.py by scripts/unasync.py (`make client`): change that one.
 """What the synchronous client offers, by resource: `client.chat`, `.completions`, `.models`, `.files`, `.adapters`."""
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class Completions:
     ) -> Completion | Stream[Completion]:
         """Continue `prompt`: a string, strings, token ids or lists of them."""
         call = calls.completion(prompt, model, params, stream=stream)
-        return self._client.stream(call) if stream else self._client.send(call)
+        if stream:
+            return self._client.stream(call)
+        return self._client.send(call)
 
 
 class Models:
@@ -113,8 +116,11 @@ class Models:
         return self._client.send(calls.delete_model(name))
 
     def base(self) -> Model:
-        """The base model that the server serves."""
-        return find_base(list(self.list()))
+        """The base model that the server serves: the one without a parent."""
+        for model in self.list():
+            if model.parent is None:
+                return model
+        raise ResponseError("The server lists no base model. Is it a Tenora server?")
 
     def list(self) -> Pages[Model]:
         """All models."""
@@ -231,15 +237,3 @@ class Adapters:
     def list(self) -> Pages[Adapter]:
         """All adapters."""
         return Pages(lambda after: self._client.send(calls.list_adapters(after)))
-
-
-def find_base(models: Sequence[Model]) -> Model:
-    """The one without a parent.
-
-    Raises:
-        ResponseError: if there is none.
-    """
-    for model in models:
-        if model.parent is None:
-            return model
-    raise ResponseError("The server lists no base model. Is it a Tenora server?")

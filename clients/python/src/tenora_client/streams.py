@@ -1,8 +1,9 @@
+# Made of async_streams.py by scripts/unasync.py (`make client`): change that one.
 """Streamed answers: each event is parsed when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -48,7 +49,7 @@ class Stream(Generic[T]):
         self._events.close()
         self._response.close()
 
-    def _read(self) -> Generator[T, None, None]:
+    def _read(self) -> Generator[T]:
         parser, done = EventParser(), False
         try:
             for chunk in self._response.iter_bytes():
@@ -60,49 +61,5 @@ class Stream(Generic[T]):
             raise translate(error, str(self._response.request.url)) from error
         finally:
             self._response.close()
-        if not done:
-            raise truncated(self.request_id)
-
-
-class AsyncStream(Generic[T]):
-    """`Stream` for `async for` and `async with`."""
-
-    def __init__(self, response: httpx.Response, answer: TypeAdapter[T]) -> None:
-        self._response = response
-        self._answer = answer
-        self._events = self._read()
-        self.request_id: str | None = response.headers.get("x-request-id")
-
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        return await anext(self._events)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection if the answer is not complete; harmless otherwise."""
-        await self._events.aclose()
-        await self._response.aclose()
-
-    async def _read(self) -> AsyncGenerator[T, None]:
-        parser, done = EventParser(), False
-        try:
-            async for chunk in self._response.aiter_bytes():
-                for data in parser.feed(chunk):
-                    done = done or data == DONE
-                    if not done:
-                        yield read_event(self._answer, data, self.request_id)
-        except httpx.HTTPError as error:
-            raise translate(error, str(self._response.request.url)) from error
-        finally:
-            await self._response.aclose()
         if not done:
             raise truncated(self.request_id)
