@@ -26,8 +26,9 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, layer_pass, losses
+from tenora.model.layer_pass import Keep, layer_pass
 from tenora.model.loading import load_decoder
+from tenora.model.readouts.tokens import TokenReadout
 from tenora.model.spec import target_modules
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
@@ -177,7 +178,7 @@ def compiled_pass(decoder: Decoder, stream: Stream, *, backward: bool) -> None:
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
     coefficients = torch.full((len(stream.targets),), 1 / len(stream.targets)) if backward else None
-    _, _, slope = finish(losses(decoder, hidden, stream.predict_at, stream.targets, coefficients))
+    _, _, slope = finish(TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients))
     if slope is not None:
         for index in reversed(range(len(decoder.layers))):
             slope = layers.backward(index, slope, need_dx=index > 0)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, layer_pass, losses
+from tenora.model.layer_pass import Keep, layer_pass
+from tenora.model.readouts.tokens import TokenReadout
 from tenora.model.spec import target_modules
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.support.tiny import VOCAB
@@ -140,7 +141,7 @@ def run(decoder: Decoder, stream: Stream, keep: Keep = Keep.ALL, *, lowest: int 
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
     coefficients = stream.coefficients.to(decoder.dtype)
-    loss, correct, slope = finish(losses(decoder, hidden, stream.predict_at, stream.targets, coefficients))
+    loss, correct, slope = finish(TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients))
     last, slopes = hidden.clone(), []
     if keep is not Keep.NOTHING:
         for index in reversed(range(len(decoder.layers))):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from tenora.model import layer_pass as passes
 from tenora.model.attention import PackedAttention
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, kept_bytes_per_token, layer_pass, losses, release_buffers
+from tenora.model.layer_pass import Keep, kept_bytes_per_token, layer_pass, release_buffers
 from tenora.model.loading import load_decoder
+from tenora.model.readouts.tokens import TokenReadout
 from tenora.model.spec import target_modules
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraTables
@@ -327,12 +328,12 @@ def test_another_rows_nan_stays_there(tiny: Callable[..., Path]) -> None:
 def test_no_learned_row_and_no_coefficients(tiny: Callable[..., Path]) -> None:
     decoder = load_decoder(tiny("smollm2"), team=Team(2))
     hidden, none = torch.ones(3, 48), torch.zeros(0, dtype=torch.int64)
-    loss, correct, slope = finish(losses(decoder, hidden, none, none, torch.zeros(0)))
+    loss, correct, slope = finish(TokenReadout(decoder).read(hidden, none, none, torch.zeros(0)))
     assert loss.shape == correct.shape == (0,)
     assert slope is not None
     assert not slope.any()
     one = torch.tensor([1])
-    assert finish(losses(decoder, hidden, one, one, None))[2] is None
+    assert finish(TokenReadout(decoder).read(hidden, one, one, None))[2] is None
 
 
 def test_a_row_that_predicts_several_targets_gets_all_their_gradients(tiny: Callable[..., Path]) -> None:
@@ -341,7 +342,7 @@ def test_a_row_that_predicts_several_targets_gets_all_their_gradients(tiny: Call
     hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     coefficients = torch.tensor([1.0, 0.5, -2.0, 3.0])
     results = [
-        finish(losses(decoder, hidden.to(decoder.dtype), at, targets, coefficients.to(decoder.dtype)))
+        finish(TokenReadout(decoder).read(hidden.to(decoder.dtype), at, targets, coefficients.to(decoder.dtype)))
         for decoder in (load_decoder(directory, team=Team(2)), load_decoder(directory, dtype=torch.float64))
     ]
     assert_close(results[0][0], results[1][0], "loss")

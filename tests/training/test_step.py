@@ -192,7 +192,7 @@ def test_logits_in_chunks_equal_logits_at_once(decoder: Decoder, monkeypatch: py
     assert len(packed.targets) > 40
     results = []
     for budget in (1, 2**30):  # at least 16 tokens a chunk, or all of them
-        monkeypatch.setattr("tenora.model.layer_pass._LOGITS_BYTES", {"cpu": budget})
+        monkeypatch.setattr("tenora.model.readouts.tokens._LOGITS_BYTES", {"cpu": budget})
         adapter = make_adapter(decoder, LoraSpec(rank=4))
         found = train(decoder, load(decoder, packed, adapter), 0.1)
         results.append((found.loss, found.correct, adapter.grad))

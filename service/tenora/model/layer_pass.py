@@ -7,7 +7,7 @@ layer. Both add dA and dBᵀ of every slot to `context.lora.tables.grad`, and ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from enum import Enum
 from itertools import pairwise
 from typing import Protocol
@@ -20,9 +20,8 @@ from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora_kernels.cpu.attention.attention import Rope
 from tenora_kernels.cpu.decoder.layers import Kept, StreamLayers, takes
-from tenora_kernels.cpu.decoder.losses import StreamLosses
 
-__all__ = ["Keep", "LayerPass", "kept_bytes_per_token", "layer_pass", "losses", "release_buffers"]
+__all__ = ["Keep", "LayerPass", "kept_bytes_per_token", "layer_pass", "release_buffers"]
 
 
 class Keep(Enum):
@@ -69,27 +68,6 @@ def layer_pass(
     if _is_compiled(decoder, context):
         return _CompiledPass(decoder, context, keep)
     return _ModulePass(decoder, context, keep, before)
-
-
-def losses(
-    decoder: Decoder, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Tensor | None]]:
-    """Final norm, head and cross-entropy of the rows that have a target, yielding now and then.
-
-    Args:
-        decoder: the base.
-        hidden: [T, H], the last layer's output.
-        predict_at: int64 [n], rows of `hidden`; a row may occur more than once.
-        targets: int64 [n].
-        coefficients: float32 [n]; None if nobody wants a gradient.
-
-    Returns:
-        Loss float32 [n] in nats; bool [n], whether the target was the likeliest; the gradient of Σ coefficient · loss,
-        [T, H], or None.
-    """
-    if decoder.stack is not None and hidden.dtype == torch.float32:
-        return StreamLosses(decoder.stack, hidden, predict_at, targets).run(coefficients)
-    return _module_losses(decoder, hidden, predict_at, targets, coefficients)
 
 
 def kept_bytes_per_token(decoder: Decoder, rank: int, keep: Keep, *, compiled: bool = True) -> int:
@@ -221,43 +199,3 @@ class _ModulePass:
         with torch.set_grad_enabled(graph):
             output: Tensor = self._decoder.layers[index](source, self._context)
         return output
-
-
-# float32 logits alive at once on the modules' way.
-_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-
-
-def _module_losses(
-    decoder: Decoder, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Tensor | None]]:
-    """`losses` in torch, in chunks: [n, V] never exists whole.
-
-    The gradient of a chunk's logits is (softmax - one-hot) · coefficient, made in place of the logits themselves.
-    """
-    budget = _LOGITS_BYTES.get(hidden.device.type, _LOGITS_BYTES["cpu"])
-    size = max(16, budget // (4 * decoder.spec.vocab_size))
-    source = hidden.detach().requires_grad_(coefficients is not None)
-    with torch.set_grad_enabled(coefficients is not None):
-        finished = decoder.finish(source[predict_at])
-    found: list[Tensor] = [finished.new_zeros(0, dtype=torch.float32)]
-    correct: list[Tensor] = [targets.new_zeros(0, dtype=torch.bool)]
-    gradients: list[Tensor] = [finished.detach().new_zeros(0, finished.shape[1])]
-    for start in range(0, len(targets), size):
-        part, wanted = finished.detach()[start : start + size], targets[start : start + size, None]
-        part.requires_grad_(coefficients is not None)
-        with torch.set_grad_enabled(coefficients is not None):
-            scores = decoder.logits(part)
-        logits = scores.detach()
-        normalizer = logits.logsumexp(dim=1, keepdim=True)
-        found.append((normalizer - logits.gather(1, wanted))[:, 0])
-        correct.append(logits.argmax(dim=1) == wanted[:, 0])
-        if coefficients is not None:
-            slope = logits.sub_(normalizer).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-            slope.mul_(coefficients[start : start + size, None])
-            gradients.extend(torch.autograd.grad(scores, part, slope))
-        yield
-    gradient = None
-    if coefficients is not None:
-        (gradient,) = torch.autograd.grad(finished, source, torch.cat(gradients))
-    return torch.cat(found), torch.cat(correct), gradient

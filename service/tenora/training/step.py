@@ -19,7 +19,9 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, LayerPass, layer_pass, losses
+from tenora.model.layer_pass import Keep, LayerPass, layer_pass
+from tenora.model.readouts.base import Readout
+from tenora.model.readouts.tokens import TokenReadout
 from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
 from tenora_kernels.layout import BASE, LoraBatch, LoraTables, build_segments
@@ -49,6 +51,7 @@ class Pass:
         context: positions, RoPE, attention and adapters.
         learned: where each part's targets lie among the n.
         dropout: None if no part has any.
+        readout: what is made of the hidden states.
     """
 
     input_ids: Tensor
@@ -57,6 +60,7 @@ class Pass:
     context: ForwardContext
     learned: tuple[slice, ...]
     dropout: StreamDropout | None
+    readout: Readout
 
     @property
     def tokens(self) -> int:
@@ -167,6 +171,7 @@ def load_pass(decoder: Decoder, parts: Sequence[Part], tables: LoraTables | None
         context=context,
         learned=tuple(slice(int(start), int(stop)) for start, stop in pairwise(learned)),
         dropout=dropout,
+        readout=TokenReadout(decoder),
     )
 
 
@@ -175,7 +180,7 @@ def forward(decoder: Decoder, batch: Pass) -> Generator[None, None, TokenLosses]
     layers = layer_pass(decoder, batch.context, Keep.NOTHING)
     try:
         hidden = yield from _upwards(decoder, layers, batch)
-        loss, correct, _ = yield from losses(decoder, hidden, batch.predict_at, batch.targets, None)
+        loss, correct, _ = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
     finally:
         layers.close()
     return TokenLosses(loss, correct)
@@ -196,9 +201,9 @@ def forward_backward(
     try:
         hidden = yield from _upwards(decoder, layers, batch)
         if not isinstance(coefficients, Tensor):
-            loss, correct, _ = yield from losses(decoder, hidden, batch.predict_at, batch.targets, None)
+            loss, correct, _ = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
             coefficients = coefficients(TokenLosses(loss, correct))
-        loss, correct, slope = yield from losses(decoder, hidden, batch.predict_at, batch.targets, coefficients)
+        loss, correct, slope = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, coefficients)
         for index in reversed(range(len(decoder.layers))):
             if slope is None:
                 raise RuntimeError("a layer gave no gradient although the one below it needs it.")

@@ -1,0 +1,39 @@
+"""What every readout offers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Read(NamedTuple):
+    """What a readout found at n positions of a stream of T tokens.
+
+    Attributes:
+        loss: float32 [n].
+        correct: bool [n], whether no score was above the target's.
+        slope: [T, H], the gradient of Σ coefficient · loss with respect to the hidden states; None if nobody wanted it.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    slope: Tensor | None
+
+
+class Readout(Protocol):
+    """The final norm and a head on it. What it learns, if anything, it adds to gradients of its own."""
+
+    def read(
+        self, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
+    ) -> Generator[None, None, Read]:
+        """Score positions of a stream, yielding now and then. Grad mode is expected to be off around it.
+
+        Args:
+            hidden: [T, H], the last layer's output, before the final norm.
+            predict_at: int64 [n], rows of `hidden`; a row may occur more than once.
+            targets: int64 [n], which score of each position its loss is about.
+            coefficients: float32 [n]; None if nobody wants a gradient.
+        """
+        ...
