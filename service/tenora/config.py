@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     host_cache_bytes: int = Field(
         default=128 * 2**20,
         ge=0,
-        description="Host memory for adapters that wait for a slot (if larger than the pool: or left one).",
+        description="Host memory for prepared adapters; if larger than the pool, evicted adapters are kept there too.",
     )
     max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")
