@@ -24,7 +24,7 @@ def case(**changes: Any) -> kernels.Case:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.SHAPES, "tiny", kernels.groups(8, 12, 8, 4))
+    monkeypatch.setitem(kernels.SHAPES, "tiny", kernels.gated_decoder(kernels.Sizes(8, 12, 2, 1, 4)).sites)
     monkeypatch.setattr(kernels, "WORKING_SET", 2**12)
     monkeypatch.setattr(kernels, "PASS_SECONDS", 0.0)
 

@@ -19,8 +19,8 @@ from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.model.packed import can_pack
 from tenora.model.spec import target_modules
+from tenora.model.stack import can_pack
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.model.paged import PagedRun, Schedule

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from tenora.errors import UnsupportedModelError
-from tenora.model.spec import FAMILIES, PROJECTIONS, ModelSpec, target_modules
+from tenora.model.layout import LAYOUTS
+from tenora.model.spec import FAMILIES, ModelSpec, target_modules
 from tests.model.test_decoder import VARIANTS
 from tests.support.tiny import FAMILIES as TINY
 
@@ -57,6 +59,10 @@ def test_old_rope_fields_mean_the_same() -> None:
     ] * 2
 
 
+def test_every_family_has_a_layout() -> None:
+    assert LAYOUTS.keys() == FAMILIES.keys()
+
+
 def test_target_modules_are_the_linear_layers_of_transformers(tiny: Callable[..., Path]) -> None:
     for family in TINY:
         directory = tiny(family)
@@ -64,7 +70,7 @@ def test_target_modules_are_the_linear_layers_of_transformers(tiny: Callable[...
         linears = {
             name: (module.in_features, module.out_features)
             for name, module in model.named_modules()
-            if name.rpartition(".")[2] in PROJECTIONS
+            if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")
         }
         targets = target_modules(ModelSpec.from_directory(directory))
         assert {target.path: (target.in_features, target.out_features) for target in targets} == linears

@@ -119,7 +119,7 @@ class Oracle:
         from trl import DPOConfig, DPOTrainer
 
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        fresh = LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM")
+        fresh = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         here = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
         self.trainer = DPOTrainer(
             model=model if parent is None else PeftModel.from_pretrained(model, parent, is_trainable=True),

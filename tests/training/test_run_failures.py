@@ -70,7 +70,9 @@ def test_a_loss_of_exactly_zero_stops_and_explains(
 ) -> None:
     certain = copy.deepcopy(decoder)
     monkeypatch.setattr(
-        certain, "logits", lambda hidden: (hidden @ certain.lm_head.t()).mul(0.0).index_fill(1, torch.tensor([9]), 1e4)
+        certain,
+        "logits",
+        lambda hidden: (hidden @ certain.lm_head.values.t()).mul(0.0).index_fill(1, torch.tensor([9]), 1e4),
     )
     spec = make_spec()
     for path in (spec.tasks[0].train_path, spec.tasks[0].valid_path):

@@ -113,7 +113,7 @@ class LoraShape(Protocol):
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Last parts of module paths."""
+        """Last parts of module paths; empty: of every module that is written."""
 
     @property
     def use_rslora(self) -> bool:
@@ -362,9 +362,10 @@ def write_adapter(
             rank_pattern[path] = a.shape[0]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
-    names = {path.rpartition(".")[2] for path in modules}
-    if names != set(lora.target_modules):
-        raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(lora.target_modules)}.")
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in modules))
+    target_modules = list(lora.target_modules) or names
+    if set(names) != set(target_modules):
+        raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(target_modules)}.")
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -377,7 +378,7 @@ def write_adapter(
         "peft_type": "LORA",
         "r": lora.rank,
         "rank_pattern": rank_pattern,
-        "target_modules": list(lora.target_modules),
+        "target_modules": target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.use_rslora,

@@ -81,7 +81,7 @@ class Control:
         self._presence = presence
         self._lock = lock
         self._base_id = model.id
-        self._target_names = frozenset(target.name for target in targets)
+        self._target_names = tuple(dict.fromkeys(target.name for target in targets))
         self._background: list[asyncio.Task[None]] = []
         failpoints = Failpoints.parse(settings.failpoints)
         if failpoints.armed:

@@ -53,7 +53,7 @@ class Facts:
             return cls(decoder.device.type)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(decoder.device)
-        weights = sum(parameter.nbytes for parameter in decoder.parameters())
+        weights = decoder.nbytes
         return cls("cuda", total, free + weights, weights)
 
 

@@ -7,8 +7,9 @@ Mistral (sliding window), Qwen2 (q, k, v biases) and Qwen3 (normalised q and k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 
 from tenora.model.attention import PagedAttention
 from tenora.model.context import ForwardContext
-from tenora.model.packed import PackedLinear
-from tenora.model.projection import LayerSites, Projection, lora_sites
+from tenora.model.layout import Block, Matrix
+from tenora.model.projection import Projection, lora_site
 from tenora.model.rotary import Rotary, rotate
 from tenora.model.spec import ModelSpec
+from tenora.model.weights.base import Weight
+from tenora.model.weights.dense import Dense
 from tenora_kernels.cpu.attention import attention
 from tenora_kernels.cpu.attention.attention import PagedStep, Rope, takes
 from tenora_kernels.cpu.decoder import layers, losses
@@ -27,7 +30,7 @@ from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.cpu.runtime.team import Team
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -62,76 +65,97 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-class SelfAttention(nn.Module):
-    """Grouped-query attention of one layer with fused q, k and v."""
+class Make(NamedTuple):
+    """How the parts of a decoder are made: where, in which type, and how its matrices are had."""
 
-    def __init__(
-        self, spec: ModelSpec, layer: int, sites: LayerSites, *, dtype: torch.dtype | None, device: torch.device | None
-    ) -> None:
+    spec: ModelSpec
+    read: Callable[[Matrix], Weight]
+    dtype: torch.dtype
+    device: torch.device
+
+    def norm(self, *shape: int) -> RMSNorm:
+        """An `RMSNorm` with the model's ε."""
+        return RMSNorm(shape, self.spec.rms_norm_eps, dtype=self.dtype, device=self.device)
+
+    def projections(self, layer: int, block: Block) -> dict[str, Projection]:
+        """The block's products, by the names of its sites."""
+        layout = self.spec.layout
+        return {
+            site.name: Projection(
+                lora_site(layout, layer, site),
+                self.read(layout.matrix(layer, block, site)),
+                bias=site.bias,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for site in block.sites
+        }
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention of one layer with fused q, k and v; sites `qkv` and `o`."""
+
+    def __init__(self, make: Make, layer: int, block: Block) -> None:
         super().__init__()
+        spec = make.spec
         self.layer = layer
         self.window = spec.sliding_window[layer]
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self.qkv_proj = Projection(sites.qkv, bias=spec.attention_bias, dtype=dtype, device=device)
-        self.o_proj = Projection(sites.o, bias=spec.o_bias, dtype=dtype, device=device)
+        sites = make.projections(layer, block)
+        self.qkv, self.o = sites["qkv"], sites["o"]
         # q heads and k heads are normalised together: one row of weights per head.
-        self.qk_norm = (
-            RMSNorm((spec.num_heads + spec.num_kv_heads, spec.head_dim), spec.rms_norm_eps, dtype=dtype, device=device)
-            if spec.qk_norm
-            else None
-        )
+        normed = sum(heads for _, heads in block.head_norms)
+        self.head_norm = make.norm(normed, spec.head_dim) if normed else None
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]."""
-        qkv = self.qkv_proj(hidden, context)
+        qkv = self.qkv(hidden, context)
         if isinstance(context.attention, PagedAttention) and not torch.is_grad_enabled():
-            norm, eps = (None, 0.0) if self.qk_norm is None else (self.qk_norm.weight, self.qk_norm.eps)
+            norm, eps = (None, 0.0) if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
             attended = context.attention.attend_qkv(self.layer, qkv, context.rope, self.window, norm=norm, eps=eps)
-            return self.o_proj(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+            return self.o(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
         qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
+        if self.head_norm is not None:
+            qk = self.head_norm(qk)
         q, k = torch.split(rotate(qk, *context.rope), [self.num_heads, self.num_kv_heads], dim=1)
         attended = context.attention.attend(self.layer, q, k, v, self.window)
-        return self.o_proj(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        return self.o(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
-class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)) with gate and up fused."""
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)) with gate and up fused; sites `gate_up` and `down`."""
 
-    def __init__(
-        self, spec: ModelSpec, sites: LayerSites, *, dtype: torch.dtype | None, device: torch.device | None
-    ) -> None:
+    def __init__(self, make: Make, layer: int, block: Block) -> None:
         super().__init__()
-        self.gate_up_proj = Projection(sites.gate_up, bias=spec.mlp_bias, dtype=dtype, device=device)
-        self.down_proj = Projection(sites.down, bias=spec.mlp_bias, dtype=dtype, device=device)
-        self.activation = _ACTIVATIONS[spec.hidden_act]
+        sites = make.projections(layer, block)
+        self.gate_up, self.down = sites["gate_up"], sites["down"]
+        self.activation = ACTIVATIONS[make.spec.hidden_act]
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]."""
-        gate, up = self.gate_up_proj(hidden, context).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up, context)  # type: ignore[no-any-return]  # untyped __call__
+        gate, up = self.gate_up(hidden, context).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up, context)  # type: ignore[no-any-return]  # untyped __call__
+
+
+BLOCKS: dict[str, Callable[[Make, int, Block], nn.Module]] = {"attention": SelfAttention, "gated_mlp": GatedMLP}
+"""What a block computes, by `Block.kind`."""
 
 
 class DecoderLayer(nn.Module):
-    """One block: attention and MLP, each on the normalised hidden states and added back to them."""
+    """The blocks of a layer, each on the normalised hidden states and added back to them."""
 
-    def __init__(
-        self, spec: ModelSpec, layer: int, sites: LayerSites, *, dtype: torch.dtype | None, device: torch.device | None
-    ) -> None:
+    def __init__(self, make: Make, layer: int) -> None:
         super().__init__()
-        norm = partial(RMSNorm, (spec.hidden_size,), spec.rms_norm_eps, dtype=dtype, device=device)
-        self.input_layernorm = norm()
-        self.self_attn = SelfAttention(spec, layer, sites, dtype=dtype, device=device)
-        self.post_attention_layernorm = norm()
-        self.mlp = MLP(spec, sites, dtype=dtype, device=device)
+        blocks = make.spec.layout.blocks
+        self.norms = nn.ModuleList(make.norm(make.spec.hidden_size) for _ in blocks)
+        self.blocks = nn.ModuleList(BLOCKS[block.kind](make, layer, block) for block in blocks)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]; the input is left as it was."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context)
-        mlp: Tensor = self.mlp(self.post_attention_layernorm(hidden), context)
-        return hidden + mlp
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            hidden = hidden + block(norm(hidden), context)
+        return hidden
 
 
 class Decoder(nn.Module):
@@ -145,34 +169,48 @@ class Decoder(nn.Module):
         device: where the weights lie.
         dtype: the compute type.
         layers: `DecoderLayer`s, called as `layer(hidden, context)`.
-        stack: the same weights packed for the CPU's kernels; None if they are not packed. A forward pass for serving
+        embed_tokens, lm_head: [V, H]; one and the same where the two are tied.
+        stack: the same weights as the CPU's kernels take them; None if they are not packed. A forward pass for serving
             then runs there as a whole, and the modules remain for training.
         team: threads of the CPU's kernels, for whatever else the step does there; None is the calling thread.
     """
 
-    embed_tokens: nn.Parameter  # neither is there if the weights are packed: the stack holds them
-    lm_head: nn.Parameter
-
     def __init__(
-        self, spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        read: Callable[[Matrix], Weight] | None = None,
     ) -> None:
+        """A decoder whose matrices `read` gives; without it they are dense and hold anything."""
         super().__init__()
         device = torch.device(device)
         self.spec = spec
         self.device, self.dtype = device, dtype
-        table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
-        self.embed_tokens = nn.Parameter(table, requires_grad=False)
-        self.layers = nn.ModuleList(
-            DecoderLayer(spec, layer, sites, dtype=dtype, device=device) for layer, sites in enumerate(lora_sites(spec))
-        )
-        self.norm = RMSNorm((spec.hidden_size,), spec.rms_norm_eps, dtype=dtype, device=device)
-        head = self.embed_tokens
-        if not spec.tie_word_embeddings:
-            head = nn.Parameter(torch.empty_like(table), requires_grad=False)
-        self.lm_head = head
+        make = Make(spec, read or partial(Dense.empty, dtype=dtype, device=device), dtype, device)
+        self.embed_tokens = make.read(spec.embedding)
+        self.layers = nn.ModuleList(DecoderLayer(make, layer) for layer in range(spec.num_layers))
+        self.norm = make.norm(spec.hidden_size)
+        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else make.read(spec.head)
         self.rotary = Rotary(spec, dtype=dtype, device=device)
         self.stack: PackedStack | None = None
         self.team: Team | None = None
+
+    def weights(self) -> Iterator[Weight]:
+        """Every matrix, each once."""
+        yield self.embed_tokens
+        if self.lm_head is not self.embed_tokens:
+            yield self.lm_head
+        for module in self.modules():
+            if isinstance(module, Projection):
+                yield module.weight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is frozen."""
+        vectors = sum(parameter.nbytes for parameter in self.parameters())
+        return vectors + sum(weight.nbytes for weight in self.weights())
 
     def rope(self, positions: Tensor, lengths: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Cos and sin [T, head_dim] for `ForwardContext.rope`; see `Rotary.table` for `lengths`."""
@@ -198,9 +236,7 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens [T]."""
-        if self.stack is not None:
-            return self.stack.table.rows(input_ids)
-        return F.embedding(input_ids, self.embed_tokens)
+        return self.embed_tokens.rows(input_ids)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm: [T, H] to [T, H]."""
@@ -208,9 +244,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 [n, V] of finished hidden states [n, H]."""
-        if self.stack is not None:
-            return PackedLinear(self.stack.head, self.stack.team)(hidden)
-        return F.linear(hidden, self.lm_head).float()
+        return self.lm_head.multiply(hidden).float()
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [T, H] after the final norm."""

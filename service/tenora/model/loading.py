@@ -1,30 +1,28 @@
-"""Weights from safetensors into a frozen `Decoder`, tensor by tensor, each of them checked."""
+"""A frozen `Decoder` from a checkpoint: which kind holds each matrix, and where every tensor goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tenora.errors import ConfigurationError, UnsupportedModelError
+from tenora.errors import ConfigurationError
+from tenora.model.checkpoint import Checkpoint
 from tenora.model.decoder import Decoder
-from tenora.model.packed import PackedLinear, can_pack, pack_stack
-from tenora.model.projection import Projection
-from tenora.model.spec import SUPPORTED, ModelSpec, read_json
+from tenora.model.layout import Matrix
+from tenora.model.spec import ModelSpec
+from tenora.model.stack import can_pack, pack_stack
+from tenora.model.weights.base import FLOATS, Kind, Place, Stored, Weight
+from tenora.model.weights.kinds import kind_of
+from tenora.model.weights.packed import Packed
 from tenora_kernels.cpu.precompile import Wanted
-from tenora_kernels.cpu.products.gemm import PackedMatrix
 from tenora_kernels.cpu.runtime.team import Team
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _USUAL_HEAD_DIM = 64
-_FLOATS = frozenset({"BF16", "F16", "F32"})  # as safetensors spells them
 
 
 def resolve_device(name: str) -> torch.device:
@@ -84,34 +82,61 @@ def load_decoder(
             or quantised; the message names it.
     """
     spec = ModelSpec.from_directory(directory)
-    with ExitStack() as stack:
-        tensors = {name: file for file in _open_files(directory, stack) for name in file.keys()}  # noqa: SIM118  # not a dict
-        plan = list(_plan(spec))
-        _check(directory, spec, plan, tensors)
-        decoder = Decoder(spec, dtype=dtype, device=device)  # memory that nobody has touched yet costs nothing
-        packs = team is not None and decoder.device.type == "cpu" and dtype == torch.float32 and can_pack(spec)
-        narrow = packs and all(_kind(tensors, piece) == "BF16" for piece in plan if len(piece.shape) == 2)
-        matrices: dict[str, PackedMatrix] = {}
-        pieces_of: dict[str, list[_Piece]] = {}
-        for piece in plan:
-            pieces_of.setdefault(piece.parameter, []).append(piece)
-        placed, total = 0, sum(prod(piece.shape) for piece in plan)
-        for name, pieces in pieces_of.items():
-            target: Tensor = decoder.get_parameter(name)
-            packed = packs and target.dim() == 2 and not name.endswith("qk_norm.weight")
-            if packed and narrow:
-                target = torch.empty(target.shape, dtype=torch.bfloat16)
-            for piece in pieces:
-                target[piece.rows].copy_(tensors[piece.source].get_tensor(piece.source).expand_as(target[piece.rows]))
-            if packed:
-                matrices[name] = PackedMatrix.pack(target)
-                _drop(decoder, name)
-            placed += sum(prod(piece.shape) for piece in pieces)
-            report(placed, total)
-        decoder.team = team
-        if team is not None and matrices:
-            _attach(decoder, matrices, team)
+    device = torch.device(device)
+    with Checkpoint.open(directory) as checkpoint:
+        packed = None
+        if team is not None and device.type == "cpu":
+            packed = _packed_type(spec, checkpoint.types, dtype)
+        weights = Reader(checkpoint, Place(device, dtype, team, packed), report)
+        vectors = list(_vectors(spec))
+        wanted = [*weights.wanted(_matrices(spec)), *(stored for stored, _, _ in vectors)]
+        checkpoint.check(spec, wanted)
+        weights.total = sum(prod(stored.shape) for stored in wanted)
+        decoder = Decoder(spec, dtype=dtype, device=device, read=weights.read)
+        for stored, parameter, rows in vectors:
+            target = decoder.get_parameter(parameter)[rows]
+            target.copy_(weights.tensor(stored.name).expand_as(target))
+        weights.report()
+    decoder.team = team
+    if team is not None and packed is not None:
+        decoder.stack = pack_stack(decoder, team)
     return decoder.eval()
+
+
+class Reader:
+    """Reads the decoder's matrices, and counts the numbers that are read.
+
+    Attributes:
+        total: how many there are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, place: Place, report: Callable[[int, int], None]) -> None:
+        self._checkpoint, self._place, self._report = checkpoint, place, report
+        self._placed = self.total = 0
+
+    def wanted(self, matrices: Iterable[Matrix]) -> Iterator[Stored]:
+        """What the checkpoint must hold of them."""
+        for matrix in matrices:
+            yield from self._kind(matrix).tensors(matrix)
+
+    def read(self, matrix: Matrix) -> Weight:
+        """The matrix, as its kind holds it."""
+        weight = self._kind(matrix).read(matrix, self.tensor, self._place)
+        self.report()
+        return weight
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the checkpoint, on the CPU."""
+        tensor = self._checkpoint.tensor(name)
+        self._placed += tensor.numel()
+        return tensor
+
+    def report(self) -> None:
+        """Say how far it is."""
+        self._report(self._placed, self.total)
+
+    def _kind(self, matrix: Matrix) -> Kind:
+        return kind_of(matrix, self._checkpoint.types, self._place)
 
 
 def wanted_kernels(directory: Path | None, dtype: torch.dtype, *, train: bool) -> Wanted:
@@ -123,137 +148,51 @@ def wanted_kernels(directory: Path | None, dtype: torch.dtype, *, train: bool) -
     if directory is None:
         return Wanted(dtype, dtype == torch.float32, True, _USUAL_HEAD_DIM, train)
     spec = ModelSpec.from_directory(directory)
-    packed = dtype == torch.float32 and can_pack(spec)
-    with ExitStack() as stack:
-        tensors = {name: file for file in _open_files(directory, stack) for name in file.keys()}  # noqa: SIM118  # not a dict
-        matrices = [piece for piece in _plan(spec) if len(piece.shape) == 2]
-        narrow = packed and all(piece.source in tensors and _kind(tensors, piece) == "BF16" for piece in matrices)
-    return Wanted(dtype, packed, narrow, spec.head_dim, train)
+    with Checkpoint.open(directory) as checkpoint:
+        packed = _packed_type(spec, checkpoint.types, dtype)
+    return Wanted(dtype, packed is not None, packed == torch.bfloat16, spec.head_dim, train)
 
 
-def _kind(tensors: dict[str, Any], piece: _Piece) -> str:
-    """The type of a tensor as its file spells it."""
-    return str(tensors[piece.source].get_slice(piece.source).get_dtype())
+def _packed_type(spec: ModelSpec, types: Mapping[str, str], dtype: torch.dtype) -> torch.dtype | None:
+    """The element type of packed matrices on a CPU that computes in `dtype`; None if they are not packed there.
+
+    Matrices of bfloat16 stay so if all of them are.
+    """
+    if dtype != torch.float32 or not can_pack(spec):
+        return None
+    found = [types.get(stored.name) for matrix in _matrices(spec) for stored in Packed.tensors(matrix)]
+    if not all(kind in FLOATS or kind is None for kind in found):
+        return None
+    return torch.bfloat16 if all(kind == "BF16" for kind in found) else torch.float32
 
 
-def _drop(decoder: Decoder, name: str) -> None:
-    """Free a weight that was packed."""
-    owner, _, attribute = name.rpartition(".")
-    setattr(decoder.get_submodule(owner), attribute, None)
-
-
-def _attach(decoder: Decoder, matrices: dict[str, PackedMatrix], team: Team) -> None:
-    """Give the packed matrices to the modules and to the stack."""
-    for name, module in decoder.named_modules():
-        if isinstance(module, Projection):
-            module.packed = PackedLinear(matrices[f"{name}.weight"], team)
-    _drop(decoder, "lm_head")
-    decoder.stack = pack_stack(decoder, matrices, team)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A tensor of the checkpoint, its shape there, and the rows of our parameter that it fills."""
-
-    source: str
-    shape: tuple[int, ...]
-    parameter: str
-    rows: slice
-
-
-def _plan(spec: ModelSpec) -> Iterator[_Piece]:
-    """Every tensor that the checkpoint must hold."""
-    hidden, everything = spec.hidden_size, slice(None)
-    yield _Piece("model.embed_tokens.weight", (spec.vocab_size, hidden), "embed_tokens", everything)
-    yield _Piece("model.norm.weight", (hidden,), "norm.weight", everything)
-    if not spec.tie_word_embeddings:
-        yield _Piece("lm_head.weight", (spec.vocab_size, hidden), "lm_head", everything)
+def _matrices(spec: ModelSpec) -> Iterator[Matrix]:
+    """Every matrix of the decoder."""
+    layout = spec.layout
+    yield from dict.fromkeys((spec.embedding, spec.head))
     for layer in range(spec.num_layers):
-        yield from _layer_plan(spec, layer)
+        for block in layout.blocks:
+            for site in block.sites:
+                yield layout.matrix(layer, block, site)
 
 
-def _layer_plan(spec: ModelSpec, layer: int) -> Iterator[_Piece]:
-    theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-    hidden, q, kv, mlp = spec.hidden_size, spec.q_size, spec.kv_size, spec.intermediate_size
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield _Piece(f"{theirs}.{norm}.weight", (hidden,), f"{ours}.{norm}.weight", slice(None))
-    if spec.qk_norm:
-        heads = spec.num_heads
-        for name, rows in (("q_norm", slice(0, heads)), ("k_norm", slice(heads, None))):
-            yield _Piece(
-                f"{theirs}.self_attn.{name}.weight", (spec.head_dim,), f"{ours}.self_attn.qk_norm.weight", rows
-            )
-    groups = (
-        ("self_attn", "qkv_proj", hidden, {"q_proj": q, "k_proj": kv, "v_proj": kv}, spec.attention_bias),
-        ("self_attn", "o_proj", q, {"o_proj": hidden}, spec.o_bias),
-        ("mlp", "gate_up_proj", hidden, {"gate_proj": mlp, "up_proj": mlp}, spec.mlp_bias),
-        ("mlp", "down_proj", mlp, {"down_proj": hidden}, spec.mlp_bias),
-    )
-    for block, fused, in_features, members, bias in groups:
-        start = 0
-        for member, size in members.items():
-            rows = slice(start, start + size)
-            source, parameter = f"{theirs}.{block}.{member}", f"{ours}.{block}.{fused}"
-            yield _Piece(f"{source}.weight", (size, in_features), f"{parameter}.weight", rows)
-            if bias:
-                yield _Piece(f"{source}.bias", (size,), f"{parameter}.bias", rows)
-            start += size
-
-
-def _open_files(directory: Path, stack: ExitStack) -> list[Any]:
-    """Open the checkpoint's files (mapped, not read) until `stack` closes."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise UnsupportedModelError(f"{index} names files outside of its directory.")
-    else:
-        names = ["model.safetensors"]
-    files = []
-    for name in names:
-        path = directory / name
-        if not path.is_file():
-            raise UnsupportedModelError(
-                f"{path} is missing; a base model needs its weights as safetensors (model.safetensors or shards with "
-                "model.safetensors.index.json)."
-            )
-        try:
-            files.append(stack.enter_context(safe_open(path, framework="pt", device="cpu")))
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModelError(
-                f"{path} is not a complete safetensors file ({error}); fetch it again."
-            ) from error
-    return files
-
-
-def _check(directory: Path, spec: ModelSpec, plan: list[_Piece], tensors: dict[str, Any]) -> None:
-    for piece in plan:
-        if piece.source not in tensors:
-            raise _mismatch(directory, f"the tensor {piece.source} is missing")
-        stored = tensors[piece.source].get_slice(piece.source)
-        if tuple(stored.get_shape()) != piece.shape:
-            raise _mismatch(directory, f"{piece.source} has shape {stored.get_shape()}, not {list(piece.shape)}")
-        if stored.get_dtype() not in _FLOATS:
-            raise _mismatch(directory, f"{piece.source} has type {stored.get_dtype()}, so it is quantised")
-    unexpected = set(tensors) - {piece.source for piece in plan}
-    # Old checkpoints carry the RoPE buffers; they follow from the configuration.
-    unexpected -= {name for name in unexpected if name.endswith("rotary_emb.inv_freq")}
-    if spec.tie_word_embeddings and "lm_head.weight" in unexpected:
-        # Some tied checkpoints repeat the embeddings; another matrix would contradict the configuration.
-        head, table = (tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not _equal(head, table):
-            raise _mismatch(directory, "lm_head.weight differs from the embeddings though tie_word_embeddings is true")
-        unexpected.discard("lm_head.weight")
-    if unexpected:
-        raise _mismatch(directory, f"the tensor {min(unexpected)} is not part of a {spec.family} model")
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and bool(torch.equal(first, second))
-
-
-def _mismatch(directory: Path, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"The weights in {directory} do not fit its config.json: {reason}. {SUPPORTED}")
+def _vectors(spec: ModelSpec) -> Iterator[tuple[Stored, str, slice]]:
+    """Every other tensor of the checkpoint, the parameter of ours that it is part of, and its rows there."""
+    layout, everything = spec.layout, slice(None)
+    yield Stored(f"{layout.norm}.weight", (spec.hidden_size,)), "norm.weight", everything
+    for layer in range(spec.num_layers):
+        for index, block in enumerate(layout.blocks):
+            norm = Stored(f"{layout.path(layer, block.norm)}.weight", (spec.hidden_size,))
+            yield norm, f"layers.{layer}.norms.{index}.weight", everything
+            ours, start = f"layers.{layer}.blocks.{index}", 0
+            for name, heads in block.head_norms:
+                stored = Stored(f"{layout.path(layer, block.name, name)}.weight", (spec.head_dim,))
+                yield stored, f"{ours}.head_norm.weight", slice(start, start + heads)
+                start += heads
+            for site in block.sites:
+                for module, (first, stop) in zip(site.modules, site.slices, strict=True) if site.bias else ():
+                    bias = Stored(f"{layout.path(layer, block.name, module.name)}.bias", (module.output,))
+                    yield bias, f"{ours}.{site.name}.bias", slice(first, stop)
 
 
 def _cpu_multiplies_bf16() -> bool:

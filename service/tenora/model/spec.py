@@ -16,6 +16,7 @@ from typing import Any
 
 from tenora.adapters.targets import TargetModule
 from tenora.errors import UnsupportedModelError
+from tenora.model.layout import LAYOUTS, Layout, Matrix, Sizes
 
 FAMILIES: dict[str, str] = {
     "llama": "Llama 2 and 3, SmolLM2 and other models of type 'llama'",
@@ -32,7 +33,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _LARGEST_FACTOR = 1e6
 _STRETCHING = ("linear", "dynamic", "yarn")  # the context is longer by their factor
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+READABLE: frozenset[str] = frozenset()
+"""`quant_method`s of checkpoints that a kind of weights reads."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -91,6 +93,34 @@ class ModelSpec:
     hidden_act: str
     sliding_window: tuple[int | None, ...]
     rope_parameters: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def layout(self) -> Layout:
+        """What a layer is made of."""
+        sizes = Sizes(
+            hidden=self.hidden_size,
+            mlp=self.intermediate_size,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            attention_bias=self.attention_bias,
+            o_bias=self.o_bias,
+            mlp_bias=self.mlp_bias,
+            qk_norm=self.qk_norm,
+        )
+        return LAYOUTS[self.family](sizes)
+
+    @property
+    def embedding(self) -> Matrix:
+        """The matrix [vocabulary, hidden] of the tokens."""
+        return Matrix(self.hidden_size, ((self.layout.embedding, self.vocab_size),))
+
+    @property
+    def head(self) -> Matrix:
+        """The matrix of the scores; the same one where the two are tied."""
+        if self.tie_word_embeddings:
+            return self.embedding
+        return Matrix(self.hidden_size, ((self.layout.head, self.vocab_size),))
 
     @property
     def q_size(self) -> int:
@@ -184,26 +214,12 @@ class ModelSpec:
 
 
 def target_modules(spec: ModelSpec) -> tuple[TargetModule, ...]:
-    """Every projection that an adapter may change: seven a layer, in table order (row = layer · 7 + position)."""
-    hidden, mlp = spec.hidden_size, spec.intermediate_size
-    shapes = {
-        "self_attn.q_proj": (hidden, spec.q_size),
-        "self_attn.k_proj": (hidden, spec.kv_size),
-        "self_attn.v_proj": (hidden, spec.kv_size),
-        "self_attn.o_proj": (spec.q_size, hidden),
-        "mlp.gate_proj": (hidden, mlp),
-        "mlp.up_proj": (hidden, mlp),
-        "mlp.down_proj": (mlp, hidden),
-    }
+    """Every module that an adapter may change, layer after layer; its row is its place here."""
+    layout = spec.layout
+    every = (found for layer in range(spec.num_layers) for found in layout.paths(layer))
     return tuple(
-        TargetModule(
-            path=f"model.layers.{layer}.{name}",
-            row=layer * len(shapes) + position,
-            in_features=in_features,
-            out_features=out_features,
-        )
-        for layer in range(spec.num_layers)
-        for position, (name, (in_features, out_features)) in enumerate(shapes.items())
+        TargetModule(path=path, row=row, in_features=site.input, out_features=module.output)
+        for row, (path, site, module) in enumerate(every)
     )
 
 
@@ -236,7 +252,8 @@ def _family(config: Mapping[str, Any]) -> str:
         raise _unsupported(f"its model_type is {family!r}")
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise _unsupported(f"its weights are quantised ({method}); use the unquantised checkpoint")
+        if method not in READABLE:
+            raise _unsupported(f"its weights are quantised ({method}); use the unquantised checkpoint")
     architectures = config.get("architectures") or []
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise _unsupported(f"its architecture {architectures[0]!r} is not a causal language model")

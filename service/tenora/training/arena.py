@@ -222,10 +222,9 @@ def scaling(lora: LoraSpec) -> float:
 def _module_ranks(targets: Sequence[TargetModule], lora: LoraSpec) -> list[int]:
     known = {target.name for target in targets}
     unknown = [name for name in lora.target_modules if name not in known]
-    if unknown or not lora.target_modules:
-        raise TrainingError(
-            f"The base has no module {unknown or 'at all that was named'}; it has {', '.join(sorted(known))}."
-        )
+    if unknown:
+        raise TrainingError(f"The base has no module {unknown}; it has {', '.join(sorted(known))}.")
     if lora.rank < 1:
         raise TrainingError(f"The rank is {lora.rank} and must be at least 1.")
-    return [lora.rank if target.name in lora.target_modules else 0 for target in targets]
+    wanted = lora.target_modules or known
+    return [lora.rank if target.name in wanted else 0 for target in targets]

@@ -7,7 +7,6 @@ from typing import Literal
 
 import msgspec
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Scheduler = Literal["linear", "cosine", "constant"]
 Method = Literal["supervised", "dpo"]
 TrialStatus = Literal["running", "stopped", "finished", "failed"]
@@ -16,12 +15,16 @@ PROBE_ROWS = 4
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape of the adapter to train (Hu et al. 2021; rsLoRA: Kalajdzievski 2023)."""
+    """Shape of the adapter to train (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
+
+    Attributes:
+        target_modules: last parts of the paths of what it adapts; empty: every module of the base's layout.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ALL_LINEAR
+    target_modules: tuple[str, ...] = ()
     use_rslora: bool = False
 
 

@@ -19,6 +19,7 @@ from tenora.engine.decode_graphs import AdapterRows, Capture, CudaCapture, Decod
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.weights.dense import Dense
 from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.layout import BASE, LoraBatch, LoraTables
 from tests.bench.gpu.decode_loop import RANK, SPARE_BYTES, adapter_bytes, model_bytes
@@ -46,9 +47,9 @@ class EngineLoop:
     ) -> None:
         self.rows, self.context, self.blocks = rows, context, -(-context // BLOCK)
         self.decoder = Decoder(spec, dtype=dtype, device=device)
-        for parameter in self.decoder.parameters():
-            if parameter.dim() == 2:
-                parameter.data.normal_(std=0.02)
+        for weight in self.decoder.weights():
+            if isinstance(weight, Dense):
+                weight.values.normal_(std=0.02)
         self.cache = KVCache.allocate(spec, rows * self.blocks, BLOCK, dtype=dtype, device=device)
         for part in (*self.cache.k, *self.cache.v):
             part.normal_()

@@ -14,7 +14,6 @@ from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.core import Engine
 from tenora.engine.messages import Abort, Generate, Outputs, SamplingParams, SequenceOutput, StartTraining
-from tenora.model.spec import PROJECTIONS
 from tenora.training.spec import LoraSpec
 from tests.training.runs import default_spec, write_rows
 
@@ -94,7 +93,7 @@ def run(engine: Engine, directory: Path, *, seconds: float = 60.0, **sizes: int)
         "loads": engine.loader.loads,
     }
     write_rows(directory)
-    lora = LoraSpec(rank=RANK, alpha=32.0, target_modules=PROJECTIONS)
+    lora = LoraSpec(rank=RANK, alpha=32.0)
     before = engine.trainer.trained_tokens
     engine.add(StartTraining(default_spec(directory, "job", lora=lora, n_epochs=10_000, batch_size=14)))
     report["beside_a_job"] = stream(engine, seconds, **sizes)

@@ -12,7 +12,7 @@ import torch
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep
-from tenora.model.spec import PROJECTIONS, target_modules
+from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.packing import pack
 from tenora.training.spec import LoraSpec
@@ -39,7 +39,7 @@ def rows_of(count: int, length: int) -> TokenizedDataset:
 def measure(decoder: Decoder, tokens: int, weights: torch.dtype, *, rounds: int = 5, row: int = ROW) -> dict[str, Any]:
     """Figures of a pass that keeps its layers' inputs. `weights`: of the arena that is read, not of the masters."""
     arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=weights)
-    adapter = arena.add(LoraSpec(rank=16, alpha=32.0, target_modules=PROJECTIONS))
+    adapter = arena.add(LoraSpec(rank=16, alpha=32.0))
     adapter.initialise(0)
     count = tokens // row
     packed = pack(rows_of(count, row), range(count))
@@ -58,7 +58,7 @@ def measure(decoder: Decoder, tokens: int, weights: torch.dtype, *, rounds: int 
                 torch.cuda.synchronize(decoder.device)
             taken.append(time.perf_counter() - started)
     seconds = median(taken[2:])
-    parameters = sum(parameter.numel() for layer in decoder.layers for parameter in layer.parameters())
+    parameters = decoder.spec.num_layers * sum(site.input * site.output for site in decoder.spec.layout.sites)
     useful = 4 * parameters * tokens  # forward, and the gradient of the input; what runs a second time does not count
     return {
         "tokens": tokens,

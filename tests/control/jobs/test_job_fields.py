@@ -24,11 +24,11 @@ from tenora.control.jobs.shape import Limits
 from tenora.control.jobs.sources import check_sources, name_sources
 from tenora.errors import DatasetError, InvalidRequestError
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.spec import ALL_LINEAR
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, jsonl
 from tests.control.jobs.test_job_methods import PAIRS
 
-LIMITS = Limits(base_id=BASE, max_rank=64, max_model_len=256, target_modules=frozenset(ALL_LINEAR))
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LIMITS = Limits(base_id=BASE, max_rank=64, max_model_len=256, target_modules=ALL_LINEAR)
 LONG = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "long " * 300}]}
 FILES = {"many": MANY_ROWS, "few": ROWS, "pairs": PAIRS, "others": ROWS[:9], "long": [*MANY_ROWS[:20], LONG] * 3}
 

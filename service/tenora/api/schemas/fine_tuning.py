@@ -30,7 +30,7 @@ def _modules(value: Any) -> Any:
         and all(isinstance(item, str) and len(item) <= 64 for item in value)
     ):
         return value
-    raise invalid('must be "all-linear" or a list of module names such as "q_proj"')
+    raise invalid('must be "all-linear" or a list of module names')
 
 
 def _evaluations(value: Any) -> Any:

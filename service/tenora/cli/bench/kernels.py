@@ -16,6 +16,7 @@ from torch.nn import functional
 from tenora.cli.bench.figures import percentile
 from tenora.cli.bench.workload import Distribution
 from tenora.errors import InvalidRequestError
+from tenora.model.layout import Site, Sizes, gated_decoder
 from tenora.model.loading import resolve_device, resolve_dtype
 from tenora_kernels.layout import BASE, LoraBatch, LoraSegments, LoraSite, LoraTables, build_segments
 from tenora_kernels.ops import add_lora
@@ -28,29 +29,10 @@ WARM_UP = 2
 MIN_PASSES, MAX_PASSES, PASS_SECONDS = 5, 200, 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A projection group: its inputs, and the outputs of its modules."""
-
-    name: str
-    inputs: int
-    outputs: tuple[int, ...]
-
-
-def groups(hidden: int, mlp: int, q: int, kv: int) -> tuple[Group, ...]:
-    """The four groups of a decoder layer."""
-    return (
-        Group("qkv", hidden, (q, kv, kv)),
-        Group("o", q, (hidden,)),
-        Group("gate_up", hidden, (mlp, mlp)),
-        Group("down", mlp, (hidden,)),
-    )
-
-
 SHAPES = {
-    "smollm2-135m": groups(576, 1536, 576, 192),
-    "qwen3-0.6b": groups(1024, 3072, 2048, 1024),
-    "llama-3-8b": groups(4096, 14336, 4096, 1024),
+    "smollm2-135m": gated_decoder(Sizes(hidden=576, mlp=1536, heads=9, kv_heads=3, head_dim=64)).sites,
+    "qwen3-0.6b": gated_decoder(Sizes(hidden=1024, mlp=3072, heads=16, kv_heads=8, head_dim=128)).sites,
+    "llama-3-8b": gated_decoder(Sizes(hidden=4096, mlp=14336, heads=32, kv_heads=8, head_dim=128)).sites,
 }
 
 
@@ -68,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The tensors of one case and group, in several copies that stand for the layers of a model."""
+    """The tensors of one case and site, in several copies that stand for the layers of a model."""
 
     x: Tensor
     y: Tensor
@@ -78,25 +60,25 @@ class Bench:
     nbytes: int
 
     @classmethod
-    def build(cls, case: Case, group: Group, device: torch.device, dtype: torch.dtype) -> Bench:
+    def build(cls, case: Case, site: Site, device: torch.device, dtype: torch.dtype) -> Bench:
         """Random tensors; adapters lie as bfloat16, as files do, wherever the base does not compute in float16."""
         slots = max(1, case.rows)
         ranks = [case.ranks[slot % len(case.ranks)] for slot in range(slots)]
         narrow = dtype == torch.float32 and device.type == "cpu"
-        width = group.inputs * len(group.outputs) + sum(group.outputs)
+        total = site.output
+        width = site.input * len(site.modules) + total
         size = 2 if narrow else dtype.itemsize
-        layers = _layers(min(sum(ranks) * width * size, sum(group.outputs) * group.inputs * dtype.itemsize))
-        tables = _tables(group, layers, ranks, device, dtype, narrow=narrow)
+        layers = _layers(min(sum(ranks) * width * size, site.output * site.input * dtype.itemsize))
+        tables = _tables(site, layers, ranks, device, dtype, narrow=narrow)
         segments = build_segments(_slots(case), device=device)
         used = sum(ranks[slot] for slot in segments.seg_slot)
-        total = sum(group.outputs)
         return cls(
-            x=torch.randn(case.rows, group.inputs, device=device, dtype=dtype),
+            x=torch.randn(case.rows, site.input, device=device, dtype=dtype),
             y=torch.zeros(case.rows, total, device=device, dtype=dtype),
-            weights=[torch.randn(total, group.inputs, device=device, dtype=dtype) for _ in range(layers)],
-            sites=list(_sites(group, layers)),
+            weights=[torch.randn(total, site.input, device=device, dtype=dtype) for _ in range(layers)],
+            sites=list(_sites(site, layers)),
             batch=LoraBatch(tables, segments),
-            nbytes=used * width * size + _row_bytes(segments, group, dtype),
+            nbytes=used * width * size + _row_bytes(segments, site, dtype),
         )
 
 
@@ -104,9 +86,9 @@ def _layers(nbytes: int) -> int:
     return max(1, min(MAX_LAYERS, math.ceil(WORKING_SET / max(1, nbytes))))
 
 
-def _row_bytes(segments: LoraSegments, group: Group, dtype: torch.dtype) -> int:
+def _row_bytes(segments: LoraSegments, site: Site, dtype: torch.dtype) -> int:
     """Reading x once and y once, and writing y."""
-    return segments.adapted * (group.inputs + 2 * sum(group.outputs)) * dtype.itemsize
+    return segments.adapted * (site.input + 2 * site.output) * dtype.itemsize
 
 
 def _slots(case: Case) -> list[int]:
@@ -115,18 +97,16 @@ def _slots(case: Case) -> list[int]:
     return [BASE if slot is None or row >= case.rows - of_base else slot for row, slot in enumerate(drawn)]
 
 
-def _sites(group: Group, layers: int) -> Iterator[LoraSite]:
-    starts = [sum(group.outputs[:index]) for index in range(len(group.outputs))]
-    slices = tuple((start, start + width) for start, width in zip(starts, group.outputs, strict=True))
+def _sites(site: Site, layers: int) -> Iterator[LoraSite]:
     for layer in range(layers):
-        yield LoraSite(row=layer * len(slices), in_features=group.inputs, slices=slices)
+        yield LoraSite(row=layer * len(site.modules), in_features=site.input, slices=site.slices)
 
 
 def _tables(
-    group: Group, layers: int, ranks: Sequence[int], device: torch.device, dtype: torch.dtype, *, narrow: bool
+    site: Site, layers: int, ranks: Sequence[int], device: torch.device, dtype: torch.dtype, *, narrow: bool
 ) -> LoraTables:
-    inputs = [group.inputs] * len(group.outputs) * layers
-    outputs = list(group.outputs) * layers
+    inputs = [site.input] * len(site.modules) * layers
+    outputs = [module.output for module in site.modules] * layers
     per_rank = sum(inputs) + sum(outputs)
     elements = sum((rank * per_rank + 1) // 2 if narrow else rank * per_rank for rank in ranks)
     arena = torch.zeros(elements, device=device, dtype=dtype)
@@ -139,14 +119,14 @@ def _tables(
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """One row of figures per projection group, in µs a layer, and their sum as the group `layer`."""
+    """One row of figures per site, in µs a layer, and their sum as the group `layer`."""
     rows = []
-    for group in SHAPES[case.shape]:
-        bench = Bench.build(case, group, device, dtype)
+    for site in SHAPES[case.shape]:
+        bench = Bench.build(case, site, device, dtype)
         with torch.inference_mode():
             gemm = _time(partial(_gemm, bench), device) / len(bench.sites)
             lora = _time(partial(_low_rank, bench), device) / len(bench.sites)
-        rows.append(_row(case, group.name, gemm, lora, bench.nbytes))
+        rows.append(_row(case, site.name, gemm, lora, bench.nbytes))
         yield rows[-1]
     total = [sum(row[name] for row in rows) for name in ("gemm_us", "lora_us", "lora_bytes")]
     yield _row(case, "layer", total[0] / MICRO, total[1] / MICRO, total[2])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.targets import TargetModule
-from tenora.training.spec import ALL_LINEAR, LoraSpec
+from tenora.training.spec import LoraSpec
 from tenora_client import Client
 
 B_DEVIATION = 0.01
@@ -35,7 +35,7 @@ def write_random_adapter(
     rank: int,
     seed: int,
     base_model: str = "base",
-    modules: tuple[str, ...] = ALL_LINEAR,
+    modules: tuple[str, ...] = (),
 ) -> Path:
     """Write an adapter of random bfloat16 weights: A uniform as PEFT starts it, B normal with deviation 0.01.
 
@@ -45,12 +45,12 @@ def write_random_adapter(
         rank: of every module.
         seed: equal seeds, equal adapters.
         base_model: what adapter_config.json names as its base.
-        modules: last parts of the paths to adapt.
+        modules: last parts of the paths to adapt; empty: all.
     """
     source = np.random.default_rng(seed)
     weights = {}
     for target in targets:
-        if target.name not in modules:
+        if modules and target.name not in modules:
             continue
         bound = 1 / np.sqrt(target.in_features)
         a = source.random((rank, target.in_features), dtype=np.float32) * np.float32(2 * bound) - np.float32(bound)

@@ -18,7 +18,7 @@ from tenora.adapters.peft_config import PeftConfig
 from tenora.adapters.targets import TargetModule
 from tenora.control.jobs.field_checks import flag, known_fields, real, whole
 from tenora.errors import AdapterFormatError, InvalidRequestError
-from tenora.training.spec import ALL_LINEAR, LoraSpec
+from tenora.training.spec import LoraSpec
 
 LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init_from")
 
@@ -34,7 +34,7 @@ class Limits:
     base_id: str
     max_rank: int
     max_model_len: int
-    target_modules: frozenset[str]  # short names of the base's modules
+    target_modules: tuple[str, ...]  # last parts of the paths of the base's modules, in its order
     fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
     """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
 
@@ -125,7 +125,7 @@ def _require_room(rank: int, modules: tuple[str, ...], parent: ParentShape) -> N
 
 
 def _target_modules(given: Any, limits: Limits, parent: ParentShape | None) -> tuple[str, ...]:
-    available = tuple(name for name in ALL_LINEAR if name in limits.target_modules)
+    available = limits.target_modules
     if given is None and parent is not None:
         return tuple(name for name in available if name in parent.target_modules)
     if given is None or given == "all-linear":
