@@ -41,7 +41,13 @@ SCOPE_OF = {
         "/v1/adapters/{name}/download",
         "/v1/unload_lora_adapter",
     },
-    "operator": {"/v1/load_lora_adapter"},
+    "operator": {
+        "/v1/load_lora_adapter",
+        "/v1/admin/tenants",
+        "/v1/admin/tenants/{tenant}",
+        "/v1/admin/tenants/{tenant}/keys",
+        "/v1/admin/tenants/{tenant}/keys/{key_id}/revoke",
+    },
     "any key": {"/health", "/metrics"},
 }
 
@@ -64,7 +70,7 @@ def operations(service: Service) -> Iterator[tuple[str, str]]:
 
 def fill(path: str) -> str:
     """A path with something for each parameter."""
-    for name in ("model", "file_id", "job_id", "name"):
+    for name in ("model", "file_id", "job_id", "name", "tenant", "key_id"):
         path = path.replace("{" + name + "}", "something")
     return path
 

@@ -58,6 +58,8 @@ async def test_a_foreign_key_sees_nothing(service: Service, base_id: str, make_a
     }
     checked = 0
     for method, path in operations(service):
+        if path.startswith("/v1/admin/"):
+            continue  # no tenant's key gets that far: tests/api/test_admin.py
         if "{" not in path and (method != "POST" or path not in BODIES):
             continue
         foreign = await call(stranger, method, path, theirs)

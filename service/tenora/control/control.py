@@ -28,6 +28,7 @@ from tenora.control.storage.directory import claim, seat
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.access import Access
 from tenora.control.tenancy.bootstrap import Bootstrap, Registry
+from tenora.control.tenancy.erasure import Erasure
 from tenora.control.tenancy.idempotency import Idempotency
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.control.worker.runner import JobRunner
@@ -109,6 +110,7 @@ class Control:
         )
         self._runner = JobRunner(context, Leases(database, presence))
         self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)
+        self.erasure = Erasure(database, self.tenants, self.keys, [self.jobs], [self.adapters, self.files])
 
     @classmethod
     async def open(

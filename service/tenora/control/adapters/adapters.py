@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, damaged
 from tenora.config import Settings
-from tenora.control.adapters.blobs import Blobs
+from tenora.control.adapters.blobs import Blobs, named_by
 from tenora.control.adapters.model_card import README_NAME, model_card
 from tenora.control.adapters.peft_upload import check_loadable, stage_upload
 from tenora.control.adapters.pins import Pins
@@ -32,6 +32,7 @@ from tenora.control.registry.ids import check_name
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, CheckpointRow
 from tenora.control.storage.directory import Storage, full_disk, remove
 from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
@@ -251,6 +252,17 @@ class Adapters:
         if alias is not None and alias.pinned:
             await self.pins.let_go(row.digest)
         await self._blobs.release(digests)
+
+    async def forget(self, session: AsyncSession, tenant_id: str) -> AfterCommit:
+        """What is to go with a tenant: its pins, and the versions and checkpoints that no other tenant's row names."""
+        named, pinned = await named_by(session, tenant_id), await self.pins.of(session, tenant_id)
+
+        async def let_go() -> None:
+            for digest in pinned:
+                await self.pins.let_go(digest)
+            await self._blobs.release(named)
+
+        return let_go
 
     async def _publish(
         self, principal: Principal, name: str, directory: Path, receipt: Receipt[AdapterRecord] | None

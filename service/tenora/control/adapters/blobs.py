@@ -229,3 +229,11 @@ async def _named(session: AsyncSession, among: set[str] | None = None) -> set[st
         checkpoints = checkpoints.where(CheckpointRow.digest.in_(among))
         parents = parents.where(JobRow.parent_digest.in_(among))
     return set(await session.scalars(union(versions, checkpoints, parents)))
+
+
+async def named_by(session: AsyncSession, tenant_id: str) -> set[str]:
+    """Digests that rows of one tenant name, also as what a job started from."""
+    versions = select(AdapterVersionRow.digest).where(AdapterVersionRow.tenant_id == tenant_id)
+    checkpoints = select(CheckpointRow.digest).where(CheckpointRow.tenant_id == tenant_id)
+    parents = select(JobRow.parent_digest).where(JobRow.tenant_id == tenant_id, JobRow.parent_digest.is_not(None))
+    return set(await session.scalars(union(versions, checkpoints, parents)))

@@ -65,6 +65,10 @@ class Pins:
                 code="pins_full",
             )
 
+    async def of(self, session: AsyncSession, tenant_id: str) -> Collection[str]:
+        """The digests that a tenant's aliases pin."""
+        return set(await session.scalars(_pinned().where(AdapterRow.tenant_id == tenant_id)))
+
     async def keep(self, digest: str) -> None:
         """Tell the engine to keep a version; its pin is committed."""
         await self._engine.pin(self._blobs.ref(digest))

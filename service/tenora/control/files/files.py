@@ -25,6 +25,7 @@ from tenora.control.registry.paging import Order, Page, page
 from tenora.control.registry.tables import TERMINAL, FileRow, JobRow
 from tenora.control.storage.directory import Storage, full_disk, place, remove
 from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
@@ -182,6 +183,14 @@ class Files:
             await asyncio.to_thread(remove, self._storage.file(row.tenant_id, row.id))
         await self._database.restock()
         return len(gone)
+
+    async def forget(self, session: AsyncSession, tenant_id: str) -> AfterCommit:  # noqa: ARG002 - `Holder.forget`
+        """What is to go with a tenant: its directory, in which its jobs work too."""
+
+        async def let_go() -> None:
+            await asyncio.to_thread(remove, self._storage.tenant(tenant_id))
+
+        return let_go
 
     async def sweep(self, older_than: float) -> int:
         """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""

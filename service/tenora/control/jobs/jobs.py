@@ -28,7 +28,7 @@ from tenora.control.jobs.rows import (
 from tenora.control.jobs.shape import Limits
 from tenora.control.registry.database import Database
 from tenora.control.registry.paging import Page, page
-from tenora.control.registry.tables import CheckpointRow, JobEventRow, JobRow
+from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
@@ -133,6 +133,16 @@ class Jobs:
             log(session, row, "The job was cancelled")
         await self._queue.leave(principal.tenant_id, job_id, pause=False)
         return job_record(row, principal.tenant)
+
+    async def end_for(self, tenant_id: str) -> None:
+        """Cancel every job of a tenant that is not over."""
+        async with self._database.write(frees=True) as session:
+            unfinished = select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.status.not_in(sorted(TERMINAL)))
+            rows = list(await session.scalars(unfinished))
+            for row in rows:
+                end(row, "cancelled")
+        for row in rows:
+            await self._queue.leave(tenant_id, row.id, pause=False)
 
     async def pause(self, principal: Principal, job_id: str) -> JobRecord:
         """Stop a job so that `resume` goes on where it was. ConflictError if it has ended or is paused.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenora.errors import StorageFullError, TenoraError, UnavailableError
+from tenora.errors import ConflictError, StorageFullError, TenoraError, UnavailableError
 
 
 class RegistryBusyError(UnavailableError):
@@ -29,3 +29,8 @@ class RegistryDamagedError(TenoraError):
 def registry_full() -> StorageFullError:
     """No room on the registry's disk."""
     return StorageFullError("The disk of the registry is full; free some space and try again.")
+
+
+def registry_orphan() -> ConflictError:
+    """A row whose owner is gone: a tenant's last upload may end after the tenant has."""
+    return ConflictError("What this belongs to was deleted meanwhile; nothing was stored.", code="deleted")

@@ -41,13 +41,17 @@ class Storage:
         """A fresh path in staging; nothing exists there yet."""
         return self.staging / f"{random_word(24)}{suffix}"
 
+    def tenant(self, tenant_id: str) -> Path:
+        """The directory of everything that lies there for one tenant alone."""
+        return self.tenants / tenant_id
+
     def file(self, tenant_id: str, file_id: str) -> Path:
         """Where the bytes of a file lie."""
-        return self.tenants / tenant_id / "files" / file_id
+        return self.tenant(tenant_id) / "files" / file_id
 
     def workdir(self, tenant_id: str, job_id: str) -> Path:
         """The work directory of a job."""
-        return self.tenants / tenant_id / "jobs" / job_id
+        return self.tenant(tenant_id) / "jobs" / job_id
 
     def files(self) -> Iterator[tuple[str, str, Path]]:
         """Every stored file as (tenant_id, file_id, path)."""

@@ -49,6 +49,13 @@ ACTIONS: Final[Mapping[str, Need]] = MappingProxyType(
         "adapters.delete": "adapters",
         "adapters.load": "operator",  # what lies in the operator's directories may be anybody's
         "adapters.unload": "adapters",
+        "tenants.create": "operator",
+        "tenants.list": "operator",
+        "tenants.read": "operator",
+        "tenants.delete": "operator",
+        "keys.create": "operator",
+        "keys.list": "operator",
+        "keys.revoke": "operator",
     }
 )
 """Every action of the service, `<what>.<verb>`, and what it asks of a key."""

@@ -142,6 +142,16 @@ class Keys:
         self.forget()
         return key_record(row)
 
+    async def revoke_all(self, tenant_id: str) -> None:
+        """End every key of a tenant for good."""
+        async with self._database.write(frees=True) as session:
+            await session.execute(
+                update(KeyRow)
+                .where(KeyRow.tenant_id == tenant_id, KeyRow.revoked_at.is_(None))
+                .values(revoked_at=unix_now())
+            )
+        self.forget()
+
     async def revoke_named(self, session: AsyncSession, tenant_id: str, name: str) -> None:
         """Revoke every key of that name inside an open transaction."""
         await session.execute(

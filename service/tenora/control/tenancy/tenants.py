@@ -17,7 +17,7 @@ DEFAULT_TENANT = "default"
 
 
 class Tenants:
-    """The tenants of this service. For operators: nothing here is reachable with a tenant's key."""
+    """The tenants of this service. For the operator: nothing here is reachable with another tenant's key."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -37,7 +37,7 @@ class Tenants:
         async with self._database.read() as session:
             row = await session.scalar(select(TenantRow).where(TenantRow.name == name))
         if row is None:
-            raise NotFoundError(f"There is no tenant {name!r}; `tenora tenants list` shows them.", param="name")
+            raise NotFoundError(f"There is no tenant {name!r}; `tenora tenants list` shows them.", param="tenant")
         return _record(row)
 
     async def list(self) -> Sequence[TenantRecord]:

@@ -174,7 +174,7 @@ class JobRunner:
             status = await session.scalar(
                 select(JobRow.status).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id)
             )
-        if status in TERMINAL:
+        if status is None or status in TERMINAL:  # its tenant may be gone, and the row with it
             await self._forget(claim.tenant_id, claim.job_id)
 
     async def _forget(self, tenant_id: str, job_id: str) -> None:

@@ -13,12 +13,18 @@ from sqlalchemy.ext.compiler import compiles
 
 from tenora.control.registry.dialects import dialect
 from tenora.control.registry.dialects.dialect import unix_time
-from tenora.control.registry.driver_errors import RegistryBusyError, RegistryDamagedError, registry_full
+from tenora.control.registry.driver_errors import (
+    RegistryBusyError,
+    RegistryDamagedError,
+    registry_full,
+    registry_orphan,
+)
 from tenora.errors import ConfigurationError, TenoraError
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _FULL = ("53100",)
 _BUSY = ("08", "53", "57", "40001", "40P01", "55P03")
+_ORPHAN = "23503"
 _DAMAGED = ("XX001", "XX002", "58030")
 # Keys of advisory locks, which a database's sessions share: "tenora" in ASCII, and which lock it is.
 _TENORA = 0x74656E6F7261
@@ -81,6 +87,8 @@ class Postgres:
             return registry_full()
         if error.connection_invalidated or state.startswith(_BUSY):
             return RegistryBusyError()
+        if state == _ORPHAN:
+            return registry_orphan()
         return RegistryDamagedError(f"SQLSTATE {state}") if state.startswith(_DAMAGED) else None
 
     def unusable(self, error: DBAPIError | OSError) -> TenoraError:

@@ -16,7 +16,12 @@ from sqlalchemy.ext.compiler import compiles
 
 from tenora.control.registry.dialects import dialect
 from tenora.control.registry.dialects.dialect import unix_time
-from tenora.control.registry.driver_errors import RegistryBusyError, RegistryDamagedError, registry_full
+from tenora.control.registry.driver_errors import (
+    RegistryBusyError,
+    RegistryDamagedError,
+    registry_full,
+    registry_orphan,
+)
 from tenora.control.registry.reserve import Reserve
 from tenora.errors import ConfigurationError, TenoraError
 
@@ -81,6 +86,8 @@ class SQLite:
             return registry_full()
         if kinds & _BUSY:
             return RegistryBusyError()
+        if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+            return registry_orphan()
         return RegistryDamagedError(str(getattr(error.orig, "sqlite_errorname", code))) if kinds & _DAMAGED else None
 
     def unusable(self, error: DBAPIError | OSError) -> TenoraError:
