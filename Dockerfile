@@ -18,7 +18,8 @@ COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     python -c 'import tomllib; \
                project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-               print(*(name for name in project["dependencies"] if name != "tenora-client"), sep="\n")' > dependencies.txt \
+               needs = project["dependencies"] + project["optional-dependencies"]["postgres"]; \
+               print(*(name for name in needs if name != "tenora-client"), sep="\n")' > dependencies.txt \
     && pip install --constraint constraints.txt --upgrade pip \
     && pip install --constraint constraints.txt --requirement dependencies.txt
 COPY README.md LICENSE ./
@@ -26,7 +27,7 @@ COPY clients/python clients/python
 COPY kernels kernels
 COPY service service
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    pip install --constraint constraints.txt ./clients/python .
+    pip install --constraint constraints.txt ./clients/python '.[postgres]'
 # The CPU's kernels, for every processor with AVX2 or AVX-512: the first start need not compile them.
 RUN case "$(uname -m)" in x86_64) set -- x86-64-v3 x86-64-v4 ;; esac \
     && python -m tenora_kernels.cpu.precompile "$@"

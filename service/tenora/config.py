@@ -60,7 +60,11 @@ class Settings(BaseSettings):
     api_key: str | None = Field(
         default=None, description="The default tenant's admin key; made at first start if unset."
     )
-    database_url: str | None = Field(default=None, description="Registry; default SQLite in the state directory.")
+    database_url: str | None = Field(
+        default=None,
+        repr=False,  # it may hold a password
+        description="Registry: postgresql://user:password@host/database; default SQLite in the state directory.",
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     # engine

@@ -1,10 +1,14 @@
-"""A control plane on a real SQLite file and a real directory, over a scripted engine; and what tests put into it."""
+"""A control plane on a real database and a real directory, over a scripted engine; and what tests put into it.
+
+What asks for `registry_url` runs on SQLite and on Postgres: the files `ON_BOTH` always, the others on Postgres in
+`make test-full` only. What only SQLite has is tested by tests marked `sqlite`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +31,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.control.scripted import ScriptedEngine, random_modules
 from tests.support.patience import PATIENCE
+from tests.support.postgres import Postgres, running
 
 BASE = "tiny"
 ROWS = [
@@ -45,6 +50,36 @@ def targets(tiny_base: Path) -> Sequence[TargetModule]:
     return target_modules(ModelSpec.from_directory(tiny_base))
 
 
+ON_BOTH = ("test_leases", "test_registry", "test_databases", "test_idempotency", "test_batches")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "registry_url" not in metafunc.fixturenames:
+        return
+    if metafunc.definition.get_closest_marker("sqlite") is not None:
+        kinds = [pytest.param("sqlite", id="")]
+    else:
+        both = metafunc.module.__name__.rpartition(".")[2] in ON_BOTH
+        kinds = ["sqlite", pytest.param("postgres", marks=() if both else pytest.mark.full)]
+    metafunc.parametrize("registry_url", kinds, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The session's Postgres, started when the first test asks for it."""
+    with running() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def registry_url(request: pytest.FixtureRequest) -> str | None:
+    """What TENORA_DATABASE_URL is in this test: None, which is SQLite in the state directory, or a fresh Postgres."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return None
+    cluster: Postgres = request.getfixturevalue("postgres")
+    return await cluster.database()
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
@@ -60,13 +95,18 @@ OpenControl = Callable[..., Awaitable[Control]]
 
 @pytest.fixture
 async def open_control(
-    home: Path, engine: ScriptedEngine, tokenizer: Tokenizer, tiny_base: Path, targets: Sequence[TargetModule]
+    home: Path,
+    registry_url: str | None,
+    engine: ScriptedEngine,
+    tokenizer: Tokenizer,
+    tiny_base: Path,
+    targets: Sequence[TargetModule],
 ) -> AsyncIterator[OpenControl]:
     """`await open_control(**settings)`: a started control plane on `home`; closed at the end unless the test did."""
     opened: list[Control] = []
 
     async def make(**values: Any) -> Control:
-        settings = Settings(home=home, **values)
+        settings = Settings(home=home, database_url=registry_url, **values)
         model = ResolvedModel(tiny_base, BASE)
         control = await Control.open(settings, cast("AsyncEngine", engine), tokenizer, model, targets)
         await control.start()
@@ -144,6 +184,14 @@ async def until(
             if job.status in TERMINAL and job.status not in wanted:
                 raise AssertionError((job, said))
             await asyncio.sleep(0.01)
+
+
+async def until_told(control: Control, who: Principal, job_id: str, told: Callable[[JobRecord], bool]) -> JobRecord:
+    """The job as soon as it says so: what its run tells is written together, a little later."""
+    async with asyncio.timeout(PATIENCE):
+        while not told(job := await control.jobs.get(who, job_id)):  # noqa: ASYNC110  # no event tells it
+            await asyncio.sleep(0.01)
+    return job
 
 
 def adapter_files(

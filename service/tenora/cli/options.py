@@ -15,7 +15,7 @@ from pydantic_settings import SettingsError
 from tenora.config import Settings
 from tenora.errors import SettingError
 
-SECRET = {"api_key"}  # a flag would show it to everyone who lists processes
+SECRET = {"api_key", "database_url"}  # a flag would show them to everyone who lists processes
 
 
 def settings_parameters() -> list[inspect.Parameter]:

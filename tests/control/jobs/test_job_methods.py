@@ -26,6 +26,7 @@ from tests.control.conftest import (
     pieces,
     tenant,
     until,
+    until_told,
     until_true,
     upload,
 )
@@ -114,8 +115,7 @@ async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
     engine._events = with_folds  # type: ignore[method-assign]  # adds to what it says
     made = await create_job(control, acme)
     await engine.held.wait()  # before the first step of the fit on all rows
-    job = await control.jobs.get(acme, made.id)
-    assert job.trained_tokens == 1000
+    job = await until_told(control, acme, made.id, lambda job: job.trained_tokens == 1000)
     assert job.estimated_finish is not None
     assert made.created_at <= job.estimated_finish < made.created_at + 60
     said = await messages(control, acme, job.id)
@@ -311,7 +311,7 @@ async def test_the_end_is_estimated_while_a_job_runs(
     made = await create_job(control, acme, **fields)
     assert made.estimated_finish is None
     await engine.held.wait()
-    job = await control.jobs.get(acme, made.id)
+    job = await until_told(control, acme, made.id, lambda job: job.estimated_finish is not None)
     assert job.estimated_finish is not None
     assert made.created_at <= job.estimated_finish < made.created_at + 60
     assert (await control.jobs.pause(acme, made.id)).estimated_finish is None

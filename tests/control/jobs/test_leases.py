@@ -19,9 +19,14 @@ from tenora.control.registry.tables import JobRow, JobStatus, ProcessRow, Tenant
 
 
 @pytest.fixture
-async def database(home: Path) -> AsyncIterator[Database]:
+async def settings(home: Path, registry_url: str | None) -> Settings:
     await asyncio.to_thread(home.mkdir)
-    opened = await Database.open(Settings(home=home).database)
+    return Settings(home=home, database_url=registry_url)
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    opened = await Database.open(settings.database)
     yield opened
     await opened.close()
 
@@ -126,9 +131,9 @@ async def test_one_tenant_has_one_job_prepared_at_a_time(database: Database) -> 
     assert again.job_id == second
 
 
-async def test_no_job_is_claimed_twice_by_workers_that_claim_at_once(database: Database, home: Path) -> None:
+async def test_no_job_is_claimed_twice_by_workers_that_claim_at_once(database: Database, settings: Settings) -> None:
     tenants: Sequence[str] = [await add_tenant(database, name) for name in ("one", "two", "three")]
-    other = await Database.open(Settings(home=home).database)
+    other = await Database.open(settings.database)
     try:
         workers = [await worker(database, "a"), await worker(other, "b")]
         for _ in range(20):

@@ -23,6 +23,7 @@ from tests.control.conftest import (
     messages,
     tenant,
     until,
+    until_told,
     upload,
 )
 from tests.control.scripted import ScriptedEngine
@@ -168,7 +169,7 @@ async def test_what_a_sweep_chooses_is_open_until_it_has(
     sweep = {"rank": [4, 8], "n_epochs": {"min": 1, "max": 9}, "learning_rate": [1e-3, 2e-3], "trials": 3}
     made = await create_job(control, acme, sweep=sweep, lora={"dropout": 0.1})
     await engine.held.wait()
-    job = await control.jobs.get(acme, made.id)
+    job = await until_told(control, acme, made.id, lambda job: job.trained_tokens == 30)
     assert job.hyperparameters["n_epochs"] == job.hyperparameters["learning_rate_multiplier"] == "auto"
     assert isinstance(job.hyperparameters["batch_size"], int)
     assert "rank" not in job.lora

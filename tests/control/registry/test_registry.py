@@ -7,12 +7,13 @@ import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
 from tenora.config import Settings
 from tenora.control.control import Control, Registry
@@ -35,17 +36,18 @@ from tests.control.scripted import ScriptedEngine
 
 
 @pytest.fixture
-async def registry(home: Path) -> AsyncIterator[Registry]:
-    opened = await Registry.open(Settings(home=home))
+async def registry(home: Path, registry_url: str | None) -> AsyncIterator[Registry]:
+    opened = await Registry.open(Settings(home=home, database_url=registry_url))
     yield opened
     await opened.close()
 
 
-async def test_the_migrations_build_the_schema(registry: Registry, home: Path) -> None:
-    engine = create_engine(f"sqlite:///{home / 'tenora.db'}")
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
-    engine.dispose()
+async def test_the_migrations_build_the_schema(registry: Registry) -> None:
+    def differences(session: Session) -> list[Any]:
+        return list(compare_metadata(MigrationContext.configure(session.connection()), Base.metadata))
+
+    async with registry.database.read() as session:
+        assert await session.run_sync(differences) == []
 
 
 def test_every_table_is_scoped_to_a_tenant() -> None:
@@ -53,6 +55,7 @@ def test_every_table_is_scoped_to_a_tenant() -> None:
     assert tables == {"tenants", "processes"}
 
 
+@pytest.mark.sqlite
 async def test_sqlite_is_durable_and_checks_references(registry: Registry) -> None:
     wanted = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
     async with registry.database.read() as session:
@@ -72,6 +75,7 @@ async def test_a_transaction_is_whole_or_nothing(registry: Registry) -> None:
     assert await registry.tenants.list() == []
 
 
+@pytest.mark.sqlite
 async def test_a_newer_database_is_refused(registry: Registry, home: Path) -> None:
     with sqlite3.connect(home / "tenora.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -90,6 +94,7 @@ async def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
             await Database.open(url)
 
 
+@pytest.mark.sqlite
 async def test_a_locked_database_is_unavailable(
     registry: Registry, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +124,7 @@ def postgres_error(state: str) -> sqlalchemy.exc.DBAPIError:
     return sqlalchemy.exc.DBAPIError("q", None, error)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("transaction", ["read", "write"])
 @pytest.mark.parametrize(
     ("failure", "told"),
@@ -163,6 +169,7 @@ def test_failures_of_postgres_are_told_by_their_state(failure: sqlalchemy.exc.DB
     assert type(dialect_of("postgresql://u:p@h/d").meaning(failure)) is told
 
 
+@pytest.mark.sqlite
 async def test_jobs_are_counted_from_the_index_alone(registry: Registry) -> None:
     """Every scrape asks: it must not read the rows, whose JSON may be large."""
     async with registry.database.read() as session:
@@ -192,6 +199,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.sqlite
 async def test_the_state_is_private(control: Control, home: Path) -> None:
     readable = 0o077
     await tenant(control, "acme")
@@ -199,6 +207,7 @@ async def test_the_state_is_private(control: Control, home: Path) -> None:
         assert mode(home / name) & readable == 0, name
 
 
+@pytest.mark.sqlite
 async def test_keys_are_shown_once_and_hashed_at_rest(registry: Registry, home: Path) -> None:
     acme = await registry.tenants.create("acme")
     record, secret = await registry.keys.create(acme.id, ["infer", "train"], name="laptop")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine
@@ -13,6 +14,7 @@ from tests.control.conftest import MANY_ROWS, OpenControl, create_job, messages,
 from tests.control.scripted import ScriptedEngine
 
 
+@pytest.mark.sqlite
 async def test_after_an_upgrade_jobs_go_on_and_cross_validations_begin_anew(
     open_control: OpenControl, engine: ScriptedEngine, home: Path
 ) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 
 from tenora.control.jobs.lease_rows import drop_lease
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord
@@ -16,6 +16,8 @@ from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow,
 from tenora.errors import NotFoundError, TenoraError
 
 T = TypeVar("T")
+KEPT_STEPS = 5000
+_THINNED_EVERY = 500  # steps: it reads the job's whole log
 PAUSED_LINE = "The job was paused"
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running")
 
@@ -74,6 +76,24 @@ def log(
             type="message" if metrics is None else "metrics",
             data={name: finite(value) for name, value in (metrics or {}).items()},
         )
+    )
+
+
+async def thin_steps(session: Session, row: JobRow, first: int, last: int, total: int) -> None:
+    """Bound the lines of steps in a job's log, once steps `first` to `last` of `total` are in it.
+
+    All of the newest `KEPT_STEPS` stay, and of those before them, evenly, as many again. Other lines stay.
+    """
+    stride = math.ceil(total / KEPT_STEPS)
+    if stride < 2 or first // _THINNED_EVERY == (last + 1) // _THINNED_EVERY:
+        return
+    step = JobEventRow.data["step"].as_integer()
+    await session.execute(
+        delete(JobEventRow)
+        .where(JobEventRow.tenant_id == row.tenant_id, JobEventRow.job_id == row.id, JobEventRow.type == "metrics")
+        .where(JobEventRow.data["train_loss"].as_string().is_not(None))  # or it is the line of an evaluation
+        .where(step <= last - KEPT_STEPS, step % stride != 0)
+        .execution_options(synchronize_session=False)
     )
 
 

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 
 from tenora.aclosing import aclosing
 from tenora.adapters.digest import damaged
@@ -13,8 +15,9 @@ from tenora.control.gate.baselines import Measuring, measuring
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, LeaseLostError, drop_lease, owned, read_owned
 from tenora.control.jobs.preparation import is_prepared, spec_of
-from tenora.control.jobs.rows import PAUSED_LINE, PausedError, log
+from tenora.control.jobs.rows import PAUSED_LINE, PausedError, log, thin_steps
 from tenora.control.registry.database import RegistryBusyError
+from tenora.control.worker.batches import batches
 from tenora.control.worker.checkpoints import keep_checkpoint
 from tenora.control.worker.eta import Pace
 from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, trial_line
@@ -37,7 +40,26 @@ from tenora.training.spec import (
 _log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 1.0  # between attempts to write to a busy registry, each of which waits for a while itself
+BATCH_SECONDS = 1.0  # that a line of the log may wait for others, to be written with them
 MAX_ATTEMPTS = 5  # runs of one job that may end with the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An event of a run as it came.
+
+    Attributes:
+        left: seconds that the run would take from then on, if that was known.
+        at: when it came (Unix time).
+    """
+
+    event: TrainEvent
+    left: float | None
+    at: float = field(default_factory=time.time)
+
+    def is_line(self) -> bool:
+        """Whether it is no more than a line of the log, which may wait for others."""
+        return isinstance(self.event, StepEvent | EvalEvent | TrialEvent | FoldEvent)
 
 
 class JobTraining:
@@ -94,7 +116,7 @@ class JobTraining:
 
     async def _let_go(self) -> None:
         async with self._context.database.write() as session:
-            row = await read_owned(session, self._claim)
+            row = await owned(session, self._claim)
             drop_lease(row)
             if row.status == "paused":
                 log(session, row, PAUSED_LINE)
@@ -103,7 +125,7 @@ class JobTraining:
         """The run; None if its rows have to be read again, which puts the job back into that state."""
         context = self._context
         async with context.database.read() as session:
-            row = await owned(session, self._claim)
+            row = await read_owned(session, self._claim)
         workdir = context.storage.workdir(row.tenant_id, row.id)
         if row.plan is not None and await asyncio.to_thread(is_prepared, row.plan, workdir):
             parent = None if row.parent_digest is None else context.blobs.store.path(row.parent_digest)
@@ -166,9 +188,10 @@ class JobTraining:
             async with (
                 measuring(self._context, self._claim, spec) as base,
                 aclosing(self._context.engine.train(spec)) as events,
+                aclosing(batches(self._told(events), Told.is_line, BATCH_SECONDS)) as told,
             ):
-                async for event in events:
-                    await self._record(event, spec, base)
+                async for batch in told:
+                    await self._record(batch, spec, base)
         except UnavailableError as error:
             if self._is_to_end():
                 return True
@@ -176,14 +199,18 @@ class JobTraining:
             return False
         return True
 
-    async def _record(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
-        """Put one event of the run into the registry, unless the job is in other hands.
+    async def _told(self, events: AsyncIterator[TrainEvent]) -> AsyncIterator[Told]:
+        async for event in events:
+            yield Told(event, None if self._pace is None else self._pace.left(event))
+
+    async def _record(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> None:
+        """Put events of the run into the registry, unless the job is in other hands.
 
         A busy registry is no matter of the engine's: the run goes on, and its events wait until they can be recorded.
         """
         while not self._left.is_set():
             try:
-                await self._write(event, spec, base)
+                await self._write(batch, spec, base)
             except LeaseLostError as error:
                 # Cancelled elsewhere, or claimed by a worker that thought us dead. The run's end is awaited,
                 # so that its state is whole when another run of this job begins.
@@ -199,41 +226,54 @@ class JobTraining:
             else:
                 return
 
-    async def _write(self, event: TrainEvent, spec: TrainSpec, base: Measuring) -> None:
-        match event:
-            case StepEvent():
-                await self._line(event, *step_line(event))
-            case EvalEvent():
-                await self._line(event, *eval_line(event, 0 if self._pace is None else self._pace.total_steps))
-            case TrialEvent():
-                await self._line(event, *trial_line(event, len(spec.trials)))
-            case FoldEvent():
-                await self._line(event, *fold_line(event, spec.folds))
-            case CheckpointEvent():
+    async def _write(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> None:
+        if batch[0].is_line():
+            await self._lines(batch, spec)
+            return
+        match batch[0].event:
+            case CheckpointEvent() as event:
                 await self._keep(event)
-            case FinishedEvent():
+            case FinishedEvent() as event:
                 await self._finish(event, spec, base)
-            case FailedEvent():
+            case FailedEvent() as event:
                 raise TrainingError(event.message, code=event.code)
-            case StoppedEvent():
+            case StoppedEvent() as event:
                 await self._stopped(event)
 
-    async def _line(
-        self, event: StepEvent | EvalEvent | TrialEvent | FoldEvent, message: str, metrics: Metrics
-    ) -> None:
-        left = None if self._pace is None else self._pace.left(event)
-        async with self._context.database.write() as session:
+    async def _lines(self, batch: Sequence[Told], spec: TrainSpec) -> None:
+        """Append the lines of events to the job's log, all of them or none."""
+        async with self._context.database.write(alone=False) as session:
             row = await owned(session, self._claim)
-            if not isinstance(event, EvalEvent):
-                row.trained_tokens = event.trained_tokens
-            if isinstance(event, TrialEvent):
-                record_trial(row, event)
-            if left is not None:
-                row.estimated_finish = math.ceil(time.time() + left)
-            log(session, row, message, metrics=metrics)
+            for told in batch:
+                event = told.event
+                if isinstance(event, StepEvent | TrialEvent | FoldEvent):
+                    row.trained_tokens = event.trained_tokens
+                if isinstance(event, TrialEvent):
+                    record_trial(row, event)
+                if told.left is not None:
+                    row.estimated_finish = math.ceil(told.at + told.left)
+                message, metrics = self._line(event, spec)
+                log(session, row, message, metrics=metrics)
+                await session.flush()  # keeps the order of the lines
+            steps = [told.event for told in batch if isinstance(told.event, StepEvent)]
+            if steps:
+                await thin_steps(session, row, steps[0].step, steps[-1].step, steps[-1].total_steps)
             paused = row.status == "paused"
         if paused and not self._pausing.is_set():  # by another process, whose runner does not have it
             await self.pause()
+
+    def _line(self, event: TrainEvent, spec: TrainSpec) -> tuple[str, Metrics]:
+        match event:
+            case StepEvent():
+                return step_line(event)
+            case EvalEvent():
+                return eval_line(event, 0 if self._pace is None else self._pace.total_steps)
+            case TrialEvent():
+                return trial_line(event, len(spec.trials))
+            case FoldEvent():
+                return fold_line(event, spec.folds)
+            case _:
+                raise AssertionError(event)
 
     async def _finish(self, event: FinishedEvent, spec: TrainSpec, base: Measuring) -> None:
         try:
