@@ -152,7 +152,7 @@ async def test_preferences(sdk: openai.AsyncOpenAI, base_id: str, trains: list[T
     job = await finished(sdk, made.id)
     assert (job.method.type, job.method.dpo.hyperparameters.beta) == ("dpo", 0.1)
     assert job.method.supervised is None
-    assert (trains[0].method, trains[0].beta) == ("dpo", 0.1)
+    assert (trains[0].method, trains[0].method_settings["beta"]) == ("dpo", 0.1)
 
 
 async def test_the_fields_of_ones_own_come_back(sdk: openai.AsyncOpenAI, base_id: str) -> None:

@@ -20,19 +20,21 @@ from tenora.adapters.targets import TargetModule
 from tenora.control.gate.held_out import held_out_rows
 from tenora.engine.messages import EngineStats, Generate, Ready, SequenceOutput, TokenLogprob
 from tenora.errors import UnavailableError
+from tenora.training.methods.table import find_method
 from tenora.training.spec import (
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     HeldOut,
-    Rewards,
     StepEvent,
     StoppedEvent,
     TrainEvent,
     TrainSpec,
     TrialEvent,
 )
+
+REWARDS = {"rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0}
 
 
 class ScriptedEngine:
@@ -135,7 +137,7 @@ class ScriptedEngine:
             evaluation["tasks"] = {task.name: 1.0 + index for index, task in enumerate(spec.tasks)}
         if spec.trials:
             return [*self._trials(spec), self._finished(spec, path, evaluation)]
-        rewards = Rewards(chosen=0.5, rejected=-0.5, margin=1.0) if spec.method == "dpo" else None
+        metrics = REWARDS if find_method(spec.method).has_reference else {}
         events: list[TrainEvent] = [EvalEvent(run_id=run, step=0, best=False, **{**evaluation, "valid_loss": 3.0})]
         events += [
             StepEvent(
@@ -149,7 +151,7 @@ class ScriptedEngine:
                 grad_norm=float("nan") if step == 1 else 1.0,
                 trained_tokens=step * 10,
                 tokens_per_second=100.0,
-                rewards=rewards,
+                metrics=metrics,
             )
             for step in range(1, total + 1)
         ]
@@ -157,7 +159,7 @@ class ScriptedEngine:
             return [*events, self.fail_with]
         return [
             *events,
-            EvalEvent(run_id=run, step=total, best=True, rewards=rewards, **evaluation),
+            EvalEvent(run_id=run, step=total, best=True, metrics=metrics, **evaluation),
             CheckpointEvent(
                 run_id=run,
                 step=total,

@@ -34,7 +34,6 @@ from tenora.training.spec import (
     EvalEvent,
     FinishedEvent,
     LoraSpec,
-    Rewards,
     StepEvent,
     StoppedEvent,
     TaskSpec,
@@ -103,7 +102,12 @@ def make_dpo(tmp_path: Path, pairs: TokenizedDataset, parent: Path) -> MakeDpo:
     numbers = itertools.count()
 
     def make(start: str, **changes: Any) -> TrainSpec:
-        settings = {"method": "dpo", "beta": 0.3, "init_path": str(parent) if start == "adapter" else "", "lora": LORA}
+        settings = {
+            "method": "dpo",
+            "method_settings": {"beta": 0.3},
+            "init_path": str(parent) if start == "adapter" else "",
+            "lora": LORA,
+        }
         settings |= {"batch_size": 3, "tokens_per_microbatch": 60, "max_grad_norm": 0.0}
         return default_spec(tmp_path, f"dpo-{next(numbers)}", **{**settings, **changes})
 
@@ -212,9 +216,10 @@ def of_kind(events: list[TrainEvent], kind: type) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
 
 
-def assert_rewards(ours: Rewards, theirs: Mapping[str, float], *, rel: float, atol: float) -> None:
-    expected = [theirs[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
-    assert [ours.chosen, ours.rejected, ours.margin] == pytest.approx(expected, rel=rel, abs=atol)
+def assert_rewards(ours: Mapping[str, float], theirs: Mapping[str, float], *, rel: float, atol: float) -> None:
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins")]
+    assert list(ours) == names
+    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=rel, abs=atol)
 
 
 def holds_whole_pairs(part: PackedRows) -> bool:
@@ -245,7 +250,7 @@ class TestTrl:
             oracle.set(weights)
             loss, metrics, grads = oracle.measure(corpus.batch(event.step - 1, spec.batch_size, seed=spec.seed))
             assert event.train_loss == pytest.approx(loss, rel=1e-5, abs=1e-5)
-            assert_rewards(event.rewards, metrics, rel=1e-5, atol=3e-5)
+            assert_rewards(event.metrics, metrics, rel=1e-5, atol=3e-5)
             assert ours.keys() == grads.keys()
             for name, grad in grads.items():
                 atol = 1e-4 * float(grad.abs().max()) + 1e-7
@@ -254,7 +259,7 @@ class TestTrl:
             assert event.grad_norm == pytest.approx(float(norm), rel=1e-4)
             if event.step > 1:  # before it all margins are 0, but for the order of additions
                 assert event.train_accuracy == pytest.approx(metrics["rewards/accuracies"])
-                assert abs(event.rewards.margin) > 0.01, "the policy is still its reference"
+                assert abs(event.metrics["rewards/margins"]) > 0.01, "the policy is still its reference"
         assert steps[0].train_loss == pytest.approx(LN2, abs=1e-5)
 
     def test_evaluations_and_the_reference_are_trls(
@@ -269,7 +274,7 @@ class TestTrl:
             loss, metrics, _ = oracle.measure([0, 1, 2, 3], mode="eval")
             assert event.valid_loss == pytest.approx(loss, rel=1e-5, abs=1e-5)
             assert event.valid_accuracy == pytest.approx(metrics["rewards/accuracies"])
-            assert_rewards(event.rewards, metrics, rel=1e-5, atol=3e-5)
+            assert_rewards(event.metrics, metrics, rel=1e-5, atol=3e-5)
             assert event.base_loss == pytest.approx(LN2)
         kept = load_file(Path(spec.workdir) / "resume.safetensors")["reference"]
         theirs = oracle.trainer.compute_ref_log_probs(oracle.trainer.model, oracle.batch(list(range(len(PAIRS)))))
@@ -294,7 +299,7 @@ class TestTrl:
         for event, log in zip(of_kind(events, StepEvent), oracle.trainer.state.log_history[:-1], strict=True):
             assert event.train_loss == pytest.approx(log["loss"], rel=1e-3)
             assert event.grad_norm == pytest.approx(log["grad_norm"], rel=1e-3)
-            assert_rewards(event.rewards, log, rel=1e-3, atol=1e-3)
+            assert_rewards(event.metrics, log, rel=1e-3, atol=1e-3)
         ours = load_file(Path(of_kind(events, CheckpointEvent)[-1].path) / "adapter_model.safetensors")
         for name, parameter in oracle.policy.items():
             torch.testing.assert_close(ours[name], parameter.detach(), rtol=0, atol=2e-4)
@@ -331,11 +336,11 @@ class TestCourse:
         assert rows_of(works, of_reference=True) == dict.fromkeys(ROWS, 1)
         assert rows_of(works, of_reference=False) == dict.fromkeys(ROWS, 5)
         steps = of_kind(events, StepEvent)
-        epochs = np.array([event.rewards.margin for event in steps]).reshape(5, 3).mean(axis=1)
+        epochs = np.array([event.metrics["rewards/margins"] for event in steps]).reshape(5, 3).mean(axis=1)
         assert (np.diff(epochs) > 0).all()
         assert steps[0].train_accuracy < 1.0
         assert [event.train_accuracy for event in steps[-3:]] == [1.0] * 3
-        margins = [event.rewards.margin for event in of_kind(events, EvalEvent)[1:]]
+        margins = [event.metrics["rewards/margins"] for event in of_kind(events, EvalEvent)[1:]]
         assert margins == sorted(margins)
         finished = events[-1]
         assert isinstance(finished, FinishedEvent)

@@ -12,7 +12,7 @@ import torch
 
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.training import fusion, learner
+from tenora.training import fusion, watch
 from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
 from tenora.training.spec import FailedEvent, FinishedEvent, LoraSpec, StepEvent, StoppedEvent, TaskSpec, TrainSpec
@@ -217,8 +217,8 @@ def test_without_packing_every_row_has_a_pass_and_the_result_is_the_same(decoder
 def test_a_loss_that_stays_far_above_its_start_stops_the_run_and_says_where(
     decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learner, "_DIVERGED_NATS", -5.0)  # so that every loss is far above
-    monkeypatch.setattr(learner, "_DIVERGED_RATIO", 0.1)
+    monkeypatch.setattr(watch, "DIVERGED_NATS", -5.0)  # so that every loss is far above
+    monkeypatch.setattr(watch, "DIVERGED_RATIO", 0.1)
     failed = alone(decoder, job(make_spec, 1))[-1]
     assert isinstance(failed, FailedEvent)
     assert failed.code == "diverged"

@@ -16,7 +16,7 @@ from tenora.training.commands import AdamWSettings
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.recipes import held_out_fraction, resolve_hyperparameters
 from tenora.training.schedule import learning_rate, warmup_steps
-from tenora.training.spec import Scheduler
+from tenora.training.settings import Scheduler
 
 
 @dataclass

@@ -7,15 +7,14 @@ import math
 import pytest
 
 from tenora.errors import InvalidRequestError
+from tenora.training.methods.table import METHODS
 from tenora.training.recipes import (
-    DPO_LEARNING_RATE,
     FEW_SHOT_ROWS,
     cross_validation_folds,
     halving_rungs,
     is_few_shot,
     resolve_hyperparameters,
 )
-from tenora.training.spec import Method
 
 
 def test_few_rows_get_more_epochs_and_smaller_batches() -> None:
@@ -44,22 +43,24 @@ def test_folds_have_rows() -> None:
         (10, "dpo", 1, False, False, False),
     ],
 )
-def test_when_rows_are_few(rows: int, method: Method, tasks: int, validation: bool, sweeps: bool, few: bool) -> None:
-    assert is_few_shot(rows, method=method, tasks=tasks, has_validation=validation, sweeps=sweeps) is few
+def test_when_rows_are_few(rows: int, method: str, tasks: int, validation: bool, sweeps: bool, few: bool) -> None:
+    assert is_few_shot(rows, method=METHODS[method], tasks=tasks, has_validation=validation, sweeps=sweeps) is few
 
 
 def test_preferences_start_at_a_tenth_of_the_rate() -> None:
     for rows in (20, 200, 5_000):
-        usual, found = (resolve_hyperparameters(rows, 80 * rows, {}, method=method) for method in ("supervised", "dpo"))
+        usual, found = (
+            resolve_hyperparameters(rows, 80 * rows, {}, method=METHODS[method]) for method in ("supervised", "dpo")
+        )
         assert found.learning_rate == pytest.approx(usual.learning_rate / 10)
         assert found.n_epochs <= 2
-        assert (found.beta, found.learning_rate_multiplier) == (0.1, 1.0)
-    asked = resolve_hyperparameters(20, 800, {"beta": 0.5, "learning_rate_multiplier": 2}, method="dpo")
-    assert (asked.beta, asked.learning_rate) == (0.5, 2 * DPO_LEARNING_RATE)
-    assert resolve_hyperparameters(20, 800, {"beta": "auto"}, method="dpo").beta == 0.1
+        assert (found.own["beta"], found.learning_rate_multiplier) == (0.1, 1.0)
+    asked = resolve_hyperparameters(20, 800, {"beta": 0.5, "learning_rate_multiplier": 2}, method=METHODS["dpo"])
+    assert (asked.own["beta"], asked.learning_rate) == (0.5, 1e-4)
+    assert resolve_hyperparameters(20, 800, {"beta": "auto"}, method=METHODS["dpo"]).own["beta"] == 0.1
     for beta in (0, -1, 11, math.inf, "much"):
         with pytest.raises(InvalidRequestError) as caught:
-            resolve_hyperparameters(20, 800, {"beta": beta}, method="dpo")
+            resolve_hyperparameters(20, 800, {"beta": beta}, method=METHODS["dpo"])
         assert caught.value.param == "beta"
 
 

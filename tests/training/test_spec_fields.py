@@ -35,7 +35,7 @@ from .runs import MakeSpec, TrainingRun, comparable, events_of
 
 KINDS = ("plain", "folds", "sweep", "dpo")
 CHANGES: Mapping[str, Any] = {
-    "beta": 0.7,
+    "method_settings": {"beta": 0.7},
     "lora": LoraSpec(rank=3, alpha=8.0),
     "n_epochs": 3,
     "max_steps": 3,
@@ -56,7 +56,11 @@ OTHERWISE = {
     "split_seed": "which rows are in which fold; tests of its own",
     **dict.fromkeys(("tasks", "method", "init_path", "folds", "trials"), "what makes a kind; tests of their own"),
 }
-USELESS = {("plain", "beta"), ("folds", "beta"), ("sweep", "beta")}  # which no request can ask for
+USELESS = {
+    ("plain", "method_settings"),
+    ("folds", "method_settings"),
+    ("sweep", "method_settings"),
+}  # which no request can ask for
 OF_TRIALS = {"n_epochs", "batch_size", "learning_rate"}  # each trial has its own
 
 

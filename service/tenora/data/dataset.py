@@ -21,20 +21,27 @@ import numpy.typing as npt
 
 from tenora.data.encoding import SAYS_NOTHING, Example, check_opening, encode_example
 from tenora.data.reading import MIN_EXAMPLES, ValidationReport, usable_rows
-from tenora.data.rows import RowChecker, RowIssue
+from tenora.data.rows import RowChecker, RowIssue, RowKind
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
 
-__all__ = ["RowIssue", "TokenizedDataset", "UnusableRowsError", "ValidationReport", "tokenize_file", "validate_file"]
+__all__ = [
+    "OtherRowsError",
+    "RowIssue",
+    "TokenizedDataset",
+    "UnusableRowsError",
+    "ValidationReport",
+    "tokenize_file",
+    "validate_file",
+]
 
 
-_WRONG_KIND = {
-    1: "The training file cannot be used: method dpo needs preference rows (input, preferred_output and "
-    "non_preferred_output; or prompt, chosen and rejected). Send such rows, or use method supervised.",
-    2: "The training file cannot be used: it holds preference rows, which method supervised does not learn from. "
-    'Send method {"type": "dpo"}, or rows with one answer each.',
-}
-"""By the sequences that a row of the file becomes."""
+class OtherRowsError(DatasetError):
+    """The rows are of another kind than was wanted: `found`."""
+
+    def __init__(self, found: RowKind) -> None:
+        super().__init__(f"The training file cannot be used: it holds {found.name}.", param="training_file")
+        self.found = found
 
 
 class UnusableRowsError(DatasetError):
@@ -91,13 +98,13 @@ def tokenize_file(
 
     Raises:
         UnusableRowsError: a DatasetError that names the lines and carries the report.
-        DatasetError: the rows are of the other kind than `rows_per_example` wants.
+        OtherRowsError: a DatasetError: the rows are of the other kind than `rows_per_example` wants.
     """
     report = ValidationReport()
     builder = _Builder()
     for line, row in usable_rows(path, report, max_rows=None, min_rows=min_rows):
         if rows_per_example is not None and rows_per_example != report.rows_per_example:
-            raise DatasetError(_WRONG_KIND[report.rows_per_example], param="training_file")
+            raise OtherRowsError(report.kind)
         checker = RowChecker(line)
         example = encode_example(row, tokenizer, checker, max_length=max_length, truncate=truncate)
         if example is not None and not checker.issues:

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from tenora.data.containers import read_records
 from tenora.data.forms import FORMS, parse_row
-from tenora.data.rows import PREFERENCE_FORMATS, IssueCode, Row, RowChecker, RowFormat, RowIssue
+from tenora.data.rows import (
+    ANSWERS,
+    PREFERENCE_FORMATS,
+    PREFERENCES,
+    IssueCode,
+    Row,
+    RowChecker,
+    RowFormat,
+    RowIssue,
+    RowKind,
+)
 
 MIN_EXAMPLES = 2
 """One row to learn from and one to measure on: fewer cannot say whether training helped. Few-shot users have 5 to 50
@@ -38,9 +48,14 @@ class ValidationReport:
     counts: Counter[IssueCode] = field(default_factory=Counter)
 
     @property
+    def kind(self) -> RowKind:
+        """What the rows are to a method."""
+        return PREFERENCES if self.format in PREFERENCE_FORMATS else ANSWERS
+
+    @property
     def rows_per_example(self) -> int:
         """Token sequences that a row becomes: 2 for preferences, else 1."""
-        return 2 if self.format in PREFERENCE_FORMATS else 1
+        return self.kind.sequences
 
     @property
     def ok(self) -> bool:

@@ -33,6 +33,27 @@ PREFERENCE_FORMATS: frozenset[RowFormat] = frozenset({"preference", "trl_prefere
 
 
 @dataclass(frozen=True, slots=True)
+class RowKind:
+    """What rows of a form are to a method.
+
+    Attributes:
+        name: in words.
+        fields: of a row, in words.
+        sequences: token sequences that a row becomes.
+    """
+
+    name: str
+    fields: str
+    sequences: int
+
+
+ANSWERS = RowKind("rows with one answer each", "messages; or prompt and completion; or text", 1)
+PREFERENCES = RowKind(
+    "preference rows", "input, preferred_output and non_preferred_output; or prompt, chosen and rejected", 2
+)
+
+
+@dataclass(frozen=True, slots=True)
 class RowIssue:
     """What is wrong with one row and what to do about it.
 

@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,6 +33,7 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
 from tenora.training.optimizer import AdamW
+from tenora.training.settings import RunSettings
 from tenora.training.spec import EvaluationPoint, TrainSpec
 
 _MOST_POINTS = 256  # of the curve that is kept
@@ -113,21 +116,22 @@ class State:
 
     Attributes:
         optimizer: weights and moments, restored in place.
-        reference: float32 [rows], what DPO measures against; restored in place.
+        of_method: what the run's method keeps; restored in place.
         belongs_to: `fingerprint` of the run.
         over: no step follows, and the best adapter lies in its directory: weights and moments are not kept. To write
             them durably would take longer than to publish.
     """
 
     optimizer: AdamW
-    reference: npt.NDArray[np.float32]
+    of_method: Mapping[str, npt.NDArray[np.float32]]
     progress: Progress
     belongs_to: str
     over: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """By name in the file."""
-        own, kept = self.optimizer, {"reference": torch.from_numpy(self.reference)}
+        own = self.optimizer
+        kept = {name: torch.from_numpy(array) for name, array in self.of_method.items()}
         if self.over:
             return kept
         return kept | {"weights": own.parameters.weights, "exp_avg": own.exp_avg, "exp_avg_sq": own.exp_avg_sq}
@@ -143,11 +147,22 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
         msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
     )
     del settings["split_seed"]  # the rows that it draws go in themselves
-    digest = hashlib.sha256(msgspec.json.encode(settings))
+    digest = hashlib.sha256(msgspec.json.encode(_in_first_order(settings)))
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):
             digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _in_first_order(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the first release named them: beta in every run, and what all methods have after the shape."""
+    of_all = {name: settings.pop(name) for name in RunSettings.__struct_fields__}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {"beta": 0.1, **value} if name == "method_settings" else {name: value}
+        if name == "lora":
+            found |= of_all
+    return found
 
 
 def save_state(workdir: Path, state: State) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tenora.data.dataset import TokenizedDataset
 from tenora.training.arena import TrainedAdapter
-from tenora.training.objectives import PreferenceLoss, RewardSums, row_sums
+from tenora.training.objectives import row_sums
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.pass_queue import Work, WorkQueue
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import PROBE_ROWS, Rewards, TrainSpec
+from tenora.training.spec import PROBE_ROWS, TrainSpec
 from tenora.training.step import TokenLosses
 
 _PACKED_AT_ONCE = 64  # examples; packing is quadratic, and nothing else runs meanwhile
@@ -24,13 +24,14 @@ class Evaluation:
     """What was measured on a dataset.
 
     Attributes:
-        loss: nats per learned token; for DPO the objective per pair.
-        accuracy: how often the token was the likeliest; for DPO how often the chosen answer had the higher reward.
+        loss: nats per learned token; see `tenora.training.methods.method.Learning.judge`.
+        accuracy: how often the token was the likeliest.
         rows: per row, the summed loss of its learned tokens.
         tokens: per row, how many these are.
         probe: of the first rows, log-probabilities of the learned tokens.
-        rewards: of DPO.
-        pairs: of DPO: the objective of each pair.
+        examples, units: of each example the loss, and how much of what `loss` is the mean over it has: here of each row
+            its learned tokens.
+        metrics: further numbers.
     """
 
     loss: float
@@ -38,8 +39,9 @@ class Evaluation:
     rows: list[float]
     tokens: list[int]
     probe: list[list[float]]
-    rewards: Rewards | None = None
-    pairs: list[float] = field(default_factory=list)
+    examples: list[float]
+    units: list[int]
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -50,15 +52,13 @@ class _Sums:
     tokens: list[int]
     probe: list[list[float]]
     correct: int = 0
-    rewards: RewardSums = field(default_factory=RewardSums)
-    pairs: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: TokenizedDataset) -> _Sums:
         rows = len(dataset)
         return cls([0.0] * rows, [0] * rows, [[] for _ in range(min(rows, PROBE_ROWS))])
 
-    def add(self, part: PackedRows, found: TokenLosses, objective: PreferenceLoss | None) -> None:
+    def add(self, part: PackedRows, found: TokenLosses) -> None:
         sums = row_sums(part, found.loss).tolist()
         losses = found.loss.cpu().numpy()
         for index, (row, loss) in enumerate(zip(part.rows, sums, strict=True)):
@@ -67,10 +67,6 @@ class _Sums:
             if row < len(self.probe):
                 self.probe[row] = (-own).tolist()
         self.correct += int(found.correct.sum())
-        if objective is not None:
-            self.rewards.add(objective, part, found.loss)
-            pairs = (row // 2 for row in part.rows[0::2])
-            self.pairs.update(zip(pairs, objective.loss(part, found.loss).tolist(), strict=True))
 
 
 def measure(
@@ -81,7 +77,6 @@ def measure(
     *,
     capacity: int,
     shared: int = 0,
-    reference: Sequence[float] | None = None,
 ) -> Generator[None, None, Evaluation]:
     """Measure an adapter, or the base, on every row, waiting while others have their turn.
 
@@ -89,29 +84,21 @@ def measure(
         spec: whose work it is.
         capacity: tokens of a part.
         shared: see `tenora.training.packing.pack`.
-        reference: DPO: log π_ref of every row; None measures the plain loss of the rows.
 
     Returns:
         The means; the same whatever the capacity, but for the order of additions.
     """
     sums = _Sums.of(dataset)
-    objective = None
-    if reference is not None:
-        objective = PreferenceLoss(spec.beta, 1, np.array(reference, dtype=np.float32))
     examples = dataset.examples
     for first in range(0, examples, _PACKED_AT_ONCE):
         together = range(first, min(first + _PACKED_AT_ONCE, examples))
         parts = microbatches(dataset, together, capacity, shared=shared)
         work = yield from finish(queue, Work(spec.run_id, spec.group, parts, adapter, weight=spec.weight))
         for part, found in zip(parts, work.results, strict=True):
-            sums.add(part, found, objective)
-    if objective is None:
-        tokens = max(sum(sums.tokens), 1)
-        return Evaluation(sum(sums.rows) / tokens, sums.correct / tokens, sums.rows, sums.tokens, sums.probe)
-    count = max(sums.rewards.pairs, 1)
-    loss, accuracy = sums.rewards.loss / count, sums.rewards.correct / count
-    pairs = [sums.pairs[pair] for pair in range(examples)]
-    return Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rewards.means, pairs)
+            sums.add(part, found)
+    tokens = max(sum(sums.tokens), 1)
+    loss, accuracy = sum(sums.rows) / tokens, sums.correct / tokens
+    return Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rows, sums.tokens)
 
 
 def general_loss(

@@ -14,11 +14,7 @@ they stand at 4.60 and 5.42. It is for one file of supervised rows: the folds of
 shares of each, those of preference pairs would need a reference for each, and in a sweep they would multiply with the
 trials.
 
-**DPO** (Rafailov et al. 2023) starts at a tenth of the supervised rate. Its loss compares sums over whole answers, not
-means per token, so a step of the same size moves the policy much further; and the optimum lies close to the starting
-adapter, which is what beta asks for. With too high a rate the margin still grows while the likelihood of the chosen
-answers falls too. Published recipes step down by as much or more (Zephyr, Tunstall et al. 2023: 2e-5 then 5e-7). A
-second pass over the pairs is the most that is taken by itself: accuracy on held-out pairs peaks early.
+What differs for a method stands in its own file (`tenora.training.methods`).
 """
 
 from __future__ import annotations
@@ -29,31 +25,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenora.errors import InvalidRequestError
-from tenora.training.spec import Method
+from tenora.training.methods.method import Method
+from tenora.training.methods.table import USUAL
+from tenora.training.settings import AUTO, RUN
 
-BASE_LEARNING_RATE = 5e-4
-DPO_LEARNING_RATE = 5e-5
-DPO_BETA = 0.1
-MAX_EPOCHS = 50
-MAX_BATCH_SIZE = 256
 FEW_SHOT_ROWS = 50
 FEW_SHOT_RANK = 8
 MAX_FOLDS = 5
 HALVING_FACTOR = 3  # of the trials that reach a rung of a sweep one in so many goes on
 LEARNING_COST = 3  # a learned token costs as much as three that are read: forward, gradients of inputs and weights
-EARLY_STOPPING_EVALUATIONS = 3  # without a better one, where a job asks to stop early without a number
 _MAX_HELD_OUT = 100  # rows; an evaluation of more costs time and moves the mean by little
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Concrete numbers of a run. `batch_size` is in examples (rows, or pairs for DPO); `beta` is of DPO alone."""
+    """Concrete numbers of a run. `batch_size` is in examples; `own` are the settings of the method alone."""
 
     n_epochs: int
     batch_size: int
     learning_rate: float
     learning_rate_multiplier: float
-    beta: float = DPO_BETA
+    own: dict[str, Any]
 
 
 def resolve_hyperparameters(
@@ -61,7 +53,7 @@ def resolve_hyperparameters(
     tokens: int,
     requested: Mapping[str, Any],
     *,
-    method: Method = "supervised",
+    method: Method = USUAL,
     few_shot: bool = False,
 ) -> Hyperparameters:
     """Replace "auto" and absent values by numbers that suit the training rows.
@@ -69,38 +61,31 @@ def resolve_hyperparameters(
     Args:
         rows: examples to train on, without the held-out ones.
         tokens: their tokens.
-        requested: `n_epochs`, `batch_size`, `learning_rate_multiplier`, `learning_rate` and `beta`, each a number,
-            "auto", None or absent. `learning_rate` is absolute; the multiplier scales the method's default one.
+        requested: the method's hyperparameters and `learning_rate`, each a number, "auto", None or absent.
+            `learning_rate` is absolute; the multiplier scales the method's usual one.
         method: the one to train by.
         few_shot: the recipe of `FEW_SHOT_ROWS`; see `is_few_shot`.
 
     Raises:
         InvalidRequestError: a value is out of bounds, or both learning rate and multiplier are given.
     """
-    n_epochs = _integer(requested, "n_epochs", MAX_EPOCHS)
-    batch_size = _integer(requested, "batch_size", MAX_BATCH_SIZE)
-    multiplier = _positive(requested, "learning_rate_multiplier", 100.0)
-    rate = _positive(requested, "learning_rate", 1.0)
-    beta = _positive(requested, "beta", 10.0)
+    asked = {name: setting.check(requested.get(name)) for name, setting in method.hyperparameters.items()}
+    given = requested.get("learning_rate")
+    rate = None if given in (None, AUTO) else RUN["learning_rate"].check(given)
+    multiplier = asked["learning_rate_multiplier"]
     if rate is not None and multiplier is not None:
         raise InvalidRequestError(
             "Give learning_rate or learning_rate_multiplier, not both.", param="learning_rate_multiplier"
         )
-    usual = usual_learning_rate(method)
-    rate = rate if rate is not None else usual * (1.0 if multiplier is None else multiplier)
-    batch_size = min(batch_size or _auto_batch_size(rows, few_shot=few_shot), max(rows, 1))
+    rate = rate if rate is not None else method.learning_rate * (1.0 if multiplier is None else multiplier)
+    batch_size = min(asked["batch_size"] or _auto_batch_size(rows, few_shot=few_shot), max(rows, 1))
     return Hyperparameters(
-        n_epochs=n_epochs or _auto_epochs(rows, tokens, method=method, few_shot=few_shot),
+        n_epochs=asked["n_epochs"] or _auto_epochs(rows, tokens, method=method, few_shot=few_shot),
         batch_size=batch_size,
         learning_rate=rate,
-        learning_rate_multiplier=rate / usual,
-        beta=DPO_BETA if beta is None else beta,
+        learning_rate_multiplier=rate / method.learning_rate,
+        own=method.own_settings(asked),
     )
-
-
-def usual_learning_rate(method: Method) -> float:
-    """The peak of the schedule that a multiplier of 1 stands for."""
-    return DPO_LEARNING_RATE if method == "dpo" else BASE_LEARNING_RATE
 
 
 def is_few_shot(rows: int, *, method: Method, tasks: int, has_validation: bool, sweeps: bool) -> bool:
@@ -108,12 +93,12 @@ def is_few_shot(rows: int, *, method: Method, tasks: int, has_validation: bool, 
 
     Args:
         rows: of its only file.
-        method: supervised rows only.
+        method: that allows folds.
         tasks: number of training files.
         has_validation: a validation file says when to stop, so that no folds are needed.
         sweeps: its trials are compared on rows that are held out.
     """
-    return rows < FEW_SHOT_ROWS and method == "supervised" and tasks == 1 and not (has_validation or sweeps)
+    return rows < FEW_SHOT_ROWS and method.cross_validates and tasks == 1 and not (has_validation or sweeps)
 
 
 def cross_validation_folds(rows: int) -> int:
@@ -146,12 +131,11 @@ def held_out_fraction(rows: int) -> float:
 
 
 def _auto_epochs(rows: int, tokens: int, *, method: Method, few_shot: bool) -> int:
-    """Three passes over small files, two over middling ones, one where a single pass has enough steps."""
+    """A few passes over small files, two over middling ones, one where a single pass has enough steps."""
     if few_shot:
         return 8 if rows < 16 else 6
-    if rows <= 256 and method == "supervised":
-        return 3
-    return 2 if rows <= 2000 and tokens <= 2_000_000 else 1
+    usual = 2 if rows <= 2000 and tokens <= 2_000_000 else 1
+    return max(usual, method.small_file_epochs) if rows <= 256 else usual
 
 
 def _auto_batch_size(rows: int, *, few_shot: bool) -> int:
@@ -161,30 +145,3 @@ def _auto_batch_size(rows: int, *, few_shot: bool) -> int:
     if rows < 64:
         return 4
     return min(8 * 2 ** max(0, round(math.log2(rows / 1000) / 2)), 64) if rows > 1000 else 8
-
-
-def _number(requested: Mapping[str, Any], name: str) -> float | int | None:
-    value = requested.get(name)
-    if value is None or value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequestError(f'{name} must be a number or "auto".', param=name)
-    return value
-
-
-def _integer(requested: Mapping[str, Any], name: str, maximum: int) -> int | None:
-    value = _number(requested, name)
-    if value is None:
-        return None
-    if value != int(value) or not 1 <= value <= maximum:
-        raise InvalidRequestError(f'{name} must be a whole number from 1 to {maximum}, or "auto".', param=name)
-    return int(value)
-
-
-def _positive(requested: Mapping[str, Any], name: str, maximum: float) -> float | None:
-    value = _number(requested, name)
-    if value is None:
-        return None
-    if not 0 < value <= maximum:
-        raise InvalidRequestError(f'{name} must be above 0 and at most {maximum:g}, or "auto".', param=name)
-    return float(value)

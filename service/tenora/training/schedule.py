@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tenora.training.spec import Scheduler
+from tenora.training.settings import Scheduler
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup_ratio: float, scheduler: Scheduler) -> float:

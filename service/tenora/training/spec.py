@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-Scheduler = Literal["linear", "cosine", "constant"]
-Method = Literal["supervised", "dpo"]
+from tenora.training.settings import USUAL_METHOD, RunSettings, Setting, declared
+
 TrialStatus = Literal["running", "stopped", "finished", "failed"]
 PROBE_ROWS = 4
 """Held-out rows whose token log-probabilities are kept, to be compared with those of the serving path."""
@@ -21,11 +21,15 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         target_modules: last parts of the paths of what it adapts; empty: every module of the base's layout.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, flag="--rank")] = 16
+    alpha: Annotated[float, Setting("Scales the adapter by alpha / rank; twice the rank.", above=0, most=4096)] = 32.0
+    dropout: Annotated[float, Setting("Of the adapter's inputs.", least=0, most=0.9)] = 0.0
     target_modules: tuple[str, ...] = ()
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, Setting("Scale by alpha / root of rank.")] = False
+
+
+LORA = declared(LoraSpec)
+"""The settings of its shape."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +59,7 @@ class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
 
 
-class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
+class TrainSpec(RunSettings, frozen=True, kw_only=True):
     """One run: paths, adapter shape and optimisation, all resolved (nothing is "auto" here).
 
     Attributes:
@@ -64,15 +68,10 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
         weight: share of the group relative to others.
         tasks: where the rows lie; at least one.
         workdir: directory of this run alone; checkpoints and resume state live there.
-        method: "dpo" wants datasets of preference pairs (`rows_per_example` 2).
-        beta: of DPO (Rafailov et al. 2023); how strongly the policy is held to the starting adapter.
+        method: one of `tenora.training.methods.table`.
+        method_settings: its own ones, by name.
         init_path: PEFT directory of an adapter to start from; empty starts from the base. It must have the shape that
-            `lora` names. It is also the frozen reference of DPO.
-        batch_size: examples of one optimizer step.
-        max_steps: stop after this many optimizer steps; 0 means `n_epochs` decides.
-        eval_interval: optimizer steps between evaluations; 0 means once an epoch.
-        early_stopping: end after this many evaluations in a row without a better one; 0 never does.
-        packing: several rows share a stream; False gives each row a pass of its own (slower, the same result).
+            `lora` names. It is also the frozen reference of a method that has one.
         folds: few-shot: choose the number of steps by cross-validation with so many folds, then train on all rows; 0 is
             off. The held-out figures are then those of the folds.
         trials: a sweep over these settings; the winner's adapter is the result. Empty trains once.
@@ -90,21 +89,10 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     workdir: str
     base_model: str
     weight: float = 1.0
-    method: Method = "supervised"
-    beta: float = 0.1
+    method: str = USUAL_METHOD
+    method_settings: dict[str, Any] = msgspec.field(default_factory=dict)
     init_path: str = ""
     lora: LoraSpec = LoraSpec()
-    n_epochs: int = 3
-    max_steps: int = 0
-    batch_size: int = 8
-    learning_rate: float = 5e-4
-    scheduler: Scheduler = "cosine"
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    eval_interval: int = 0
-    early_stopping: int = 0
-    packing: bool = True
     folds: int = 0
     trials: tuple[TrialSpec, ...] = ()
     tokens_per_microbatch: int = 2048
@@ -112,14 +100,6 @@ class TrainSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     split_seed: int = 0
     general_text: tuple[int, ...] = ()
-
-
-class Rewards(msgspec.Struct, frozen=True, kw_only=True):
-    """Implicit rewards of DPO, β · (log π(y|x) - log π_ref(y|x)), means over pairs."""
-
-    chosen: float
-    rejected: float
-    margin: float
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
@@ -133,8 +113,7 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
         grad_norm: before clipping.
         trained_tokens: learned tokens so far, over all epochs and folds.
         tokens_per_second: all tokens that the model read in this step, per second of wall time.
-        rewards: of DPO; its `train_loss` is per pair, its `train_accuracy` how often the chosen answer had the higher
-            reward.
+        metrics: further numbers of the method, which also says what its `train_loss` and `train_accuracy` are.
     """
 
     run_id: str
@@ -147,7 +126,7 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     grad_norm: float
     trained_tokens: int
     tokens_per_second: float
-    rewards: Rewards | None = None
+    metrics: dict[str, float] = {}
 
 
 class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
@@ -159,7 +138,7 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
     Attributes:
         tasks: held-out loss of each task, if there are several.
         general_loss: of the best adapter so far and of the base: nats per token of `TrainSpec.general_text`.
-        rewards: DPO: margin between chosen and rejected, and how often it was above 0; see `StepEvent`.
+        metrics: see `StepEvent`.
     """
 
     run_id: str
@@ -170,7 +149,7 @@ class EvalEvent(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
     best: bool
     tasks: dict[str, float] = {}  # msgspec copies empty literals
     general_loss: float | None = None
-    rewards: Rewards | None = None
+    metrics: dict[str, float] = {}
 
 
 class CheckpointEvent(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):

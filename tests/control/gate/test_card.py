@@ -224,3 +224,11 @@ def test_a_card_is_json() -> None:
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values["forgetting"]["change"] is None
     assert values["held_out"]["verdict"] == "better"
+
+
+def test_an_accuracy_that_is_not_known_is_said_to_be_unknown() -> None:
+    """A number that JSON cannot carry is null in the registry."""
+    curve = [EvaluationPoint(step=step, valid_loss=2.5, valid_accuracy=float("nan")) for step in (0, 3)]
+    text = model_card(record({"valid_accuracy": 0.4, "best_step": 3} | card(curve=curve).as_json()))
+    assert "40.0% (at the start unknown)" in text
+    assert "| 3 (the best) | 2.5000 | unknown |" in text

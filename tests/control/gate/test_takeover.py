@@ -12,10 +12,11 @@ from tenora.control.adapters.row_record import RowRecord
 from tenora.control.control import Control
 from tenora.control.gate.card import Comparison, Replaced
 from tenora.control.gate.takeover import Code, decide
-from tenora.control.jobs.records import JobEventRecord, JobRecord, JobRequest, Publish
+from tenora.control.jobs.records import JobEventRecord, JobRecord, JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.control.worker import publication
 from tenora.errors import InvalidRequestError, NotFoundError
+from tenora.training.settings import Publish
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, create_job, until, upload
 from tests.control.jobs.test_job_methods import PAIRS
 from tests.control.scripted import ScriptedEngine

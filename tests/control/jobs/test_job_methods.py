@@ -243,7 +243,7 @@ async def test_preferences(
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
     job = await finish(control, acme, content, method=method)
     (spec,) = engine.specs
-    assert (spec.method, spec.beta, spec.learning_rate, spec.n_epochs) == ("dpo", 0.2, 5e-5, 1)
+    assert (spec.method, spec.method_settings["beta"], spec.learning_rate, spec.n_epochs) == ("dpo", 0.2, 5e-5, 1)
     assert spec.folds == 0  # never of pairs
     ((train, valid),) = rows.of[job.id]
     assert valid is not None
@@ -258,7 +258,7 @@ async def test_preferences(
 async def test_auto_beta_is_a_tenth(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
     for method in ({"type": "dpo"}, {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}):
         job = await finish(control, acme, PAIRS, method=method)
-        assert (engine.specs[-1].beta, job.hyperparameters["beta"]) == (0.1, 0.1)
+        assert (engine.specs[-1].method_settings["beta"], job.hyperparameters["beta"]) == (0.1, 0.1)
 
 
 async def test_rows_of_another_method_are_refused_with_what_to_do(control: Control, acme: Principal) -> None:

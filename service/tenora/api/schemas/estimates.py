@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tenora.api.schemas.base import ResponseModel
-from tenora.control.jobs.records import Publish
+from tenora.training.settings import Publish
 
 
 class DuplicatePairObject(ResponseModel):

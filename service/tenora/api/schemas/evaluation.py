@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from tenora.api.schemas.base import ResponseModel
-from tenora.control.gate.card import Against, OverfitVerdict, Source, Unit, Verdict
+from tenora.control.gate.card import Against, OverfitVerdict, Source, Verdict
+from tenora.training.methods.method import Unit
 
 
 class ComparisonObject(ResponseModel):

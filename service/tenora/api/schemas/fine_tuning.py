@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, StrictBool
+from pydantic import Field, PlainValidator
 
-from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
+from tenora.api.schemas.base import RequestModel, ResponseModel, invalid
 from tenora.api.schemas.evaluation import EvaluationObject, ReplacedObject
+from tenora.api.schemas.settings import echo_of, method_model, model_of
 from tenora.control.gate.takeover import Code
-from tenora.control.jobs.records import SETTINGS, CheckpointRecord, JobRecord, JobRequest, Publish
-from tenora.control.jobs.requests import HYPERPARAMETERS
+from tenora.control.jobs.records import CheckpointRecord, JobRecord, JobRequest
 from tenora.control.jobs.sweeps import MAX_TRIALS
 from tenora.control.registry.tables import JobStatus
-from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
+from tenora.training.methods.table import USUAL
+from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS
+from tenora.training.spec import LORA
 
 MAX_SUFFIX = 64
-AutoInt = int | Literal["auto"] | None
-AutoFloat = float | Literal["auto"] | None
 
 
 def _modules(value: Any) -> Any:
@@ -33,12 +33,6 @@ def _modules(value: Any) -> Any:
     raise invalid('must be "all-linear" or a list of module names')
 
 
-def _evaluations(value: Any) -> Any:
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= 1000):
-        return value
-    raise invalid("must be true, false or a whole number from 0 to 1000")
-
-
 def _values(value: Any) -> Any:
     """Lists and objects go on as they are: the use case knows the bounds of each dimension."""
     if value is None or (isinstance(value, list | dict) and len(value) <= MAX_TRIALS):
@@ -46,58 +40,36 @@ def _values(value: Any) -> Any:
     raise invalid("must be a list of values or an object with min and max")
 
 
-Epochs = Annotated[AutoInt, PlainValidator(auto_or_number(int, 1, MAX_EPOCHS), json_schema_input_type=AutoInt)]
-BatchSize = Annotated[AutoInt, PlainValidator(auto_or_number(int, 1, MAX_BATCH_SIZE), json_schema_input_type=AutoInt)]
-Multiplier = Annotated[AutoFloat, PlainValidator(auto_or_number(float, 1e-4, 1e4), json_schema_input_type=AutoFloat)]
-Beta = Annotated[AutoFloat, PlainValidator(auto_or_number(float, 1e-6, 10), json_schema_input_type=AutoFloat)]
 Values = Annotated[Any, PlainValidator(_values, json_schema_input_type=list[float] | dict[str, float | bool] | None)]
 
 
-class Hyperparameters(RequestModel):
-    """OpenAI's three. "auto", the default, is chosen from the number of rows and tokens."""
-
-    n_epochs: Epochs = None
-    batch_size: BatchSize = None
-    learning_rate_multiplier: Multiplier = None
-
-
-class PreferenceHyperparameters(Hyperparameters):
-    """Those of DPO; `batch_size` counts pairs."""
-
-    beta: Beta = None
-
-
-class Supervised(RequestModel):
-    """Options of supervised fine-tuning."""
-
-    hyperparameters: Hyperparameters | None = None
-
-
-class Preference(RequestModel):
-    """Options of direct preference optimisation."""
-
-    hyperparameters: PreferenceHyperparameters | None = None
+if TYPE_CHECKING:
+    from tenora.api.schemas.base import RequestModel as Hyperparameters
+    from tenora.api.schemas.base import RequestModel as LoraFields
+    from tenora.api.schemas.base import RequestModel as Method
+    from tenora.api.schemas.base import RequestModel as SettingFields
+    from tenora.api.schemas.base import ResponseModel as SettingEchoes
+else:
+    Hyperparameters = model_of(
+        "Hyperparameters",
+        HYPERPARAMETERS,
+        doc='OpenAI\'s three. "auto", the default, is chosen from the number of rows and tokens.',
+    )
+    Method = method_model("Method", doc="How to train; the options are those of the type that is named.")
+    LoraFields = model_of("LoraFields", LORA)
+    SettingFields = model_of(
+        "SettingFields", {**{name: HYPERPARAMETERS[name] for name in sorted(BY_THEMSELVES)}, **SETTINGS}
+    )
+    SettingEchoes = echo_of("SettingEchoes", SETTINGS)
 
 
-class Method(RequestModel):
-    """How to train; the options are those of the type that is named."""
-
-    type: Literal["supervised", "dpo"]
-    supervised: Supervised | None = None
-    dpo: Preference | None = None
-
-
-class Lora(RequestModel):
+class Lora(LoraFields):
     """Shape of the adapter, and an adapter of one's own to start from; its shape is the default then."""
 
-    rank: int | None = Field(default=None, ge=1, le=256)
-    alpha: float | None = Field(default=None, gt=0, le=4096)
-    dropout: float | None = Field(default=None, ge=0, lt=1)
     target_modules: Annotated[
         list[str] | Literal["all-linear"] | None,
         PlainValidator(_modules, json_schema_input_type=list[str] | Literal["all-linear"] | None),
     ] = None
-    use_rslora: bool | None = None
     init_from: str | None = Field(default=None, min_length=1, max_length=600)
 
 
@@ -126,7 +98,7 @@ Metadata = Annotated[
 ]
 
 
-class JobCreateRequest(RequestModel):
+class JobCreateRequest(SettingFields):
     """POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=600, description="The base, or an adapter of one's own to go on from.")
@@ -135,8 +107,6 @@ class JobCreateRequest(RequestModel):
     validation_file: str | None = Field(default=None, min_length=1, max_length=128)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(default=None, description="The older place for the method's own.")
-    n_epochs: Epochs = None
-    batch_size: BatchSize = None
     suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX)
     seed: int | None = Field(
         default=None, ge=0, lt=2**31, description="Draws the held-out rows and all of training; 0 unless given."
@@ -145,35 +115,6 @@ class JobCreateRequest(RequestModel):
     integrations: list[Any] | None = Field(default=None, max_length=0, description="Not supported.")
     name: str | None = Field(default=None, max_length=64, description="The name under which the adapter is called.")
     lora: Lora | None = None
-    learning_rate: float | None = Field(default=None, gt=0, le=1)
-    scheduler: Literal["linear", "cosine", "constant"] | None = None
-    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
-    weight_decay: float | None = Field(default=None, ge=0, le=1)
-    max_grad_norm: float | None = Field(default=None, gt=0, le=1000)
-    max_seq_length: int | None = Field(default=None, ge=8, lt=2**31)
-    max_steps: int | None = Field(
-        default=None, ge=0, lt=2**31, description="Instead of n_epochs; 0 lets the epochs decide."
-    )
-    truncate: StrictBool | None = Field(default=None, description="Cut rows that are too long, do not refuse them.")
-    packing: StrictBool | None = None
-    eval_interval: int | None = Field(default=None, ge=0, lt=2**31, description="In steps; 0 is once an epoch.")
-    early_stopping: Annotated[
-        bool | int | None, PlainValidator(_evaluations, json_schema_input_type=bool | int | None)
-    ] = Field(default=None, description="End after so many evaluations without a better one; true is 3, 0 never does.")
-    publish: Publish | None = Field(
-        default=None,
-        description="Whether `name` shall mean the result. if_better, the default: only if its held-out loss is lower "
-        "than that of the version that the name means, on rows that neither has learned; a new name means its first "
-        "version. always; never. Withheld or not, the version is stored and callable by `fine_tuned_model` and "
-        "`name@digest`, and `published` says what was decided.",
-    )
-    min_gain: float | None = Field(
-        default=None,
-        ge=0,
-        le=100,
-        description="With if_better: the gain that is asked for, in nats per learned token, per pair of DPO; of a new "
-        "name over the base.",
-    )
     sweep: Sweep | None = None
 
     def to_request(self) -> JobRequest:
@@ -185,15 +126,13 @@ class JobCreateRequest(RequestModel):
             validation_file=self.validation_file,
             method=None if self.method is None else _set_fields(self.method),
             hyperparameters=_set_fields(self.hyperparameters),
-            n_epochs=self.n_epochs,
-            batch_size=self.batch_size,
             lora=_set_fields(self.lora),
             sweep=None if self.sweep is None else _set_fields(self.sweep),
             suffix=self.suffix,
             name=self.name,
             seed=self.seed,
             metadata=self.metadata,
-            **{name: getattr(self, name) for name in SETTINGS},
+            **{name: getattr(self, name) for name in SettingFields.model_fields},
         )
 
 
@@ -226,7 +165,7 @@ class PublishedObject(ResponseModel):
     replaced: ReplacedObject | None
 
 
-class JobObject(ResponseModel):
+class JobObject(SettingEchoes):
     """A fine-tuning job, with the fields of the request that are Tenora's own, in numbers once the files were read.
 
     Attributes:
@@ -260,19 +199,6 @@ class JobObject(ResponseModel):
     name: str
     suffix: str | None
     lora: dict[str, Any]
-    learning_rate: float | None
-    scheduler: str | None
-    warmup_ratio: float | None
-    weight_decay: float | None
-    max_grad_norm: float | None
-    max_seq_length: int | None
-    max_steps: int | None
-    truncate: bool | None
-    packing: bool | None
-    eval_interval: int | None
-    early_stopping: int | None
-    publish: Publish | None
-    min_gain: float | None
     sweep: dict[str, Any] | None
     sweep_results: list[dict[str, Any]] | None
     parent: str | None
@@ -317,7 +243,7 @@ class JobObject(ResponseModel):
 
 def _method(record: JobRecord) -> dict[str, Any]:
     """The method as sent, with the hyperparameters that were resolved since."""
-    sent: Mapping[str, Any] = record.method or {"type": "supervised"}
+    sent: Mapping[str, Any] = record.method or {"type": USUAL.name}
     return {**sent, sent["type"]: {"hyperparameters": dict(record.hyperparameters)}}
 
 

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tenora.control.adapters.records import AdapterRecord
+from tenora.training.methods.method import Method
+from tenora.training.methods.table import METHODS, USUAL
 
 README_NAME = "README.md"
 _SHOWN_POINTS = 12  # of the curve
@@ -96,8 +98,9 @@ def _quality(said: Mapping[str, Any]) -> str:
         f"({said['source']}), in {found.get('unit', 'nats per token')}; the interval is a paired bootstrap over "
         f"{'pairs' if pairs else 'rows'}, 95%."
     )
-    if pairs:
-        text += " The loss is DPO's, log 2 where training started: what is lower prefers the chosen answers more."
+    method = _method(said)
+    if method.loss_note:
+        text += f" {method.loss_note}"
     if said.get("trials", 1) > 1:
         text += (
             f" **These rows also chose this adapter among {said['trials']} trials of a sweep, so its figures look "
@@ -105,14 +108,19 @@ def _quality(said: Mapping[str, Any]) -> str:
         )
     rows = _compared(found, "What training started from")
     if said.get("valid_accuracy") is not None:
-        what = "Pairs whose chosen answer is preferred" if pairs else "Learned tokens that it finds likeliest"
-        curve = said.get("curve")
-        start = f" (at the start {curve[0]['valid_accuracy']:.1%})" if curve and not pairs else ""
-        rows.append((what, f"{said['valid_accuracy']:.1%}{start}"))
+        curve = said.get("curve") if method.start_has_accuracy else None
+        start = f" (at the start {_share(curve[0]['valid_accuracy'])})" if curve else ""
+        rows.append((method.accuracy_label, f"{_share(said['valid_accuracy'])}{start}"))
     base = said.get("base")
     if base and base != found:
         rows += [(f"Base, on {base['rows']} of them", _number(base["other_loss"])), *_difference(base, "the base")]
     return f"## Held-out loss\n\n{text}\n\n" + _table(("", "loss"), rows)
+
+
+def _method(said: Mapping[str, Any]) -> Method:
+    """That made it; cards of before there were several say none."""
+    settings = (said.get("lineage") or {}).get("settings") or {}
+    return METHODS.get(settings.get("method", USUAL.name), USUAL)
 
 
 def _replaced(said: Mapping[str, Any]) -> str:
@@ -226,7 +234,7 @@ def _course(said: Mapping[str, Any]) -> str:
         (
             f"{point['step']} (the best)" if point["step"] == best else point["step"],
             _number(point["valid_loss"]),
-            f"{point['valid_accuracy']:.1%}",
+            _share(point["valid_accuracy"]),
         )
         for point in shown
     ]
@@ -318,6 +326,10 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "unknown" if value is None else f"{value:+.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
 
 
 def _time(seconds: int) -> str:

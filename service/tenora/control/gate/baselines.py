@@ -28,6 +28,7 @@ from tenora.control.registry.tables import FileRow, JobRow
 from tenora.data.dataset import TokenizedDataset, concatenate
 from tenora.errors import TenoraError
 from tenora.model.provenance import BaseSource, base_source
+from tenora.training.methods.table import find_method
 from tenora.training.recipes import LEARNING_COST
 from tenora.training.spec import TrainSpec
 
@@ -181,7 +182,7 @@ async def _probe(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Sco
 async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
     """The base behind a few training rows, on as many held-out rows as the job's size pays for."""
     notes: list[str] = []
-    if spec.method == "supervised":
+    if not find_method(spec.method).no_few_shot:
         longest = context.engine.ready.max_model_len
         chosen, shots = await context.tokenizing.job(
             claim.tenant_id, lambda tokenizer: _choose(tokenizer, spec, longest)

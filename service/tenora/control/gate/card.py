@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tenora.control.gate.lineage import Lineage
 from tenora.control.gate.parity import Parity
 from tenora.control.jobs.rows import finite
+from tenora.training.methods.method import Unit
 from tenora.training.spec import EvaluationPoint
 
 RESAMPLES = 10_000
@@ -28,7 +29,6 @@ STRONG_OVERFITTING = 1.10
 """A tenth of the loss is more than a second epoch gains on most small files: the last epochs undid what came before."""
 
 Verdict = Literal["better", "worse", "no difference", "too few rows"]
-Unit = Literal["nats per token", "nats per pair"]
 Against = Literal["start", "base", "few_shot_base", "replaced"]
 OverfitVerdict = Literal["none", "some", "strong"]
 Source = Literal["held-out rows", "cross-validation"]

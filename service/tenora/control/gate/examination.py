@@ -32,6 +32,7 @@ from tenora.control.registry.tables import JobRow
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
 from tenora.model.provenance import BaseSource
+from tenora.training.methods.table import find_method
 from tenora.training.spec import FinishedEvent, HeldOut, TrainSpec
 
 WITHHELD = frozenset({"parity_failed", "parity_unavailable", "untrained_modules"})
@@ -151,7 +152,7 @@ def _card(
         )
     held_out = None if examples is None else examples.against_start()
     few_shot = None
-    if event.held_out is not None and spec.method == "supervised":
+    if event.held_out is not None and not find_method(spec.method).no_few_shot:
         few_shot = _few_shot(event.held_out, base, seed=spec.seed)
     base_comparison, no_base = (None, against_base) if isinstance(against_base, str) else (against_base, "")
     verdicts: dict[Against, Judgement] = {
@@ -208,11 +209,8 @@ def _rows(row: JobRow, base: Baselines) -> Rows | None:
 
 def _no_few_shot(spec: TrainSpec, base: Baselines) -> str:
     """Why the adapter was not held against examples in the prompt."""
-    if spec.method == "dpo":
-        return (
-            "Preferences are measured beside what training started from, with the same prompt; examples in the prompt "
-            "have no such figure."
-        )
+    if reason := find_method(spec.method).no_few_shot:
+        return reason
     return " ".join(base.notes) or "The run was over before it was measured."
 
 

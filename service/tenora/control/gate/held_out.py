@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,34 +15,35 @@ from tenora.adapters.ref import AdapterRef
 from tenora.control.gate.card import Comparison, compare
 from tenora.control.inference.scoring import Scorer
 from tenora.data.dataset import TokenizedDataset, concatenate
+from tenora.training.methods.method import Float64Array, Method
+from tenora.training.methods.table import find_method
 from tenora.training.spec import HeldOut, TrainSpec
 
 MOST_EXAMPLES = 128
 """That are scored for a comparison: its interval narrows with the root of them, and a finished adapter waits."""
 MOST_TOKENS = 32_768  # that are scored for it, for the same reason
 _AT_ONCE = 8  # requests: requests of tenants come in between
-_PAIRED = 2  # rows of a preference pair
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutExamples:
-    """What a run was measured on: rows, or pairs of DPO.
+    """What a run was measured on.
 
-    A row's loss is the negative log-probability of its learned tokens, summed. That of a pair is DPO's objective, with
-    what the run started from as the reference: log 2 is the start's, and less prefers the chosen answer more.
+    A row's loss is the negative log-probability of its learned tokens, summed. That of an example is the method's
+    (`Method.example_losses`), with what the run started from as the reference.
 
     Attributes:
         dataset: the rows.
         found: losses of each row under the result and under what training started from.
-        beta: of DPO; None is supervised.
+        method, settings: that it was made by, and the method's own settings.
         seed: of bootstraps, and of drawing examples where there are too many to score.
         of_tasks: how many examples are of each task, which lie one after the other.
     """
 
     dataset: TokenizedDataset
     found: HeldOut
-    beta: float | None
+    method: Method
+    settings: Mapping[str, Any]
     seed: int
     of_tasks: tuple[int, ...]
 
@@ -49,8 +51,10 @@ class HeldOutExamples:
     def load(cls, spec: TrainSpec, found: HeldOut) -> HeldOutExamples:
         """Read what `found` was measured on; DatasetError if it is missing or broken."""
         parts = _held_out(spec)
-        beta = spec.beta if spec.method == "dpo" else None
-        return cls(concatenate(parts), found, beta, spec.seed, tuple(part.examples for part in parts))
+        of_tasks = tuple(part.examples for part in parts)
+        method = find_method(spec.method)
+        settings = method.own_settings(spec.method_settings)
+        return cls(concatenate(parts), found, method, settings, spec.seed, of_tasks)
 
     @property
     def result(self) -> Float64Array:
@@ -81,7 +85,7 @@ class HeldOutExamples:
             self._losses(examples, self.result[examples]).tolist(),
             self._losses(examples, other).tolist(),
             seed=self.seed,
-            unit="nats per token" if self.beta is None else "nats per pair",
+            unit=self.method.unit,
         )
 
     def against_start(self, task: int | None = None) -> Comparison | None:
@@ -127,14 +131,10 @@ class HeldOutExamples:
 
     def _losses(self, examples: npt.NDArray[np.int64], rows: Float64Array) -> Float64Array:
         """One number for each example, from the losses of its rows."""
-        if self.beta is None:
-            return rows[:, 0]
-        rewards = self.beta * (self.start[examples] - rows)
-        found: Float64Array = np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0])
-        return found
+        return self.method.example_losses(self.settings, rows, self.start[examples])
 
     def _by_example(self, values: Sequence[float]) -> Float64Array:
-        return np.array(values, dtype=np.float64).reshape(-1, 1 if self.beta is None else _PAIRED)
+        return np.array(values, dtype=np.float64).reshape(-1, self.method.rows.sequences)
 
 
 def held_out_rows(spec: TrainSpec) -> TokenizedDataset:

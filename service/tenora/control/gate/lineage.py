@@ -11,14 +11,13 @@ from tenora.control.jobs.requests import PUBLISHING, Asked
 from tenora.control.registry.ids import unix_now
 from tenora.control.registry.tables import JobRow
 from tenora.model.provenance import BaseSource
+from tenora.training.methods.table import find_method
+from tenora.training.settings import JOB, RUN
 from tenora.training.spec import FinishedEvent, TrainSpec
 
 _PACKAGES = ("tenora", "torch", "transformers")
-_OF_SPEC = (
-    *("method", "lora", "n_epochs", "max_steps", "batch_size", "learning_rate", "scheduler", "warmup_ratio"),
-    *("weight_decay", "max_grad_norm", "eval_interval", "early_stopping", "packing", "folds"),
-)
-_OF_JOB = ("max_seq_length", "truncate")
+_OF_SPEC = ("method", "lora", *RUN, "folds")
+_OF_JOB = tuple(name for name in JOB if name not in PUBLISHING)
 
 
 class TrainingFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,9 +101,8 @@ def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:
         spec = msgspec.structs.replace(
             spec, lora=lora, learning_rate=point.learning_rate, n_epochs=point.n_epochs, batch_size=point.batch_size
         )
-    names = [*_OF_SPEC, "beta"] if spec.method == "dpo" else list(_OF_SPEC)
     values: dict[str, Any] = msgspec.to_builtins(spec)
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in _OF_SPEC} | find_method(spec.method).own_settings(spec.method_settings)
 
 
 def _of_job(row: JobRow) -> dict[str, Any]:

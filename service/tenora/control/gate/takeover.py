@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from tenora.control.gate.card import Comparison, Replaced
-from tenora.control.jobs.records import Publish
+from tenora.training.settings import Publish
 
 Code = Literal[
     "first_version",

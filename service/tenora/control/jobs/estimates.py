@@ -17,7 +17,7 @@ from tenora.control.jobs.forgetting_text import general_text
 from tenora.control.jobs.parent import find_parent
 from tenora.control.jobs.plan import resolve
 from tenora.control.jobs.preparation import Preparation, TaskRows, count_rows, preparation_of, read_tasks
-from tenora.control.jobs.records import JobRequest, Publish
+from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.requests import check_request
 from tenora.control.jobs.shape import Limits
 from tenora.control.jobs.workload import workload
@@ -28,6 +28,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.duplicates import DuplicatePair
 from tenora.training.recipes import LEARNING_COST
+from tenora.training.settings import Publish
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -173,7 +174,7 @@ def _estimate(
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
     text = general_text(tokenizer, limits.max_model_len)
-    work = workload(found, tasks, counts.examples, job.asked.method, general=max(len(text) - 1, 0))
+    work = workload(found, tasks, counts.examples, job.asked.learns_by, general=max(len(text) - 1, 0))
     swept = job.asked.sweep or {}
     return Estimate(
         rows=sum(task.train.examples for task in tasks),

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tenora.control.jobs.requests import OF_METHOD, PUBLISHING, Asked
+from tenora.control.jobs.requests import PUBLISHING, Asked
 from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sweeps import points
 from tenora.training.recipes import (
@@ -19,12 +19,10 @@ from tenora.training.recipes import (
     cross_validation_folds,
     resolve_hyperparameters,
 )
+from tenora.training.settings import AUTO, RUN, SETTINGS
 from tenora.training.spec import LoraSpec, TrainSpec, TrialSpec
 
-_OF_SPEC = (
-    *("scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
-    *("max_steps", "eval_interval", "early_stopping", "packing"),
-)
+_OF_SPEC = tuple(name for name in SETTINGS if name in RUN and name != "learning_rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     """
     requested = {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}
     chosen = resolve_hyperparameters(
-        counts.examples, counts.tokens, requested, method=asked.method, few_shot=counts.few_shot
+        counts.examples, counts.tokens, requested, method=asked.learns_by, few_shot=counts.few_shot
     )
     max_steps = int(asked.settings.get("max_steps", 0))
     if max_steps:
@@ -127,16 +125,11 @@ def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:
 
 def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> dict[str, Any]:
     """The job's hyperparameters in numbers; what its sweep still has to choose stays "auto"."""
-    values = {
-        "n_epochs": spec.n_epochs,
-        "batch_size": spec.batch_size,
-        "learning_rate_multiplier": multiplier,
-        "beta": spec.beta,
-    }
+    values = {**msgspec.structs.asdict(spec), "learning_rate_multiplier": multiplier, **spec.method_settings}
     swept = set(asked.sweep or {})
     if "learning_rate" in swept:
         swept.add("learning_rate_multiplier")
-    return {name: "auto" if name in swept else values[name] for name in OF_METHOD[asked.method]}
+    return {name: AUTO if name in swept else values[name] for name in asked.learns_by.hyperparameters}
 
 
 def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:

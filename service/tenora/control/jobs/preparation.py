@@ -26,10 +26,11 @@ from tenora.control.jobs.shape import Limits, ParentShape
 from tenora.control.jobs.sources import Source, sources_of
 from tenora.control.registry.tables import JobRow
 from tenora.control.storage.directory import Storage, full_disk, remove
-from tenora.data.dataset import TokenizedDataset, tokenize_file
+from tenora.data.dataset import OtherRowsError, TokenizedDataset, tokenize_file
 from tenora.data.division import divide
 from tenora.data.duplicates import NearDuplicates, near_duplicates
 from tenora.errors import DatasetError
+from tenora.training.methods.table import find_method, wrong_rows
 from tenora.training.recipes import held_out_fraction, is_few_shot
 from tenora.training.spec import TaskSpec, TrainSpec
 
@@ -144,7 +145,7 @@ def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequen
         return [TaskRows(source, rows, valid, truncated, left_out, near_duplicates(rows, held_out=valid))]
     few_shot = is_few_shot(
         files[0].examples,
-        method=job.asked.method,
+        method=job.asked.learns_by,
         tasks=len(files),
         has_validation=False,
         sweeps=job.asked.sweep is not None,
@@ -183,6 +184,9 @@ def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> Trai
         parent: PEFT directory of the adapter to start from.
     """
     spec = msgspec.convert(plan, TrainSpec)
+    # Older releases kept the method's own settings among the others.
+    older = {one.name: plan[one.name] for one in find_method(spec.method).settings if one.name in plan}
+    spec = msgspec.structs.replace(spec, method_settings=older | spec.method_settings)
     tasks = tuple(
         msgspec.structs.replace(
             task,
@@ -219,7 +223,7 @@ def _plan(
         workdir="",
         base_model=base_id,
         method=job.asked.method,
-        beta=chosen.beta,
+        method_settings=chosen.own,
         lora=found.lora,
         n_epochs=chosen.n_epochs,
         batch_size=chosen.batch_size,
@@ -249,10 +253,13 @@ def _tokenize(
             tokenizer,
             max_length=_max_length(job, limits),
             truncate=bool(job.asked.settings.get("truncate")),
-            rows_per_example=2 if job.asked.method == "dpo" else 1,
+            rows_per_example=job.asked.learns_by.rows.sequences,
         )
     except DatasetError as error:
-        message = error.message.replace("training file", what)
+        message = error.message
+        if isinstance(error, OtherRowsError):
+            message = wrong_rows(job.asked.learns_by, error.found)
+        message = message.replace("training file", what)
         if len(job.sources) > 1:
             message = f"{param}: {message}"
         raise DatasetError(message, param=param) from error

@@ -3,71 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from tenora.control.registry.tables import JobStatus
+from tenora.training.settings import Publish
 
-Publish = Literal["always", "if_better", "never"]
 USUAL_PUBLISH: Publish = "if_better"
-SETTINGS = (
-    *("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "max_seq_length", "max_steps"),
-    *("truncate", "packing", "eval_interval", "early_stopping"),
-    *("publish", "min_gain"),
-)
-"""Fields of a job that belong to no other object."""
 
 
-@dataclass(frozen=True, slots=True)
 class JobRequest:
     """A fine-tuning job as asked for; values None or "auto" are resolved when the files are read.
 
     Attributes:
         model: the base's id, or an adapter of the tenant to go on from (the same as `lora["init_from"]`).
         training_file: id; or `training_files` for several: objects of file, weight and name, each a task of its own.
-        method: `{"type": "supervised" | "dpo", <type>: {"hyperparameters": {…}}}`, echoed in the job.
-        hyperparameters: the older place for those of the method: n_epochs, batch_size, learning_rate_multiplier (each a
-            number or "auto"); `n_epochs` and `batch_size` may also stand by themselves.
-        lora: rank, alpha, dropout, target_modules (list or "all-linear"), use_rslora, init_from.
-        learning_rate: peak of the schedule, instead of the multiplier.
-        max_seq_length: tokens of a row; longer ones are an error, or are cut with `truncate`.
-        max_steps: optimizer steps, instead of epochs; 0 lets the epochs decide.
-        packing: False gives each row a pass of its own.
-        eval_interval: optimizer steps between evaluations; 0 is once an epoch.
-        early_stopping: evaluations without a better one after which to end; True is 3, False and 0 never do.
-        publish: whether the name shall mean the result: always, if_better (the default) than what it means, or never.
-        min_gain: of if_better: nats per learned token, per pair of DPO, by which it must be better.
+        method: `{"type": <method>, <method>: {"hyperparameters": {…}}}`, echoed in the job.
+        hyperparameters: the older place for those of the method that all methods have.
+        lora: its shape (`tenora.training.spec.LoraSpec`), and init_from.
         sweep: values to try; see `tenora.control.jobs.sweeps`.
         name: alias under which the result is callable; made from `suffix` or the job's id if absent.
+        settings: those of `tenora.training.settings.SETTINGS`, and hyperparameters that stand by themselves; the
+            given ones.
     """
 
-    model: str
-    training_file: str | None = None
-    training_files: Sequence[Mapping[str, Any]] | None = None
-    validation_file: str | None = None
-    method: Mapping[str, Any] | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    n_epochs: int | str | None = None
-    batch_size: int | str | None = None
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float | None = None
-    scheduler: str | None = None
-    warmup_ratio: float | None = None
-    weight_decay: float | None = None
-    max_grad_norm: float | None = None
-    max_seq_length: int | None = None
-    max_steps: int | None = None
-    truncate: bool | None = None
-    packing: bool | None = None
-    eval_interval: int | None = None
-    early_stopping: bool | int | None = None
-    publish: str | None = None
-    min_gain: float | None = None
-    sweep: Mapping[str, Any] | None = None
-    suffix: str | None = None
-    name: str | None = None
-    seed: int | None = None
-    metadata: Mapping[str, str] | None = None
+    def __init__(
+        self,
+        *,
+        model: str,
+        training_file: str | None = None,
+        training_files: Sequence[Mapping[str, Any]] | None = None,
+        validation_file: str | None = None,
+        method: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
+        sweep: Mapping[str, Any] | None = None,
+        suffix: str | None = None,
+        name: str | None = None,
+        seed: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.model = model
+        self.training_file = training_file
+        self.training_files = training_files
+        self.validation_file = validation_file
+        self.method = method
+        self.hyperparameters = hyperparameters or {}
+        self.lora = lora or {}
+        self.sweep = sweep
+        self.suffix = suffix
+        self.name = name
+        self.seed = seed
+        self.metadata = metadata
+        self.settings = {setting: value for setting, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
-from tenora.control.jobs.field_checks import flag, is_int, known_fields, one_of, real, whole
-from tenora.control.jobs.records import SETTINGS, USUAL_PUBLISH, JobRequest, Publish
-from tenora.control.jobs.shape import LORA, Limits, lora_spec
+from tenora.control.jobs.field_checks import known_fields, whole
+from tenora.control.jobs.records import USUAL_PUBLISH, JobRequest
+from tenora.control.jobs.shape import LORA_FIELDS, Limits, lora_spec
 from tenora.control.jobs.sources import check_sources
 from tenora.control.jobs.sweeps import check_sweep
 from tenora.control.registry.ids import SUFFIX_PATTERN, check_name, check_suffix
 from tenora.errors import InvalidRequestError
-from tenora.training.recipes import EARLY_STOPPING_EVALUATIONS, resolve_hyperparameters
-from tenora.training.spec import Method, Scheduler
+from tenora.training.methods.method import Method
+from tenora.training.methods.table import METHODS, USUAL, find_method
+from tenora.training.recipes import resolve_hyperparameters
+from tenora.training.settings import AUTO, BY_THEMSELVES, HYPERPARAMETERS, JOB, SETTINGS
 
-HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
-OF_METHOD: Mapping[Method, tuple[str, ...]] = {"supervised": HYPERPARAMETERS, "dpo": (*HYPERPARAMETERS, "beta")}
 PUBLISHING = ("publish", "min_gain")
 MAX_SEED = 2**31 - 1
 USUAL_SEED = 0
@@ -32,20 +33,26 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: the base's id, or the adapter of the tenant that was named instead.
+        method: its name.
         hyperparameters: those of the method, each a number or "auto".
         settings: the given ones of `SETTINGS`.
-        lora: the given ones of `tenora.control.jobs.shape.LORA`.
+        lora: the given ones of `tenora.control.jobs.shape.LORA_FIELDS`.
         sweep: the object as sent.
         seed: as sent.
     """
 
     model: str
-    method: Method
+    method: str
     hyperparameters: dict[str, Any]
     settings: dict[str, Any]
     lora: dict[str, Any]
     sweep: dict[str, Any] | None = None
     seed: int | None = None
+
+    @property
+    def learns_by(self) -> Method:
+        """Its method."""
+        return find_method(self.method)
 
     @property
     def split_seed(self) -> int:
@@ -79,10 +86,10 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
     method = _method(request)
     asked = Asked(
         model=request.model,
-        method=method,
+        method=method.name,
         hyperparameters=_hyperparameters(request, method),
         settings=_settings(request, limits),
-        lora=_given(known_fields(request.lora, LORA, "lora"), LORA),
+        lora=_given(known_fields(request.lora, LORA_FIELDS, "lora"), LORA_FIELDS),
         sweep=None if request.sweep is None else dict(request.sweep),
         seed=request.seed,
     )
@@ -123,90 +130,65 @@ def model_name(base_id: str, tenant: str, suffix: str | None, job_id: str) -> st
 
 def _method(request: JobRequest) -> Method:
     if request.method is None:
-        return "supervised"
-    methods: tuple[Method, ...] = get_args(Method)
+        return USUAL
     named = request.method.get("type")
-    kind = next((method for method in methods if method == named), None)
-    if kind is None:
+    found = METHODS.get(named) if isinstance(named, str) else None
+    if found is None:
         raise InvalidRequestError(
-            f"method.type must be {' or '.join(methods)}; {named!r} is not available.", param="method.type"
+            f"method.type must be {' or '.join(METHODS)}; {named!r} is not available.", param="method.type"
         )
     # Options of another method than the one that is named would be ignored.
-    known_fields(request.method, ("type", kind), "method")
-    return kind
+    known_fields(request.method, ("type", found.name), "method")
+    return found
 
 
 def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
     """Merge the places in which a hyperparameter may stand; two different values for one are refused."""
-    names = OF_METHOD[method]
-    options = known_fields((request.method or {}).get(method) or {}, ("hyperparameters",), f"method.{method}")
-    inner = known_fields(options.get("hyperparameters") or {}, names, f"method.{method}.hyperparameters")
-    older = known_fields(request.hyperparameters, HYPERPARAMETERS, "hyperparameters")
+    kind, names = method.name, tuple(method.hyperparameters)
+    options = known_fields((request.method or {}).get(kind) or {}, ("hyperparameters",), f"method.{kind}")
+    inner = known_fields(options.get("hyperparameters") or {}, names, f"method.{kind}.hyperparameters")
+    older = known_fields(request.hyperparameters, tuple(HYPERPARAMETERS), "hyperparameters")
     found: dict[str, Any] = {}
     for name in names:
         places = {
-            name: getattr(request, name, None),
+            name: request.settings.get(name) if name in BY_THEMSELVES else None,
             f"hyperparameters.{name}": older.get(name),
-            f"method.{method}.hyperparameters.{name}": inner.get(name),
+            f"method.{kind}.hyperparameters.{name}": inner.get(name),
         }
         given = {place: value for place, value in places.items() if value is not None}
         if any(value != next(iter(given.values())) for value in given.values()):
             raise InvalidRequestError(
                 f"{' and '.join(given)} differ; send the value in one place.", param=next(iter(given))
             )
-        found[name] = next(iter(given.values()), "auto")
+        found[name] = next(iter(given.values()), AUTO)
     return found
 
 
 def _settings(request: JobRequest, limits: Limits) -> dict[str, Any]:
-    """The given settings, each within its bounds; `early_stopping` as a number of evaluations."""
-    given = _given({name: getattr(request, name) for name in SETTINGS}, SETTINGS)
-    if "scheduler" in given:
-        one_of(given["scheduler"], "scheduler", get_args(Scheduler))
-    for name, most in (("warmup_ratio", 1.0), ("weight_decay", 10.0)):
-        if name in given:
-            real(given[name], name, least=0.0, most=most)
-    for name, most in (("learning_rate", 1.0), ("max_grad_norm", 1e6)):
-        if name in given:
-            real(given[name], name, above=0.0, most=most)
-    for name, least, highest in (
-        ("max_seq_length", 8, limits.max_model_len),
-        ("max_steps", 0, 1_000_000),
-        ("eval_interval", 0, 1_000_000),
-    ):
-        if name in given:
-            whole(given[name], name, least, highest)
-    for name in ("truncate", "packing"):
-        if name in given:
-            flag(given[name], name)
-    if "early_stopping" in given:
-        given["early_stopping"] = _early_stopping(given["early_stopping"])
+    """The given settings, each within its bounds."""
+    bounds = {
+        **SETTINGS,
+        "max_seq_length": replace(SETTINGS["max_seq_length"], most=limits.max_model_len),
+    }
+    for name in request.settings:
+        if name not in bounds and name not in BY_THEMSELVES:
+            raise InvalidRequestError(f"{name} is not known.", code="unknown_parameter", param=name)
+    given = _given(request.settings, tuple(bounds))
+    given = {name: bounds[name].check(value) for name, value in given.items()}
     return given | _publishing(given)
 
 
 def _publishing(given: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the name shall mean the result, and the gain that is asked for, which only if_better looks at."""
-    publish = one_of(given.get("publish", USUAL_PUBLISH), "publish", get_args(Publish))
+    publish = given.get("publish", USUAL_PUBLISH)
     if publish == "if_better":
-        return {"publish": publish, "min_gain": real(given.get("min_gain", 0.0), "min_gain", least=0.0, most=100.0)}
+        return {"publish": publish, "min_gain": given.get("min_gain", JOB["min_gain"].default)}
     if "min_gain" in given:
         raise InvalidRequestError(
             f"min_gain is looked at only with publish if_better, and publish is {publish}; leave one of them out.",
             param="min_gain",
         )
     return {"publish": publish}
-
-
-def _early_stopping(value: Any) -> int:
-    if isinstance(value, bool):
-        return EARLY_STOPPING_EVALUATIONS if value else 0
-    if not is_int(value, 0, 1000):
-        raise InvalidRequestError(
-            f"early_stopping must be true ({EARLY_STOPPING_EVALUATIONS} evaluations without a better one), false, or "
-            "a number of evaluations from 0 to 1000.",
-            param="early_stopping",
-        )
-    return value
 
 
 def _check_sweep(asked: Asked, limits: Limits) -> None:

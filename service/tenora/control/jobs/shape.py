@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tenora.adapters.peft_config import PeftConfig
 from tenora.adapters.targets import TargetModule
-from tenora.control.jobs.field_checks import flag, known_fields, real, whole
+from tenora.control.jobs.field_checks import known_fields
 from tenora.errors import AdapterFormatError, InvalidRequestError
-from tenora.training.spec import LoraSpec
+from tenora.training.spec import LORA, LoraSpec
 
-LORA = ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init_from")
+LORA_FIELDS = (*LoraSpec.__struct_fields__, "init_from")
 
 
 def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
@@ -80,11 +80,11 @@ def lora_spec(
     Raises:
         InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
     """
-    known_fields(lora, LORA, "lora")
+    known_fields(lora, LORA_FIELDS, "lora")
     rank = lora.get("rank")
     if rank is None:
         rank = min(usual_rank, limits.max_rank) if parent is None else parent.rank
-    rank = whole(rank, "lora.rank", 1, limits.max_rank)
+    rank = replace(LORA["rank"], most=limits.max_rank).check(rank, "lora.rank")
     modules = _target_modules(lora.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
@@ -95,15 +95,15 @@ def lora_spec(
     rslora = lora.get("use_rslora")
     if rslora is None and parent is not None:
         rslora = parent.use_rslora
-    rslora = flag(rslora, "lora.use_rslora")
+    rslora = LORA["use_rslora"].check(False if rslora is None else rslora, "lora.use_rslora")
     usual_alpha = 2.0 * rank
     if parent is not None and parent.scaling > 0:
         usual_alpha = parent.scaling * (math.sqrt(rank) if rslora else rank)
     alpha = lora.get("alpha")
     return LoraSpec(
         rank=rank,
-        alpha=usual_alpha if alpha is None else real(alpha, "lora.alpha", above=0.0, most=4096.0),
-        dropout=real(lora.get("dropout") or 0.0, "lora.dropout", least=0.0, most=0.9),
+        alpha=usual_alpha if alpha is None else LORA["alpha"].check(alpha, "lora.alpha"),
+        dropout=LORA["dropout"].check(lora.get("dropout") or 0.0, "lora.dropout"),
         target_modules=modules,
         use_rslora=rslora,
     )

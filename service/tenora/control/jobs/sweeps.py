@@ -14,15 +14,16 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tenora.control.jobs.field_checks import flag, known_fields, real, whole
+from tenora.control.jobs.field_checks import flag, known_fields, whole
 from tenora.control.jobs.shape import Limits
 from tenora.errors import InvalidRequestError
-from tenora.training.recipes import MAX_BATCH_SIZE, MAX_EPOCHS
+from tenora.training.settings import RUN
+from tenora.training.spec import LORA
 
 DIMENSIONS = ("rank", "learning_rate", "n_epochs", "batch_size")
 SAMPLERS = ("grid", "random")
@@ -160,7 +161,8 @@ def _dimension(name: str, given: Any, limits: Limits) -> Choices | Range:
 
 
 def _value(name: str, value: Any, param: str, limits: Limits) -> Value:
-    if name == "learning_rate":
-        return real(value, param, above=0.0, most=1.0)
-    most = {"rank": limits.max_rank, "n_epochs": MAX_EPOCHS, "batch_size": MAX_BATCH_SIZE}[name]
-    return whole(value, param, 1, most)
+    setting = {**RUN, **LORA}[name]
+    if name == "rank":
+        setting = replace(setting, most=limits.max_rank)
+    found: Value = replace(setting, auto="").check(value, param)
+    return found

@@ -10,10 +10,11 @@ from tenora.control.jobs.plan import Resolved
 from tenora.control.jobs.preparation import TaskRows
 from tenora.data.dataset import TokenizedDataset
 from tenora.data.division import fold
+from tenora.training.methods.method import Method
 from tenora.training.packing import stream_length
 from tenora.training.recipes import halving_rungs
 from tenora.training.schedule import evaluation_steps
-from tenora.training.spec import PROBE_ROWS, Method
+from tenora.training.spec import PROBE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Workload:
         evaluations: times that held-out rows are measured, at the start and then on the way.
         read_tokens: that the model reads in the steps.
         measured_tokens: that it reads without learning: held-out rows and the general text at each evaluation, and what
-            DPO's training rows come to under its reference.
+            training rows come to under the method's reference, if it has one.
     """
 
     steps: int
@@ -116,8 +117,8 @@ def _evaluations(found: Resolved, fit: _Fit) -> int:
 
 
 def _reference(fit: _Fit, method: Method) -> float:
-    """Tokens of the training rows under DPO's reference, which each row is measured under once."""
-    return min(1.0, fit.passes) * fit.tokens if method == "dpo" else 0.0
+    """Tokens of the training rows under the method's reference, which each row is measured under once."""
+    return min(1.0, fit.passes) * fit.tokens if method.has_reference else 0.0
 
 
 def _tokens(rows: TokenizedDataset) -> int:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tenora.training.spec import EvalEvent, FinishedEvent, FoldEvent, Rewards, StepEvent, TrialEvent
+from tenora.training.spec import EvalEvent, FinishedEvent, FoldEvent, StepEvent, TrialEvent
 
 CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _CSV_SOURCES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -27,7 +27,7 @@ def step_line(event: StepEvent) -> tuple[str, Metrics]:
         "grad_norm": event.grad_norm,
         "trained_tokens": event.trained_tokens,
         "tokens_per_second": event.tokens_per_second,
-        **_reward_metrics(event.rewards),
+        **event.metrics,
     }
 
 
@@ -45,7 +45,7 @@ def eval_line(event: EvalEvent, total_steps: int) -> tuple[str, Metrics]:
         "best": int(event.best),
         **({} if event.general_loss is None else {"general_loss": event.general_loss}),
         **{f"{_TASK}{name}": loss for name, loss in event.tasks.items()},
-        **_reward_metrics(event.rewards),
+        **event.metrics,
     }
 
 
@@ -84,17 +84,6 @@ def fold_line(event: FoldEvent, folds: int) -> tuple[str, Metrics]:
         "fold_base_loss": event.base_loss,
         "folds_done": event.done,
         "trained_tokens": event.trained_tokens,
-    }
-
-
-def _reward_metrics(rewards: Rewards | None) -> Metrics:
-    """Under the names that TRL gives them."""
-    if rewards is None:
-        return {}
-    return {
-        "rewards/chosen": rewards.chosen,
-        "rewards/rejected": rewards.rejected,
-        "rewards/margins": rewards.margin,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tenora.control.jobs.rows import finite
 from tenora.control.registry.tables import JobRow
-from tenora.training.recipes import usual_learning_rate
+from tenora.training.methods.table import find_method
 from tenora.training.spec import TrialEvent
 
 
@@ -39,7 +39,7 @@ def choose_winner(row: JobRow, winner: int) -> None:
         **row.hyperparameters,
         "n_epochs": trial["n_epochs"],
         "batch_size": trial["batch_size"],
-        "learning_rate_multiplier": trial["learning_rate"] / usual_learning_rate(row.requested["method"]),
+        "learning_rate_multiplier": trial["learning_rate"] / find_method(row.requested["method"]).learning_rate,
     }
     row.lora = {**row.lora, "rank": trial["rank"], "alpha": trial["alpha"]}
     row.settings = {**row.settings, "learning_rate": trial["learning_rate"]}

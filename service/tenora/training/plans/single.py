@@ -8,6 +8,7 @@ from tenora.errors import TrainingError
 from tenora.training.checkpoint import Best
 from tenora.training.corpus import Corpus
 from tenora.training.learner import Learner
+from tenora.training.methods.table import find_method
 from tenora.training.resident_base import TrainingHost
 from tenora.training.spec import FinishedEvent, HeldOut, Items, Probe, TrainSpec
 
@@ -40,7 +41,7 @@ class PlainPlan:
 
 def load_corpus(spec: TrainSpec) -> Corpus:
     """The rows that the run's method wants; raises as `Corpus.load`."""
-    return Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
+    return Corpus.load(spec.tasks, rows_per_example=find_method(spec.method).rows.sequences)
 
 
 def finished(learner: Learner) -> FinishedEvent:

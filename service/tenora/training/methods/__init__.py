@@ -1,0 +1,1 @@
+"""Training methods, a file each, listed in `table`. Importing one loads no torch: the control plane reads them too."""

@@ -1,0 +1,168 @@
+"""What a training method says of itself, and what it does for an adapter that learns by it.
+
+A method is one object with two sides. What it declares (`Method`) is read by the whole service: which rows it takes,
+its own settings, the numbers of its recipe, what its losses mean on a card. What it does (`Learning`) is called by the
+learner, in the engine. Both stand in the method's own file; importing it loads no torch, so what needs torch imports
+it where it is used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tenora.data.rows import ANSWERS, RowKind
+from tenora.training.packing import PackedRows
+from tenora.training.settings import HYPERPARAMETERS, Setting
+from tenora.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from tenora.training.arena import TrainedAdapter
+    from tenora.training.corpus import Corpus
+    from tenora.training.evaluation import Evaluation
+    from tenora.training.pass_queue import Objective
+    from tenora.training.step import TokenLosses
+
+Float64Array = npt.NDArray[np.float64]
+Unit = Literal["nats per token", "nats per pair"]
+"""Of losses: means over learned tokens, or over examples, which count alike however long they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the rows of a step came to.
+
+    Attributes:
+        loss: the objective, in the method's unit.
+        accuracy: share of tokens that were the likeliest, or what the method counts in its place.
+        metrics: further numbers, by their names in the job's log.
+    """
+
+    loss: float
+    accuracy: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Learner(Protocol):
+    """The adapter in training, as its method sees it: `tenora.training.learner.Learner`."""
+
+    @property
+    def spec(self) -> TrainSpec:
+        """Of this adapter."""
+
+    @property
+    def corpus(self) -> Corpus:
+        """The rows."""
+
+    def frozen_copy(self) -> TrainedAdapter:
+        """A second adapter with the weights of now, in the same arena; whoever asks for it removes it."""
+
+    def measured(
+        self, parts: Sequence[PackedRows], adapter: TrainedAdapter | None
+    ) -> Generator[None, None, list[TokenLosses]]:
+        """Of each part the losses of its learned tokens under an adapter, or the base, without a gradient."""
+
+
+class Learning:
+    """A method at work on one adapter. Generators yield where they wait for rows to pass through the base."""
+
+    def __init__(self, learner: Learner) -> None:
+        """Begin where the adapter is now; what an earlier run knew comes back into `state`."""
+        self.learner = learner
+
+    def prepare(self, parts: Sequence[PackedRows]) -> Generator[None, None, None]:
+        """Find out what the objective needs to know of a step's rows."""
+        yield from ()
+
+    def objective(self, parts: Sequence[PackedRows]) -> Objective:
+        """What a step over all these rows minimises."""
+        raise NotImplementedError
+
+    def measure(self, step: int, parts: Sequence[PackedRows], found: Sequence[TokenLosses]) -> Figures:
+        """What step `step`, counted from 1, came to.
+
+        Args:
+            found: the losses of each part before the step.
+
+        Raises:
+            TrainingError: going on is no use.
+        """
+        raise NotImplementedError
+
+    def judge(self, found: Evaluation, start: Sequence[float] | None) -> Evaluation:
+        """An evaluation in the method's own terms; it comes as the mean loss per learned token.
+
+        Args:
+            start: loss of each held-out row under what training started from; None if that is what was measured.
+        """
+        return found
+
+    def state(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        """What is saved beside weights and moments, and restored in place."""
+        return {}
+
+    def close(self) -> None:
+        """Free what it has taken."""
+
+
+class Method(ABC):
+    """What a method declares. Class attributes are its constants.
+
+    Attributes:
+        name: its `type` in a request.
+        summary: what it is for, in half a sentence.
+        rows: the kind of rows that it learns from.
+        learning_rate: the peak of the schedule that a multiplier of 1 stands for.
+        small_file_epochs: passes that a file of at most a few hundred examples gets, if a larger one's are not more.
+        settings: its own, beside those that all methods have; `TrainSpec.method_settings` holds their values.
+        cross_validates: few rows may be divided into folds, rather than hold some out.
+        has_reference: each training row is measured under a reference once.
+        no_few_shot: why the base with examples in its prompt has no figure to compare with; empty if it has one.
+        unit: of its losses.
+        loss_note: what a reader should know of the loss; empty if it is what everybody expects.
+        accuracy_label: what its accuracy counts.
+        start_has_accuracy: whether the accuracy of what training started from says anything.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    rows: ClassVar[RowKind] = ANSWERS
+    learning_rate: ClassVar[float]
+    small_file_epochs: ClassVar[int] = 1
+    settings: ClassVar[tuple[Setting, ...]] = ()
+    cross_validates: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = False
+    no_few_shot: ClassVar[str] = ""
+    unit: ClassVar[Unit] = "nats per token"
+    loss_note: ClassVar[str] = ""
+    accuracy_label: ClassVar[str] = "Learned tokens that it finds likeliest"
+    start_has_accuracy: ClassVar[bool] = True
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Setting]:
+        """What a request may say beside the method's name."""
+        return {**HYPERPARAMETERS, **{setting.name: setting for setting in self.settings}}
+
+    def own_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of its own settings: the given ones, where they are not None, and defaults."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {setting.name: chosen.get(setting.name, setting.default) for setting in self.settings}
+
+    @abstractmethod
+    def learning(self, learner: Learner) -> Learning:
+        """The method at work on an adapter."""
+
+    def example_losses(self, settings: Mapping[str, Any], rows: Float64Array, start: Float64Array) -> Float64Array:
+        """The objective of each example, float64 [examples], from the losses of its rows as they are served.
+
+        Args:
+            settings: the method's own, resolved.
+            rows: float64 [examples, rows of an example], summed over learned tokens.
+            start: the same under what training started from.
+        """
+        return rows[:, 0]

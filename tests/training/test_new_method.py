@@ -1,0 +1,63 @@
+"""A method that only this file knows: registered, asked for, prepared, trained and judged; nothing else is changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tenora.training.methods.method import Method
+from tenora.training.methods.table import METHODS, register
+from tests.support.patience import PATIENCE
+
+PROGRAM = Path(__file__).with_name("new_method.py")
+
+
+def test_a_new_method_is_one_file(tiny_base: Path, tmp_path: Path, repo_root: Path) -> None:
+    """In a process of its own: schemas are made from the methods that there are when they are imported."""
+    command = [sys.executable, "-m", "tests.training.new_method", str(tiny_base), str(tmp_path)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["refused"] == [
+        "method.label_smoothing.hyperparameters.epsilon",
+        "method.supervised.hyperparameters.epsilon",
+    ]
+    assert "epsilon" in told["schema"]
+    assert told["asked"] == {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto", "epsilon": 0.25}
+    assert told["shown"]["epsilon"] == told["lineage"]["epsilon"] == 0.25
+    assert told["learning_rate"] == 1e-3
+    assert [event for event in told["events"] if event != "step"] == [
+        "eval",
+        "eval",
+        "checkpoint",
+        "eval",
+        "checkpoint",
+        "finished",
+    ]
+    assert told["metrics"] == {"smoothed": 0.25}
+    assert told["resumed"] == told["digest"]
+    assert told["unit"] == "nats per pair"
+    assert told["card_loss"] == pytest.approx(0.75 * told["plain_loss"], rel=1e-5)
+
+
+def test_a_name_is_taken_once() -> None:
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match="already"):
+            register(method)
+
+
+def test_a_setting_of_a_method_has_a_name_of_its_own() -> None:
+    class Clashing(Method):
+        name = "clashing"
+        summary = "clashes"
+        learning_rate = 1.0
+        settings = (METHODS["supervised"].hyperparameters["n_epochs"],)
+        learning = METHODS["supervised"].learning
+
+    with pytest.raises(ValueError, match="name of one that all methods have"):
+        register(Clashing())  # type: ignore[abstract]
+    assert "clashing" not in METHODS
