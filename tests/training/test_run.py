@@ -116,6 +116,7 @@ def test_a_paused_run_goes_on_to_the_same_bits(
 def test_the_state_of_a_run_that_the_first_release_began_is_taken_up() -> None:
     plan: dict[str, Any] = {"run_id": "r", "group": "g", "workdir": "w", "base_model": "b"}
     plan["tasks"] = [{"name": "a", "train_path": "t", "valid_path": "v"}]
+    plan["lora"] = {"target_modules": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]}
     rows = TokenizedDataset(
         tokens=np.arange(8, dtype=np.int32),
         weights=np.ones(8, np.uint8),
