@@ -65,8 +65,7 @@ PAIRS = [
 ROWS = range(2 * len(PAIRS))
 LORA = LoraSpec(rank=4, alpha=8.0)
 LN2 = math.log(2.0)
-Tensors = dict[str, torch.Tensor]
-"""A [r, in] and B [out, r] of each module, or their gradients, by their names in a PEFT file."""
+Tensors = dict[str, torch.Tensor]  # A [r, in] and B [out, r] of each module, or their gradients, named as in PEFT files
 MakeDpo = Callable[..., TrainSpec]
 MakeOracle = Callable[..., "Oracle"]
 
@@ -83,8 +82,7 @@ def parent(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter to start from, far from the base."""
     directory = tmp_path_factory.mktemp("parents") / "parent"
     with torch.no_grad():
-        modules = make_adapter(decoder, LORA, seed=5).export()
-    write_adapter(directory, base_model="tiny", lora=LORA, modules=modules)
+        write_adapter(directory, base_model="tiny", lora=LORA, modules=make_adapter(decoder, LORA, seed=5).export())
     return directory
 
 
@@ -208,8 +206,8 @@ def works(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 def rows_of(works: list[Work], *, of_reference: bool) -> Counter[int]:
     """How often each row is in works."""
-    chosen = [work for work in works if (work.objective is None) == of_reference]
-    return Counter(row for work in chosen for part in work.parts for row in part.rows)
+    chosen = (work.parts for work in works if (work.objective is None) == of_reference)
+    return Counter(row for parts in chosen for part in parts for row in part.rows)
 
 
 def of_kind(events: list[TrainEvent], kind: type) -> list[Any]:
@@ -217,9 +215,8 @@ def of_kind(events: list[TrainEvent], kind: type) -> list[Any]:
 
 
 def assert_rewards(ours: Mapping[str, float], theirs: Mapping[str, float], *, rel: float, atol: float) -> None:
-    names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins")]
-    assert list(ours) == names
-    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=rel, abs=atol)
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+    assert ours == pytest.approx({name: theirs[name] for name in names}, rel=rel, abs=atol)
 
 
 def holds_whole_pairs(part: PackedRows) -> bool:
@@ -376,8 +373,8 @@ class TestRows:
         failed = failure(TrainingRun(decoder, msgspec.structs.replace(spec, tasks=(task,))))
         kind = {"train_path": "training", "valid_path": "validation"}[place]
         wanted = {"dpo": "preference pairs", "supervised": "rows with one answer each, not preference pairs"}[method]
-        assert failed.code == "invalid_training_file"
-        assert failed.message.startswith(f"The {kind} file must hold {wanted}")
+        said = f"The {kind} file must hold {wanted}"
+        assert (failed.code, failed.message[: len(said)]) == ("invalid_training_file", said)
 
     @pytest.mark.parametrize("capacity", [1, 17, 40, 90, 1000])
     @pytest.mark.parametrize("seed", range(4))
