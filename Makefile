@@ -66,19 +66,23 @@ demo: setup ## the whole product in one run: serve, fine-tune on a sample file, 
 # Two lanes when everything runs: the tests that compute, and the rest, which mostly wait for servers.
 COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine
 
+define LANES
+log=$$(mktemp); failed=0; \
+$(BIN)/python -m pytest -m '$(1)' -o cache_dir=.pytest_cache/computing $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
+$(BIN)/python -m pytest -m '$(1)' tests $(COMPUTING:%=--ignore=%) || failed=1; \
+wait $$computing || failed=1; \
+cat "$$log"; rm -f "$$log"; exit $$failed
+endef
+
 test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
 ifeq ($(strip $(ARGS)),)
-	@log=$$(mktemp); failed=0; \
-	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/computing $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
-	$(BIN)/python -m pytest tests $(COMPUTING:%=--ignore=%) || failed=1; \
-	wait $$computing || failed=1; \
-	cat "$$log"; rm -f "$$log"; exit $$failed
+	@$(call LANES,not full)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
-test-full: setup ## run the tests that take minutes, which make test leaves out
-	@$(BIN)/python -m pytest -m full tests
+test-full: setup ## run what make test leaves out: slow tests, and the rest of every matrix
+	@$(call LANES,full)
 
 lint: setup tools ## ruff, mypy, import-linter, hadolint, helm
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import tenora_client as tc
 from tests.e2e.conftest import StartServer
 from tests.e2e.material import ask, write_adapter, write_rows
 from tests.e2e.serving import Server, until
+from tests.support.full import full_but
 
 CANARY = b"canary-of-a-half-written-file"
 
@@ -56,6 +57,7 @@ def half_an_upload(server: Server) -> socket.socket:
     return connection
 
 
+@pytest.mark.full
 def test_killed_in_an_upload(new_server: StartServer) -> None:
     server = new_server()
     server.start()
@@ -68,7 +70,7 @@ def test_killed_in_an_upload(new_server: StartServer) -> None:
     assert files_with(server.home, CANARY) == []
 
 
-@pytest.mark.parametrize("point", ["files.before_rename", "files.after_rename"])
+@pytest.mark.parametrize("point", full_but("files.after_rename", ["files.before_rename", "files.after_rename"]))
 def test_killed_when_an_upload_is_complete(new_server: StartServer, tmp_path: Path, point: str) -> None:
     server = new_server()
     source = write_rows(tmp_path / "rows.jsonl", 4, reply=CANARY.decode() + " {}")
@@ -110,13 +112,16 @@ def test_killed_in_a_job(new_server: StartServer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "point",
-    [
-        "jobs.after_prepare",
-        "publish.before_blob",
-        "publish.after_blob",
+    full_but(
         "publish.before_commit",
-        "publish.after_commit",
-    ],
+        [
+            "jobs.after_prepare",
+            "publish.before_blob",
+            "publish.after_blob",
+            "publish.before_commit",
+            "publish.after_commit",
+        ],
+    ),
 )
 def test_killed_at_a_publish(new_server: StartServer, tmp_path: Path, tiny_base: Path, point: str) -> None:
     server = new_server()
@@ -147,6 +152,7 @@ def test_killed_at_a_publish(new_server: StartServer, tmp_path: Path, tiny_base:
         assert client.adapters.get("desk").digest == old
 
 
+@pytest.mark.full
 def test_killed_at_an_import(new_server: StartServer, tmp_path: Path, tiny_base: Path) -> None:
     server = new_server()
     directory = write_adapter(tmp_path / "adapter", tiny_base, seed=3)
@@ -191,6 +197,7 @@ def test_killed_engine(new_server: StartServer, long_base: Path, tmp_path: Path)
         assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
 
 
+@pytest.mark.full
 def test_while_the_engine_is_away_requests_are_refused_with_a_time_to_come_back(new_server: StartServer) -> None:
     server = new_server()
     server.start()

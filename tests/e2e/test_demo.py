@@ -98,6 +98,7 @@ def test_two_runs_show_everything_and_leave_nothing_running(demo: Demo) -> None:
         assert not any(alive(member) for member in family)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("moment", ["starting tenora serve", "training"])
 def test_ctrl_c_stops_the_server_and_a_second_run_is_clean(demo: Demo, moment: str) -> None:
     process = demo.start()
@@ -114,6 +115,7 @@ def test_ctrl_c_stops_the_server_and_a_second_run_is_clean(demo: Demo, moment: s
     assert "adapter 'library-desk', version 1" in demo.text()
 
 
+@pytest.mark.full
 def test_keep_leaves_the_server_until_ctrl_c(demo: Demo) -> None:
     process = demo.start("--keep")
     until(lambda: "Ctrl-C stops it" in demo.text() or process.poll() is not None, "the demo has ended its show")
@@ -132,6 +134,7 @@ def test_a_server_that_cannot_start_is_one_clear_message(demo: Demo, tmp_path: P
     assert "nowhere" in demo.text()
 
 
+@pytest.mark.full
 def test_in_a_terminal_the_bars_redraw_in_place(demo: Demo) -> None:
     master, slave = pty.openpty()
     with os.fdopen(slave, "wb") as terminal:

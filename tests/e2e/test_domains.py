@@ -14,7 +14,7 @@ import tenora_client as tc
 from tests.e2e.material import head_of
 from tests.e2e.serving import Server
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.full]
 DOMAINS = ("pubmedqa_sft", "devils_dictionary")
 TRAIN_ROWS = 64
 VALID_ROWS = 10

@@ -13,10 +13,11 @@ from tenora_kernels import reference
 from tenora_kernels.gpu import configs, paged
 from tests.kernels.cases import worst
 from tests.kernels.gpu.pages import Pages
+from tests.support.full import full_but
 
 # The weights are rounded to the type of the values, as flash attention does; the interpreter truncates them.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-DTYPES = list(TOLERANCE)
+DTYPES = full_but(torch.bfloat16, TOLERANCE)
 # Padding, one key, edges of blocks (16) and of splits (32), several splits, and more keys than eight splits of 32 hold.
 EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 100, 300]
 
@@ -45,7 +46,7 @@ def test_contexts_at_every_edge(window: int | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (8, 2), (8, 1), (34, 2)])
-@pytest.mark.parametrize("dim", [12, 64, 80])
+@pytest.mark.parametrize("dim", full_but(12, [12, 64, 80]))
 def test_groups_and_heads(heads: int, kv_heads: int, dim: int) -> None:
     pages = Pages.make([0, 5, 70], heads=heads, kv_heads=kv_heads, dim=dim)
     assert worst(attend(pages), pages.wanted(None)) <= TOLERANCE[torch.float32]
