@@ -102,6 +102,7 @@ fmt: setup ## format the code and fix what ruff can fix
 
 client: setup ## make the synchronous client of the asynchronous one
 	@$(BIN)/python clients/python/scripts/unasync.py
+	@$(BIN)/python clients/python/scripts/settings.py
 
 serve: setup ## start the service on this machine (ARGS="--port 8001")
 	@$(BIN)/tenora serve $(ARGS)

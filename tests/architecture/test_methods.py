@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 
 from tenora.training.methods.table import METHODS, USUAL
+from tenora.training.settings import HYPERPARAMETERS, SETTINGS
 from tests.architecture.test_imports import TENSOR_LIBRARIES, loaded_by
 from tests.architecture.test_source import library_files
 
 DECLARED = "service/tenora/training/methods/"
+GENERATED = "clients/python/src/tenora_client/settings.py"
+NOT_STATED = {
+    **dict.fromkeys(("Estimate", "EstimateObject", "JobState"), "answers: what was settled"),
+    **dict.fromkeys(("Rows", "RowsObject", "PreviewRequest"), "how rows were, or are to be, cut"),
+    **dict.fromkeys(
+        ("Hyperparameters", "TrialSpec", "AdamWSettings", "StepEvent"), "numbers of a run, a trial, a step"
+    ),
+    "Sweep": "values to try, in lists and ranges",
+    "Method": "the usual rate of a method",
+}
+"""Classes with a field of a setting's name that says nothing of its bounds or default."""
 
 
 def names_in(source: str, words: set[str]) -> set[str]:
@@ -33,9 +45,31 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
 def test_a_method_is_named_in_its_own_file_alone(repo_root: Path, name: str) -> None:
     found = [path for path, source in sources(repo_root) if names_in(source, {name}) and "migrations" not in path]
     # The one that jobs without a method are trained by has its name beside the settings.
+    found.remove(GENERATED)
     own = "service/tenora/training/settings.py" if name == USUAL.name else f"{DECLARED}{name}.py"
     assert found == [own]
     assert names_in(f'x = method == "{name}"', {name}) == {name}
+
+
+def stated_in(source: str, names: set[str]) -> set[tuple[str, str]]:
+    """Fields of classes that are called as one of the names."""
+    return {
+        (cls.name, node.target.id)
+        for cls in ast.walk(ast.parse(source))
+        if isinstance(cls, ast.ClassDef)
+        for node in cls.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in names
+    }
+
+
+def test_a_setting_is_stated_in_one_file(repo_root: Path) -> None:
+    names = {*HYPERPARAMETERS, *SETTINGS}
+    found = {path: stated_in(source, names) for path, source in sources(repo_root) if path != GENERATED}
+    declared = {name for _, name in found.pop("service/tenora/training/settings.py")}
+    assert declared == names
+    elsewhere = {(path, *one) for path, stated in found.items() for one in stated if one[0] not in NOT_STATED}
+    assert elsewhere == set()
+    assert stated_in("class Request:\n    packing: bool = True\n", names) == {("Request", "packing")}
 
 
 def test_what_a_method_declares_is_read_without_tensors() -> None:

@@ -5,17 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
+from tenora.training.methods.table import METHODS
+from tenora.training.settings import JOB, RUN, Publish
+from tenora.training.spec import LORA
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", "rank", "learning_rate", "n_epochs", "batch_size", "status", "step", "valid_loss", "winner")
+METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
+
+
+def option(name: str, *, switch: bool = False) -> Any:
+    """The flag of a setting as it is declared; the server knows the upper bounds.
+
+    Args:
+        switch: the flag takes no value.
+    """
+    setting = {**RUN, **JOB, **LORA}[name]
+    bounded = setting.kind in {int, float} and not switch
+    least = max(setting.least, setting.above)
+    return typer.Option(setting.flag, help=setting.help, **({"min": setting.kind(least)} if bounded else {}))
 
 
 def train(
@@ -31,25 +47,20 @@ def train(
     validation: Annotated[
         str | None, typer.Option("--validation", help="A file or id to measure on; rows are held out if absent.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="supervised, or dpo for preference rows.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help=METHODS_HELP)] = None,
     init_from: Annotated[str | None, typer.Option("--init-from", help="An adapter of yours to start from.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the file.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", min=0, help="Peak of the schedule.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of the adapter.")] = None,
-    early_stopping: Annotated[
-        bool, typer.Option("--early-stopping", help="End when three evaluations in a row were no better.")
-    ] = False,
+    epochs: Annotated[int | None, option("n_epochs")] = None,
+    batch_size: Annotated[int | None, option("batch_size")] = None,
+    learning_rate: Annotated[float | None, option("learning_rate")] = None,
+    rank: Annotated[int | None, option("rank")] = None,
+    early_stopping: Annotated[bool, option("early_stopping", switch=True)] = False,
     publish: Annotated[
-        Literal["always", "if_better", "never"] | None,
-        typer.Option(
-            "--publish",
-            help="Whether the name shall mean the result: if_better than what it means (the default), always or never.",
-        ),
+        Publish | None,
+        option("publish"),
     ] = None,
     min_gain: Annotated[
         float | None,
-        typer.Option("--min-gain", min=0, help="Held-out nats per token by which it must be better, for if_better."),
+        option("min_gain"),
     ] = None,
     sweep: Annotated[
         list[str] | None,

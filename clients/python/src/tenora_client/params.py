@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from tenora_client.settings import Settings
+
 
 class SamplingParams(TypedDict, total=False):
     """How tokens are chosen and what comes back; absent means the server's default.
@@ -55,26 +57,17 @@ class CompletionParams(SamplingParams, total=False):
     logprobs: int
 
 
-class JobParams(TypedDict, total=False):
-    """How a job trains; absent means the server's default, which is meant to work.
+class JobParams(Settings, total=False):
+    """What a job is made of, beside its settings.
 
     Attributes:
         name: the name under which the adapter will be called; a name in use gets a new version.
         suffix: part of `fine_tuned_model`, at most 64 characters.
         training_files: several files instead of one: objects of file (an id), weight and name, each a task of its own.
-        method: `{"type": "supervised" or "dpo", <type>: {"hyperparameters": {...}}}`; those of DPO have a beta.
-        hyperparameters: n_epochs, batch_size, learning_rate_multiplier, each a number or "auto".
-        n_epochs, batch_size: the same two by themselves.
+        method: `{"type": <MethodName>, <type>: {"hyperparameters": {...}}}`.
+        hyperparameters: the older place for those that all methods have.
         lora: rank, alpha, dropout, target_modules (a list or "all-linear"), use_rslora; init_from names an adapter,
             a version, a job's result or a checkpoint to start from.
-        learning_rate: peak of the schedule, instead of a multiplier.
-        max_seq_length: tokens of a row; longer ones are refused, or cut with `truncate`.
-        max_steps: optimizer steps, instead of epochs.
-        packing: False gives each row a pass of its own.
-        eval_interval: optimizer steps between evaluations; 0 is once an epoch.
-        early_stopping: end after so many evaluations without a better one; True is 3, False never does.
-        publish: whether `name` shall mean the result: "if_better" (the default) than what it means, "always", "never".
-        min_gain: with "if_better": by how many nats per learned token (per pair of DPO) it must be better.
         sweep: values of rank, learning_rate, n_epochs and batch_size to try, each a list or an object of min, max and
             log; with `sampler` ("grid" or "random") and `trials`.
         extra: further fields of the request body, sent as they are.
@@ -87,21 +80,6 @@ class JobParams(TypedDict, total=False):
     training_files: Sequence[Mapping[str, Any]]
     method: Mapping[str, Any]
     hyperparameters: Mapping[str, int | float | Literal["auto"]]
-    n_epochs: int | Literal["auto"]
-    batch_size: int | Literal["auto"]
     lora: Mapping[str, Any]
-    learning_rate: float
-    scheduler: Literal["linear", "cosine", "constant"]
-    warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float
-    max_seq_length: int
-    max_steps: int
-    truncate: bool
-    packing: bool
-    eval_interval: int
-    early_stopping: bool | int
-    publish: Literal["always", "if_better", "never"]
-    min_gain: float
     sweep: Mapping[str, Any]
     extra: Mapping[str, Any]
