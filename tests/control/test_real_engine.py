@@ -79,7 +79,7 @@ async def say(control: Control, who: Principal, model: str, *, n: int = 1, stop:
         n=n,
         stop=stop,
     )
-    return [delta async for delta in inference.generate(request)]
+    return [delta async for _, delta in inference.generate([request])]
 
 
 def text(deltas: Sequence[Delta], index: int = 0) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ STALL_SECONDS = 60.0  # a reader that takes nothing for this long is cut off
 log = logging.getLogger(__name__)
 
 
-async def attended(work: Coroutine[Any, Any, T], receive: Receive, lifecycle: Lifecycle) -> T:
+async def while_connected(work: Coroutine[Any, Any, T], receive: Receive, lifecycle: Lifecycle) -> T:
     """The result of `work`, which is cancelled (and awaited) if nobody is left to have it.
 
     The request's body must have been read: the next thing that `receive` gives is the disconnect.
@@ -64,17 +64,22 @@ class EventStream(Response):
     is the event `{"error": …}` and the end of the stream, without `[DONE]`.
 
     Args:
-        items: JSON texts. The generator is closed when the stream ends, however it ends.
+        begin: gives the JSON texts. The generator is closed when the stream ends, however it ends.
         lifecycle: tells when the server's grace is over.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, items: AsyncIterator[str], lifecycle: Lifecycle, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], Awaitable[AsyncIterator[str]]],
+        lifecycle: Lifecycle,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         # x-accel-buffering: nginx would hold events back otherwise.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.items = items
+        self.begin = begin
         self.lifecycle = lifecycle
         self.stall_seconds = stall_seconds
         self.started = False
@@ -83,7 +88,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream over one ASGI connection."""
         try:
-            await attended(self._write(send), receive, self.lifecycle)
+            await while_connected(self._write(send), receive, self.lifecycle)
         except errors.ClientGoneError:
             if not self.started:
                 raise
@@ -95,7 +100,7 @@ class EventStream(Response):
             await self._break_off(scope, send, error)
 
     async def _write(self, send: Send) -> None:
-        async with self._reader_watched(), aclosing(self.items) as items:
+        async with self._reader_watched(), aclosing(await self.begin()) as items:
             async for item in items:
                 if not self.started:
                     await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -37,7 +37,7 @@ def asked(prompt: Sequence[int] = (3, 4), **fields: Any) -> GenerationRequest:
 
 
 async def collect(control: Control, request: GenerationRequest) -> list[Delta]:
-    return [delta async for delta in control.inference.generate(request)]
+    return [delta async for _, delta in control.inference.generate([request])]
 
 
 async def test_names_resolve(control: Control, acme: Principal, import_adapter: ImportAdapter) -> None:
@@ -280,12 +280,12 @@ async def test_closing_aborts_every_choice(
 ) -> None:
     ids = tokenizer.encode("a long story " * 20)
     engine.reply = lambda request: outputs(request, ids)
-    stream = control.inference.generate(asked(n=n))
+    stream = control.inference.generate([asked(n=n)])
     await anext(stream)
     await stream.aclose()
     assert sorted(engine.aborted) == sorted(request.request_id for request in engine.generated)
     assert len(engine.aborted) == n
-    assert [task for task in asyncio.all_tasks() if "pump" in repr(task.get_coro())] == []
+    assert [task for task in asyncio.all_tasks() if "forward" in repr(task.get_coro())] == []
 
 
 @pytest.mark.parametrize("n", [1, 3])

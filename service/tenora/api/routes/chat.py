@@ -13,12 +13,11 @@ from fastapi import APIRouter, Request
 from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, MetricsDep, may
-from tenora.api.generation import Collected, Tally, collect, generate, generation_request, prompt_logprobs
+from tenora.api.generation import collect, inference_request, prompt_logprobs, usage
 from tenora.api.schemas import chat as schema
-from tenora.api.sse import EventStream, attended
-from tenora.control.adapters.records import Target
-from tenora.control.inference.inference import Inference
-from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
+from tenora.api.sse import EventStream, while_connected
+from tenora.control.inference.inference import Submission
+from tenora.control.inference.records import Conversation, LogprobEntry
 from tenora.control.tenancy.records import Principal
 
 router = APIRouter(tags=["inference"], route_class=JsonRoute)
@@ -35,47 +34,51 @@ async def create_chat_completion(
 ) -> schema.ChatCompletion | EventStream:
     """Answer a conversation, with the base or an adapter. With `stream` the answer comes as server-sent events."""
     timer = metrics.timer()
-    target = await control.inference.resolve(caller, body.model, body.adapter_id)
-    generation = await attended(prepare(control.inference, body, target), request.receive, lifecycle)
-    tally = Tally()
-    deltas = generate(control.inference, [generation], tally, timer)
-    answer = ChatAnswer(target.name, body.choices, tally, as_ids=bool(body.return_tokens_as_token_ids))
+    asked = inference_request(
+        body,
+        [Conversation([message.for_template() for message in body.messages])],
+        max_tokens=body.token_limit,
+        logprobs=body.alternatives,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+    async def submit() -> ChatAnswer:
+        return ChatAnswer(await control.inference.submit(caller, asked, timer), body)
+
+    async def chunks() -> AsyncIterator[str]:
+        return (await submit()).chunks()
+
     if body.stream:
-        return EventStream(answer.chunks(deltas, logprobs=bool(body.logprobs), usage=body.include_usage), lifecycle)
-    collected = await attended(collect(deltas, tally, body.choices), request.receive, lifecycle)
-    return answer.complete(collected, logprobs=bool(body.logprobs), prompt_alternatives=body.prompt_logprobs)
+        return EventStream(chunks, lifecycle)
 
+    async def answer() -> schema.ChatCompletion:
+        return await (await submit()).complete()
 
-async def prepare(inference: Inference, body: schema.ChatCompletionRequest, target: Target) -> GenerationRequest:
-    """Render and tokenize the conversation, and check that it fits the context."""
-    messages = [message.for_template() for message in body.messages]
-    characters = sum(len(message["content"]) for message in messages)
-    prompt = await inference.prepare(target, characters, lambda prompts: prompts.chat(messages))
-    max_tokens = inference.fit_max_tokens(len(prompt), body.token_limit)
-    sampling = body.sampling_params(max_tokens, logprobs=body.alternatives, prompt_logprobs=body.prompt_logprobs)
-    return generation_request(inference, body, target, prompt, sampling)
+    return await while_connected(answer(), request.receive, lifecycle)
 
 
 @dataclass(slots=True)
 class ChatAnswer:
     """Shapes deltas into the answer or its chunks, which share id, time and the model's name as it was asked for."""
 
-    model: str
-    n: int
-    tally: Tally
-    as_ids: bool = False  # tokens of logprobs show as `token_id:5`
+    submission: Submission
+    body: schema.ChatCompletionRequest
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def complete(
-        self, collected: Collected, *, logprobs: bool, prompt_alternatives: int | None
-    ) -> schema.ChatCompletion:
-        """The whole answer."""
+    @property
+    def as_ids(self) -> bool:
+        """Whether tokens of logprobs show as `token_id:5`."""
+        return bool(self.body.return_tokens_as_token_ids)
+
+    async def complete(self) -> schema.ChatCompletion:
+        """The whole answer, once it is there."""
+        collected = await collect(self.submission)
         choices = [
             schema.ChatChoice(
                 index=index,
                 message=schema.ChatMessage(content=choice.text),
-                logprobs=token_logprobs(choice.logprobs, as_ids=self.as_ids) if logprobs else None,
+                logprobs=token_logprobs(choice.logprobs, as_ids=self.as_ids) if self.body.logprobs else None,
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
@@ -84,23 +87,21 @@ class ChatAnswer:
         return schema.ChatCompletion(
             id=self.id,
             created=self.created,
-            model=self.model,
+            model=self.submission.model,
             choices=choices,
-            usage=self.tally.usage(),
-            prompt_logprobs=prompt_logprobs(collected.prompt_logprobs.get(0), prompt_alternatives),
+            usage=usage(self.submission.meter),
+            prompt_logprobs=prompt_logprobs(collected.prompt_logprobs.get(0), self.body.prompt_logprobs),
         )
 
-    async def chunks(
-        self, deltas: AsyncIterator[tuple[int, Delta]], *, logprobs: bool, usage: bool
-    ) -> AsyncIterator[str]:
+    async def chunks(self) -> AsyncIterator[str]:
         """The JSON of each event: the roles, the text as it comes, each choice's end, the usage if wanted."""
-        begun = False
+        begun, logprobs = False, bool(self.body.logprobs)
         texts = TextEvents(lambda index, text: self._chunk(schema.ChunkChoice(index=index, delta={"content": text})))
-        async with aclosing(deltas) as items:
+        async with aclosing(self.submission.deltas) as items:
             async for _, delta in items:
                 if not begun:
                     begun = True
-                    for index in range(self.n):
+                    for index in range(self.body.choices):
                         start = schema.ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
                         yield self._chunk(start).model_dump_json()
                 if logprobs and (delta.text or delta.logprobs):
@@ -114,14 +115,15 @@ class ChatAnswer:
                         index=delta.index, delta={}, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
                     )
                     yield self._chunk(end).model_dump_json()
-        if usage:
+        if self.body.include_usage:
+            used = usage(self.submission.meter)
             chunk = schema.ChatChunk(
-                id=self.id, created=self.created, model=self.model, choices=[], usage=self.tally.usage()
+                id=self.id, created=self.created, model=self.submission.model, choices=[], usage=used
             )
             yield chunk.model_dump_json()
 
     def _chunk(self, choice: schema.ChunkChoice) -> schema.ChatChunk:
-        return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=[choice])
+        return schema.ChatChunk(id=self.id, created=self.created, model=self.submission.model, choices=[choice])
 
 
 def token_logprobs(entries: Sequence[LogprobEntry], *, as_ids: bool = False) -> schema.ChatLogprobs:

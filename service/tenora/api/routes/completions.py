@@ -13,24 +13,13 @@ from fastapi import APIRouter, Request
 from tenora.aclosing import aclosing
 from tenora.api.chunks import TextEvents
 from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, MetricsDep, may
-from tenora.api.generation import (
-    Choice,
-    Collected,
-    Tally,
-    collect,
-    generate,
-    generation_request,
-    prompt_logprobs,
-)
+from tenora.api.generation import Choice, Collected, collect, inference_request, prompt_logprobs, usage
 from tenora.api.schemas import completions as schema
-from tenora.api.sse import EventStream, attended
-from tenora.control.adapters.records import Target
-from tenora.control.inference.inference import Inference
-from tenora.control.inference.prompts import Prompts
-from tenora.control.inference.records import Delta, GenerationRequest, LogprobEntry
+from tenora.api.sse import EventStream, while_connected
+from tenora.control.inference.echoes import Echo
+from tenora.control.inference.inference import Submission
+from tenora.control.inference.records import LogprobEntry
 from tenora.control.tenancy.records import Principal
-from tenora.errors import ContextLengthError
-from tenora.model.tokenizer import Tokenizer
 
 router = APIRouter(tags=["inference"], route_class=JsonRoute)
 
@@ -46,92 +35,36 @@ async def create_completion(
 ) -> schema.Completion | EventStream:
     """Continue one or several prompts, each `n` times. Choice `i` belongs to prompt `i // n`."""
     timer = metrics.timer()
-    inference = control.inference
-    target = await inference.resolve(caller, body.model, body.adapter_id)
-    prepared = await attended(prepare(inference, body, target), request.receive, lifecycle)
-    tally = Tally()
-    deltas = generate(inference, [one.generation for one in prepared], tally, timer)
-    echo = [one.echo for one in prepared if one.echo is not None]
-    answer = CompletionAnswer(target.name, body, tally, echo or None)
-    if body.stream:
-        return EventStream(answer.chunks(deltas), lifecycle)
-    return answer.complete(
-        await attended(collect(deltas, tally, len(prepared) * body.choices), request.receive, lifecycle)
+    asked = inference_request(
+        body,
+        body.prompt,
+        max_tokens=body.token_limit,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_alternatives,
+        echo=bool(body.echo),
     )
 
+    async def submit() -> CompletionAnswer:
+        return CompletionAnswer(await control.inference.submit(caller, asked, timer), body)
 
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """A prompt as text.
+    async def chunks() -> AsyncIterator[str]:
+        return (await submit()).chunks()
 
-    Attributes:
-        first: its first token, which has no log-probability: id, text and bytes.
-        offsets: the character at which each token begins, where log-probabilities are wanted.
-    """
+    if body.stream:
+        return EventStream(chunks, lifecycle)
 
-    text: str
-    first: tuple[int, str, Sequence[int]]
-    offsets: Sequence[int]
+    async def answer() -> schema.Completion:
+        return await (await submit()).complete()
 
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A prompt that fits: its generation, and what is repeated of it."""
-
-    generation: GenerationRequest
-    echo: Echo | None
-
-
-async def prepare(inference: Inference, body: schema.CompletionRequest, target: Target) -> list[Prepared]:
-    """Tokenize every prompt and check that it fits the context; the first that does not ends it.
-
-    Raises:
-        InvalidRequestError: if a prompt has no tokens, or an id is not in the vocabulary.
-        ContextLengthError: if a prompt does not fit.
-    """
-
-    def each(prompts: Prompts) -> list[Prepared]:
-        return [_prepared(inference, body, target, prompt, prompts) for prompt in body.prompt]
-
-    characters = sum(len(prompt) for prompt in body.prompt)
-    return await inference.prepare(target, characters, each)
-
-
-def _prepared(
-    inference: Inference, body: schema.CompletionRequest, target: Target, prompt: schema.Prompt, prompts: Prompts
-) -> Prepared:
-    ids = prompts.text(prompt) if isinstance(prompt, str) else prompts.ids(prompt)
-    try:
-        max_tokens = inference.fit_max_tokens(len(ids), body.token_limit)
-    except ContextLengthError as error:
-        param = "prompt" if error.param == "messages" else error.param
-        raise ContextLengthError(error.message, param=param) from error
-    sampling = body.sampling_params(max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_alternatives)
-    generation = generation_request(inference, body, target, ids, sampling)
-    return Prepared(generation, _echoed(prompts.tokenizer, prompt, ids, body) if body.echo else None)
-
-
-def _echoed(tokenizer: Tokenizer, prompt: schema.Prompt, ids: Sequence[int], body: schema.CompletionRequest) -> Echo:
-    first = (ids[0], tokenizer.token_text(ids[0]), tokenizer.token_bytes(ids[0]))
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
-    if body.logprobs is None:
-        return Echo(text, first, ())
-    if not isinstance(prompt, str):
-        return Echo(text, first, tokenizer.offsets(ids))
-    # What the tokenizer puts before a text (a bos) is not of the text.
-    put = tokenizer.encode("", add_special_tokens=True)
-    before = next((place for place, pair in enumerate(zip(ids, put, strict=False)) if pair[0] != pair[1]), len(put))
-    return Echo(text, first, [0] * before + tokenizer.offsets(ids[before:]))
+    return await while_connected(answer(), request.receive, lifecycle)
 
 
 @dataclass(slots=True)
 class CompletionAnswer:
     """Shapes deltas into the answer or its chunks, which share id, time and the model's name as it was asked for."""
 
-    model: str
+    submission: Submission
     body: schema.CompletionRequest
-    tally: Tally
-    echo: list[Echo] | None
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -140,16 +73,17 @@ class CompletionAnswer:
         """Nothing is generated; only the prompt is looked at."""
         return self.body.token_limit == 0
 
-    def complete(self, collected: Collected) -> schema.Completion:
-        """The whole answer."""
+    async def complete(self) -> schema.Completion:
+        """The whole answer, once it is there."""
+        collected = await collect(self.submission)
         choices = [
             self._choice(source, index, choice, collected)
             for (source, index), choice in sorted(collected.choices.items())
         ]
-        return self._answer(choices, usage=True)
+        return self._answer(choices, told=True)
 
     def _choice(self, source: int, index: int, choice: Choice, collected: Collected) -> schema.CompletionChoice:
-        echo = self.echo[source] if self.echo is not None else None
+        echo = self.submission.echoes[source] if self.submission.echoes is not None else None
         prompt = collected.prompt_logprobs.get(source)
         shape = self._logprobs()
         if shape is not None:
@@ -167,16 +101,17 @@ class CompletionAnswer:
             prompt_logprobs=prompt_logprobs(prompt, self.body.prompt_logprobs),
         )
 
-    async def chunks(self, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
+    async def chunks(self) -> AsyncIterator[str]:
         """The JSON of each event: the echo if wanted, the text as it comes, then the usage if it is wanted."""
         begun: set[int] = set()
+        echoes = self.submission.echoes
         texts = TextEvents(self._chunk)
-        async with aclosing(deltas) as items:
+        async with aclosing(self.submission.deltas) as items:
             async for source, delta in items:
                 index = source * self.body.choices + delta.index
-                if self.echo is not None and index not in begun:
+                if echoes is not None and index not in begun:
                     begun.add(index)
-                    yield texts(index, self.echo[source].text)
+                    yield texts(index, echoes[source].text)
                 logprobs = None
                 if delta.logprobs and (shape := self._logprobs()) is not None:
                     shape.add(delta.logprobs)
@@ -190,7 +125,7 @@ class CompletionAnswer:
                     chunk = self._chunk(index, delta.text, logprobs, delta.finish_reason, delta.stop_reason)
                     yield chunk.model_dump_json()
         if self.body.include_usage:
-            yield self._answer([], usage=True).model_dump_json()
+            yield self._answer([], told=True).model_dump_json()
 
     def _logprobs(self) -> LegacyLogprobs | None:
         if self.body.logprobs is None:
@@ -208,11 +143,13 @@ class CompletionAnswer:
         choice = schema.CompletionChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=finish_reason, stop_reason=stop_reason
         )
-        return self._answer([choice], usage=False)
+        return self._answer([choice], told=False)
 
-    def _answer(self, choices: list[schema.CompletionChoice], *, usage: bool) -> schema.Completion:
-        used = self.tally.usage(scored_only=self.scored_only) if usage else None
-        return schema.Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=used)
+    def _answer(self, choices: list[schema.CompletionChoice], *, told: bool) -> schema.Completion:
+        used = usage(self.submission.meter, scored_only=self.scored_only) if told else None
+        return schema.Completion(
+            id=self.id, created=self.created, model=self.submission.model, choices=choices, usage=used
+        )
 
 
 class LegacyLogprobs:

@@ -15,7 +15,7 @@ from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, Form, form_schema, read_form
 from tenora.api.schemas.base import Deleted, ListResponse
 from tenora.api.schemas.files import FileObject, PreviewObject, PreviewRequest
-from tenora.api.sse import attended
+from tenora.api.sse import while_connected
 from tenora.control.files.files import LONGEST_LIFE, SHORTEST_LIFE
 from tenora.control.files.records import FileRecord
 from tenora.control.tenancy.idempotency import Receipt
@@ -129,7 +129,7 @@ async def preview_file(
         max_seq_length=body.max_seq_length,
         truncate=body.truncate,
     )
-    return PreviewObject.of_file(file_id, await attended(preview, request.receive, lifecycle))
+    return PreviewObject.of_file(file_id, await while_connected(preview, request.receive, lifecycle))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)

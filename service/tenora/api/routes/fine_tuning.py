@@ -13,7 +13,7 @@ from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
 from tenora.api.schemas.estimates import EstimateObject
 from tenora.api.schemas.fine_tuning import CheckpointObject, JobCreateRequest, JobEventObject, JobObject
-from tenora.api.sse import attended
+from tenora.api.sse import while_connected
 from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError
 
@@ -42,7 +42,7 @@ async def estimate_job(
 ) -> EstimateObject:
     """What a job with this body would take: rows, tokens, steps and time. Nothing is stored."""
     estimate = control.estimates.estimate(caller, body.to_request())
-    return EstimateObject.of(await attended(estimate, request.receive, lifecycle))
+    return EstimateObject.of(await while_connected(estimate, request.receive, lifecycle))
 
 
 @router.get(JOBS)

@@ -1,12 +1,11 @@
-"""From a model name and a prompt to text: resolve, tokenize, submit to the engine, detokenize, stop."""
+"""From a model's name and prompts to text: resolve, tokenize, submit to the engine, detokenize, stop."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,8 +15,11 @@ from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.records import Target
 from tenora.control.adapters.resolution import find_digest
 from tenora.control.inference.detokenizing import ChoiceStream
+from tenora.control.inference.echoes import Echo, echo_of
+from tenora.control.inference.merging import merged
+from tenora.control.inference.metering import Meter, Timer
 from tenora.control.inference.prompts import Prompts
-from tenora.control.inference.records import Delta, GenerationRequest
+from tenora.control.inference.records import Conversation, Delta, GenerationRequest, InferenceRequest, Prompt
 from tenora.control.inference.stops import Stops
 from tenora.control.registry.database import Database
 from tenora.control.registry.ids import random_word
@@ -30,11 +32,26 @@ if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
     from tenora.model.tokenizer import Tokenizer
 
-T = TypeVar("T")
 _LONGEST_MODEL_NAME = 600
 _SEEDS = 2**63
-_BUFFERED_DELTAS = 64
 _TOKENS_AT_ONCE = 64  # made into text in one go, if nobody sees them before: a third of a millisecond
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request that is ready to run.
+
+    Attributes:
+        model: its name as it was asked for.
+        deltas: of all choices as they come, each with its prompt's index. Closing it aborts everything that still runs.
+        meter: counts them.
+        echoes: the prompts as text, if they are wanted.
+    """
+
+    model: str
+    deltas: AsyncIterator[tuple[int, Delta]]
+    meter: Meter
+    echoes: Sequence[Echo] | None
 
 
 @dataclass(slots=True)
@@ -95,49 +112,85 @@ class Inference:
 
     @property
     def prompts(self) -> Prompts:
-        """What makes prompts here and now; for a client's long text see `prepare`."""
+        """What makes prompts here and now; a client's long text goes to threads of its own (`submit`)."""
         return Prompts(self.tokenizer, self.max_model_len)
 
-    async def prepare(self, target: Target, characters: int, work: Callable[[Prompts], T]) -> T:
-        """The result of `work`, which makes prompts of so many characters, on a thread meant for it.
+    async def submit(self, principal: Principal, request: InferenceRequest, timer: Timer) -> Submission:
+        """Find the model, make tokens of the prompts, and have them completed. Nothing runs before deltas are read.
 
-        Cancelling ends it between two texts.
+        Cancelling ends it between two prompts.
 
         Raises:
+            ModelNotFoundError, InvalidRequestError: as `resolve`; also a prompt or a token id that is none.
+            ContextLengthError: a prompt does not fit, alone or with what is asked for.
             RateLimitedError: too many of the tenant's prompts wait.
-            InvalidRequestError: as `work`.
         """
-        longest = self.max_model_len
-        return await self.tokenizing.prompt(
-            target.tenant_id, characters, lambda tokenizer: work(Prompts(tokenizer, longest))
-        )
+        target = await self.resolve(principal, request.model, request.adapter_id)
+        longest, characters = self.max_model_len, sum(map(_characters, request.prompts))
 
-    def fit_max_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that may be generated: as asked for, or as many as fit. ContextLengthError if they do not fit."""
+        def prepare(tokenizer: Tokenizer) -> list[tuple[GenerationRequest, Echo | None]]:
+            prompts = Prompts(tokenizer, longest)
+            return [self._prepared(request, target, prompt, prompts) for prompt in request.prompts]
+
+        prepared = await self.tokenizing.prompt(target.tenant_id, characters, prepare)
+        meter = Meter(timer, len(prepared) * request.n)
+        deltas = meter.counted(self.generate([generation for generation, _ in prepared]))
+        return Submission(target.name, deltas, meter, [echo for _, echo in prepared if echo is not None] or None)
+
+    def _prepared(
+        self, request: InferenceRequest, target: Target, prompt: Prompt, prompts: Prompts
+    ) -> tuple[GenerationRequest, Echo | None]:
+        ids = prompts.of(prompt)
+        param = "messages" if isinstance(prompt, Conversation) else "prompt"
+        sampling = request.sampling(self.fit_max_tokens(len(ids), request.max_tokens, param))
+        prompts.check_ids(sampling.logit_bias, "logit_bias")
+        prompts.check_ids(sampling.stop_token_ids, "stop_token_ids")
+        generation = GenerationRequest(
+            target=target,
+            prompt_token_ids=ids,
+            sampling=sampling,
+            n=request.n,
+            stop=request.stop,
+            include_stop=request.include_stop,
+            ignore_eos=request.ignore_eos,
+            skip_special_tokens=request.skip_special_tokens,
+            priority=request.priority,
+            at_once=request.at_once,
+        )
+        if not request.echo or isinstance(prompt, Conversation):
+            return generation, None
+        return generation, echo_of(prompts.tokenizer, prompt, ids, offsets=request.echo_offsets)
+
+    def fit_max_tokens(self, prompt_tokens: int, max_tokens: int | None, param: str = "messages") -> int:
+        """Tokens that may be generated: as asked for, or as many as fit. ContextLengthError if they do not fit.
+
+        `param` is the field that has the prompt.
+        """
         room, needed = self.max_model_len - prompt_tokens, 1 if max_tokens is None else max_tokens
         if needed > room:
             asked = f" and {max_tokens} are asked for" if max_tokens is not None else ""
             raise ContextLengthError(
                 f"The model's context holds {self.max_model_len} tokens; the prompt has {prompt_tokens}{asked}. "
                 "Shorten the prompt or lower max_tokens.",
-                param="max_tokens" if room >= min(1, needed) else "messages",
+                param="max_tokens" if room >= min(1, needed) else param,
             )
         return room if max_tokens is None else max_tokens
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas of the `n` choices, as they come; the last of each choice has a finish_reason.
+    def generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Deltas of all choices of all requests, as they come, each with its request's index.
 
-        Closing the iterator aborts what still runs. Errors of the engine (UnavailableError, RateLimitedError) are
-        raised from the iteration and end every choice.
+        The last of each choice has a finish_reason. Closing the iterator aborts what still runs. Errors of the engine
+        (UnavailableError, RateLimitedError) are raised from the iteration and end every choice.
         """
         self.admit()
         name = f"gen-{random_word(16)}"
-        choices = [self._choice(request, index, f"{name}-{index}") for index in range(request.n)]
-        merged = choices[0] if len(choices) == 1 else _interleave(choices)
-        with self._kept(request.target):
-            async with contextlib.aclosing(merged):
-                async for delta in merged:
-                    yield delta
+        return merged(
+            [
+                (source, self._choice(request, index, f"{name}-{source}-{index}"))
+                for source, request in enumerate(requests)
+                for index in range(request.n)
+            ]
+        )
 
     @contextlib.contextmanager
     def _kept(self, target: Target) -> Iterator[None]:
@@ -163,13 +216,14 @@ class Inference:
         )
         # A stop string is to be found before the engine goes on for long.
         batch = 1 if request.at_once or stream.stops.strings else _TOKENS_AT_ONCE
-        async with aclosing(self.engine.generate(command, batch=batch)) as outputs:
-            async for output in outputs:
-                delta = stream.push(output)
-                if delta is not None:
-                    yield delta
-                if stream.finished:
-                    return
+        with self._kept(request.target):
+            async with aclosing(self.engine.generate(command, batch=batch)) as outputs:
+                async for output in outputs:
+                    delta = stream.push(output)
+                    if delta is not None:
+                        yield delta
+                    if stream.finished:
+                        return
 
     async def _find(self, principal: Principal, name: str) -> AdapterRef:
         if len(name) > _LONGEST_MODEL_NAME:
@@ -190,32 +244,8 @@ def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingPa
     return msgspec.structs.replace(sampling, stop_token_ids=tuple(sorted(stops.tokens)), seed=seed)
 
 
-async def _interleave(choices: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Items of all generators in the order of their arrival; the first error ends them all."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_BUFFERED_DELTAS)
-
-    async def pump(choice: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with contextlib.aclosing(choice):
-                async for delta in choice:
-                    await queue.put(delta)
-        except Exception as error:  # noqa: BLE001 (handed to the reader below, whatever it is)
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    pumps = [asyncio.create_task(pump(choice)) for choice in choices]
-    try:
-        running = len(pumps)
-        while running:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+def _characters(prompt: Prompt) -> int:
+    """How long it takes to make tokens of a prompt."""
+    if isinstance(prompt, Conversation):
+        return sum(len(message["content"]) for message in prompt.messages)
+    return len(prompt)

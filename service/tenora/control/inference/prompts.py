@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tenora.control.inference.records import Conversation, Prompt
 from tenora.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Prompts:
 
     tokenizer: Tokenizer
     longest: int
+
+    def of(self, prompt: Prompt) -> list[int]:
+        """Any prompt as token ids; see the three others."""
+        if isinstance(prompt, Conversation):
+            return self.chat(prompt.messages)
+        return self.text(prompt) if isinstance(prompt, str) else self.ids(prompt)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
         """The conversation through the base's chat template, as token ids, ready for the assistant's answer.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -53,11 +53,50 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):  # made for each token, 
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages for the base's chat template, each with `role` and `content`."""
+
+    messages: Sequence[Mapping[str, Any]]
+
+
+Prompt = Conversation | str | Sequence[int]
+"""What is to be answered or continued: a conversation, a text, or tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """What a client asks for, before anything is known of the model that it names.
+
+    Attributes:
+        model, adapter_id: the base, or an adapter by any of its names.
+        prompts: all are completed `n` times.
+        max_tokens: of a completion; None means as many as the context holds.
+        sampling: how tokens are chosen, of completions of so many tokens; raises InvalidRequestError.
+        echo: the prompts are wanted as text; with `echo_offsets` also where their tokens begin.
+        stop, include_stop, ignore_eos, skip_special_tokens, priority, at_once: as of a `GenerationRequest`.
+    """
+
+    model: str | None
+    adapter_id: str | None
+    prompts: Sequence[Prompt]
+    max_tokens: int | None
+    sampling: Callable[[int], SamplingParams]
+    n: int = 1
+    echo: bool = False
+    echo_offsets: bool = False
+    stop: Sequence[str] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    priority: int = 0
+    at_once: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt, already tokenized, to be completed `n` times.
 
     Attributes:
-        sampling: `max_tokens` None means as many as the context holds.
         stop: stop strings; the text ends before the first match (after it with `include_stop`).
         ignore_eos: the model's own end tokens end nothing.
         skip_special_tokens: they are left out of the text.
