@@ -111,10 +111,21 @@ class Server:
 
     def engine(self) -> psutil.Process:
         """The engine's process."""
+        return self._child("tenora.engine")
+
+    def worker(self) -> psutil.Process:
+        """The worker's process, as soon as it is at work."""
+        until(lambda: self._has_child("tenora.cli.working"), f"there is a worker; the log ends with\n{self.tail()}")
+        return self._child("tenora.cli.working")
+
+    def _has_child(self, module: str) -> bool:
+        return any(module in child.cmdline() for child in psutil.Process(self.process.pid).children())
+
+    def _child(self, module: str) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            if "tenora.engine" in child.cmdline():
+            if module in child.cmdline():
                 return child
-        raise AssertionError("there is no engine process")
+        raise AssertionError(f"there is no process of {module}")
 
     def ready(self) -> bool:
         """What /readyz says; False without a server."""

@@ -95,6 +95,33 @@ class AdapterStore:
         """Whether a version is stored and its bytes are the ones that its digest names. Reads all of them."""
         return digest_of(self.path(digest)) == digest
 
+    def hold(self, digest: str) -> int:
+        """A descriptor that keeps a version from being deleted by any process as long as it is open.
+
+        Raises:
+            NotFoundError: it is not stored, or is being deleted.
+        """
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as stack:
+            descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Between the two calls above it may have been deleted, and even stored again.
+            if os.path.samestat(os.fstat(descriptor), self.path(digest).stat()):
+                stack.pop_all()
+                return descriptor
+        raise NotFoundError(f"No adapter version {digest} is stored here.")
+
+    @contextlib.contextmanager
+    def alone(self, digest: str) -> Iterator[bool]:
+        """Whether no process holds a version; if so, none begins to as long as the block runs."""
+        try:
+            with _locked(self.path(digest)):
+                yield True
+        except FileNotFoundError:
+            yield True
+        except BlockingIOError:
+            yield False
+
     def delete(self, digest: str) -> bool:
         """Remove a version; False if there was none. Whoever has its files open keeps reading them."""
         with self._private_directory() as private:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tenora import __version__
-from tenora.cli import adapters, chat, doctor, files, jobs, keys, pull, serve, tenants, train
+from tenora.cli import adapters, chat, doctor, files, jobs, keys, pull, serve, tenants, train, work
 from tenora.cli.bench import commands as bench
 from tenora.cli.errors import Commands
 
@@ -38,6 +38,7 @@ def root(
 
 
 app.command("serve")(serve.serve)
+app.command("work")(work.work)
 app.command("pull")(pull.pull)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)

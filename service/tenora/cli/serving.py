@@ -1,4 +1,4 @@
-"""What `tenora serve` does: model → engine → control plane → HTTP, and the same backwards on SIGTERM.
+"""What `tenora serve` does: model → engine → control plane → worker → HTTP, and the same backwards on SIGTERM.
 
 This process holds no tensors; the engine, its child, does.
 """
@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import typer
@@ -28,7 +28,9 @@ from tenora.api.starting import Starting
 from tenora.cli.compiling import compiling
 from tenora.cli.connection import SERVER_FILE
 from tenora.cli.fetching import fetch_model
+from tenora.cli.places import ENGINE_SOCKET
 from tenora.cli.progress import StartProgress
+from tenora.cli.starting_worker import WorkerBeside
 from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.storage.directory import claim
@@ -64,11 +66,13 @@ def run(settings: Settings) -> None:
 async def _run(settings: Settings, listener: socket.socket) -> None:
     """Serve; the first signal ends it gracefully, the second at once."""
     stop, started = asyncio.Event(), asyncio.Event()
-    service = asyncio.create_task(serve(settings, listener, stop, started))
+    at_once = ExitStack()  # what a second signal still does
+    service = asyncio.create_task(serve(settings, listener, stop, started, at_once))
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # the children end when this process is gone
+            at_once.close()
+            os._exit(128 + number)  # the other children end when this process is gone
         stop.set()
         if not started.is_set():
             service.cancel()
@@ -84,13 +88,18 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
         log.info("stopped before it was ready")
 
 
-async def serve(settings: Settings, listener: socket.socket, stop: asyncio.Event, started: asyncio.Event) -> None:
-    """Start everything and set `started`; when `stop` is set, drain and end everything."""
+async def serve(
+    settings: Settings, listener: socket.socket, stop: asyncio.Event, started: asyncio.Event, at_once: ExitStack
+) -> None:
+    """Start everything and set `started`; when `stop` is set, drain and end everything.
+
+    `at_once` takes what ends a child that would outlive this process.
+    """
     with StartProgress() as progress:
         front = Starting(progress.state)
         async with answering(front, listener, settings) as serving, compiling(settings):
             model = await fetch_model(settings, progress)
-            async with control_plane(settings, model, progress) as control:
+            async with control_plane(settings, model, progress, at_once) as control:
                 app = create_app(control, settings)
                 front.app = app
                 progress.close()
@@ -131,19 +140,30 @@ async def drain(lifecycle: Lifecycle, metrics: Metrics, control: Control, second
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, model: ResolvedModel, progress: StartProgress) -> AsyncIterator[Control]:
-    """The engine and the control plane over it, running."""
-    engine = AsyncEngine(settings, model.directory)
+async def control_plane(
+    settings: Settings, model: ResolvedModel, progress: StartProgress, at_once: ExitStack
+) -> AsyncIterator[Control]:
+    """The engine, the control plane over it and the worker beside it, running."""
+    door = None if settings.role == "serve" else settings.root / ENGINE_SOCKET
+    engine = AsyncEngine(settings, model.directory, door=door)
     await loaded(engine, progress)
     try:
         tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
         spec = await asyncio.to_thread(ModelSpec.from_directory, model.directory)
-        control = await Control.open(settings, engine, tokenizer, model, target_modules(spec), claimed=True)
+        worker = WorkerBeside(settings, model)
+        at_once.callback(worker.kill)
         try:
-            await control.start()
-            yield control
+            control = await Control.open(
+                settings, engine, tokenizer, model, target_modules(spec), claimed=True, queue=worker.line
+            )
+            try:
+                await control.start()
+                async with worker.running():
+                    yield control
+            finally:
+                await control.close()
         finally:
-            await control.close()
+            await worker.close()
     finally:
         await engine.close(0)
 

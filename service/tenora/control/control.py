@@ -9,11 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
-from tenora.control.adapters.adapters import Adapters
-from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.models import Models
 from tenora.control.files.files import Files
 from tenora.control.inference.inference import Inference
@@ -22,15 +19,13 @@ from tenora.control.jobs.estimates import Estimates
 from tenora.control.jobs.jobs import Jobs
 from tenora.control.jobs.leases import Leases
 from tenora.control.jobs.previews import Previews
-from tenora.control.jobs.shape import Limits
+from tenora.control.jobs.queue import JobQueue
 from tenora.control.registry.presence import Presence
-from tenora.control.storage.directory import claim, seat
-from tenora.control.storage.failpoints import Failpoints
+from tenora.control.storage.directory import WORKER_LOCK, claim, seat, vacant_seat
 from tenora.control.tenancy.access import Access
 from tenora.control.tenancy.bootstrap import Bootstrap, Registry
 from tenora.control.tenancy.erasure import Erasure
 from tenora.control.tenancy.idempotency import Idempotency
-from tenora.control.tokenizing.threads import Tokenizing
 from tenora.control.worker.runner import JobRunner
 from tenora.errors import TenoraError, UnavailableError
 
@@ -68,8 +63,9 @@ class Control:
         bootstrap: Bootstrap,
         presence: Presence,
         lock: int | None,
+        queue: JobQueue | None,
     ) -> None:
-        settings, database, storage = registry.settings, registry.database, registry.storage
+        settings, database = registry.settings, registry.database
         self.settings = settings
         self.engine = engine
         self.bootstrap = bootstrap
@@ -81,35 +77,21 @@ class Control:
         self._registry = registry
         self._presence = presence
         self._lock = lock
-        self._base_id = model.id
-        self._target_names = tuple(dict.fromkeys(target.name for target in targets))
         self._background: list[asyncio.Task[None]] = []
-        failpoints = Failpoints.parse(settings.failpoints)
-        if failpoints.armed:
-            _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
-        self._tokenizing = Tokenizing(tokenizer)
-        store = AdapterStore(storage.adapters)
-        self._blobs = Blobs(database, store, engine, targets, settings.max_lora_rank)
-        self.files = Files(settings, database, storage, self._tokenizing, failpoints)
-        self.previews = Previews(settings, database, storage, self._tokenizing, self._limits)
-        self.estimates = Estimates(database, storage, self._blobs, self._tokenizing, self._limits)
-        self.adapters = Adapters(settings, database, storage, self._blobs, engine, model.id, failpoints)
+        context = JobContext.of(registry, engine, tokenizer, model, targets)
+        self._blobs = blobs = context.blobs
+        self._tokenizing = tokenizing = context.tokenizing
+        storage, limits = context.storage, context.limits
+        self.files = Files(settings, database, storage, tokenizing, context.failpoints)
+        self.previews = Previews(settings, database, storage, tokenizing, limits)
+        self.estimates = Estimates(database, storage, blobs, tokenizing, limits)
+        self.adapters = context.adapters
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
-        self.inference = Inference(database, self._blobs, engine, self._tokenizing, model.id, self._admit)
-        context = JobContext(
-            settings,
-            database,
-            storage,
-            self._blobs,
-            self.adapters,
-            engine,
-            self._tokenizing,
-            model,
-            self._limits,
-            failpoints,
-        )
-        self._runner = JobRunner(context, Leases(database, presence))
-        self.jobs = Jobs(database, self._blobs, self._runner, self._limits, self._admit, failpoints)
+        self.inference = Inference(database, blobs, engine, tokenizing, model.id, self._admit)
+        self._runner: JobRunner | None = None
+        if queue is None:
+            queue = self._runner = JobRunner(context, Leases(database, presence))
+        self.jobs = Jobs(database, blobs, queue, limits, self._admit, context.failpoints)
         self.erasure = Erasure(database, self.tenants, self.keys, [self.jobs], [self.adapters, self.files])
 
     @classmethod
@@ -122,11 +104,13 @@ class Control:
         targets: Sequence[TargetModule],
         *,
         claimed: bool = False,
+        queue: JobQueue | None = None,
     ) -> Control:
         """Open the state directory, migrate the registry, sweep what a dead process left, make the bootstrap key.
 
         Args:
             claimed: the caller holds the state directory (`storage.claim`), before and beyond this object's life.
+            queue: the line to a worker in a process of its own; None: this one works on jobs itself.
 
         Raises:
             ConfigurationError: the directory is in use, or the database is damaged or cannot be used.
@@ -140,8 +124,10 @@ class Control:
             presence = Presence(registry.database, await asyncio.to_thread(seat, settings.root))
             await presence.begin()
             bootstrap = await registry.bootstrap()
+            if (dead := await asyncio.to_thread(vacant_seat, settings.root, WORKER_LOCK)) is not None:
+                await presence.vacate(dead)
             control = await asyncio.to_thread(
-                cls, registry, engine, tokenizer, model, targets, bootstrap, presence, lock
+                cls, registry, engine, tokenizer, model, targets, bootstrap, presence, lock, queue
             )
             await control.sweep(min(started, await presence.oldest_start()))
         except BaseException:
@@ -152,9 +138,10 @@ class Control:
         return control
 
     async def start(self) -> None:
-        """Begin to work on jobs, take over those of a dead process, and pin what is pinned. The engine has started."""
+        """Pin what is pinned, and begin to work on jobs if no other process does. The engine has started."""
         await self.adapters.pins.restore()
-        await self._runner.start()
+        if self._runner is not None:
+            await self._runner.start()
         self._background = [
             asyncio.create_task(self._keep_house(), name="control-housekeeping"),
             asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
@@ -168,7 +155,8 @@ class Control:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
-            await self._runner.stop()
+            if self._runner is not None:
+                await self._runner.stop()
             await self._presence.end()
         except TenoraError as error:
             # A full disk, or a damaged registry: the leases run out by themselves.
@@ -197,15 +185,6 @@ class Control:
         if self.draining:
             raise UnavailableError("The server is shutting down; send the request again.", code="draining")
 
-    def _limits(self) -> Limits:
-        return Limits(
-            base_id=self._base_id,
-            max_rank=self.settings.max_lora_rank,
-            max_model_len=self.engine.ready.max_model_len,
-            target_modules=self._target_names,
-            fits=self._blobs.require_trainable,
-        )
-
     async def sweep(self, started: float) -> None:
         """Remove half-written and unnamed blobs that are older than `started` (Unix time); `open` does it."""
         staged = await asyncio.to_thread(self._registry.storage.sweep_staging, started)
@@ -219,6 +198,7 @@ class Control:
         while True:
             try:
                 await self.files.delete_expired()
+                await self._blobs.release_postponed()
             except TenoraError:
                 _log.exception("expired files could not be removed; trying again later")
             await asyncio.sleep(HOUSEKEEPING_SECONDS)

@@ -7,6 +7,7 @@ again, and what it has said since then it says again, so that whoever comes back
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final
 
 import msgspec
@@ -17,6 +18,7 @@ from tenora.engine.messages import (
     Event,
     EvictAdapter,
     Generate,
+    Heartbeat,
     Outputs,
     PinAdapter,
     SequenceFailed,
@@ -101,9 +103,13 @@ class Clients:
                 return [(client, event)] if client in self._present else []
         return [(OWNER, event)]
 
-    def all(self, event: Event) -> list[Addressed]:
-        """Everybody hears it."""
-        return [(client, event) for client in self._present]
+    def heartbeats(self) -> list[Addressed]:
+        """A sign of life for everybody."""
+        stats = self._engine.stats()
+        every = stats.running + stats.waiting
+        own = Counter(client for client, _ in self._sequences.values())
+        own[OWNER] = every - own.total()
+        return [(client, Heartbeat(stats=stats, others=max(0, every - own[client]))) for client in self._present]
 
     def _outputs(self, items: list[SequenceOutput | SequenceFailed]) -> list[Addressed]:
         shares: dict[str, list[SequenceOutput | SequenceFailed]] = {}

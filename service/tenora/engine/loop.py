@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from tenora.engine.clients import OWNER, Addressed, Clients
-from tenora.engine.messages import Heartbeat, Shutdown
+from tenora.engine.messages import Shutdown
 from tenora.engine.protocols import Channel, Joined, Left, StepEngine
 
 HEARTBEAT_SECONDS = 0.5
@@ -43,5 +43,5 @@ def run_loop(engine: StepEngine, channel: Channel, orphaned: Callable[[], bool] 
         for event in engine.step():
             tell(clients.addressed(event))
         if (now := time.monotonic()) - beat >= HEARTBEAT_SECONDS:
-            tell(clients.all(Heartbeat(stats=engine.stats())))
+            tell(clients.heartbeats())
             beat = now

@@ -181,9 +181,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Sent by the step loop at least once a second, idle or busy; its absence means the loop hangs."""
+    """Sent by the step loop at least once a second, idle or busy; its absence means the loop hangs.
+
+    Attributes:
+        others: sequences of other clients than the one that hears it.
+    """
 
     stats: EngineStats
+    others: int = 0
 
 
 LoadingPhase = Literal["weights", "kernels"]

@@ -105,7 +105,8 @@ async def test_ambiguous_digests_are_refused(
     def colliding(directory: Any) -> Any:
         import dataclasses
 
-        return dataclasses.replace(put(directory), digest=next(digests))
+        blob, hold = put(directory)
+        return dataclasses.replace(blob, digest=next(digests)), hold
 
     monkeypatch.setattr(control._blobs, "_put", colliding)
     await import_adapter(control, acme, "desk", seed=1)

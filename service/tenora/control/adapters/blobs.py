@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Blobs:
     """The adapter store together with the rule that a blob lives as long as a row names it.
 
     A blob is stored before the row that names it and deleted after the last one is gone. One that is being published is
-    not deleted between being stored and being named, and one that requests use not before they end. If the process dies
-    meanwhile, the next start sweeps it.
+    not deleted between being stored and being named, and one that requests use not before they end: by no process, for
+    each holds what it uses (`AdapterStore.hold`). If the process dies meanwhile, the next start sweeps it.
 
     Attributes:
         store: where they lie.
@@ -75,6 +76,7 @@ class Blobs:
         self._engine = engine
         self._lock = asyncio.Lock()  # of storing and deleting
         self._held: Counter[str] = Counter()  # digest → open blocks of `publishing` and `use`
+        self._holds: dict[str, int] = {}  # digest that is held → descriptor that tells other processes
         self._postponed: set[str] = set()  # digests that were to be freed meanwhile
         self._going: set[str] = set()  # digests that are being deleted
         self._sizes: dict[str, int] = {}  # digest → bytes on the device, which never change
@@ -120,12 +122,13 @@ class Blobs:
         """
         if digest in self._going:
             raise NotFoundError(f"The adapter version {digest} was deleted.")
-        self.store.ref(digest)
+        if not self._held[digest]:
+            self._holds[digest] = self.store.hold(digest)
         self._held[digest] += 1
         try:
             yield
         finally:
-            self._held -= Counter([digest])
+            self._let_go(digest)
             if digest in self._postponed and not self._held[digest]:
                 release = asyncio.create_task(self.release([digest]), name="blob-release")
                 self._releases.add(release)
@@ -148,7 +151,11 @@ class Blobs:
             AdapterFormatError: not an adapter of this base; nothing was stored.
         """
         async with self._lock:
-            blob = await asyncio.to_thread(self._put, directory)
+            blob, hold = await asyncio.to_thread(self._put, directory)
+            if self._held[blob.digest]:
+                os.close(hold)
+            else:
+                self._holds[blob.digest] = hold
             self._held[blob.digest] += 1
         try:
             yield blob
@@ -156,7 +163,7 @@ class Blobs:
             self._postponed.add(blob.digest)
             raise
         finally:
-            self._held -= Counter([blob.digest])
+            self._let_go(blob.digest)
             if blob.digest in self._postponed:
                 await self.release([blob.digest])
 
@@ -164,6 +171,10 @@ class Blobs:
         """Rows that named these digests were deleted: free those that no row of any tenant names any more."""
         async with self._lock:
             await self._delete_unnamed(digests)
+
+    async def release_postponed(self) -> None:
+        """Free what another process held when its last row went, as far as it does not any more."""
+        await self.release(set(self._postponed))
 
     async def sweep(self, older_than: float) -> int:
         """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""
@@ -183,19 +194,32 @@ class Blobs:
 
             return await asyncio.to_thread(remove_orphans)
 
-    def _put(self, directory: Path) -> Blob:
+    def _let_go(self, digest: str) -> None:
+        self._held -= Counter([digest])
+        if not self._held[digest]:
+            os.close(self._holds.pop(digest))
+
+    def _put(self, directory: Path) -> tuple[Blob, int]:
+        """Store it; what it is, and a hold on it."""
         room, config = self.room, read_config(directory)
         summary = validate_files(config, directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank, room=room)
-        with full_disk():
-            digest = self.store.put(directory)
+        while True:
+            with full_disk():
+                digest = self.store.put(directory)
+            try:
+                hold = self.store.hold(digest)
+            except NotFoundError:
+                continue  # another process deleted the same content at this moment
+            break
         self._sizes[digest] = room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
-        return Blob(
+        blob = Blob(
             digest=digest,
             rank=summary.rank,
             target_modules=summary.target_modules,
             bytes=summary.nbytes,
             device_bytes=self._sizes[digest],
         )
+        return blob, hold
 
     async def _delete_unnamed(self, digests: Collection[str]) -> None:
         # Before rows are read: the block that holds one may commit the row that names it at any time after that.
@@ -205,16 +229,24 @@ class Blobs:
         async with self._database.read() as session:
             named = await _named(session, free)
         for digest in free - named:
-            if self._held[digest]:
-                self._postponed.add(digest)
-                continue
-            self._going.add(digest)  # nobody begins with it between here and its end
-            try:
-                await self._engine.evict(digest)
-                await asyncio.to_thread(self.store.delete, digest)
-            finally:
-                self._going.discard(digest)
+            with self.store.alone(digest) as alone:
+                if alone and not self._held[digest]:
+                    await self._delete_if_unnamed(digest)
+                else:
+                    self._postponed.add(digest)
         await self._database.restock()
+
+    async def _delete_if_unnamed(self, digest: str) -> None:
+        """Delete a version that nobody else can hold now; whoever held it until now may have named it meanwhile."""
+        async with self._database.read() as session:
+            if await _named(session, {digest}):
+                return
+        self._going.add(digest)  # nobody begins with it between here and its end
+        try:
+            await self._engine.evict(digest)
+            await asyncio.to_thread(self.store.delete, digest)
+        finally:
+            self._going.discard(digest)
 
 
 async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:

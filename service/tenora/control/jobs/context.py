@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tenora.adapters.store import AdapterStore
+from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
 from tenora.control.adapters.adapters import Adapters
 from tenora.control.adapters.blobs import Blobs
@@ -15,12 +18,16 @@ from tenora.control.jobs.shape import Limits
 from tenora.control.registry.database import Database
 from tenora.control.storage.directory import Storage
 from tenora.control.storage.failpoints import Failpoints
+from tenora.control.tenancy.bootstrap import Registry
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.errors import TenoraError
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
     from tenora.model.catalog import ResolvedModel
+    from tenora.model.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,37 @@ class JobContext:
     model: ResolvedModel
     limits: Callable[[], Limits]
     failpoints: Failpoints
+
+    @classmethod
+    def of(
+        cls,
+        registry: Registry,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        model: ResolvedModel,
+        targets: Sequence[TargetModule],
+    ) -> JobContext:
+        """Everything over an open registry, for a worker, or for a service whose worker shares its process."""
+        settings, database, storage = registry.settings, registry.database, registry.storage
+        failpoints = Failpoints.parse(settings.failpoints)
+        if failpoints.armed:
+            _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
+        blobs = Blobs(database, AdapterStore(storage.adapters), engine, targets, settings.max_lora_rank)
+        names = tuple(dict.fromkeys(target.name for target in targets))
+
+        def limits() -> Limits:
+            return Limits(
+                base_id=model.id,
+                max_rank=settings.max_lora_rank,
+                max_model_len=engine.ready.max_model_len,
+                target_modules=names,
+                fits=blobs.require_trainable,
+            )
+
+        adapters = Adapters(settings, database, storage, blobs, engine, model.id, failpoints)
+        return cls(
+            settings, database, storage, blobs, adapters, engine, Tokenizing(tokenizer), model, limits, failpoints
+        )
 
     async def fail(self, claim: Claim, error: TenoraError) -> None:
         """End the job with an error that its owner can read."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class JobQueue(Protocol):
-    """The workers, as `tenora.control.jobs.jobs` sees them; `tenora.control.worker.runner.JobRunner` is one."""
+    """The workers, as `tenora.control.jobs.jobs` sees them: a `JobRunner` here, or the line to one elsewhere."""
 
     @property
     def leases_lost(self) -> int:

@@ -41,7 +41,7 @@ class Presence:
         self.id = new_id("boot")
         self._database = database
         self._seat = seat
-        self._started = int(time.time())
+        self._started = time.time()
 
     async def begin(self) -> None:
         """Be one of them, in place of whoever had this seat."""
@@ -49,6 +49,11 @@ class Presence:
             await session.execute(delete(ProcessRow).where(ProcessRow.seat == self._seat))
             await session.execute(delete(ProcessRow).where(ProcessRow.alive_until < unix_time() - _KEPT_SECONDS))
             await self._beat(session)
+
+    async def vacate(self, seat: str) -> None:
+        """Whoever had this seat is known to be dead."""
+        async with self._database.write(alone=False) as session:
+            await session.execute(delete(ProcessRow).where(ProcessRow.seat == seat))
 
     async def beat(self) -> None:
         """Stay alive for `ALIVE_SECONDS` from now."""
@@ -73,9 +78,11 @@ class Presence:
         """When the oldest living process started (Unix time): what is older than that, nobody is about to name."""
         async with self._database.read() as session:
             found = await session.scalar(
-                select(func.min(ProcessRow.started_at)).where(ProcessRow.alive_until >= unix_time())
+                select(func.min(ProcessRow.started_at)).where(
+                    ProcessRow.alive_until >= unix_time(), ProcessRow.id != self.id
+                )
             )
-        return float(self._started if found is None else min(found, self._started))
+        return self._started if found is None else min(float(found), self._started)
 
     async def _beat(self, session: Session) -> None:
         beat = (
@@ -85,7 +92,7 @@ class Presence:
             .returning(ProcessRow.id)
         )
         if await session.scalar(beat) is None:
-            row = ProcessRow(id=self.id, seat=self._seat, started_at=self._started)
+            row = ProcessRow(id=self.id, seat=self._seat, started_at=int(self._started))
             row.alive_until = unix_time() + ALIVE_SECONDS
             session.add(row)
 

@@ -73,18 +73,29 @@ class Storage:
         return removed
 
 
-def claim(root: Path) -> int:
-    """Take a state directory for this process; the kernel frees it when the process ends, however that happens.
+SERVICE_LOCK = "serve.lock"
+WORKER_LOCK = "worker.lock"
+_HOLDERS = {
+    SERVICE_LOCK: "Another Tenora serves from {}; stop it, or set TENORA_HOME to another directory.",
+    WORKER_LOCK: "Another worker works in {}; `tenora serve` starts one by itself.",
+}
+
+
+def claim(root: Path, name: str = SERVICE_LOCK) -> int:
+    """Take a part in a state directory; the kernel frees it when this process ends, however that happens.
+
+    Args:
+        name: SERVICE_LOCK or WORKER_LOCK; each is held by one process at a time.
 
     Returns:
         A descriptor to be closed at the end.
 
     Raises:
-        ConfigurationError: the directory cannot be had, or another process serves from it.
+        ConfigurationError: the directory cannot be had, or another process has that part in it.
     """
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(root / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigurationError(
             f"The state directory {root} cannot be written: {error.strerror or error}. Set TENORA_HOME to one that can."
@@ -93,19 +104,29 @@ def claim(root: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ConfigurationError(
-            f"Another Tenora serves from {root}; stop it, or set TENORA_HOME to another directory."
-        ) from error
+        raise ConfigurationError(_HOLDERS[name].format(root)) from error
     return descriptor
 
 
-def seat(root: Path) -> str:
-    """The name of a state directory, for whoever has claimed it: of its holders one lives at a time."""
-    lock = root / "serve.lock"
-    if not (name := lock.read_text()):
-        name = random_word(24)
-        lock.write_text(name)
-    return name
+def seat(root: Path, name: str = SERVICE_LOCK) -> str:
+    """The name of a part in a state directory, for whoever has claimed it: of its holders one lives at a time."""
+    lock = root / name
+    if not (word := lock.read_text()):
+        word = random_word(24)
+        lock.write_text(word)
+    return word
+
+
+def vacant_seat(root: Path, name: str) -> str | None:
+    """The name of a part that nobody holds, so that its last holder is known to be dead; None if it is held."""
+    try:
+        descriptor = claim(root, name)
+    except ConfigurationError:
+        return None
+    try:
+        return seat(root, name)
+    finally:
+        os.close(descriptor)
 
 
 def place(staged: Path, final: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -42,8 +43,10 @@ class JobRunner:
         leases_lost: jobs that another process claimed while this one worked on them.
     """
 
-    def __init__(self, context: JobContext, leases: Leases) -> None:
+    def __init__(self, context: JobContext, leases: Leases, tell_lost: Callable[[int], None] = lambda _: None) -> None:
+        """`tell_lost` hears each new value of `leases_lost`."""
         self.leases_lost = 0
+        self._tell_lost = tell_lost
         self._context = context
         self._leases = leases
         self._works: dict[str, _Work] = {}
@@ -74,6 +77,18 @@ class JobRunner:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await self._leases.end()
+
+    async def retire(self) -> None:
+        """The service is gone, and its engine with it: claim nothing more, and prepare to the end what is in hand.
+
+        Runs are left at their last saved state; whoever comes next goes on with them.
+        """
+        self._closing.set()
+        self._wake.set()
+        while preparing := [work.task for work in self._works.values() if work.training is None]:
+            await asyncio.wait(preparing, timeout=RENEW_SECONDS)
+            with contextlib.suppress(RegistryBusyError):  # the lease lasts for another try
+                await self._renew()
 
     def wake(self) -> None:
         """There may be something to claim."""
@@ -167,6 +182,7 @@ class JobRunner:
             _log.info("job %s changed hands", claim.job_id)
             return
         self.leases_lost += 1
+        self._tell_lost(self.leases_lost)
         _log.warning("job %s was taken over by %s: this process had let its lease run out", claim.job_id, error.holder)
 
     async def _forget_if_over(self, claim: Claim) -> None:

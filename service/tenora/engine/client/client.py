@@ -79,6 +79,7 @@ class AsyncEngine:
         else:
             self._supervisor = EngineConnection(connection, on_event=self._on_event, on_lost=self._on_lost)
         self._stats = EngineStats()
+        self._others = 0
         self._sequences: dict[str, SequenceStream] = {}
         self._runs: dict[str, RunStream] = {}
         self._pinned: dict[str, AdapterRef] = {}
@@ -141,8 +142,8 @@ class AsyncEngine:
 
     @property
     def open_requests(self) -> int:
-        """Requests that have not ended, waiting ones included."""
-        return len(self._sequences)
+        """Requests that have not ended, waiting ones included; those of other clients as of the last heartbeat."""
+        return len(self._sequences) + self._others
 
     @property
     def queued(self) -> int:
@@ -262,7 +263,7 @@ class AsyncEngine:
 
     def _on_lost(self) -> None:
         """The engine is gone: nobody may wait for it."""
-        self._stats = EngineStats()
+        self._stats, self._others = EngineStats(), 0
         streams: list[SequenceStream | RunStream] = [*self._sequences.values(), *self._runs.values()]
         for stream in streams:
             stream.fail(
@@ -280,8 +281,8 @@ class AsyncEngine:
                     run.put(training)
                     if run.over.is_set():
                         del self._runs[training.run_id]
-            case Heartbeat(stats=stats):
-                self._stats = stats
+            case Heartbeat(stats=stats, others=others):
+                self._stats, self._others = stats, others
             case Ready() if self._owns:
                 for ref in self._pinned.values():
                     self._supervisor.send(PinAdapter(ref))

@@ -1,0 +1,113 @@
+"""The worker's composition: what a process needs that takes jobs to their adapters and serves nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tenora.adapters.targets import TargetModule
+from tenora.config import Settings
+from tenora.control.jobs.context import JobContext
+from tenora.control.jobs.leases import Leases
+from tenora.control.jobs.queue import JobQueue
+from tenora.control.registry.presence import Presence
+from tenora.control.storage.directory import WORKER_LOCK, seat
+from tenora.control.tenancy.bootstrap import Registry
+from tenora.control.worker.runner import JobRunner
+from tenora.errors import TenoraError
+
+if TYPE_CHECKING:
+    from tenora.engine.client.client import AsyncEngine
+    from tenora.model.catalog import ResolvedModel
+    from tenora.model.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 60.0
+
+
+class Worker:
+    """Works on the jobs of one registry.
+
+    `worker = await Worker.open(…)`, `await worker.start()`, … `await worker.close()`, and only then the engine's client
+    is closed: runs are paused through it.
+    """
+
+    def __init__(
+        self, registry: Registry, presence: Presence, context: JobContext, tell_lost: Callable[[int], None]
+    ) -> None:
+        self._registry = registry
+        self._presence = presence
+        self._context = context
+        self._runner = JobRunner(context, Leases(registry.database, presence), tell_lost)
+        self._background: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(
+        cls,
+        settings: Settings,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        model: ResolvedModel,
+        targets: Sequence[TargetModule],
+        tell_lost: Callable[[int], None],
+    ) -> Worker:
+        """Open the registry, as the holder of WORKER_LOCK.
+
+        `tell_lost` hears how many jobs were taken from this worker, whenever that changes.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        registry = await Registry.open(settings)
+        try:
+            presence = Presence(registry.database, await asyncio.to_thread(seat, settings.root, WORKER_LOCK))
+            await presence.begin()
+            context = await asyncio.to_thread(JobContext.of, registry, engine, tokenizer, model, targets)
+        except BaseException:
+            await registry.close()
+            raise
+        return cls(registry, presence, context, tell_lost)
+
+    @property
+    def queue(self) -> JobQueue:
+        """How jobs are brought to it and taken from it."""
+        return self._runner
+
+    async def start(self) -> None:
+        """Take over the jobs of a dead worker and begin. An engine has been there."""
+        await self._runner.start()
+        self._background = [
+            asyncio.create_task(self._keep_house(), name="worker-housekeeping"),
+            asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
+            asyncio.create_task(self._presence.keep(), name="presence"),
+        ]
+
+    async def retire(self) -> None:
+        """The service is gone: finish what is being prepared, and nothing else."""
+        await self._runner.retire()
+
+    async def close(self) -> None:
+        """Pause what runs, so that the next worker goes on."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        try:
+            await self._runner.stop()
+            await self._presence.end()
+        except TenoraError as error:
+            # A full disk, or a damaged registry: the leases run out by themselves.
+            _log.warning("that the jobs pause was not recorded: %s", error.message)
+        self._context.tokenizing.close()
+        await self._context.blobs.settle()
+        await self._registry.close()
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            try:
+                await self._context.blobs.release_postponed()
+            except TenoraError:
+                _log.exception("adapters that nobody names could not be removed; trying again later")

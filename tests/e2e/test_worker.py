@@ -1,0 +1,162 @@
+"""The worker is a process of its own: what its death, its service's death and a signal leave behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+import tenora_client as tc
+from tests.e2e.conftest import StartServer
+from tests.e2e.material import ask, write_rows
+from tests.e2e.serving import TENORA, Server, alive, until
+from tests.e2e.test_crashes import trained_steps
+from tests.support.patience import PATIENCE
+
+
+def long_job(client: tc.Client, directory: Path, name: str) -> tc.Job:
+    """A job of hundreds of steps."""
+    file = client.files.upload(write_rows(directory / f"{name}.jsonl", 64))
+    return client.jobs.create(
+        file, name=name, seed=7, hyperparameters={"n_epochs": 12, "batch_size": 4}, publish="always"
+    )
+
+
+def losses(client: tc.Client, job_id: str) -> dict[int, float]:
+    """Training loss of each step, as it was told last."""
+    told = reversed(list(client.jobs.events(job_id)))
+    return {event.data["step"]: event.data["train_loss"] for event in told if event.data and "train_loss" in event.data}
+
+
+def at_work(server: Server) -> psutil.Process:
+    """The worker, once it says that it works."""
+    until(lambda: "the worker is at work" in server.log.read_text(), f"a worker works:\n{server.tail()}")
+    return server.worker()
+
+
+def digest_of(client: tc.Client, name: str) -> str:
+    return client.adapters.get(name).digest
+
+
+def test_a_killed_worker_ends_no_stream_and_its_job_goes_on_with_the_same_bits(
+    new_server: StartServer, long_base: Path, tmp_path: Path
+) -> None:
+    server = new_server(long_base)
+    server.start()
+    with server.client() as client, server.client() as other:
+        base = client.models.base().id
+        whole = long_job(client, tmp_path, "whole")
+        assert client.jobs.wait(whole.id, poll=0.2).status == "succeeded"
+        job = long_job(client, tmp_path, "broken")
+        until(lambda: trained_steps(client, job.id) >= 20, "twenty steps are done")
+        worker = server.worker()
+        stream = other.chat.create(ask("Question 1?"), base, stream=True, max_tokens=400, ignore_eos=True)
+        assert next(stream) is not None
+        worker.kill()
+        pieces = sum(1 for _ in stream)
+        assert pieces >= 1, "the stream came to its own end"
+        until(lambda: server.worker().pid != worker.pid, "another worker is there")
+        assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
+        assert digest_of(client, "broken") == digest_of(client, "whole")
+        assert losses(client, job.id) == losses(client, whole.id)
+        assert client.jobs.get(job.id).status == "succeeded"
+
+
+def test_a_worker_outlives_its_service_to_finish_what_it_prepares_and_the_next_one_waits_for_it(
+    new_server: StartServer, tmp_path: Path
+) -> None:
+    server = new_server()
+    server.start()
+    with server.client() as client:
+        file = client.files.upload(write_rows(tmp_path / "rows.jsonl", 20_000))
+        worker = server.worker()
+        job = client.jobs.create(file, hyperparameters={"n_epochs": 1, "batch_size": 64})
+        until(
+            lambda: psutil.Process(worker.pid).cpu_times().user > 0 and client.jobs.get(job.id).status != "queued", ""
+        )
+        assert client.jobs.get(job.id).status == "validating_files"
+        worker.suspend()  # so that it is at it still when its service dies
+        server.process.kill()
+        server.process.wait(PATIENCE)
+        worker.resume()
+        assert alive(worker)
+    server.start()
+    with server.client() as client:
+        until(lambda: not alive(worker), "the old worker has ended")
+        until(lambda: client.jobs.get(job.id).status in {"queued", "running"}, "the job goes on")
+        assert server.worker().pid != worker.pid
+        said = [event.message for event in client.jobs.events(job.id)]
+        assert sum("Files validated" in line for line in said) == 1, "it was prepared once"
+        client.jobs.cancel(job.id)
+
+
+def test_a_worker_that_is_told_to_end_saves_its_run_and_ends_in_order(new_server: StartServer, tmp_path: Path) -> None:
+    server = new_server()
+    server.start()
+    with server.client() as client:
+        job = long_job(client, tmp_path, "phoenix")
+        until(lambda: trained_steps(client, job.id) >= 20, "twenty steps are done")
+        worker = server.worker()
+        worker.send_signal(signal.SIGTERM)
+        until(lambda: not alive(worker), "it has ended")
+        assert "exit status 0" in server.log.read_text()
+        assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
+
+
+def test_a_server_that_ends_ends_its_worker(new_server: StartServer) -> None:
+    server = new_server()
+    server.start()
+    worker = at_work(server)
+    server.terminate()
+    assert server.exit_status() == 0
+    assert not alive(worker)
+
+
+def test_no_second_worker_works_on_a_state_directory(new_server: StartServer) -> None:
+    server = new_server()
+    server.start()
+    at_work(server)
+    second = subprocess.run(
+        [str(TENORA), "work"], env=server.environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert second.returncode == 1
+    assert "Another worker works" in second.stderr
+
+
+def test_no_secret_is_in_the_workers_environment(new_server: StartServer) -> None:
+    server = new_server()
+    server.start(TENORA_API_KEY="tk-secret-of-the-operator")
+    worker = server.worker()
+    assert not [name for name in worker.environ() if name.startswith("TENORA_")]
+    assert "tk-secret" not in " ".join(worker.cmdline())
+
+
+@pytest.mark.parametrize("role", ["serve", "train"])
+def test_a_role_means_what_it_says(new_server: StartServer, tmp_path: Path, role: str) -> None:
+    server = new_server()
+    server.start(TENORA_ROLE=role)
+    with server.client() as client, server.raw() as raw:
+        base = client.models.base().id
+        file = client.files.upload(write_rows(tmp_path / "rows.jsonl", 16))
+        job = client.jobs.create(file, hyperparameters={"n_epochs": 1})
+        answer = raw.post("/v1/chat/completions", json={"model": base, "messages": ask("Hello"), "max_tokens": 1})
+        assert raw.get("/metrics").status_code == 200
+        if role == "train":
+            assert answer.status_code == 404
+            assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
+            return
+        assert answer.status_code == 200
+        assert client.jobs.get(job.id).status == "validating_files"
+        assert not server._has_child("tenora.cli.working")
+        refused = subprocess.run(
+            [str(TENORA), "work"],
+            env=server.environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert "No service that trains" in refused.stderr
