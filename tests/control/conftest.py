@@ -50,7 +50,7 @@ def targets(tiny_base: Path) -> Sequence[TargetModule]:
     return target_modules(ModelSpec.from_directory(tiny_base))
 
 
-ON_BOTH = ("test_leases", "test_registry", "test_databases", "test_idempotency", "test_batches")
+ON_BOTH = ("test_leases", "test_registry", "test_databases", "test_idempotency", "test_batches", "test_presence")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
