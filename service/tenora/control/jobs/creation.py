@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.files.files import TRAINING_PURPOSE, find_file
 from tenora.control.jobs.parent import Parent
@@ -13,6 +12,7 @@ from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.requests import USUAL_SEED, Asked, alias_of
 from tenora.control.jobs.shape import Limits
 from tenora.control.jobs.sources import Source, check_sources, name_sources
+from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import FileRow, JobRow
 from tenora.errors import InvalidRequestError
@@ -64,7 +64,7 @@ def new_job(
     )
 
 
-async def find_sources(session: AsyncSession, tenant_id: str, request: JobRequest) -> tuple[Source, ...]:
+async def find_sources(session: Session, tenant_id: str, request: JobRequest) -> tuple[Source, ...]:
     """The training files with their names.
 
     Raises:
@@ -82,7 +82,7 @@ def _param_of_file(source: Source) -> str:
     return source.param if source.param == "training_file" else f"{source.param}.file"
 
 
-async def _usable_file(session: AsyncSession, tenant_id: str, file_id: str, param: str) -> FileRow:
+async def _usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> FileRow:
     row = await find_file(session, tenant_id, file_id, param=param)
     if row.purpose != TRAINING_PURPOSE:
         raise InvalidRequestError(

@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.resolution import active_version, one_pair
 from tenora.control.jobs.creation import find_sources, new_job
@@ -19,10 +16,10 @@ from tenora.control.jobs.plan import resolve
 from tenora.control.jobs.preparation import Preparation, TaskRows, count_rows, preparation_of, read_tasks
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.requests import check_request
+from tenora.control.jobs.rows import recent_speeds
 from tenora.control.jobs.shape import Limits
 from tenora.control.jobs.workload import workload
-from tenora.control.registry.database import Database
-from tenora.control.registry.tables import JobEventRow
+from tenora.control.registry.database import Database, Session
 from tenora.control.storage.directory import Storage
 from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
@@ -159,11 +156,9 @@ class Estimates:
         )
 
 
-async def _recent_speed(session: AsyncSession) -> float | None:
+async def _recent_speed(session: Session) -> float | None:
     """Tokens that a job reads in a second: the median of the latest steps, whichever tenant's; None without any."""
-    speed = JobEventRow.data["tokens_per_second"].as_float()
-    query = select(speed).where(JobEventRow.type == "metrics", speed > 0).order_by(JobEventRow.seq.desc())
-    found = [float(value) for value in await session.scalars(query.limit(_RECENT_STEPS))]
+    found = await recent_speeds(session, _RECENT_STEPS)
     return statistics.median(found) if found else None
 
 

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sqlalchemy import false, select
-
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.jobs.creation import find_sources, new_job
 from tenora.control.jobs.lease_rows import drop_lease, is_held
 from tenora.control.jobs.parent import find_parent
 from tenora.control.jobs.queue import JobQueue
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord, JobRequest
-from tenora.control.jobs.requests import METADATA_KEY, check_request
+from tenora.control.jobs.requests import check_request
 from tenora.control.jobs.rows import (
     PAUSED_LINE,
     UNFINISHED,
     checkpoint_record,
+    checkpoints_of,
     count_jobs,
     end,
     event_record,
+    events_of,
     find_job,
     is_over,
     job_record,
+    jobs_of,
     log,
+    unfinished_jobs,
 )
 from tenora.control.jobs.shape import Limits
 from tenora.control.registry.database import Database
 from tenora.control.registry.paging import Page, page
-from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow
+from tenora.control.registry.tables import CheckpointRow, JobEventRow, JobRow
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
@@ -108,11 +110,7 @@ class Jobs:
         metadata: Mapping[str, str] | None = None,
     ) -> Page[JobRecord]:
         """One page of the tenant's jobs, newest first; with `metadata` only those that carry all its entries."""
-        query = select(JobRow).where(JobRow.tenant_id == principal.tenant_id)
-        for key, value in (metadata or {}).items():
-            # A key that no job can have would make a malformed JSON path.
-            usable = METADATA_KEY.fullmatch(key) is not None
-            query = query.where(JobRow.labels[key].as_string() == value if usable else false())
+        query = jobs_of(principal.tenant_id, metadata or {})
         async with self._database.read() as session:
             return await page(
                 session, query, JobRow, lambda row: job_record(row, principal.tenant), after=after, limit=limit
@@ -137,8 +135,7 @@ class Jobs:
     async def end_for(self, tenant_id: str) -> None:
         """Cancel every job of a tenant that is not over."""
         async with self._database.write(frees=True) as session:
-            unfinished = select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.status.not_in(sorted(TERMINAL)))
-            rows = list(await session.scalars(unfinished))
+            rows = await unfinished_jobs(session, tenant_id)
             for row in rows:
                 end(row, "cancelled")
         for row in rows:
@@ -178,7 +175,7 @@ class Jobs:
         self, principal: Principal, job_id: str, *, after: str | None = None, limit: int = 20
     ) -> Page[JobEventRecord]:
         """One page of the job's log, newest first."""
-        query = select(JobEventRow).where(JobEventRow.tenant_id == principal.tenant_id, JobEventRow.job_id == job_id)
+        query = events_of(principal.tenant_id, job_id)
         async with self._database.read() as session:
             await find_job(session, principal.tenant_id, job_id)
             return await page(session, query, JobEventRow, event_record, after=after, limit=limit)
@@ -187,9 +184,7 @@ class Jobs:
         self, principal: Principal, job_id: str, *, after: str | None = None, limit: int = 10
     ) -> Page[CheckpointRecord]:
         """One page of the job's checkpoints, newest first; each is callable until the job's adapter is deleted."""
-        query = select(CheckpointRow).where(
-            CheckpointRow.tenant_id == principal.tenant_id, CheckpointRow.job_id == job_id
-        )
+        query = checkpoints_of(principal.tenant_id, job_id)
         async with self._database.read() as session:
             await find_job(session, principal.tenant_id, job_id)
             return await page(session, query, CheckpointRow, checkpoint_record, after=after, limit=limit)

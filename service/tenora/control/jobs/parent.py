@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from tenora.adapters.peft_config import parse_config
 from tenora.adapters.peft_format import read_config
 from tenora.control.adapters.blobs import Blobs
@@ -14,6 +12,7 @@ from tenora.control.adapters.resolution import find_digest
 from tenora.control.jobs.requests import Asked
 from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sweeps import points
+from tenora.control.registry.database import Session
 from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError, ModelNotFoundError
 
@@ -28,7 +27,7 @@ class Parent:
 
 
 async def find_parent(
-    session: AsyncSession, principal: Principal, asked: Asked, limits: Limits, blobs: Blobs
+    session: Session, principal: Principal, asked: Asked, limits: Limits, blobs: Blobs
 ) -> Parent | None:
     """The adapter that a job names; None starts from the base.
 
@@ -70,7 +69,7 @@ def _fit(asked: Asked, rank: int | float, limits: Limits, shape: ParentShape) ->
         raise InvalidRequestError(error.message.replace("lora.rank", "sweep.rank"), param="sweep.rank") from error
 
 
-async def _digest(session: AsyncSession, principal: Principal, name: str, param: str) -> str:
+async def _digest(session: Session, principal: Principal, name: str, param: str) -> str:
     try:
         digest = await find_digest(session, principal, name)
     except InvalidRequestError as error:

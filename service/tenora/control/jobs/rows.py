@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Select, delete, false, func, select
 
 from tenora.control.jobs.lease_rows import drop_lease
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord
+from tenora.control.jobs.requests import METADATA_KEY
 from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow, JobStatus
@@ -45,6 +46,39 @@ async def find_job(session: Session, tenant_id: str, job_id: str, *, writes: boo
     if row is None:
         raise NotFoundError(f"There is no fine-tuning job {job_id!r}; list yours.", param="fine_tuning_job_id")
     return row
+
+
+def jobs_of(tenant_id: str, metadata: Mapping[str, str]) -> Select[JobRow]:
+    """The jobs of a tenant that carry all entries of `metadata`."""
+    query = select(JobRow).where(JobRow.tenant_id == tenant_id)
+    for key, value in metadata.items():
+        # A key that no job can have would make a malformed JSON path.
+        usable = METADATA_KEY.fullmatch(key) is not None
+        query = query.where(JobRow.labels[key].as_string() == value if usable else false())
+    return query
+
+
+async def unfinished_jobs(session: Session, tenant_id: str) -> Sequence[JobRow]:
+    """The jobs of a tenant that are not over, to be written: their rows are locked until the transaction ends."""
+    query = select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.status.not_in(sorted(TERMINAL)))
+    return (await session.scalars(query.with_for_update())).all()
+
+
+def events_of(tenant_id: str, job_id: str) -> Select[JobEventRow]:
+    """The lines of a job's log."""
+    return select(JobEventRow).where(JobEventRow.tenant_id == tenant_id, JobEventRow.job_id == job_id)
+
+
+def checkpoints_of(tenant_id: str, job_id: str) -> Select[CheckpointRow]:
+    """The checkpoints of a job."""
+    return select(CheckpointRow).where(CheckpointRow.tenant_id == tenant_id, CheckpointRow.job_id == job_id)
+
+
+async def recent_speeds(session: Session, count: int) -> Sequence[float]:
+    """Tokens a second of the latest steps, whichever tenant's."""
+    speed = JobEventRow.data["tokens_per_second"].as_float()
+    query = select(speed).where(JobEventRow.type == "metrics", speed > 0).order_by(JobEventRow.seq.desc())
+    return [float(value) for value in await session.scalars(query.limit(count))]
 
 
 def end(row: JobRow, status: JobStatus, error: Mapping[str, Any] | None = None) -> None:
