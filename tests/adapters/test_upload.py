@@ -150,12 +150,12 @@ def test_until_it_has_arrived_it_has_no_slot_for_anybody(streams: LateStreams) -
 
     def held(target: Tensor, source: Tensor) -> Place:
         begun.set()
-        assert go.wait(60)
+        assert go.wait(PATIENCE)
         return LateStreams.copy(streams, target, source)
 
     streams.copy = held  # type: ignore[method-assign]
     put(pool, "a", (2, 2, 2))
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     assert pool.acquire("a") is None
     assert pool.insert("a", prepared(adapter((2, 2, 2)), torch.float32)) == pool._residents["a"].slot, "it is coming"
     pool.check_integrity()

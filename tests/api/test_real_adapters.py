@@ -19,6 +19,7 @@ from tenora.engine.messages import Event
 from tests.api.conftest import Service, import_adapter, running
 from tests.api.engine import Script
 from tests.control.conftest import until_true
+from tests.support.patience import PATIENCE
 
 Make = Callable[..., Path]
 
@@ -29,7 +30,7 @@ class GatedEngine(Engine):
     gate = threading.Event()
 
     def step(self) -> list[Event]:
-        assert self.gate.wait(60)
+        assert self.gate.wait(PATIENCE)
         return super().step()
 
 

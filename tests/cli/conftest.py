@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,16 @@ from tenora.cli.serving import Server, http_config, listening, url_of
 
 # The same service as the API's tests use.
 from tests.api.conftest import Service, make_adapter, script, service, settings  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _logging_put_back() -> Iterator[None]:
+    """A command logs to its own stderr, which is closed when it has ended; nothing may be logged there later."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @dataclass

@@ -54,6 +54,7 @@ class ScriptedEngine:
         )
         self.stats = EngineStats()
         self._up = asyncio.Event()
+        self.awaited = asyncio.Event()  # somebody waits, or waited, for it to be there
         self.alive = True
         self.healthy = True
         self.open_requests = 0
@@ -91,6 +92,7 @@ class ScriptedEngine:
             self._up.clear()
 
     async def wait_alive(self) -> None:
+        self.awaited.set()
         await self._up.wait()
 
     async def generate(self, request: Generate, *, batch: int = 1) -> AsyncIterator[SequenceOutput]:

@@ -18,6 +18,7 @@ from tenora.errors import ConfigurationError, NotFoundError
 from tests.control.conftest import ImportAdapter, OpenControl, create_job, tenant, until, upload
 from tests.control.crashing import KEYED, WORSE
 from tests.control.scripted import ScriptedEngine
+from tests.support.full import full_but
 from tests.support.patience import PATIENCE
 
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
@@ -58,7 +59,7 @@ async def check_whole(control: Control, who: Principal, home: Path) -> None:
     assert names(home, "staging/*") == set()
 
 
-@pytest.mark.parametrize("point", JOB_POINTS)
+@pytest.mark.parametrize("point", full_but(["publish.after_blob", "publish.after_commit"], JOB_POINTS))
 async def test_killed_in_a_job(
     open_control: OpenControl,
     import_adapter: ImportAdapter,
@@ -98,7 +99,9 @@ async def test_killed_in_a_job(
     await check_whole(control, acme, home)
 
 
-@pytest.mark.parametrize("point", ["publish.before_blob", "publish.before_commit", "publish.after_commit"])
+@pytest.mark.parametrize(
+    "point", full_but("publish.before_commit", ["publish.before_blob", "publish.before_commit", "publish.after_commit"])
+)
 async def test_killed_while_a_worse_result_is_withheld(
     open_control: OpenControl,
     import_adapter: ImportAdapter,

@@ -53,7 +53,7 @@ class Demo:
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
-            self.process.wait(90)
+            self.process.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_keep_leaves_the_server_until_ctrl_c(demo: Demo) -> None:
 
 def test_a_server_that_cannot_start_is_one_clear_message(demo: Demo, tmp_path: Path) -> None:
     demo.environment["TENORA_MODEL"] = str(tmp_path / "nowhere")
-    assert demo.start().wait(60) == 1
+    assert demo.start().wait(PATIENCE) == 1
     assert "Traceback" not in demo.text()
     assert "nowhere" in demo.text()
 
@@ -157,7 +157,7 @@ def test_in_a_terminal_the_bars_redraw_in_place(demo: Demo) -> None:
             if not piece:
                 break
             seen += piece
-    assert process.wait(30) == 0, seen.decode(errors="replace")
+    assert process.wait(PATIENCE) == 0, seen.decode(errors="replace")
     assert b"\rtraining [" in seen
     assert b"] succeeded" in seen
     assert seen.count(b"\n") < 80

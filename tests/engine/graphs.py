@@ -1,4 +1,4 @@
-"""Stand-ins for what only a card has, so that the buffers of `DecodeGraphs` are tested with real numbers on a CPU."""
+"""Stand-ins for what only a GPU has, so that the buffers of `DecodeGraphs` are tested with real numbers on a CPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class HostRows:
 
 
 def with_graphs(engine: Engine, *, capture: Callable[[Callable[[], Tensor]], Rerun] = Rerun) -> DecodeGraphs:
-    """Give an engine on the CPU what `DecodeGraphs.on_card` gives one on a card."""
+    """Give an engine on the CPU what `DecodeGraphs.on_card` gives one on a GPU."""
     runner = engine.runner
     runner.graphs = DecodeGraphs(
         runner.decoder,

@@ -194,7 +194,7 @@ class TestAdapters:
 def test_adapters_that_arrive_beside_the_steps_give_the_same_tokens(
     driver: MakeDriver, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a card: copied by a thread and a stream, evicted and copied again, in a ring far smaller than they."""
+    """As on a GPU: copied by a thread and a stream, evicted and copied again, in a ring far smaller than they."""
     requests = [
         generate(prompt(4 + index, index), sampling(max_tokens=8), adapter=adapters[index % len(adapters)])
         for index in range(16)

@@ -287,10 +287,10 @@ def test_on_a_card_tokens_equal_those_of_the_cpu(
         for index in range(13)
     ]
     settings = {"max_adapters": 3, "max_num_seqs": 7, "max_num_batched_tokens": 48}
-    card = driver(load_decoder(directory, device="cuda"), **settings)
-    card.engine.runner.warm_up(48)
+    gpu = driver(load_decoder(directory, device="cuda"), **settings)
+    gpu.engine.runner.warm_up(48)
     wanted = driver(load_decoder(directory), **settings).run(*requests)
-    assert [answer.tokens for answer in card.run(*requests)] == [answer.tokens for answer in wanted]
+    assert [answer.tokens for answer in gpu.run(*requests)] == [answer.tokens for answer in wanted]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -298,8 +298,8 @@ def test_on_a_card_nothing_waits_before_the_tokens(
     make_tiny: Callable[[str], Path], driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decode steps, chunks, and both in one step: the hidden states are there without a synchronisation."""
-    card = driver(load_decoder(make_tiny("llama"), device="cuda", dtype=torch.bfloat16), max_num_batched_tokens=24)
-    card.engine.runner.warm_up(24)
+    gpu = driver(load_decoder(make_tiny("llama"), device="cuda", dtype=torch.bfloat16), max_num_batched_tokens=24)
+    gpu.engine.runner.warm_up(24)
     hidden = ModelRunner._hidden
 
     def strict(self: ModelRunner, items: Any) -> Tensor:
@@ -310,7 +310,7 @@ def test_on_a_card_nothing_waits_before_the_tokens(
             torch.cuda.set_sync_debug_mode("default")
 
     requests = [generate(prompt(4 + 9 * index, index), sampling(max_tokens=12)) for index in range(6)]
-    card.run(*requests)  # compiles what is left
+    gpu.run(*requests)  # compiles what is left
     monkeypatch.setattr(ModelRunner, "_hidden", strict)
     again = [generate(request.token_ids, request.sampling, cache_salt="other") for request in requests]
-    assert all(answer.failure is None for answer in card.run(*again))
+    assert all(answer.failure is None for answer in gpu.run(*again))

@@ -31,7 +31,7 @@ from tests.training.runs import default_spec, write_rows
 ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-class Card:
+class Gpu:
     """The probe of a device: it raises once it is dead, as every call of a lost CUDA context does."""
 
     def __init__(self) -> None:
@@ -45,9 +45,9 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """Makes the CPU a device that can be lost."""
-    found = Card()
+    found = Gpu()
     monkeypatch.setitem(device.PROBES, "cpu", found)
     return found
 
@@ -71,7 +71,7 @@ def spec(tmp_path: Path) -> TrainSpec:
 
 
 def test_a_failed_step_is_survived_as_long_as_the_device_works_and_ends_the_engine_when_it_does_not(
-    driver: MakeDriver, card: Card, monkeypatch: pytest.MonkeyPatch
+    driver: MakeDriver, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = driver()
     with monkeypatch.context() as once:
@@ -79,11 +79,11 @@ def test_a_failed_step_is_survived_as_long_as_the_device_works_and_ends_the_engi
         (answer,) = tiny.run(generate([5]))
     assert answer.failure is not None
     assert answer.failure.code == "engine_error"
-    assert card.asked == 1
+    assert gpu.asked == 1
     (good,) = tiny.run(generate([5]))
     assert good.failure is None, "the engine goes on"
 
-    card.dead = True
+    gpu.dead = True
     monkeypatch.setattr(tiny.engine.runner, "run", breaks(ILLEGAL))
     tiny.add(generate([6]))
     with pytest.raises(DeviceLostError, match="illegal memory access"):
@@ -92,21 +92,21 @@ def test_a_failed_step_is_survived_as_long_as_the_device_works_and_ends_the_engi
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_an_error_that_reads_like_memory_does_not_hide_a_lost_device(
-    error: Exception, driver: MakeDriver, card: Card, monkeypatch: pytest.MonkeyPatch
+    error: Exception, driver: MakeDriver, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = driver()
     monkeypatch.setattr(tiny.engine.runner, "run", breaks(error))
     (answer,) = tiny.run(generate([5]))
     assert answer.failure is not None
     assert answer.failure.code == "out_of_memory"
-    card.dead = True
+    gpu.dead = True
     tiny.add(generate([6]))
     with pytest.raises(DeviceLostError):
         tiny.step()
 
 
 def test_an_adapter_that_cannot_be_placed_on_a_lost_device_ends_the_engine(
-    driver: MakeDriver, card: Card, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+    driver: MakeDriver, gpu: Gpu, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = driver()
     with monkeypatch.context() as once:
@@ -115,7 +115,7 @@ def test_an_adapter_that_cannot_be_placed_on_a_lost_device_ends_the_engine(
     assert answer.failure is not None
     assert answer.failure.code == "adapter_unavailable"
     assert tiny.run(generate([5], adapter=adapters[0]))[0].failure is None
-    card.dead = True
+    gpu.dead = True
     monkeypatch.setattr(tiny.engine.pool, "insert", breaks(ILLEGAL))
     tiny.add(generate([5], adapter=adapters[1]))
     with pytest.raises(DeviceLostError):
@@ -123,18 +123,18 @@ def test_an_adapter_that_cannot_be_placed_on_a_lost_device_ends_the_engine(
 
 
 def test_an_adapter_that_cannot_be_pinned_in_host_memory_ends_the_engine_if_its_device_is_lost(
-    driver: MakeDriver, card: Card, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+    driver: MakeDriver, gpu: Gpu, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = driver()
     monkeypatch.setattr(tiny.engine.loader, "_read", breaks(ILLEGAL))
-    card.dead = True
+    gpu.dead = True
     tiny.add(generate([5], adapter=adapters[0]))
     with pytest.raises(DeviceLostError):
         steps(tiny)
 
 
 def test_training_survives_a_failed_pass_and_not_a_lost_device(
-    decoder: Decoder, spec: TrainSpec, card: Card, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, spec: TrainSpec, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = FusedTraining(decoder)
     training.start(spec)
@@ -142,11 +142,11 @@ def test_training_survives_a_failed_pass_and_not_a_lost_device(
         once.setattr(FusedTraining, "_run", breaks(ILLEGAL))
         events = [event for event in training if event is not None]
     assert isinstance(events[-1], FailedEvent)
-    assert card.asked > 0
+    assert gpu.asked > 0
     training.start(spec)
     assert isinstance([event for event in training if event is not None][-1], FinishedEvent)
 
-    card.dead = True
+    gpu.dead = True
     monkeypatch.setattr(FusedTraining, "_run", breaks(ILLEGAL))
     training.start(default_spec(Path(spec.workdir).parent, "other"))
     with pytest.raises(DeviceLostError):
@@ -154,10 +154,10 @@ def test_training_survives_a_failed_pass_and_not_a_lost_device(
 
 
 def test_a_run_that_reads_from_a_lost_device_does_not_end_as_a_failed_job(
-    decoder: Decoder, spec: TrainSpec, card: Card, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, spec: TrainSpec, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels fail when their results are read: in the run's own code, as an error of the run, it seems."""
-    card.dead = True
+    gpu.dead = True
     monkeypatch.setattr("tenora.training.learner.clip_grad_norm", breaks(ILLEGAL))
     training = FusedTraining(decoder)
     training.start(spec)
@@ -174,7 +174,7 @@ class _Channel:
     def receive(self, timeout: float) -> list[Command]:
         return []
 
-    def send(self, event: Event) -> None:
+    def send(self, client: bytes, event: Event) -> None:
         self.sent.append(event)
 
     def wake(self) -> None: ...
@@ -197,21 +197,21 @@ def test_the_process_of_a_lost_device_ends_with_a_status_of_its_own(
 
 
 async def test_everybody_gets_an_error_and_the_next_engine_answers(
-    decoder: Decoder, card: Card, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the API's side: what was open ends with a 503 that says to retry, and the retry is answered."""
     settings = Settings(device="cpu", kv_cache_bytes=2**20, adapter_pool_bytes=2**20, max_adapters=4)
     built: list[Engine] = []
 
     def build(wake: Callable[[], None]) -> Engine:
-        card.dead = False  # a new process has a new context
+        gpu.dead = False  # a new process has a new context
         built.append(Engine(decoder, settings, wake=wake))
         return built[-1]
 
     engine = AsyncEngine.in_thread(settings, build)
     await engine.start()
     try:
-        card.dead = True
+        gpu.dead = True
         monkeypatch.setattr(built[0].runner, "run", breaks(ILLEGAL))
         requests = [generate([5, 6, seed], sampling(max_tokens=4)) for seed in range(3)]
 

@@ -1,4 +1,4 @@
-"""The engine on a real card: prefill, paged decoding in CUDA graphs, adapters that come and go, training beside it."""
+"""The engine on a real GPU: prefill, paged decoding in CUDA graphs, adapters that come and go, training beside it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def logprobs(answer: Answer, count: int | None = None) -> list[float]:
 
 def test_float32_gives_the_cpus_tokens(tiny_base: Path, adapters: list[AdapterRef], driver: MakeDriver) -> None:
     host = driver(base=load_decoder(tiny_base), **SMALL)
-    card = driver(base=load_decoder(tiny_base, device="cuda"), **SMALL)
-    assert card.engine.runner.graphs is not None
-    for one, other in zip(host.run(*requests(adapters)), card.run(*requests(adapters)), strict=True):
+    gpu = driver(base=load_decoder(tiny_base, device="cuda"), **SMALL)
+    assert gpu.engine.runner.graphs is not None
+    for one, other in zip(host.run(*requests(adapters)), gpu.run(*requests(adapters)), strict=True):
         assert other.failure is None
         assert other.tokens == one.tokens
         assert logprobs(other) == pytest.approx(logprobs(one), abs=1e-4)
-    assert card.engine.stats().adapter_evictions > 3
+    assert gpu.engine.stats().adapter_evictions > 3
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.6), (torch.float16, 0.1)], ids=str)
@@ -55,9 +55,9 @@ def test_half_types_are_near_float32(
 ) -> None:
     """Log-probabilities of the tokens up to the first other one; prompts go through flash attention, in chunks."""
     host = driver(base=load_decoder(tiny_base), **SMALL)
-    card = driver(base=load_decoder(tiny_base, device="cuda", dtype=dtype), **SMALL)
+    gpu = driver(base=load_decoder(tiny_base, device="cuda", dtype=dtype), **SMALL)
     gaps = []
-    for one, other in zip(host.run(*requests(adapters)), card.run(*requests(adapters)), strict=True):
+    for one, other in zip(host.run(*requests(adapters)), gpu.run(*requests(adapters)), strict=True):
         assert other.failure is None
         same = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b), None)
         gaps += [abs(a - b) for a, b in zip(logprobs(one, same), logprobs(other, same), strict=True)]

@@ -39,7 +39,7 @@ class Disk:
 
     def read(self, wanted: AdapterRef) -> PreparedAdapter:
         self.begun.append(wanted.digest)
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         if wanted.digest in self.broken:
             raise OSError(5, "Input/output error")
         return prepared(adapter(self.ranks.get(wanted.digest, (1, 0, 0)), sum(wanted.digest.encode())))

@@ -16,6 +16,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.model.loading import load_decoder
 from tests.engine.driver import Answer, Driver, make_adapter, peft_warnings
 from tests.engine.requests import generate, sampling
+from tests.support.full import full_but
 
 PROMPTS = (
     [504, 3575, 282, 4649, 314],  # "The capital of France is"
@@ -80,7 +81,7 @@ def engine(base: Path, dtype: torch.dtype) -> Iterator[Driver]:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", full_but(torch.float32, [torch.float32, torch.bfloat16]), ids=["float32", "bfloat16"])
 def test_one_mixed_batch_equals_peft_one_at_a_time(
     dtype: torch.dtype, real_base: Path, refs: dict[str, AdapterRef]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the engine takes of a device, in numbers: Llama-3-8B in bfloat16 on cards of 24, 80 and 141 GB, and on a CPU."""
+"""What the engine takes of a device, in numbers: Llama-3-8B in bfloat16 on GPUs of 24, 80 and 141 GB, and on a CPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WEIGHTS = 16_060_000_000
 PER_TOKEN = KVCache.bytes_per_block(SPEC, 1, torch.bfloat16)  # 131 kB
 
 
-def card(gigabytes: float, *, weights: int = WEIGHTS) -> Facts:
-    """A card with the base on it; its driver and this process have taken 1.5 % of the rest."""
+def gpu(gigabytes: float, *, weights: int = WEIGHTS) -> Facts:
+    """A GPU with the base on it; its driver and this process have taken 1.5 % of the rest."""
     return Facts("cuda", int(gigabytes * 1e9), int(gigabytes * 0.985e9), weights)
 
 
@@ -46,24 +46,24 @@ def test_an_8b_base_gets_the_keys_and_values_that_its_card_holds(
     gigabytes: int, tokens: int, seqs: int, cached: tuple[int, int]
 ) -> None:
     """512 MiB on any device were 4,096 tokens in all."""
-    found = on(card(gigabytes))
+    found = on(gpu(gigabytes))
     assert (found.max_num_batched_tokens, found.max_num_seqs) == (tokens, seqs)
     assert cached[0] <= found.kv_cache_bytes // PER_TOKEN <= cached[1]
     everything = WEIGHTS + found.kv_cache_bytes + found.adapter_pool_bytes + found.training_bytes
-    assert everything < 0.9 * card(gigabytes).free
+    assert everything < 0.9 * gpu(gigabytes).free
 
 
 def test_a_card_that_does_not_train_has_the_tenth_for_keys_and_values() -> None:
-    trains, serves = on(card(80)), on(card(80), role="serve")
+    trains, serves = on(gpu(80)), on(gpu(80), role="serve")
     assert serves.training_bytes == 0
-    assert trains.training_bytes == pytest.approx(0.1 * card(80).free, rel=0.01)
+    assert trains.training_bytes == pytest.approx(0.1 * gpu(80).free, rel=0.01)
     assert serves.kv_cache_bytes - trains.kv_cache_bytes == trains.training_bytes
 
 
 def test_what_a_step_was_seen_to_take_comes_off_the_keys_and_values() -> None:
-    estimated, seen = on(card(80)), on(card(80), activations=9 * 10**9)
+    estimated, seen = on(gpu(80)), on(gpu(80), activations=9 * 10**9)
     assert 5e9 < estimated.kv_cache_bytes - seen.kv_cache_bytes < 9e9
-    assert on(card(80), activations=1).kv_cache_bytes == estimated.kv_cache_bytes
+    assert on(gpu(80), activations=1).kv_cache_bytes == estimated.kv_cache_bytes
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_a_step_was_seen_to_take_comes_off_the_keys_and_values() -> None:
     [("kv_cache_bytes", 2**30), ("adapter_pool_bytes", 2**31), ("max_num_seqs", 7), ("max_num_batched_tokens", 100)],
 )
 def test_what_is_set_is_taken_as_it_is_set(name: str, value: int) -> None:
-    found = on(card(141), **{name: value})
+    found = on(gpu(141), **{name: value})
     assert getattr(found, name) == value
     assert name not in found.chosen(Settings(**{name: value}))  # type: ignore[arg-type]
     assert getattr(found.settle(Settings(**{name: value})), name) == value  # type: ignore[arg-type]
@@ -81,22 +81,22 @@ def test_what_is_set_is_taken_as_it_is_set(name: str, value: int) -> None:
 
 def test_a_base_that_leaves_no_room_is_refused_with_what_takes_how_much() -> None:
     with pytest.raises(ConfigurationError, match=r"of 15\.8 GB .* weights 16\.1 GB.*TENORA_ROLE=serve"):
-        on(card(16))
+        on(gpu(16))
     with pytest.raises(ConfigurationError, match=r"training 1\.8 GB"):
-        on(card(18.5))
-    assert on(card(22), role="serve").kv_cache_bytes > 2048 * PER_TOKEN
+        on(gpu(18.5))
+    assert on(gpu(22), role="serve").kv_cache_bytes > 2048 * PER_TOKEN
 
 
 def test_a_tight_card_gets_fewer_sequences_and_slots_before_it_is_refused() -> None:
-    tight, roomy = on(card(24)), on(card(32))
+    tight, roomy = on(gpu(24)), on(gpu(32))
     assert (tight.max_num_seqs, tight.adapter_pool_bytes) == (64, 512 * 2**20)
-    assert (roomy.max_num_seqs, roomy.adapter_pool_bytes) == (256, int(0.05 * card(32).free))
-    assert on(card(24), max_num_seqs=200, role="serve").max_num_seqs == 200
+    assert (roomy.max_num_seqs, roomy.adapter_pool_bytes) == (256, int(0.05 * gpu(32).free))
+    assert on(gpu(24), max_num_seqs=200, role="serve").max_num_seqs == 200
 
 
 def test_more_than_the_card_has_is_refused_before_it_is_allocated() -> None:
     with pytest.raises(ConfigurationError, match=r"TENORA_KV_CACHE_BYTES .* 70\.0 GB, but of 78\.8 GB .*16\.1 GB"):
-        on(card(80), kv_cache_bytes=70 * 10**9, adapter_pool_bytes=2**20)
+        on(gpu(80), kv_cache_bytes=70 * 10**9, adapter_pool_bytes=2**20)
 
 
 def test_sizes_of_decode_steps() -> None:

@@ -21,6 +21,7 @@ from tenora_kernels.cpu.runtime import cache, team
 from tenora_kernels.cpu.runtime.cache import Progress
 from tenora_kernels.cpu.runtime.levels import LEVELS, best_level, target_features
 from tenora_kernels.cpu.runtime.watch import reachable
+from tests.support.patience import PATIENCE
 
 SMALL = """
 import json, sys
@@ -113,7 +114,6 @@ def test_kernels_that_came_with_the_code_are_read_where_nothing_can_be_written(
     assert json.loads(run(SMALL, "few", **elsewhere))[0] == [3, 3, 3]
 
 
-@pytest.mark.timeout(900)
 def test_after_it_nothing_is_left_to_compile_for_a_packed_base() -> None:
     wanted = "Wanted(torch.float32, True, True, 64, True)"
     run(
@@ -169,10 +169,10 @@ def test_who_waits_for_a_compilation_hears_how_far_it_is_and_goes_on_at_its_end(
 
     waiting = threading.Thread(target=wait_for_others, args=(report,))
     waiting.start()
-    assert heard.wait(60)
+    assert heard.wait(PATIENCE)
     assert waiting.is_alive()
     os.close(descriptor)
-    waiting.join(60)
+    waiting.join(PATIENCE)
     assert not waiting.is_alive()
     assert set(told) == {(42, 140, 38)}
 

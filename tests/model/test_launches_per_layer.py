@@ -1,4 +1,4 @@
-"""How many launches a layer of a decode step is on a card, counted by dispatch on tensors without memory.
+"""How many launches a layer of a decode step is on a GPU, counted by dispatch on tensors without memory.
 
 A launch in a captured graph costs about two microseconds, a step of 32 layers has that many times this number: it may
 fall, and the table below falls with it; it must not grow unseen.

@@ -1,4 +1,4 @@
-"""The ways of a card, without one: rows with one new token and chunks of prompts, apart and in one step."""
+"""The ways of a GPU, without one: rows with one new token and chunks of prompts, apart and in one step."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_from_the_fused_projection() -> None:
 
 
 class OnCard(Tensor):
-    """Says that it lies on a card."""
+    """Says that it lies on a GPU."""
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Training on a real card follows the CPU's: the same losses, step by step, and the same adapter at the end."""
+"""Training on a real GPU follows the CPU's: the same losses, step by step, and the same adapter at the end."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from tenora.training.spec import (
     TrialSpec,
 )
 from tests.data.rows import random_rows
+from tests.support.full import full_but
 
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of
 
@@ -72,23 +73,23 @@ class TestSweep:
         theirs = events_of(TrainingRun(decoder, solo))[-1]
         assert_same_bits(weights_of(finished), weights_of(theirs))
 
+    @pytest.mark.parametrize("share", full_but(0.6, (0.2, 0.6, 0.9)))
     def test_a_sweep_that_was_paused_goes_on_to_the_same_bits(
-        self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path
+        self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path, share: float
     ) -> None:
         whole = events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=TRIALS)))
-        for share in (0.2, 0.6, 0.9):
-            spec = learnable(make_spec, tmp_path, trials=TRIALS)
-            run = TrainingRun(decoder, spec)
-            trials = 0
-            for item in run:
-                trials += isinstance(item, TrialEvent)
-                if trials >= share * sum(isinstance(event, TrialEvent) for event in whole):
-                    run.stop(pause=True)
-            rest = events_of(TrainingRun(decoder, spec))
-            assert_same_bits(weights_of(rest[-1]), weights_of(whole[-1]))
-            assert isinstance(rest[-1], FinishedEvent)
-            assert rest[-1].trial == whole[-1].trial
-            assert rest[-1].trained_tokens == whole[-1].trained_tokens
+        spec = learnable(make_spec, tmp_path, trials=TRIALS)
+        run = TrainingRun(decoder, spec)
+        trials = 0
+        for item in run:
+            trials += isinstance(item, TrialEvent)
+            if trials >= share * sum(isinstance(event, TrialEvent) for event in whole):
+                run.stop(pause=True)
+        rest = events_of(TrainingRun(decoder, spec))
+        assert_same_bits(weights_of(rest[-1]), weights_of(whole[-1]))
+        assert isinstance(rest[-1], FinishedEvent)
+        assert rest[-1].trial == whole[-1].trial
+        assert rest[-1].trained_tokens == whole[-1].trained_tokens
 
     def test_the_tokens_of_all_trials_count(self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path) -> None:
         spec = learnable(make_spec, tmp_path, trials=TRIALS)

@@ -26,6 +26,7 @@ from tenora.errors import (
     StorageFullError,
 )
 from tests.control.conftest import ROWS, OpenControl, jsonl, pieces, tenant, upload
+from tests.support.patience import PATIENCE
 
 
 def everything_in(home: Path) -> list[Path]:
@@ -248,7 +249,7 @@ async def test_the_checks_of_a_tenants_files_hold_up_nobody_else(
     def validate(path: Path, *args: Any, **options: Any) -> ValidationReport:
         if path.stat().st_size == len(long):
             running.append(1)
-            may.wait(30)
+            may.wait(PATIENCE)
         return real(path, *args, **options)
 
     monkeypatch.setattr(files, "validate_file", validate)

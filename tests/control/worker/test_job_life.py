@@ -194,7 +194,7 @@ async def test_a_job_waits_for_the_engine(control: Control, acme: Principal, eng
     engine.alive = False
     job = await create_job(control, acme)
     await until(control, acme, job.id, "queued")
-    await asyncio.sleep(0.05)
+    await engine.awaited.wait()
     assert engine.specs == []
     engine.alive = True
     assert (await until(control, acme, job.id)).status == "succeeded"

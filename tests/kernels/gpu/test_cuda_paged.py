@@ -26,12 +26,12 @@ def attend(pages: Pages, window: int | None = None) -> Tensor:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (8, 4, 256), (4, 4, 96), (32, 1, 80)])
 def test_equals_torchs_attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     pages = Pages.make(EDGES, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
-    card = pages.cuda()
+    gpu = pages.cuda()
     for window in (None, 1, 300, 4096):
-        got = attend(card, window)
+        got = attend(gpu, window)
         assert worst(got.cpu(), pages.wanted(window)) <= TOLERANCE[dtype]
         assert not got[0].any(), "padding must be zeros"
-        assert torch.equal(got, attend(card, window)), "equal arguments, other bits"
+        assert torch.equal(got, attend(gpu, window)), "equal arguments, other bits"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -91,7 +91,7 @@ def test_what_is_reported() -> None:
     assert summary([3.0, 1.0, 2.0]).median == 2.0
 
 
-class _Card:
+class _Gpu:
     def __init__(self, status: int) -> None:
         self.status = status
         self.commands: list[list[str]] = []
@@ -105,7 +105,7 @@ class _Card:
 def test_it_measures_only_what_passed_the_tests(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = _Card(status)
+    gpu = _Gpu(status)
     loop = {
         "rows": 1,
         "distribution": "distinct",
@@ -123,11 +123,11 @@ def test_it_measures_only_what_passed_the_tests(
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB")
-    monkeypatch.setattr(subprocess, "run", card.run)
+    monkeypatch.setattr(subprocess, "run", gpu.run)
     monkeypatch.setattr(check, "measured", lambda name, seconds: iter([report]))
     monkeypatch.chdir(tmp_path)
     assert check.main([]) == status
-    assert "tests/kernels/gpu/test_cuda.py" in card.commands[0]
+    assert "tests/kernels/gpu/test_cuda.py" in gpu.commands[0]
     written = tmp_path / "gpu-nvidia-h100-80gb.json"
     assert written.exists() == (status == 0)
     if status == 0:

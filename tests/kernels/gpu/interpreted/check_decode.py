@@ -23,12 +23,12 @@ from tests.support.full import full_but
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Driver]]:
-    """`card(directory)`: an engine as on a card, but for the graphs, which do their work again."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Driver]]:
+    """`gpu(directory)`: an engine as on a GPU, but for the graphs, which do their work again."""
     made: list[Driver] = []
 
     def make(directory: Path, **settings: Any) -> Driver:
-        monkeypatch.setattr(cache, "takes", lambda *given: False)  # blocks as they lie on a card
+        monkeypatch.setattr(cache, "takes", lambda *given: False)  # blocks as they lie on a gpu
         monkeypatch.setattr(attention, "GatheredAttention", pages.SplitAttention)
         monkeypatch.setattr(pages, "_kernels_for", lambda device: paged)
         monkeypatch.setattr(ops, "select_backend", lambda *given: backend)
@@ -54,17 +54,17 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize("family", full_but("mistral", ["smollm2", "llama", "mistral", "qwen3", "dynamic_rope"]))
-def test_every_family(family: str, make_tiny: Callable[[str], Path], card: Callable[..., Driver]) -> None:
+def test_every_family(family: str, make_tiny: Callable[[str], Path], gpu: Callable[..., Driver]) -> None:
     """Two of three rows decode while the third one's chunk comes in; one row in four is padding."""
     directory = make_tiny(family)
     requests = [generate(prompt(length, length), sampling(max_tokens=3)) for length in (3, 7, 15)]
     plain = Driver(load_decoder(directory), max_num_batched_tokens=16)
     wanted = [answer.tokens for answer in plain.run(*requests)]
     plain.close()
-    assert [answer.tokens for answer in card(directory, max_num_batched_tokens=16).run(*requests)] == wanted
+    assert [answer.tokens for answer in gpu(directory, max_num_batched_tokens=16).run(*requests)] == wanted
 
 
-def test_adapters(tiny_base: Path, adapters: list[AdapterRef], card: Callable[..., Driver]) -> None:
+def test_adapters(tiny_base: Path, adapters: list[AdapterRef], gpu: Callable[..., Driver]) -> None:
     """They are read after the first steps, and one slot is for both of them."""
     requests = [
         generate(prompt(4, index), sampling(max_tokens=4 - index), adapter=kind)
@@ -75,12 +75,12 @@ def test_adapters(tiny_base: Path, adapters: list[AdapterRef], card: Callable[..
     bare = [plain.tokens(request.token_ids, request.sampling) for request in requests[1:]]
     plain.close()
     assert bare != wanted[1:], "the adapters change nothing, so this shows nothing"
-    tiny = card(tiny_base, max_adapters=1)
+    tiny = gpu(tiny_base, max_adapters=1)
     assert [answer.tokens for answer in tiny.run(*requests)] == wanted
     assert tiny.engine.stats().adapter_evictions == 1
 
 
-def test_the_blocks_of_a_card_are_whole(tiny_base: Path, card: Callable[..., Driver]) -> None:
-    runner = card(tiny_base).engine.runner
+def test_the_blocks_of_a_gpu_are_whole(tiny_base: Path, gpu: Callable[..., Driver]) -> None:
+    runner = gpu(tiny_base).engine.runner
     assert all(part.is_contiguous() for part in (*runner.cache.k, *runner.cache.v))
     assert runner.decoder.dtype == torch.float32
