@@ -12,7 +12,8 @@ from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, may
 from tenora.api.idempotency import once
 from tenora.api.schemas.base import ListResponse
 from tenora.api.schemas.estimates import EstimateObject
-from tenora.api.schemas.fine_tuning import CheckpointObject, JobCreateRequest, JobEventObject, JobObject
+from tenora.api.schemas.fine_tuning import JobCreateRequest
+from tenora.api.schemas.jobs import CheckpointObject, JobEventObject, JobObject
 from tenora.api.sse import while_connected
 from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError

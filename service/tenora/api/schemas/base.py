@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
+Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
+"""A number as it was stored: 8 is not answered as 8.0."""
 
 
 class RequestModel(BaseModel):
@@ -33,6 +44,29 @@ class ResponseModel(BaseModel):
     def of(cls, record: Any) -> Self:
         """The answer about a record of the control plane, whose attributes have the fields' names."""
         return cls.model_validate(record, from_attributes=True)
+
+
+class StoredModel(ResponseModel):
+    """A part of an answer that is shown as it was stored: in that order, without what is absent there.
+
+    What other releases stored is shown whole, with fields that are not known here.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    _stored: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        found = handler(given)
+        if isinstance(given, Mapping):
+            found._stored = tuple(given)  # noqa: SLF001  # of the class's own
+        return found
+
+    @model_serializer(mode="wrap")
+    def _as_stored(self, handler: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]  # the document would show it
+        shown = handler(self)
+        return {name: shown[name] for name in self._stored}
 
 
 class ListResponse(ResponseModel, Generic[T]):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field
 
 from tenora.api.schemas.base import ResponseModel
+from tenora.api.schemas.job_parts import LineageSettingsObject
 from tenora.control.gate.card import Against, OverfitVerdict, Source, Verdict
 from tenora.training.methods.method import Unit
 
@@ -155,7 +156,7 @@ class LineageObject(ResponseModel):
     parent: ParentObject | None
     files: list[LineageFileObject]
     rows: RowsObject | None = None
-    settings: dict[str, Any]
+    settings: LineageSettingsObject
     seed: int
     versions: dict[str, str]
     created_at: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, StrictBool, create_model
+from pydantic import BaseModel, Field, PlainValidator, StrictBool, create_model
 
-from tenora.api.schemas.base import RequestModel, ResponseModel, auto_or_number, invalid
+from tenora.api.schemas.base import Number, RequestModel, ResponseModel, StoredModel, auto_or_number, invalid
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import Setting
 
@@ -25,21 +25,50 @@ def echo_of(name: str, settings: Mapping[str, Setting]) -> type[ResponseModel]:
     return create_model(name, __base__=ResponseModel, **fields)
 
 
+def stored_model(
+    name: str, settings: Mapping[str, Setting], *, doc: str | None = None, resolved: bool = False
+) -> type[StoredModel]:
+    """A part of an answer with these fields as they are stored.
+
+    Args:
+        resolved: every one of them is there, and none is "auto".
+    """
+    fields: dict[str, Any] = {}
+    for field, setting in settings.items():
+        kind = Number if setting.kind is float else _value_type(setting)
+        if resolved:
+            fields[field] = (kind, Field(description=setting.help))
+        else:
+            kind = kind | Literal["auto"] if setting.auto else kind
+            fields[field] = (kind | None, Field(default=None, description=setting.help))
+    return create_model(name, __base__=StoredModel, __doc__=doc, **fields)
+
+
 def method_model(name: str, *, doc: str) -> type[RequestModel]:
     """`{"type": <method>, <method>: {"hyperparameters": {…}}}` for the methods that there are."""
+    return create_model(name, __base__=RequestModel, __doc__=doc, **_methods(RequestModel, model_of, ""))
+
+
+def stored_method(name: str, *, doc: str) -> type[StoredModel]:
+    """The same in an answer."""
+    return create_model(name, __base__=StoredModel, __doc__=doc, **_methods(StoredModel, stored_model, "Object"))
+
+
+def _methods(base: type[BaseModel], part: Callable[..., type[BaseModel]], ending: str) -> dict[str, Any]:
+    """The fields of a method; `part` makes the model of its hyperparameters, `ending` ends the models' names."""
     fields: dict[str, Any] = {"type": (Literal[tuple(METHODS)], ...)}
     for kind, method in METHODS.items():
         title = kind.replace("_", " ").title().replace(" ", "")
-        own = model_of(f"{title}Hyperparameters", method.hyperparameters, doc=f"Those of the method {kind}.")
+        own = part(f"{title}Hyperparameters{ending}", method.hyperparameters, doc=f"Those of the method {kind}.")
         inner: dict[str, Any] = {"hyperparameters": (own | None, None)}
         options = create_model(
-            title,
-            __base__=RequestModel,
+            f"{title}{ending}",
+            __base__=base,
             __doc__=f"Options of a method that {method.summary}.",
             **inner,
         )
         fields[kind] = (options | None, None)
-    return create_model(name, __base__=RequestModel, __doc__=doc, **fields)
+    return fields
 
 
 def _value_type(setting: Setting) -> Any:
