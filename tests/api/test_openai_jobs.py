@@ -184,7 +184,7 @@ async def test_a_file_expires_while_the_service_runs(
     later = file.created_at + 3601
     monkeypatch.setattr("tenora.control.files.files.unix_now", lambda: later)
     monkeypatch.setattr(control_module, "HOUSEKEEPING_SECONDS", 0.05)
-    housekeeper, _ = service.control._background
+    housekeeper, *_ = service.control._background
     housekeeper.cancel()
     keeper = asyncio.create_task(service.control._keep_house())
     while path.exists():  # noqa: ASYNC110  # the state of a directory
