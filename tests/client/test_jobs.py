@@ -149,9 +149,9 @@ def test_the_bar_of_a_sweep_counts_its_trials(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "200")
     out = Terminal()
     bar = tc.JobBar(out, clock=lambda: 0.0)
-    trials = [{"status": status, "valid_loss": loss} for status, loss in (("queued", None), ("running", 2.5))]
-    over = [{"status": "stopped", "valid_loss": 3.0}, {"status": "failed", "valid_loss": None}]
-    running = tc.JobState.model_validate(job("running", sweep_results=[*trials, *over]))
+    stand = (("queued", None), ("running", 2.5), ("stopped", 3.0), ("failed", None))
+    trials = [{"trial": n, "status": status, "valid_loss": loss} for n, (status, loss) in enumerate(stand)]
+    running = tc.JobState.model_validate(job("running", sweep_results=trials))
     bar.show(running, events(event(1, trial=1, step=5, total_steps=9)))
     bar.close()
     assert "[############------------] trials 2/4 over  best held-out 2.500" in out.getvalue()

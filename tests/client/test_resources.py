@@ -161,7 +161,10 @@ async def test_an_estimate_sends_what_a_job_would() -> None:
 
 
 def test_a_job_says_what_its_owner_asked_for() -> None:
-    answer = job(sweep_results=[{"trial": 0, "winner": True}], parent="mine", lora={"rank": 8}, result_files=["file-9"])
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "later": 1}}}
+    trial = {"trial": 0, "rank": 8, "status": "finished", "winner": True, "valid_loss": None}
+    told = {"method": method, "sweep": {"rank": [8, 16]}, "sweep_results": [trial], "lora": {"rank": 8}}
+    answer = job(**told, parent="mine", result_files=["file-9"])
     script = Script(reply(answer))
     files = [{"file": "file-1", "weight": 2}, {"file": "file-2"}]
     asked: dict[str, Any] = {
@@ -177,8 +180,18 @@ def test_a_job_says_what_its_owner_asked_for() -> None:
     with script.client() as client:
         created = client.jobs.create(model="mine", **asked)
     assert script.sent() == {"model": "mine", **asked}
-    assert (created.parent, created.lora, created.result_files) == ("mine", {"rank": 8}, ["file-9"])
-    assert created.sweep_results == [{"trial": 0, "winner": True}]
+    assert (created.parent, created.lora.rank, created.result_files) == ("mine", 8, ["file-9"])
+    assert created.hyperparameters.n_epochs == "auto"
+    assert created.method is not None
+    assert created.method.dpo is not None
+    assert created.method.dpo.hyperparameters is not None
+    assert (created.method.supervised, created.method.dpo.hyperparameters.beta) == (None, 0.2)
+    assert created.sweep_results is not None
+    assert [(one.rank, one.winner, one.valid_loss, one.reason) for one in created.sweep_results] == [
+        (8, True, None, None)
+    ]
+    dumped = created.model_dump(mode="json")
+    assert {name: dumped[name] for name in told} == told, "a part is dumped as it came"
 
 
 def test_an_upload_streams_the_file_and_reports_progress(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tenora.training.methods.table import METHODS
-from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS, Setting
+from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, RUN, SETTINGS, Setting
+from tenora.training.spec import LORA, TrialSpec
 
 TARGET = Path(__file__).parents[1] / "src/tenora_client/settings.py"
 
@@ -42,6 +43,8 @@ def text() -> str:
         "",
         "from typing import Literal, TypedDict",
         "",
+        "from tenora_client.api_object import Part",
+        "",
         f"MethodName = {literal(METHODS)}",
         *(
             f"# Of {name} alone, among the hyperparameters of its method: {', '.join(names)}."
@@ -57,7 +60,30 @@ def text() -> str:
     for name, setting in fields.items():
         sentence = f"{setting.help.split('. ')[0].rstrip('.')}; {setting.words}."
         lines += [f"    {name}: {kind_of(setting)}", *wrapped(sentence)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *answers()]) + "\n"
+
+
+def answers() -> Iterator[str]:
+    """The parts of a job's answer."""
+    every = {one.name: one for method in METHODS.values() for one in method.hyperparameters.values()}
+    trial = {name: (LORA | RUN)[name] for name in TrialSpec.__struct_fields__}
+    yield from part("Hyperparameters", 'Of a job\'s method; "auto" until the files have been read.', every, auto=True)
+    yield from part("MethodOptions", "Of one method.", {"hyperparameters": "Hyperparameters"})
+    options = dict.fromkeys(METHODS, "MethodOptions")
+    yield from part("Method", "How a job trains: the options of its type are there.", options, "    type: str")
+    yield from part("LoraShape", "Of an adapter to train.", LORA)
+    yield from part("TrialSettings", "Of a trial of a sweep.", trial)
+
+
+def part(
+    name: str, summary: str, fields: Mapping[str, Setting] | Mapping[str, str], *first: str, auto: bool = False
+) -> Iterator[str]:
+    """A class of an answer, with None where the server says nothing."""
+    yield from ("", "", f"class {name}(Part):", f'    """{summary}"""', "", *first)
+    for field, setting in fields.items():
+        kind = setting if isinstance(setting, str) else "str" if setting.choices else setting.kind.__name__
+        words = ' | Literal["auto"]' if auto else ""
+        yield f"    {field}: {kind}{words} | None = None"
 
 
 def wrapped(sentence: str) -> list[str]:

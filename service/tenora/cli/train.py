@@ -210,7 +210,7 @@ def file_id(client: Client, path_or_id: str) -> str:
 def report(job: Job) -> None:
     """Print what came of a job, and how to go on."""
     if job.sweep_results:
-        show_table(_TABLE, ([trial.get(column) for column in _TABLE] for trial in job.sweep_results))
+        show_table(_TABLE, ([getattr(trial, column) for column in _TABLE] for trial in job.sweep_results))
     if job.evaluation is not None:
         _report_evaluation(job.evaluation, "base" if job.parent is None else job.parent)
     typer.echo(f"model          {job.fine_tuned_model}")

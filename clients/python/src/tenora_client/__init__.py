@@ -43,6 +43,7 @@ from tenora_client.evaluation import (
     Replaced,
     TaskResult,
 )
+from tenora_client.job_parts import Lora, Sweep, Trial
 from tenora_client.jobs import Job
 from tenora_client.models import (
     Adapter,
@@ -62,6 +63,7 @@ from tenora_client.models import (
 from tenora_client.paging import Pages
 from tenora_client.progress import Bar, JobBar
 from tenora_client.retry import RetryPolicy
+from tenora_client.settings import Hyperparameters, Method
 from tenora_client.streams import Stream
 from tenora_client.version import __version__
 
@@ -87,12 +89,15 @@ __all__ = [
     "Evaluation",
     "EvaluationPoint",
     "File",
+    "Hyperparameters",
     "Job",
     "JobBar",
     "JobError",
     "JobEvent",
     "JobState",
     "Judgement",
+    "Lora",
+    "Method",
     "Model",
     "NotFoundError",
     "Pages",
@@ -110,9 +115,11 @@ __all__ = [
     "StorageFullError",
     "Stream",
     "StreamError",
+    "Sweep",
     "TaskResult",
     "TenoraError",
     "TransportError",
+    "Trial",
     "UnavailableError",
     "UnprocessableError",
     "Usage",

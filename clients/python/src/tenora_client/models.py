@@ -9,6 +9,8 @@ from pydantic import Field
 
 from tenora_client.api_object import ApiObject
 from tenora_client.evaluation import Evaluation, Published
+from tenora_client.job_parts import Lora, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
+from tenora_client.settings import Hyperparameters, Method
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -237,8 +239,8 @@ class Estimate(ApiObject):
     measured: bool = False
     publish: str | None = None
     min_gain: float | None = None
-    replaces: Mapping[str, Any] | None = None
-    tasks: Sequence[Mapping[str, Any]] = ()
+    replaces: Replaces | None = None
+    tasks: Sequence[TaskEstimate] = ()
 
 
 class JobFailure(ApiObject):
@@ -257,11 +259,11 @@ class JobState(ApiObject):
     model: str
     status: JobStatus
     training_file: str
-    training_files: Sequence[Mapping[str, Any]] | None = None
+    training_files: Sequence[TrainingFile] | None = None
     validation_file: str | None = None
-    method: Mapping[str, Any] | None = None
-    hyperparameters: Mapping[str, Any] = Field(default_factory=dict)
-    lora: Mapping[str, Any] = Field(default_factory=dict)
+    method: Method | None = None
+    hyperparameters: Hyperparameters = Hyperparameters()
+    lora: Lora = Lora()
     seed: int | None = None
     publish: str | None = None
     min_gain: float | None = None
@@ -272,7 +274,8 @@ class JobState(ApiObject):
     estimated_finish: int | None = None
     trained_tokens: int | None = None
     result_files: Sequence[str] = ()
-    sweep_results: Sequence[Mapping[str, Any]] | None = None
+    sweep: Sweep | None = None
+    sweep_results: Sequence[Trial] | None = None
     parent: str | None = None
     metadata: Mapping[str, str] | None = None
     evaluation: Evaluation | None = None

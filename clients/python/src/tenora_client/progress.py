@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from tenora_client.calls import OnBytes
+from tenora_client.job_parts import Trial
 from tenora_client.models import JobEvent, JobState
 
 WIDTH = 24
@@ -155,10 +156,10 @@ class JobBar:
         return (total - step) * (self._clock() - first_time) / (step - first_step)
 
 
-def _sweep(trials: Sequence[Mapping[str, Any]]) -> tuple[float, float, str]:
+def _sweep(trials: Sequence[Trial]) -> tuple[float, float, str]:
     """Trials that are over, all trials, and the best one so far in words."""
-    over = sum(trial.get("status") not in ("queued", "running") for trial in trials)
-    losses = [trial["valid_loss"] for trial in trials if trial.get("valid_loss") is not None]
+    over = sum(trial.status not in ("queued", "running") for trial in trials)
+    losses = [trial.valid_loss for trial in trials if trial.valid_loss is not None]
     best = f"  best held-out {min(losses):.3f}" if losses else ""
     return over, len(trials), f"trials {over}/{len(trials)} over{best}"
 

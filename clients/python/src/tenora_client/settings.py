@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from tenora_client.api_object import Part
+
 MethodName = Literal["supervised", "dpo"]
 # Of dpo alone, among the hyperparameters of its method: beta.
 
@@ -43,3 +45,45 @@ class Settings(TypedDict, total=False):
     min_gain: float
     """With if_better: the gain that is asked for, in nats per learned token, per pair of DPO; of a new name over the
     base; a number, at least 0 and at most 100."""
+
+
+class Hyperparameters(Part):
+    """Of a job's method; "auto" until the files have been read."""
+
+    n_epochs: int | Literal["auto"] | None = None
+    batch_size: int | Literal["auto"] | None = None
+    learning_rate_multiplier: float | Literal["auto"] | None = None
+    beta: float | Literal["auto"] | None = None
+
+
+class MethodOptions(Part):
+    """Of one method."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Part):
+    """How a job trains: the options of its type are there."""
+
+    type: str
+    supervised: MethodOptions | None = None
+    dpo: MethodOptions | None = None
+
+
+class LoraShape(Part):
+    """Of an adapter to train."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    use_rslora: bool | None = None
+
+
+class TrialSettings(Part):
+    """Of a trial of a sweep."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    learning_rate: float | None = None
+    n_epochs: int | None = None
+    batch_size: int | None = None
