@@ -17,6 +17,19 @@ def connect() -> Client:
     return Client(base_url=os.environ.get("TENORA_URL") or local_url())
 
 
+def running() -> Client | None:
+    """A client for $TENORA_URL or for the server that runs on this $TENORA_HOME; None if there is neither."""
+    if os.environ.get("TENORA_URL"):
+        return connect()
+    if local_url() is None:
+        return None
+    client = connect()
+    if client.ready():
+        return client
+    client.close()  # it was killed, or does not take requests now
+    return None
+
+
 def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """$TENORA_HOME."""
     return Path(environ.get("TENORA_HOME") or "~/.tenora").expanduser()

@@ -47,6 +47,7 @@ from tenora_client.job_parts import Lora, Sweep, Trial
 from tenora_client.jobs import Job
 from tenora_client.models import (
     Adapter,
+    ApiKey,
     ChatChunk,
     ChatCompletion,
     Checkpoint,
@@ -57,7 +58,9 @@ from tenora_client.models import (
     JobEvent,
     JobState,
     Model,
+    NewApiKey,
     Preview,
+    Tenant,
     Usage,
 )
 from tenora_client.paging import Pages
@@ -69,6 +72,7 @@ from tenora_client.version import __version__
 
 __all__ = [
     "Adapter",
+    "ApiKey",
     "AsyncClient",
     "AsyncJob",
     "AsyncPages",
@@ -99,6 +103,7 @@ __all__ = [
     "Lora",
     "Method",
     "Model",
+    "NewApiKey",
     "NotFoundError",
     "Pages",
     "PayloadTooLargeError",
@@ -117,6 +122,7 @@ __all__ = [
     "StreamError",
     "Sweep",
     "TaskResult",
+    "Tenant",
     "TenoraError",
     "TransportError",
     "Trial",

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 import httpx
 
+from tenora_client.async_admin import AsyncAdmin
 from tenora_client.async_jobs import AsyncJobs
 from tenora_client.async_resources import AsyncAdapters, AsyncChat, AsyncCompletions, AsyncFiles, AsyncModels
 from tenora_client.async_streams import AsyncStream
@@ -65,6 +66,7 @@ class AsyncClient:
         self.files = AsyncFiles(self)
         self.jobs = AsyncJobs(self)
         self.adapters = AsyncAdapters(self)
+        self.admin = AsyncAdmin(self)
 
     async def __aenter__(self) -> Self:
         return self

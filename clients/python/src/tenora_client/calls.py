@@ -71,6 +71,11 @@ _EVENTS = TypeAdapter(models.ListPage[models.JobEvent])
 _CHECKPOINTS = TypeAdapter(models.ListPage[models.Checkpoint])
 _ADAPTER = TypeAdapter(models.Adapter)
 _ADAPTERS = TypeAdapter(models.ListPage[models.Adapter])
+_TENANT = TypeAdapter(models.Tenant)
+_TENANTS = TypeAdapter(models.ListPage[models.Tenant])
+_KEY = TypeAdapter(models.ApiKey)
+_KEYS = TypeAdapter(models.ListPage[models.ApiKey])
+_NEW_KEY = TypeAdapter(models.NewApiKey)
 _CHAT = TypeAdapter(models.ChatCompletion)
 _CHAT_CHUNK = TypeAdapter(models.ChatChunk)
 _COMPLETION = TypeAdapter(models.Completion)
@@ -279,6 +284,48 @@ def pin_adapter(name: str, *, pinned: bool) -> Call[models.Adapter]:
 def adapter_download(name: str) -> str:
     """Path of an adapter's zip."""
     return f"/v1/adapters/{_segment(name)}/download"
+
+
+# ---- tenants and their keys ----------------------------------------------------------------------------------------
+
+
+def create_tenant(name: str) -> Call[models.Tenant]:
+    """POST /v1/admin/tenants."""
+    return Call("POST", "/v1/admin/tenants", _TENANT, body={"name": name})
+
+
+def list_tenants() -> Call[models.ListPage[models.Tenant]]:
+    """GET /v1/admin/tenants."""
+    return Call("GET", "/v1/admin/tenants", _TENANTS)
+
+
+def get_tenant(name: str) -> Call[models.Tenant]:
+    """GET /v1/admin/tenants/{tenant}."""
+    return Call("GET", f"/v1/admin/tenants/{_segment(name)}", _TENANT)
+
+
+def delete_tenant(name: str) -> Call[models.Deleted]:
+    """DELETE /v1/admin/tenants/{tenant}."""
+    return Call("DELETE", f"/v1/admin/tenants/{_segment(name)}", _DELETED)
+
+
+def create_key(tenant: str, scopes: Sequence[str], name: str | None, expires_in: int | None) -> Call[models.NewApiKey]:
+    """POST /v1/admin/tenants/{tenant}/keys; `expires_in` in seconds."""
+    body = _body({}, scopes=list(scopes), name=name, expires_in=expires_in)
+    return Call("POST", f"/v1/admin/tenants/{_segment(tenant)}/keys", _NEW_KEY, body=body)
+
+
+def list_keys(tenant: str) -> Call[models.ListPage[models.ApiKey]]:
+    """GET /v1/admin/tenants/{tenant}/keys."""
+    return Call("GET", f"/v1/admin/tenants/{_segment(tenant)}/keys", _KEYS)
+
+
+def revoke_key(tenant: str, key_id: str) -> Call[models.ApiKey]:
+    """POST /v1/admin/tenants/{tenant}/keys/{id}/revoke."""
+    return Call("POST", f"/v1/admin/tenants/{_segment(tenant)}/keys/{_segment(key_id)}/revoke", _KEY)
+
+
+# ---- what they share -----------------------------------------------------------------------------------------------
 
 
 def get_bytes(path: str) -> Call[object]:

@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 
 import httpx
 
+from tenora_client.admin import Admin
 from tenora_client.calls import Call, OnBytes, get_bytes
 from tenora_client.environment import resolve_key, resolve_url
 from tenora_client.errors import TenoraError, status_error
@@ -66,6 +67,7 @@ class Client:
         self.files = Files(self)
         self.jobs = Jobs(self)
         self.adapters = Adapters(self)
+        self.admin = Admin(self)
 
     def __enter__(self) -> Self:
         return self

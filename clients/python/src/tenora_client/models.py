@@ -330,3 +330,29 @@ class Adapter(ApiObject):
     resident: str | None = None
     pinned: bool = False
     evaluation: Evaluation | None = None
+
+
+class Tenant(ApiObject):
+    """A tenant; `name` is part of its adapters' canonical names."""
+
+    id: str
+    name: str
+    created_at: int
+
+
+class ApiKey(ApiObject):
+    """A key of a tenant; `prefix` is the part of its secret that may be shown. Times are Unix seconds."""
+
+    id: str
+    name: str | None = None
+    prefix: str
+    scopes: Sequence[str]
+    created_at: int
+    expires_at: int | None = None
+    revoked_at: int | None = None
+
+
+class NewApiKey(ApiKey):
+    """A key that was just made: no other answer has its `secret`."""
+
+    secret: str
