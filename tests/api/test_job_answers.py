@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from openai.types.fine_tuning import FineTuningJob
 
 from tenora.api.schemas.job_parts import EventData, LineageSettingsObject
 from tenora.api.schemas.jobs import JobObject
 from tenora.control.jobs.records import JobRecord
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import HYPERPARAMETERS, SETTINGS
+from tenora_client import JobState
 from tests.api.conftest import Service, upload
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -126,6 +128,20 @@ def test_a_part_is_answered_as_it_is_stored(kind: str) -> None:
     expected = stored(record)
     answered = parts(JobObject.of(record).model_dump_json(), expected)
     assert answered == {name: json.dumps(value) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_both_clients_understand_every_part(kind: str) -> None:
+    text = JobObject.of(replace(RECORD, **RECORDS[kind])).model_dump_json()
+    answer = json.loads(text)
+    ours, openais = JobState.model_validate_json(text), FineTuningJob.model_validate_json(text)
+    shown = ours.model_dump(mode="json")
+    names = ("hyperparameters", "method", "training_files", "lora", "sweep", "sweep_results")
+    assert {name: shown[name] for name in names} == {name: answer[name] for name in names}
+    assert ours.hyperparameters.n_epochs == openais.hyperparameters.n_epochs == answer["hyperparameters"]["n_epochs"]
+    assert ours.method is not None
+    assert openais.method is not None
+    assert ours.method.type == openais.method.type == answer["method"]["type"]
 
 
 def test_the_settings_of_a_lineage_are_answered_as_they_are_stored() -> None:
