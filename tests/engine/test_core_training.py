@@ -95,7 +95,7 @@ class TestTraining:
 
     def test_a_command_ends_a_burst(self) -> None:
         class Endless:
-            active, advanced = 1, 0
+            busy, advanced = True, 0
 
             def advance(self) -> None:
                 self.advanced += 1

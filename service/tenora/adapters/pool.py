@@ -177,7 +177,7 @@ class SlotPool:
         slot = self._free_slots.pop()
         resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
         self._residents[digest] = resident
-        if self._uploader is None:
+        if self._uploader is None or adapter.values.device == self.tables.arena.device:
             self._write(offset, adapter.values)
             self._place(resident)
         else:
@@ -357,7 +357,7 @@ class SlotPool:
         self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, narrow=resident.narrow)
 
     def _write(self, offset: int, values: Tensor) -> None:
-        """Copy prepared values to element `offset` of the arena."""
+        """Copy prepared values to element `offset` of the arena; on a card in the order of what it computes."""
         start = offset * self._itemsize
         if self._bytes is not None:
             # One thread reaches the speed of the memory; torch would wake its pool for this.

@@ -22,8 +22,9 @@ class PreparedAdapter:
     """What `SlotPool.insert` copies.
 
     Attributes:
-        values: 1-D on the host: per module, in the order of the base's rows, A [r, in] and then Bᵀ [r, out]. Its type
-            is the arena's, or bfloat16 for an arena of float32 (a narrow slot of `LoraTables`).
+        values: 1-D on the host, or on the device if it comes from there: per module, in the order of the base's rows,
+            A [r, in] and then Bᵀ [r, out]. Its type is the arena's, or bfloat16 for an arena of float32 (a narrow slot
+            of `LoraTables`).
         ranks: one per row of the base, 0 for a module that the adapter skips.
         scaling: one per row; 0 where the rank is 0.
     """

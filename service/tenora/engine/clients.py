@@ -21,13 +21,16 @@ from tenora.engine.messages import (
     Heartbeat,
     Outputs,
     PinAdapter,
+    PutCommand,
     SequenceFailed,
     SequenceOutput,
+    StartSession,
     StartTraining,
     StopTraining,
     Training,
 )
 from tenora.engine.protocols import StepEngine
+from tenora.training.commands import Refused
 from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent
 
 OWNER: Final = "owner"
@@ -46,7 +49,9 @@ class Clients:
         # Of all but the owner, whose ids are the engine's: id in the engine → the client and its own id.
         self._sequences: dict[str, tuple[str, str]] = {}
         self._runs: dict[str, str] = {}  # run → client
-        self._waiting: dict[str, tuple[str, StartTraining]] = {}  # until another client's run of the same id has ended
+        self._waiting: dict[
+            str, tuple[str, StartTraining | StartSession]
+        ] = {}  # until another client's run of the same id has ended
 
     def joined(self, client: str) -> list[Addressed]:
         """A client has come."""
@@ -75,10 +80,14 @@ class Clients:
                 inner = _inner(client, own)
                 self._sequences.pop(inner, None)
                 command = Abort(inner)
-            case StartTraining(spec=spec):
+            case StartTraining(spec=spec) | StartSession(spec=spec):
                 if self._runs.setdefault(spec.run_id, client) != client:
                     self._waiting[spec.run_id] = (client, command)
                     return told
+            case PutCommand(run_id=run_id, command=put) if self._runs.get(run_id) != client:
+                unknown = "No run of this name has been started here."
+                refused = Refused(run_id=run_id, command_id=put.command_id, code="unknown_run", message=unknown)
+                return [(client, Training(refused))]
             case StopTraining(run_id=run_id):
                 if run_id in self._waiting and self._waiting[run_id][0] == client:
                     del self._waiting[run_id]

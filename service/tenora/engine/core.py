@@ -34,7 +34,9 @@ from tenora.engine.messages import (
     Loading,
     Outputs,
     PinAdapter,
+    PutCommand,
     Ready,
+    StartSession,
     StartTraining,
     StopTraining,
 )
@@ -42,6 +44,7 @@ from tenora.engine.outputs import Item, advance, failed, is_final
 from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
 from tenora.engine.resources import Facts, Resources, resources
+from tenora.engine.rollouts import Rollouts
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
 from tenora.engine.sequence import SequenceState
@@ -57,7 +60,7 @@ from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
 from tenora.training.resident_base import TrainingHost
 from tenora.training.run import JobRun
-from tenora.training.spec import TrainSpec
+from tenora.training.spec import SessionSpec, TrainSpec
 from tenora_kernels.cpu.precompile import wait_for_others
 from tenora_kernels.cpu.runtime.team import Team
 
@@ -80,7 +83,7 @@ class Engine:
         *,
         wake: Callable[[], None] = lambda: None,
         commands_wait: Callable[[], bool] = lambda: False,
-        start_run: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
+        start_run: Callable[[TrainingHost, TrainSpec | SessionSpec], Run] = JobRun,
     ) -> None:
         """Take its memory. Raises ConfigurationError if there is not enough for keys and values, or for the context.
 
@@ -133,10 +136,12 @@ class Engine:
             max_rank=settings.max_lora_rank,
         )
         self.runner = ModelRunner(decoder, cache, self.pool.tables, graphs)
+        self.rollouts = Rollouts(self.add, self.loader.offer)
         training = FusedTraining(
             decoder,
             tokens_per_pass=settings.train_tokens_per_microbatch,
             memory=found.training_bytes,
+            sampler=self.rollouts,
             start=start_run,
         )
         self.trainer = Trainer(
@@ -220,6 +225,10 @@ class Engine:
                     self.scheduler.finish(sequence)
             case StartTraining(spec=spec):
                 self.trainer.start(spec)
+            case StartSession(spec=session):
+                self.trainer.start(session)
+            case PutCommand(run_id=run_id, command=told):
+                self.trainer.put(run_id, told)
             case StopTraining(run_id=run_id, pause=pause):
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):
@@ -244,9 +253,11 @@ class Engine:
             self._steps += 1
             items += self._run(batch)
         self._collect_adapters()
+        items = self.rollouts.take(items)
         events: list[Event] = [Outputs(items)] if items else []
+        self._worked = False  # unless a run asks for sequences meanwhile
         events += self.trainer.beside(time.monotonic() - started) if batch else self.trainer.slice(IDLE_SLICE_SECONDS)
-        self._worked = bool(batch or events or self.trainer.active)
+        self._worked |= bool(batch or events or self.trainer.busy)
         return events
 
     def shutdown(self) -> list[Event]:
@@ -256,6 +267,7 @@ class Engine:
         for sequence in self.scheduler.live():
             self.scheduler.finish(sequence)
             items.append(failed(sequence.id, "engine_shutdown", message))
+        items = self.rollouts.take(items)
         events: list[Event] = [Outputs(items)] if items else []
         events += self.trainer.shutdown()
         self.loader.close()

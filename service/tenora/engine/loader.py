@@ -47,6 +47,7 @@ class AdapterLoader:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
         self._reads: dict[str, Future[PreparedAdapter]] = {}
         self._errors: dict[str, Exception] = {}  # of reads, until somebody asks for the adapter
+        self._offered: dict[str, PreparedAdapter] = {}  # without a file; they stay until they are forgotten
         self._wanted_pins: dict[str, AdapterRef] = {}
         # Among as many copies of what was inserted last as a smaller cache holds, hardly any would have left its slot.
         self._keeps_inserted = cache.max_bytes > pool.max_bytes
@@ -71,7 +72,7 @@ class AdapterLoader:
         self._holds_wanted = False
         held: list[str] = []
         for ref in refs:
-            if self.pool.holds(ref.digest):
+            if self.pool.holds(ref.digest) or ref.digest in self._offered:
                 continue
             if ref.digest in self.cache:
                 held.append(ref.digest)
@@ -100,7 +101,7 @@ class AdapterLoader:
         self._collect()
         if (unread := self._errors.pop(ref.digest, None)) is not None:
             raise self._failure(ref, unread) from unread
-        adapter = self.cache.get(ref.digest)
+        adapter = self._offered.get(ref.digest) or self.cache.get(ref.digest)
         if adapter is None:
             self._begin(ref)
             return Blocked.LOADING
@@ -118,6 +119,10 @@ class AdapterLoader:
         # Referenced in the same breath: another insertion could evict it otherwise. On its way nobody can.
         slot = self.pool.acquire(ref.digest)
         return Blocked.LOADING if slot is None else slot
+
+    def offer(self, digest: str, adapter: PreparedAdapter) -> None:
+        """Let an adapter be acquired that no file holds, whenever there is a slot, until `forget`."""
+        self._offered[digest] = adapter
 
     def release(self, digest: str) -> None:
         """Give one reference back; the adapter stays until its slot is needed."""
@@ -154,6 +159,7 @@ class AdapterLoader:
         """The version was deleted and no sequence uses it: free its slot and host copy."""
         self._wanted_pins.pop(digest, None)
         self._errors.pop(digest, None)
+        self._offered.pop(digest, None)
         if (read := self._reads.pop(digest, None)) is not None:
             read.cancel()
         self.cache.discard(digest)

@@ -7,49 +7,11 @@ from typing import Literal
 import msgspec
 
 from tenora.adapters.ref import AdapterRef
-from tenora.training.spec import TrainEvent, TrainSpec
+from tenora.model.sampling import FinishReason, SamplingParams, TokenLogprob
+from tenora.training.commands import RunCommand
+from tenora.training.spec import SessionSpec, TrainEvent, TrainSpec
 
-FinishReason = Literal["stop", "length"]
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen. The defaults are greedy-free plain sampling, as OpenAI's.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 is off.
-        logprobs: None is off; k >= 0 gives the chosen token's and the k most likely ones'.
-        prompt_logprobs: the same for the prompt's tokens.
-        prompt_logprobs_from: index of the first prompt token that gets them, at least 1; what lies before may come from
-            the prefix cache.
-        seed: with a seed, equal requests give equal tokens whatever else is in the batch.
-        stop_token_ids: all the tokens that end the sequence: the engine knows none of its own.
-    """
-
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    prompt_logprobs_from: int = 1
-
-
-class TokenLogprob(msgspec.Struct, frozen=True):
-    """One token with its log-probability (natural log) and the most likely alternatives, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
+__all__ = ["FinishReason", "SamplingParams", "TokenLogprob"]  # handed on with the messages that carry them
 
 # ---- clients → engine ---------------------------------------------------------------------------------------------
 
@@ -87,6 +49,19 @@ class StartTraining(msgspec.Struct, frozen=True, tag="train"):
     spec: TrainSpec
 
 
+class StartSession(msgspec.Struct, frozen=True, tag="start_session"):
+    """Start a run that does what it is told, or resume it if `spec.workdir` holds its state."""
+
+    spec: SessionSpec
+
+
+class PutCommand(msgspec.Struct, frozen=True, tag="put"):
+    """Tell a run to do something. Its answer is a `Training` event; commands are carried out in the order they came."""
+
+    run_id: str
+    command: RunCommand
+
+
 class StopTraining(msgspec.Struct, frozen=True, tag="stop_training"):
     """End a run: `pause` saves its state for a later StartTraining, otherwise it is cancelled."""
 
@@ -111,7 +86,9 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Save the state of running jobs and exit. Sequences still running are failed with `engine_shutdown`."""
 
 
-Command = Generate | Abort | StartTraining | StopTraining | PinAdapter | EvictAdapter | Shutdown
+Command = (
+    Generate | Abort | StartTraining | StartSession | PutCommand | StopTraining | PinAdapter | EvictAdapter | Shutdown
+)
 
 # ---- engine → clients ---------------------------------------------------------------------------------------------
 

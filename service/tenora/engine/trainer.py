@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from tenora.engine.clock import Clock, HostClock
 from tenora.engine.messages import Training
+from tenora.training.commands import RunCommand
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import TrainSpec
+from tenora.training.spec import SessionSpec, TrainSpec
 
 STEPS_BETWEEN_BURSTS = 24
 """Of generation: fewer than 5 % of the gaps between tokens then hold a burst."""
@@ -52,13 +53,22 @@ class Trainer:
         return self._training.active
 
     @property
+    def busy(self) -> bool:
+        """Whether a slice would get anything done: not if every run waits for a command, or for sequences."""
+        return self._training.busy
+
+    @property
     def trained_tokens(self) -> int:
         """Learned tokens that had a gradient, over all runs since the start."""
         return self._training.trained_tokens
 
-    def start(self, spec: TrainSpec) -> None:
+    def start(self, spec: TrainSpec | SessionSpec) -> None:
         """Begin or resume a run. Ignored if it is in progress."""
         self._training.start(spec)
+
+    def put(self, run_id: str, command: RunCommand) -> None:
+        """Tell a run to do something; its answer, or why there is none, is an event."""
+        self._training.put(run_id, command)
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile."""
@@ -66,7 +76,7 @@ class Trainer:
 
     def beside(self, seconds: float) -> list[Training]:
         """After a step of generation that took so long: a burst of training, if one is due."""
-        if not self._training.active:
+        if not self._training.busy:
             self._owed, self._steps = 0.0, 0
             return []
         self._owed += seconds * self._owed_per_second
@@ -78,15 +88,15 @@ class Trainer:
         return events
 
     def slice(self, seconds: float) -> list[Training]:
-        """Work for about `seconds`: at least one item if there is a run, and items are not interrupted.
+        """Work for about `seconds`: at least one item if a run can go on, and items are not interrupted.
 
         Nothing of it is under way any more at the end: the next step of generation waits for none of it.
         """
         events: list[Training] = []
-        if not self._training.active:
+        if not self._training.busy:
             return events
         self._clock.start()
-        while self._training.active:
+        while self._training.busy:
             event = self._training.advance()
             if event is not None:
                 events.append(Training(event))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
 from tenora.errors import TrainingError
 from tenora.training.spec import LoraSpec
@@ -199,6 +200,15 @@ class TrainedAdapter:
             )
             for target in self._modules()
         }
+
+    def prepared(self) -> PreparedAdapter:
+        """A copy of the adapter as it is now, on the arena's device and in the base's type, for a slot that serves."""
+        scale = scaling(self.lora)
+        return PreparedAdapter(
+            values=self.tables.arena[self.span].clone(),
+            ranks=tuple(self.ranks),
+            scaling=tuple(scale if rank else 0.0 for rank in self.ranks),
+        )
 
     def remove(self) -> None:
         """Free its room; the adapter is of no use afterwards."""

@@ -171,25 +171,46 @@ def save_state(workdir: Path, state: State) -> None:
     Raises:
         OSError: the disk is full, for one; the old state is then still there.
     """
-    tensors = {name: tensor.cpu() for name, tensor in state.tensors().items()}
     metadata = {
         "fingerprint": state.belongs_to,
         "optimizer_steps": str(state.optimizer.steps),
         "progress": msgspec.json.encode(state.progress).decode(),
     } | ({"over": "yes"} if state.over else {})
-    workdir.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=workdir, prefix=".resume-", suffix=".safetensors")
+    replace_tensors(workdir / "resume.safetensors", state.tensors(), metadata)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically and durably, whatever was there before.
+
+    Raises:
+        OSError: the disk is full, for one; the old file is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".safetensors")
     os.close(handle)
     temporary = Path(name)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
         fsync(temporary)
-        temporary.replace(workdir / "resume.safetensors")
-        fsync(workdir)
+        temporary.replace(path)
+        fsync(path.parent)
     except SafetensorError as error:  # the library's own wrapping of a failed write
         raise OSError(f"The training state cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of such a file.
+
+    Raises:
+        TrainingError: it is not there, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118  # it is no dict
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"The saved state cannot be read ({error}).", code="resume_unreadable") from error
 
 
 def load_state(workdir: Path, state: State) -> Progress | None:

@@ -20,11 +20,21 @@ from tenora.model.device import survive
 from tenora.model.layer_pass import Keep, release_buffers
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
+from tenora.training.commands import Refused, RunCommand
 from tenora.training.failures import explain
 from tenora.training.pass_queue import Work, WorkQueue
 from tenora.training.resident_base import TrainingHost
 from tenora.training.run import JobRun
-from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.samples import NoSampler, Sampler
+from tenora.training.spec import (
+    FailedEvent,
+    FinishedEvent,
+    Items,
+    SessionSpec,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+)
 from tenora.training.step import TokenLosses, forward, forward_backward, load_pass
 
 _log = logging.getLogger(__name__)
@@ -41,12 +51,16 @@ class Run(Protocol):
         """End at the next item; a StoppedEvent is the last one then."""
         ...
 
+    def put(self, command: RunCommand) -> Refused | None:
+        """Take a command, to be answered by an event; or say at once why not."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Hosted:
     """A run that has not ended, and where it is."""
 
-    spec: TrainSpec
+    spec: TrainSpec | SessionSpec
     run: Run
     items: Iterator[TrainEvent | None]
 
@@ -60,7 +74,8 @@ class FusedTraining:
         *,
         tokens_per_pass: int = 2048,
         memory: int = 0,
-        start: Callable[[TrainingHost, TrainSpec], Run] = JobRun,
+        sampler: Sampler | None = None,
+        start: Callable[[TrainingHost, TrainSpec | SessionSpec], Run] = JobRun,
     ) -> None:
         """Take no memory yet.
 
@@ -68,27 +83,34 @@ class FusedTraining:
             decoder: the base; its weights are only read.
             tokens_per_pass: most tokens of a pass.
             memory: bytes of the device that all of it may take; 0: what is usual for its kind.
+            sampler: generates with adapters in training; None: nobody does.
             start: makes a run.
         """
         arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=decoder.dtype)
-        self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory)
+        self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory, sampler or NoSampler())
         self._start = start
         self._runs: dict[str, _Hosted] = {}
-        self._failed: list[TrainEvent] = []
+        self._told: list[TrainEvent] = []  # by nobody's coroutine
         self._items: Items | None = None
         self._passing: list[Work] = []
 
     @property
     def active(self) -> int:
         """Runs that have not ended, and events that nobody has taken yet."""
-        return len(self._runs) + len(self._failed)
+        return len(self._runs) + len(self._told)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `advance` gets anything done now: not if all runs wait for commands, or for sequences."""
+        waits = self.host.queue.waits
+        return bool(self._told or self._items or self.host.queue.has_work) or not all(map(waits, self._runs))
 
     @property
     def trained_tokens(self) -> int:
         """Learned tokens that had a gradient, over all runs since the start."""
         return self.host.queue.trained_tokens
 
-    def start(self, spec: TrainSpec) -> None:
+    def start(self, spec: TrainSpec | SessionSpec) -> None:
         """Begin or resume a run. Ignored if it is in progress."""
         if spec.run_id in self._runs:
             return
@@ -96,7 +118,17 @@ class FusedTraining:
             run = self._start(self.host, spec)
             self._runs[spec.run_id] = _Hosted(spec, run, iter(run))
         except Exception as error:  # noqa: BLE001  # concerns this run alone, which reports it
-            self._failed.append(self._failure(spec.run_id, error))
+            self._told.append(self._failure(spec.run_id, error))
+
+    def put(self, run_id: str, command: RunCommand) -> None:
+        """Tell a run to do something. What is wrong with that comes as an event."""
+        refused: Refused | None = Refused(
+            run_id=run_id, command_id=command.command_id, code="unknown_run", message="No such run is in progress."
+        )
+        if (hosted := self._runs.get(run_id)) is not None:
+            refused = hosted.run.put(command)
+        if refused is not None:
+            self._told.append(refused)
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile.
@@ -107,6 +139,7 @@ class FusedTraining:
             return
         hosted.run.stop(pause=pause)
         self.host.queue.abandon(run_id)
+        self.host.sampler.cancel(run_id)
         if self._passing and self._items is not None and not any(self.host.queue.holds(w) for w in self._passing):
             self._items.close()
             self._items, self._passing = None, []
@@ -120,7 +153,7 @@ class FusedTraining:
         """Work up to the next event, or to the next layer boundary, where anything else may be done: None."""
         # The caller's gradient and inference modes hold between two items, ours within one.
         with torch.inference_mode(mode=False), torch.no_grad():
-            while self.active:
+            while self.busy:
                 if self._items is None:
                     self._items = self._round()
                 try:
@@ -136,15 +169,15 @@ class FusedTraining:
 
     def _round(self) -> Items:
         """Every run goes as far as it can; then one pass."""
-        while self._failed:
-            yield self._failed.pop(0)
+        while self._told:
+            yield self._told.pop(0)
         for run_id in list(self._runs):
             if not self.host.queue.waits(run_id):
                 yield from self._advance(run_id)
         works = self.host.queue.choose(self.host.capacity)
         if works:
             yield from self._pass(works)
-        else:
+        elif not all(map(self.host.queue.waits, self._runs)):
             yield None
 
     def _advance(self, run_id: str) -> Items:
@@ -189,8 +222,8 @@ class FusedTraining:
     def _run(self, works: list[Work]) -> Generator[None, None, list[TokenLosses]]:
         decoder = self.host.decoder
         for work in works:
-            if work.objective is not None and work.adapter is not None and not work.results:
-                work.adapter.grad.zero_()
+            if not work.results:
+                work.begin()
         batch = load_pass(decoder, [work.part(len(work.results)) for work in works], self.host.arena.tables)
         if works[0].objective is None:
             found = yield from forward(decoder, batch)
@@ -219,6 +252,7 @@ class FusedTraining:
     def _end(self, run_id: str) -> None:
         group = self._runs.pop(run_id).spec.group
         alone = all(other.spec.group != group for other in self._runs.values())
+        self.host.sampler.cancel(run_id)
         self.host.queue.forget(run_id, group, group_is_gone=alone)
         if not self._runs:
             release_buffers(self.host.decoder)

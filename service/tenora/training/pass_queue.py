@@ -1,4 +1,4 @@
-"""What runs ask of the base: rows to pass through it. Works of many runs wait here and are fused into passes.
+"""What runs wait for: above all rows to pass through the base. Works of many runs wait here and are fused into passes.
 
 A work is cut into parts by its own run, by its own capacity, and a part is never cut again: which parts share a pass
 changes no sum, so an adapter gets the same weights whoever trains beside it.
@@ -30,6 +30,18 @@ class Objective(Protocol):
         """float32 [n] for the learned tokens of a part, whose losses float32 [n] are known only if they are needed."""
 
 
+class Awaited(Protocol):
+    """Something that a run cannot go on without."""
+
+    @property
+    def run_id(self) -> str:
+        """Whose."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the run can go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dropping:
     """The dropout of a work: where its parts take their numbers."""
@@ -47,10 +59,11 @@ class Work:
         run_id, group, weight: whose; groups share the base by tokens and by their weights, the runs of a group equally.
         parts: each is run whole.
         adapter: None is the base.
-        objective: None measures only; else the gradient is added to the adapter's, which is cleared before.
+        objective: None measures only; else the adapter's gradient is `gradient` and this one's afterwards.
         dropping: None if nothing is dropped.
         recompute: keep only the inputs of layers and run each a second time in the backward pass.
         alone: its parts share a pass with no other work (after memory ran out).
+        gradient: float32 [numel], what the gradient is added to, and itself not changed; None is zero.
         results: of the parts that were run.
         error: why it ended early.
     """
@@ -64,6 +77,7 @@ class Work:
     weight: float = 1.0
     recompute: bool = False
     alone: bool = False
+    gradient: Tensor | None = None
     results: list[TokenLosses] = field(default_factory=list)
     error: Exception | None = None
 
@@ -83,6 +97,14 @@ class Work:
         numbers = None if dropped is None else Dropout(dropped.source, dropped.seed, dropped.step, index)
         return Part(self.parts[index], self.adapter, numbers)
 
+    def begin(self) -> None:
+        """Before its first part, also when it is run again: bring the adapter's gradient to where it begins."""
+        if self.objective is not None and self.adapter is not None:
+            if self.gradient is None:
+                self.adapter.grad.zero_()
+            else:
+                self.adapter.grad.copy_(self.gradient)
+
     def restart(self) -> None:
         """Run it again from its first part, by itself."""
         self.results.clear()
@@ -98,10 +120,11 @@ class _Share:
 
 
 class WorkQueue:
-    """Works that wait, in an order that is fair between groups, and within a group between its runs.
+    """All that runs wait for; works in an order that is fair between groups, and within a group between its runs.
 
     Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024), as the serving
-    scheduler has them: who comes starts no lower than the least served one there is, so that idling earns no credit.
+    scheduler has them: who comes, or comes back from waiting for something else than a pass, starts no lower than the
+    least served one there is, so that idling earns no credit.
 
     Attributes:
         trained_tokens: learned tokens of all works with a gradient since the start.
@@ -110,6 +133,8 @@ class WorkQueue:
     def __init__(self) -> None:
         self.trained_tokens = 0
         self._works: list[Work] = []
+        self._others: list[Awaited] = []
+        self._idled: set[str] = set()  # runs that have waited for something else since their last work
         self._groups: dict[str, _Share] = {}
         self._runs: dict[str, _Share] = {}
 
@@ -121,17 +146,33 @@ class WorkQueue:
             if name not in shares:
                 shares[name] = _Share(min((share.served for share in shares.values()), default=0.0))
             shares[name].weight = max(weight, 1e-6)
+        if work.run_id in self._idled:
+            self._idled.discard(work.run_id)
+            self._catch_up(self._groups, work.group, {other.group for other in self._works})
+            self._catch_up(self._runs, work.run_id, {other.run_id for other in self._works})
         self._works.append(work)
         return work
 
+    def watch(self, awaited: Awaited) -> None:
+        """Let a run wait for something that comes from elsewhere."""
+        if not awaited.done:
+            self._others.append(awaited)
+            self._idled.add(awaited.run_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a pass can be made."""
+        return any(not work.done for work in self._works)
+
     def waits(self, run_id: str) -> bool:
-        """Whether all that a run could go on with is still to be run."""
-        works = [work for work in self._works if work.run_id == run_id]
-        return bool(works) and not any(work.done for work in works)
+        """Whether a run waits, and for nothing that is done."""
+        awaited: list[Awaited] = [each for each in (*self._works, *self._others) if each.run_id == run_id]
+        return bool(awaited) and not any(each.done for each in awaited)
 
     def collect(self, run_id: str) -> None:
-        """The run has been told of its works that are done."""
+        """The run has been told of what is done."""
         self._works = [work for work in self._works if work.run_id != run_id or not work.done]
+        self._others = [other for other in self._others if other.run_id != run_id or not other.done]
 
     def holds(self, work: Work) -> bool:
         """Whether somebody waits for this work."""
@@ -140,10 +181,12 @@ class WorkQueue:
     def abandon(self, run_id: str) -> None:
         """The run does not wait any more: it was told to end."""
         self._works = [work for work in self._works if work.run_id != run_id]
+        self._others = [other for other in self._others if other.run_id != run_id]
 
     def forget(self, run_id: str, group: str, *, group_is_gone: bool) -> None:
         """The run has ended; nothing of it waits any more."""
         self.abandon(run_id)
+        self._idled.discard(run_id)
         self._runs.pop(run_id, None)
         if group_is_gone:
             self._groups.pop(group, None)
@@ -177,6 +220,12 @@ class WorkQueue:
         work.results.append(losses)
         if work.objective is not None:
             self.trained_tokens += len(losses.loss)
+
+    @staticmethod
+    def _catch_up(shares: dict[str, _Share], name: str, busy: set[str]) -> None:
+        """Who was away has no claim on what the busy ones had meanwhile."""
+        if name not in busy:
+            shares[name].served = max(shares[name].served, min((shares[other].served for other in busy), default=0.0))
 
     def _turn(self, work: Work) -> tuple[float, float]:
         return self._groups[work.group].served, self._runs[work.run_id].served

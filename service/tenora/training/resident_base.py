@@ -1,13 +1,18 @@
-"""What all runs share: the base, the arena of their adapters, the queue of their works, and what a pass may hold."""
+"""What all runs share: the base, the arena of their adapters, what they wait for, and what a pass may hold."""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from tenora.model.decoder import Decoder
 from tenora.model.layer_pass import Keep, kept_bytes_per_token
-from tenora.training.arena import TrainingArena
+from tenora.model.sampling import SamplingParams
+from tenora.training.arena import TrainedAdapter, TrainingArena
+from tenora.training.commands import SampledSequence
 from tenora.training.pass_queue import WorkQueue
+from tenora.training.samples import NoSampler, Sampler, Samples
+from tenora.training.spec import SessionSpec, TrainSpec
 
 # Of a pass whose activations are kept. On a CPU larger ones are hardly faster, they only hold the pass longer between
 # two boundaries.
@@ -22,6 +27,7 @@ class TrainingHost:
 
     Attributes:
         tokens_per_pass: most tokens of a fused pass; a single longer row makes one of its own.
+        sampler: generates with adapters in training.
         memory: bytes that training was given of the device; 0 if nobody has counted.
         kept_tokens: tokens of the largest pass whose activations are kept; longer ones run their layers twice.
         general_losses: of the base on the texts that runs have measured it on.
@@ -32,6 +38,7 @@ class TrainingHost:
     queue: WorkQueue
     tokens_per_pass: int = 2048
     memory: int = 0
+    sampler: Sampler = field(default_factory=NoSampler)
     kept_tokens: int = field(init=False)
     general_losses: dict[tuple[int, ...], float] = field(default_factory=dict)
 
@@ -55,3 +62,31 @@ class TrainingHost:
     def part_tokens(self, wanted: int, *, recompute: bool | None) -> int:
         """Tokens of a run's own parts: what it asked for, but no more than memory keeps, unless layers run twice."""
         return wanted if recompute else min(wanted, self.kept_tokens)
+
+    def sample(
+        self,
+        run: TrainSpec | SessionSpec,
+        adapter: TrainedAdapter | None,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+    ) -> Generator[None, None, list[SampledSequence]]:
+        """Continue prompts with an adapter as it is now, or the base, waiting while others have their turn.
+
+        Args:
+            run: whose samples they are.
+            adapter: may be trained further meanwhile: what generates is a copy.
+            prompts: token ids; one sequence each.
+            sampling: of all; with a seed, sequence i takes seed + i.
+
+        Raises:
+            TrainingError: one of them failed, with the code of `SequenceFailed`.
+        """
+        policy = None if adapter is None else adapter.prepared()
+        samples = Samples(run.run_id, run.group, run.weight, policy, prompts, sampling)
+        self.sampler.start(samples)
+        self.queue.watch(samples)
+        while not samples.done:
+            yield
+        if samples.error is not None:
+            raise samples.error
+        return [sequence for sequence in samples.sequences if sequence is not None]

@@ -9,16 +9,19 @@ FailedEvent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from tenora.model.device import survive
+from tenora.training.commands import Refused, RunCommand
 from tenora.training.failures import explain
+from tenora.training.inbox import Inbox
 from tenora.training.plans.folds import FoldsPlan
+from tenora.training.plans.session import SessionPlan
 from tenora.training.plans.single import PlainPlan
 from tenora.training.plans.sweep import SweepPlan
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import FailedEvent, FinishedEvent, Items, SessionSpec, StoppedEvent, TrainEvent, TrainSpec
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Plan(Protocol):
 
 
 class JobRun:
-    """Trains the adapter, or the adapters, of one job on the resident, frozen base.
+    """Trains the adapter, or the adapters, of one job or session on the resident, frozen base.
 
     Iterate it: events are `TrainEvent`s, and the last item is a FinishedEvent, StoppedEvent or FailedEvent. If
     `spec.workdir` holds the state of an earlier run with this spec, iterating goes on from there and, in float32 on one
@@ -49,7 +52,7 @@ class JobRun:
     at step 0 measures the base. Checkpoints older than the latest three are removed unless they are the best.
     """
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
+    def __init__(self, host: TrainingHost, spec: TrainSpec | SessionSpec) -> None:
         """Nothing happens before it is iterated.
 
         Args:
@@ -57,6 +60,7 @@ class JobRun:
             spec: what to do, all resolved.
         """
         self._host, self._spec = host, spec
+        self._inbox = Inbox(spec.run_id)
         self._stopping = False
         self._pausing = False
         self._plan: Plan | None = None
@@ -67,6 +71,13 @@ class JobRun:
         The optimizer step in progress is given up. With `pause` the state after the last whole step is saved.
         """
         self._stopping, self._pausing = True, pause
+
+    def put(self, command: RunCommand) -> Refused | None:
+        """Take a command, to be answered by an event in its turn; or say at once why not."""
+        if isinstance(self._spec, SessionSpec):
+            return self._inbox.put(command)
+        message = "The run follows a plan of its own; only a session takes commands."
+        return Refused(run_id=self._spec.run_id, command_id=command.command_id, code="no_commands", message=message)
 
     def __iter__(self) -> Iterator[TrainEvent | None]:
         """Run, or go on."""
@@ -99,12 +110,7 @@ class JobRun:
         yield StoppedEvent(run_id=self._spec.run_id, step=step, paused=self._pausing)
 
     def _work(self) -> Items:
-        make: Callable[[TrainingHost, TrainSpec], Plan] = PlainPlan
-        if self._spec.trials:
-            make = SweepPlan
-        elif self._spec.folds:
-            make = FoldsPlan
-        self._plan = plan = make(self._host, self._spec)
+        self._plan = plan = _plan(self._host, self._spec, self._inbox)
         try:
             yield from plan.items()
         finally:
@@ -115,3 +121,11 @@ class JobRun:
         code, message = explain(error, step)
         _log.error("training run %s failed: %s", self._spec.run_id, message, exc_info=error)
         return FailedEvent(run_id=self._spec.run_id, code=code, message=message)
+
+
+def _plan(host: TrainingHost, spec: TrainSpec | SessionSpec, inbox: Inbox) -> Plan:
+    if isinstance(spec, SessionSpec):
+        return SessionPlan(host, spec, inbox)
+    if spec.trials:
+        return SweepPlan(host, spec)
+    return FoldsPlan(host, spec) if spec.folds else PlainPlan(host, spec)

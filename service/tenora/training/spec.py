@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from tenora.training.commands import Answer
 from tenora.training.settings import USUAL_METHOD, RunSettings, Setting, declared
 
 TrialStatus = Literal["running", "stopped", "finished", "failed"]
@@ -100,6 +101,25 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
     seed: int = 0
     split_seed: int = 0
     general_text: tuple[int, ...] = ()
+
+
+class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that trains one adapter as it is told, command by command (`tenora.training.commands`).
+
+    Attributes:
+        run_id, group, weight, workdir, base_model, seed, tokens_per_microbatch, recompute_activations: see `TrainSpec`.
+        lora: shape of the adapter; without dropout.
+    """
+
+    run_id: str
+    group: str
+    workdir: str
+    base_model: str
+    weight: float = 1.0
+    lora: LoraSpec = LoraSpec()
+    seed: int = 0
+    tokens_per_microbatch: int = 2048
+    recompute_activations: bool | None = None
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
@@ -289,7 +309,10 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
 
 
 class StoppedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
-    """The run ended early because it was told to; with `paused` its state was saved and it can go on."""
+    """The run ended early because it was told to; with `paused` its state was saved and it can go on.
+
+    Commands that it has not answered were not carried out.
+    """
 
     run_id: str
     step: int
@@ -309,7 +332,15 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 TrainEvent = (
-    StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FoldEvent | FinishedEvent | StoppedEvent | FailedEvent
+    StepEvent
+    | EvalEvent
+    | CheckpointEvent
+    | TrialEvent
+    | FoldEvent
+    | FinishedEvent
+    | StoppedEvent
+    | FailedEvent
+    | Answer
 )
 
 Items = Generator[TrainEvent | None, None, None]

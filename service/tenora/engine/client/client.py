@@ -25,16 +25,19 @@ from tenora.engine.messages import (
     Loading,
     Outputs,
     PinAdapter,
+    PutCommand,
     Ready,
     SequenceFailed,
     SequenceOutput,
+    StartSession,
     StartTraining,
     StopTraining,
     Training,
 )
 from tenora.engine.protocols import StepEngine
-from tenora.errors import ConflictError, RateLimitedError, UnavailableError
-from tenora.training.spec import TrainEvent, TrainSpec
+from tenora.errors import ConflictError, NotFoundError, RateLimitedError, UnavailableError
+from tenora.training.commands import RunCommand
+from tenora.training.spec import SessionSpec, TrainEvent, TrainSpec
 
 _log = logging.getLogger(__name__)
 
@@ -206,8 +209,10 @@ class AsyncEngine:
                 self._supervisor.send(Abort(request.request_id))
             self._drop(request.request_id)
 
-    async def train(self, spec: TrainSpec) -> AsyncGenerator[TrainEvent, None]:
+    async def train(self, spec: TrainSpec | SessionSpec) -> AsyncGenerator[TrainEvent, None]:
         """Start or resume a run and follow it. Ends after its terminal event. Closing the iterator pauses the run.
+
+        A session's answers to what it is `put` are among the events; it ends when it is stopped.
 
         Raises:
             UnavailableError: no engine, or it died; the run can be resumed from its last checkpoint.
@@ -220,7 +225,7 @@ class AsyncEngine:
             await previous.over.wait()  # its consumer left and it is about to pause
         self._require_engine()
         stream = self._runs[spec.run_id] = RunStream()
-        self._supervisor.send(StartTraining(spec))
+        self._supervisor.send(StartSession(spec) if isinstance(spec, SessionSpec) else StartTraining(spec))
         try:
             while True:
                 event = await stream.get()
@@ -231,6 +236,21 @@ class AsyncEngine:
             stream.abandoned = True
             if not stream.over.is_set():
                 self._supervisor.send(StopTraining(spec.run_id, pause=True))
+
+    async def put(self, run_id: str, command: RunCommand) -> None:
+        """Tell a run that is being followed here to do something; the answer is an event of `train`.
+
+        Raises:
+            UnavailableError: no engine.
+            NotFoundError: no such run is followed.
+            InvalidRequestError: a value is of the wrong type or size.
+        """
+        self._require_engine()
+        if run_id not in self._runs:
+            raise NotFoundError(f"The run {run_id!r} is not in progress.")
+        message = PutCommand(run_id, command)
+        check(message)
+        self._supervisor.send(message)
 
     async def stop_training(self, run_id: str, *, pause: bool = False) -> None:
         """Cancel a run, or pause it; `train` then ends with a StoppedEvent. Unknown runs are ignored."""
