@@ -49,7 +49,7 @@ class Mark:
 class Layers:
     """Training whose every layer takes a GPU some time and the host next to none."""
 
-    active = 1
+    busy = True
 
     def __init__(self, gpu: Gpu, *milliseconds: float) -> None:
         self.gpu, self.milliseconds = gpu, milliseconds
@@ -81,6 +81,17 @@ def test_the_device_is_never_idle_within_a_slice_and_the_host_never_far_ahead() 
     trainer(gpu, work).slice(0.2)
     assert gpu.free == pytest.approx(5.0 * work.done), "one layer began when the one before it ended"
     assert max(gpu.ahead) < 10.0, "at most two layers"
+
+
+def test_a_card_that_only_trains_is_not_idle_between_two_slices() -> None:
+    card = Card()
+    work = Layers(card, 5.0)
+    engine = trainer(card, work)
+    for _ in range(20):
+        engine.slice(0.02, drain=False)
+        card.host += 1.0  # commands are looked for, heartbeats sent
+    assert card.free == pytest.approx(5.0 * work.done), "one layer began when the one before it ended"
+    assert max(card.ahead) < 15.0, "at most three layers"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
@@ -131,7 +142,7 @@ def test_on_a_card_a_slice_of_matrix_products_is_as_long_as_it_was_told() -> Non
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
 
     class Products:
-        active, done = 1, 0
+        busy, done = True, 0
 
         def advance(self) -> None:
             self.done += 1

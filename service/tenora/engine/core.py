@@ -256,7 +256,10 @@ class Engine:
         items = self.rollouts.take(items)
         events: list[Event] = [Outputs(items)] if items else []
         self._worked = False  # unless a run asks for sequences meanwhile
-        events += self.trainer.beside(time.monotonic() - started) if batch else self.trainer.slice(IDLE_SLICE_SECONDS)
+        if batch:
+            events += self.trainer.beside(time.monotonic() - started)
+        else:
+            events += self.trainer.slice(IDLE_SLICE_SECONDS, drain=False)
         self._worked |= bool(batch or events or self.trainer.busy)
         return events
 

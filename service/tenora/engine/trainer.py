@@ -87,10 +87,13 @@ class Trainer:
         self._owed, self._steps = max(0.0, self._owed - self._taken), 0
         return events
 
-    def slice(self, seconds: float) -> list[Training]:
+    def slice(self, seconds: float, *, drain: bool = True) -> list[Training]:
         """Work for about `seconds`: at least one item if a run can go on, and items are not interrupted.
 
-        Nothing of it is under way any more at the end: the next step of generation waits for none of it.
+        Args:
+            drain: nothing of it is under way any more at the end: the next step of generation waits for none of it.
+                Where no step is expected, what was enqueued last goes on, and the device is not idle before the next
+                slice; it is two items at most.
         """
         events: list[Training] = []
         if not self._training.busy:
@@ -102,7 +105,8 @@ class Trainer:
                 events.append(Training(event))
             if self._clock.lap() >= seconds or self._commands_wait():
                 break
-        self._taken = self._clock.stop()
+        if drain:
+            self._taken = self._clock.stop()
         return events
 
     def shutdown(self) -> list[Training]:
