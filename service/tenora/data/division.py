@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tenora.data.dataset import TokenizedDataset, concatenate
-from tenora.data.duplicates import content_keys, groups_of_similar
+from tenora.data.duplicates import Check, content_keys, groups_of_similar, nothing_ends_it
 from tenora.errors import DatasetError
 
 Int64Array = npt.NDArray[np.int64]
@@ -22,7 +22,11 @@ Uint64Array = npt.NDArray[np.uint64]
 
 
 def divide(
-    datasets: Sequence[TokenizedDataset], fractions: Sequence[float], *, seed: int = 0
+    datasets: Sequence[TokenizedDataset],
+    fractions: Sequence[float],
+    *,
+    seed: int = 0,
+    check: Check = nothing_ends_it,
 ) -> list[tuple[TokenizedDataset, TokenizedDataset]]:
     """Of each dataset of a run the examples to train on and those to measure on, both in file order.
 
@@ -30,6 +34,7 @@ def divide(
         datasets: of one kind.
         fractions: the share of each that is held out; at least one example is, and one is not.
         seed: another one draws other examples.
+        check: called every now and then; it may raise to end a long work.
 
     Raises:
         DatasetError: a dataset has fewer than two examples.
@@ -38,7 +43,7 @@ def divide(
     if sizes.min() < 2:
         raise DatasetError("A single row cannot be split; add rows or give a validation file.", param="training_file")
     wanted = np.clip(np.round(sizes * np.array(fractions)).astype(np.int64), 1, sizes - 1)
-    held_out = _held_out(concatenate(datasets), np.repeat(np.arange(len(sizes)), sizes), wanted, seed)
+    held_out = _held_out(concatenate(datasets), np.repeat(np.arange(len(sizes)), sizes), wanted, seed, check)
     starts = np.cumsum([0, *sizes[:-1]])
     divided = []
     for dataset, start, size in zip(datasets, starts, sizes, strict=True):
@@ -60,7 +65,9 @@ def fold(rows: TokenizedDataset, folds: int, *, seed: int = 0) -> list[Int64Arra
     return [np.flatnonzero(number == index) for index in range(folds)]
 
 
-def _held_out(rows: TokenizedDataset, task: Int64Array, wanted: Int64Array, seed: int) -> npt.NDArray[np.bool_]:
+def _held_out(
+    rows: TokenizedDataset, task: Int64Array, wanted: Int64Array, seed: int, check: Check
+) -> npt.NDArray[np.bool_]:
     """A mark on each example that is held out: units by their rank, until every task has as many as it wants.
 
     A unit with rows of several tasks may give one of them up to twice as many, if another has too few without it.
@@ -68,12 +75,13 @@ def _held_out(rows: TokenizedDataset, task: Int64Array, wanted: Int64Array, seed
     held_out = np.zeros(rows.examples, np.bool_)
     sizes = np.bincount(task, minlength=len(wanted))
     left = wanted.copy()
-    ranks = _ranks(rows, seed)
-    for units in _units(rows):
+    ranks = _ranks(rows, seed, check)
+    for units in _units(rows, check):
         if (left <= wanted // 2).all():
             break
         for most in (wanted, np.minimum(2 * wanted, sizes - 1)):
             for members in _by_rank(units, ranks) if (left > 0).any() else ():
+                check()
                 counts = np.bincount(task[members], minlength=len(left))
                 fits = np.where(left > 0, counts <= left, wanted - left + counts <= most) | (counts == 0)
                 if fits.all() and (left[counts > 0] > 0).any() and not held_out[members].any():
@@ -84,10 +92,10 @@ def _held_out(rows: TokenizedDataset, task: Int64Array, wanted: Int64Array, seed
     return held_out
 
 
-def _units(rows: TokenizedDataset) -> Iterator[Int64Array]:
+def _units(rows: TokenizedDataset, check: Check = nothing_ends_it) -> Iterator[Int64Array]:
     """What stays together, the number of each example's unit: near-duplicates, else equal ones, else nothing."""
-    yield groups_of_similar(rows)
-    yield np.unique(content_keys(rows), return_inverse=True)[1]
+    yield groups_of_similar(rows, check)
+    yield np.unique(content_keys(rows, check), return_inverse=True)[1]
     yield np.arange(rows.examples)
 
 
@@ -97,9 +105,9 @@ def _can_fill(units: Int64Array, folds: int, fair: int) -> bool:
     return len(sizes) >= folds and int(sizes.max()) <= max(fair, 2)
 
 
-def _ranks(rows: TokenizedDataset, seed: int) -> Uint64Array:
+def _ranks(rows: TokenizedDataset, seed: int, check: Check = nothing_ends_it) -> Uint64Array:
     """A number of each example, drawn from its content and the seed (the finalizer of SplitMix64)."""
-    found = content_keys(rows) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    found = content_keys(rows, check) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         found = (found ^ (found >> np.uint64(shift))) * np.uint64(multiplier)
     return found ^ (found >> np.uint64(31))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,6 +24,14 @@ from tenora.data.dataset import TokenizedDataset, concatenate
 
 Uint64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
+
+Check = Callable[[], None]
+"""Called every now and then in work as long as a file; it may raise to end it."""
+
+
+def nothing_ends_it() -> None:
+    """The check of work that somebody waits for."""
+
 
 SHINGLE = 5
 THRESHOLD = 0.8
@@ -69,14 +77,16 @@ class NearDuplicates:
     pairs: tuple[DuplicatePair, ...] = ()
 
 
-def near_duplicates(*parts: TokenizedDataset, held_out: TokenizedDataset) -> NearDuplicates:
+def near_duplicates(
+    *parts: TokenizedDataset, held_out: TokenizedDataset, check: Check = nothing_ends_it
+) -> NearDuplicates:
     """Look for the held-out examples in the training examples of all `parts`. Equal arguments give equal answers."""
     train = concatenate(parts)
     ends = np.cumsum([part.examples for part in parts])
-    found = _equal_examples(train, held_out)
+    found = _equal_examples(train, held_out, check)
     exact = len(found)
     rest = [index for index in range(held_out.examples) if index not in found]
-    found |= _similar_examples(train, held_out, rest)
+    found |= _similar_examples(train, held_out, rest, check)
     size = train.rows_per_example
     pairs = [
         DuplicatePair(
@@ -90,18 +100,18 @@ def near_duplicates(*parts: TokenizedDataset, held_out: TokenizedDataset) -> Nea
     return NearDuplicates(len(found), exact, held_out.examples, tuple(pairs))
 
 
-def content_keys(dataset: TokenizedDataset) -> Uint64Array:
+def content_keys(dataset: TokenizedDataset, check: Check = nothing_ends_it) -> Uint64Array:
     """A 64-bit hash of the tokens of each example; equal ones have equal keys. uint64 [examples]."""
-    digests = [_digest(dataset, index)[:8] for index in range(dataset.examples)]
+    digests = [_digest(dataset, index)[:8] for index in _watched(range(dataset.examples), check)]
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def groups_of_similar(dataset: TokenizedDataset) -> Int64Array:
+def groups_of_similar(dataset: TokenizedDataset, check: Check = nothing_ends_it) -> Int64Array:
     """A number for each example, the same for equal ones and for those that near-duplicates link. int64 [examples].
 
     In large datasets only equal ones are found: comparing all with all has its price.
     """
-    _, first, numbers = np.unique(content_keys(dataset), return_index=True, return_inverse=True)
+    _, first, numbers = np.unique(content_keys(dataset, check), return_index=True, return_inverse=True)
     distinct = dataset.select(first)
     if distinct.examples > _MAX_GROUPED[0] or distinct.num_tokens > _MAX_GROUPED[1]:
         return numbers.astype(np.int64)
@@ -114,22 +124,29 @@ def groups_of_similar(dataset: TokenizedDataset) -> Int64Array:
         return index
 
     everyone = range(distinct.examples)
-    for index, other, _ in _similar_pairs(distinct, distinct, everyone, common=_SHARED):
+    for index, other, _ in _similar_pairs(distinct, distinct, everyone, check, common=_SHARED):
         low, high = sorted((root(index), root(other)))
         group[high] = low
     return np.array([root(index) for index in everyone], np.int64)[numbers]
 
 
-def _equal_examples(train: TokenizedDataset, held_out: TokenizedDataset) -> dict[int, tuple[int, float]]:
+def _equal_examples(train: TokenizedDataset, held_out: TokenizedDataset, check: Check) -> dict[int, tuple[int, float]]:
     """Held-out examples that are training examples: index → first such training example."""
     wanted = defaultdict(list)
     for index in range(held_out.examples):
         wanted[_digest(held_out, index)].append(index)
     found: dict[int, tuple[int, float]] = {}
-    for other in range(train.examples):
+    for other in _watched(range(train.examples), check):
         for index in wanted.pop(_digest(train, other), ()):
             found[index] = (other, 1.0)
     return found
+
+
+def _watched(indices: Sequence[int], check: Check) -> Iterator[int]:
+    """The indices, with a check before each."""
+    for index in indices:
+        check()
+        yield index
 
 
 def _digest(dataset: TokenizedDataset, example: int) -> bytes:
@@ -143,18 +160,23 @@ def _tokens(dataset: TokenizedDataset, example: int) -> npt.NDArray[np.int32]:
 
 
 def _similar_examples(
-    train: TokenizedDataset, held_out: TokenizedDataset, examples: Sequence[int]
+    train: TokenizedDataset, held_out: TokenizedDataset, examples: Sequence[int], check: Check
 ) -> dict[int, tuple[int, float]]:
     """Held-out examples close to a training example: index → the closest one found and its similarity."""
     found: dict[int, tuple[int, float]] = {}
-    for index, other, similarity in _similar_pairs(train, held_out, examples, common=_COMMON):
+    for index, other, similarity in _similar_pairs(train, held_out, examples, check, common=_COMMON):
         if index not in found or (similarity, -other) > (found[index][1], -found[index][0]):
             found[index] = (other, similarity)
     return found
 
 
 def _similar_pairs(
-    train: TokenizedDataset, held_out: TokenizedDataset, examples: Sequence[int], *, common: tuple[int, float, int]
+    train: TokenizedDataset,
+    held_out: TokenizedDataset,
+    examples: Sequence[int],
+    check: Check,
+    *,
+    common: tuple[int, float, int],
 ) -> Iterator[tuple[int, int, float]]:
     """Held-out examples, training examples that are close to them, and how close; of each the most promising ones.
 
@@ -162,7 +184,7 @@ def _similar_pairs(
         examples: the held-out ones to look for; if both sides are one dataset, an example is not its own duplicate.
         common: which 5-grams say nothing, see _COMMON.
     """
-    sets = {index: _shingles(_tokens(held_out, index)) for index in examples}
+    sets = {index: _shingles(_tokens(held_out, index)) for index in _watched(examples, check)}
     everything = np.sort(np.concatenate([np.zeros(0, np.uint64), *sets.values()]))
     if not len(everything):
         return
@@ -170,7 +192,7 @@ def _similar_pairs(
     known, frequency = everything[first], np.diff(first, append=len(everything))
     alone = train is held_out
     if not alone:
-        frequency += _frequency(train, known)
+        frequency += _frequency(train, known, check)
     least, share, most = common
     total = train.examples + (0 if alone else held_out.examples)
     boilerplate = known[frequency > min(max(least, share * total), most)]
@@ -189,8 +211,8 @@ def _similar_pairs(
     def of_train(other: int) -> Uint64Array:
         return np.setdiff1d(_shingles(_tokens(train, other)), boilerplate, assume_unique=True)
 
-    for index, others in sorted(_candidates(train, sets, known, frequency).items()):
-        for other in others:
+    for index, others in sorted(_candidates(train, sets, known, frequency, check).items()):
+        for other in _watched(others, check):
             if alone and other == index:
                 continue
             similarity = _jaccard(sets[index], of_train(other))
@@ -214,12 +236,13 @@ def _hashes(tokens: npt.NDArray[np.int32]) -> Uint64Array:
     return hashes * _MULTIPLIER
 
 
-def _chunks(dataset: TokenizedDataset) -> Iterator[tuple[Uint64Array, Int64Array]]:
+def _chunks(dataset: TokenizedDataset, check: Check) -> Iterator[tuple[Uint64Array, Int64Array]]:
     """Distinct 5-grams of some examples at a time, with the example of each."""
     size = dataset.rows_per_example
     offsets = dataset.offsets[::size]
     start = 0
     while start < dataset.examples:
+        check()
         stop = int(np.searchsorted(offsets, offsets[start] + _CHUNK_TOKENS, side="right")) - 1
         stop = min(max(stop, start + 1), dataset.examples)
         hashes = _hashes(dataset.tokens[int(offsets[start]) : int(offsets[stop])])
@@ -235,10 +258,10 @@ def _known_places(hashes: Uint64Array, known: Uint64Array) -> tuple[Int64Array, 
     return places, known[places] == hashes
 
 
-def _frequency(train: TokenizedDataset, known: Uint64Array) -> Int64Array:
+def _frequency(train: TokenizedDataset, known: Uint64Array, check: Check) -> Int64Array:
     """In how many examples each of `known` stands."""
     counts = np.zeros(len(known), np.int64)
-    for hashes, example in _chunks(train):
+    for hashes, example in _chunks(train, check):
         places, hit = _known_places(hashes, known)
         once = np.unique(example[hit] * len(known) + places[hit])
         counts += np.bincount(once % len(known), minlength=len(known))
@@ -246,7 +269,11 @@ def _frequency(train: TokenizedDataset, known: Uint64Array) -> Int64Array:
 
 
 def _candidates(
-    train: TokenizedDataset, sets: dict[int, Uint64Array], known: Uint64Array, frequency: Int64Array
+    train: TokenizedDataset,
+    sets: dict[int, Uint64Array],
+    known: Uint64Array,
+    frequency: Int64Array,
+    check: Check,
 ) -> dict[int, list[int]]:
     """For each held-out example the training examples that share one of its rarest 5-grams, most shared first."""
     looked_up: list[Int64Array] = []
@@ -262,7 +289,7 @@ def _candidates(
     place_of, owner_of = place_of[order], owner_of[order]
     starts = np.searchsorted(place_of, np.arange(len(known) + 1))
     ranked: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for other, place in _hits(train, known, np.diff(starts)):
+    for other, place in _hits(train, known, np.diff(starts), check):
         fan = starts[place + 1] - starts[place]
         within = np.arange(int(fan.sum())) - np.repeat(np.cumsum(fan) - fan, fan)
         owner = owner_of[np.repeat(starts[place], fan) + within]
@@ -276,12 +303,14 @@ def _candidates(
     return {index: [other for _, other in sorted(found)[:_MAX_COMPARED]] for index, found in ranked.items()}
 
 
-def _hits(train: TokenizedDataset, known: Uint64Array, fans: Int64Array) -> Iterator[tuple[Int64Array, Int64Array]]:
+def _hits(
+    train: TokenizedDataset, known: Uint64Array, fans: Int64Array, check: Check
+) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Training examples and the places of those of `known` that they hold and that have a fan, some at a time.
 
     A part has whole examples, and no more than _CHUNK_PAIRS pairs come of it, unless of a single example.
     """
-    for hashes, example in _chunks(train):
+    for hashes, example in _chunks(train, check):
         places, hit = _known_places(hashes, known)
         hit &= fans[places] > 0
         once = np.unique(example[hit] * len(known) + places[hit])

@@ -28,7 +28,7 @@ from tenora.control.registry.tables import JobRow
 from tenora.control.storage.directory import Storage, full_disk, remove
 from tenora.data.dataset import OtherRowsError, TokenizedDataset, tokenize_file
 from tenora.data.division import divide
-from tenora.data.duplicates import NearDuplicates, near_duplicates
+from tenora.data.duplicates import NearDuplicates, near_duplicates, nothing_ends_it
 from tenora.errors import DatasetError
 from tenora.training.methods.table import find_method, wrong_rows
 from tenora.training.recipes import held_out_fraction, is_few_shot
@@ -132,6 +132,7 @@ def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_pe
 
 def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequence[TaskRows]:
     """Tokenize every source and divide its rows; raises as `prepare` does."""
+    check = tokenizer.check or nothing_ends_it  # of whoever waits for all of this
     valid = None
     if job.validation_path is not None:
         valid = _tokenize(job, job.validation_path, "validation_file", "validation file", tokenizer, limits)
@@ -142,7 +143,7 @@ def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequen
     if valid is not None:
         (source,), (rows,) = job.sources, files
         truncated, left_out = rows.truncated + valid.truncated, rows.left_out + valid.left_out
-        return [TaskRows(source, rows, valid, truncated, left_out, near_duplicates(rows, held_out=valid))]
+        return [TaskRows(source, rows, valid, truncated, left_out, near_duplicates(rows, held_out=valid, check=check))]
     few_shot = is_few_shot(
         files[0].examples,
         method=job.asked.learns_by,
@@ -152,10 +153,19 @@ def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequen
     )
     if few_shot:
         return [TaskRows(job.sources[0], files[0], None, files[0].truncated)]
-    divided = divide(files, [held_out_fraction(rows.examples) for rows in files], seed=job.asked.split_seed)
+    divided = divide(
+        files, [held_out_fraction(rows.examples) for rows in files], seed=job.asked.split_seed, check=check
+    )
     trained = [train for train, _ in divided]
     return [
-        TaskRows(source, train, held_out, rows.truncated, rows.left_out, near_duplicates(*trained, held_out=held_out))
+        TaskRows(
+            source,
+            train,
+            held_out,
+            rows.truncated,
+            rows.left_out,
+            near_duplicates(*trained, held_out=held_out, check=check),
+        )
         for source, rows, (train, held_out) in zip(job.sources, files, divided, strict=True)
     ]
 
