@@ -40,7 +40,7 @@ from tenora.engine.messages import (
     StartTraining,
     StopTraining,
 )
-from tenora.engine.outputs import Item, advance, failed, is_final
+from tenora.engine.outputs import Item, advance, failed, is_final, step_failure
 from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
 from tenora.engine.resources import Facts, Resources, resources
@@ -54,7 +54,6 @@ from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.device import survive
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
-from tenora.model.memory import is_out_of_memory
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
@@ -349,7 +348,7 @@ class Engine:
             ids = [item.sequence.id for item in batch]
             _log.exception("a step failed", extra={"requests": ids})
             survive(error, self.decoder.device)
-            code, message = _step_failure(error)
+            code, message = step_failure(error)
             for item in batch:
                 self.scheduler.finish(item.sequence)
             return [failed(request_id, code, message) for request_id in ids]
@@ -395,12 +394,3 @@ def _share_out(decoder: Decoder, settings: Settings) -> Resources:
 
 def _digests(sequences: Iterable[SequenceState]) -> tuple[str, ...]:
     return tuple(sorted({sequence.digest for sequence in sequences if sequence.digest}))
-
-
-def _step_failure(error: Exception) -> tuple[str, str]:
-    """Code and message for the sequences of a step that raised."""
-    if is_out_of_memory(error):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return "out_of_memory", "The engine ran out of memory in this step; retry, or use smaller batches."
-    return "engine_error", f"The engine failed in this step ({type(error).__name__}); retry."

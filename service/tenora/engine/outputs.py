@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
 from tenora.engine.runner import Result
 from tenora.engine.sequence import SequenceState
+from tenora.model.memory import is_out_of_memory
 
 Item = SequenceOutput | SequenceFailed
 
@@ -14,6 +17,15 @@ Item = SequenceOutput | SequenceFailed
 def failed(request_id: str, code: str, message: str) -> SequenceFailed:
     """The end of a sequence by an error."""
     return SequenceFailed(request_id=request_id, code=code, message=message)
+
+
+def step_failure(error: Exception) -> tuple[str, str]:
+    """Code and message for the sequences of a step that raised."""
+    if is_out_of_memory(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "out_of_memory", "The engine ran out of memory in this step; retry, or use smaller batches."
+    return "engine_error", f"The engine failed in this step ({type(error).__name__}); retry."
 
 
 def is_final(item: Item) -> bool:
