@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -139,3 +141,37 @@ def closure(linked: np.ndarray) -> np.ndarray:
     while not np.array_equal(wider := linked @ linked, linked):
         linked = wider
     return linked
+
+
+@pytest.mark.parametrize("work", ["divide", "near_duplicates"])
+def test_work_on_many_rows_is_ended_at_any_of_its_stages(work: str) -> None:
+    """Between two checks lies no more than an example, or a chunk of tokens."""
+    rows = random(30)
+    others = [nearly(row, 7) for row in rows]
+
+    def run(check: Callable[[], None]) -> None:
+        if work == "divide":
+            divide([dataset([*rows, *others])], [0.1], check=check)
+        else:
+            near_duplicates(dataset(rows), held_out=dataset(others), check=check)
+
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    run(count)
+    assert calls > 2 * 30
+    for last in range(0, calls, 11):
+        left = last
+
+        def end() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            run(end)
+        assert left == -1, "it has gone on after the check"
