@@ -19,7 +19,8 @@ NOT_STATED = {
     **dict.fromkeys(("Estimate", "EstimateObject", "JobState"), "answers: what was settled"),
     **dict.fromkeys(("Rows", "RowsObject", "PreviewRequest"), "how rows were, or are to be, cut"),
     **dict.fromkeys(
-        ("Hyperparameters", "TrialSpec", "AdamWSettings", "StepEvent", "EventData"), "numbers of a run, a trial, a step"
+        ("Hyperparameters", "TrialSpec", "AdamWSettings", "OptimStep", "StepEvent", "EventData"),
+        "numbers of a run, a trial, a step",
     ),
     "Sweep": "values to try, in lists and ranges",
     "Method": "the usual rate of a method",
