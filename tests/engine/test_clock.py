@@ -83,15 +83,15 @@ def test_the_device_is_never_idle_within_a_slice_and_the_host_never_far_ahead() 
     assert max(gpu.ahead) < 10.0, "at most two layers"
 
 
-def test_a_card_that_only_trains_is_not_idle_between_two_slices() -> None:
-    card = Card()
-    work = Layers(card, 5.0)
-    engine = trainer(card, work)
+def test_a_gpu_that_only_trains_is_not_idle_between_two_slices() -> None:
+    gpu = Gpu()
+    work = Layers(gpu, 5.0)
+    engine = trainer(gpu, work)
     for _ in range(20):
         engine.slice(0.02, drain=False)
-        card.host += 1.0  # commands are looked for, heartbeats sent
-    assert card.free == pytest.approx(5.0 * work.done), "one layer began when the one before it ended"
-    assert max(card.ahead) < 15.0, "at most three layers"
+        gpu.host += 1.0  # commands are looked for, heartbeats sent
+    assert gpu.free == pytest.approx(5.0 * work.done), "one layer began when the one before it ended"
+    assert max(gpu.ahead) < 15.0, "at most three layers"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])

@@ -16,7 +16,7 @@ from tenora.model.layer_pass import Keep
 from tenora.model.loading import load_decoder
 from tenora.model.readouts.labels import LabelReadout
 from tenora.training.arena import TrainedAdapter
-from tenora.training.objectives import PreferenceLoss
+from tenora.training.methods.dpo import PreferenceLoss
 from tenora.training.packing import pack
 from tenora.training.spec import LoraSpec
 from tenora.training.step import Coefficients, Pass, TokenLosses, forward_backward
