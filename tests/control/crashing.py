@@ -1,4 +1,4 @@
-"""A process that is killed at a failpoint: `python -m tests.control.crashing <home> <base> <point> <deed>`."""
+"""A process that is killed at a failpoint: `python -m tests.control.crashing <home> <base> <point> <deed> <url>`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
         await control.adapters.import_(who, name="desk", config=config, weights=weights, receipt=receipt)
 
 
-async def main(home: Path, base: Path, point: str, deed: str) -> None:
+async def main(home: Path, base: Path, point: str, deed: str, registry_url: str | None) -> None:
     targets = target_modules(ModelSpec.from_directory(base))
     engine = ScriptedEngine(targets)
     if deed == "worse-job":
         engine.loss = WORSE
-    settings = Armed(home=home, failpoints=f"{point}=kill" if point else "")
+    settings = Armed(home=home, database_url=registry_url, failpoints=f"{point}=kill" if point else "")
     control = await Control.open(
         settings,
         cast("AsyncEngine", engine),
@@ -90,4 +90,4 @@ async def main(home: Path, base: Path, point: str, deed: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] or None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,25 @@ from tests.support.patience import PATIENCE
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
 
 
-async def killed_at(home: Path, base: Path, point: str, deed: str, repo_root: Path) -> None:
-    command = [sys.executable, "-m", "tests.control.crashing", str(home), str(base), point, deed]
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=repo_root, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode == -signal.SIGKILL, output.decode()
+KilledAt = Callable[[str, str], Awaitable[None]]
+
+
+@pytest.fixture
+def killed_at(home: Path, registry_url: str | None, tiny_base: Path, repo_root: Path) -> KilledAt:
+    """`await killed_at(point, deed)`: a process on this registry that was killed at that failpoint."""
+
+    async def kill(point: str, deed: str) -> None:
+        program = [sys.executable, "-m", "tests.control.crashing"]
+        process = await asyncio.create_subprocess_exec(
+            *(*program, str(home), str(tiny_base), point, deed, registry_url or ""),
+            cwd=repo_root,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+        assert process.returncode == -signal.SIGKILL, output.decode()
+
+    return kill
 
 
 def names(home: Path, pattern: str) -> set[str]:
@@ -65,15 +78,14 @@ async def test_killed_in_a_job(
     import_adapter: ImportAdapter,
     engine: ScriptedEngine,
     home: Path,
-    tiny_base: Path,
-    repo_root: Path,
+    killed_at: KilledAt,
     point: str,
 ) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     old = await import_adapter(control, acme, "desk", seed=9)
     await control.close()
-    await killed_at(home, tiny_base, point, "job", repo_root)
+    await killed_at(point, "job")
 
     engine.alive = False  # the registry as the crash left it, before the job can go on
     control = await open_control()
@@ -107,8 +119,7 @@ async def test_killed_while_a_worse_result_is_withheld(
     import_adapter: ImportAdapter,
     engine: ScriptedEngine,
     home: Path,
-    tiny_base: Path,
-    repo_root: Path,
+    killed_at: KilledAt,
     point: str,
 ) -> None:
     """The name never means it, before the crash, after it or at the end; the version is stored once."""
@@ -116,7 +127,7 @@ async def test_killed_while_a_worse_result_is_withheld(
     acme = await tenant(control, "acme")
     old = await import_adapter(control, acme, "desk", seed=9)
     await control.close()
-    await killed_at(home, tiny_base, point, "worse-job", repo_root)
+    await killed_at(point, "worse-job")
 
     engine.loss = WORSE
     engine.alive = False
@@ -137,42 +148,38 @@ async def test_killed_while_a_worse_result_is_withheld(
 
 
 @pytest.mark.parametrize("point", ["files.before_rename", "files.after_rename"])
-async def test_killed_in_an_upload(
-    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path, point: str
-) -> None:
-    await killed_at(home, tiny_base, point, "upload", repo_root)
+async def test_killed_in_an_upload(open_control: OpenControl, home: Path, killed_at: KilledAt, point: str) -> None:
+    await killed_at(point, "upload")
     control = await open_control()
     acme = await tenant(control, "acme")
     assert (await control.files.list(acme)).items == []
     await check_whole(control, acme, home)
 
 
-async def test_killed_in_deleting_a_file(
-    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path
-) -> None:
+async def test_killed_in_deleting_a_file(open_control: OpenControl, home: Path, killed_at: KilledAt) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     await upload(control, acme)
     await control.close()
-    await killed_at(home, tiny_base, "files.after_delete", "delete-file", repo_root)
+    await killed_at("files.after_delete", "delete-file")
     control = await open_control()
     await check_whole(control, acme, home)
     assert (await control.files.list(acme)).items == []
 
 
 async def test_killed_in_an_import_and_in_a_deletion(
-    open_control: OpenControl, import_adapter: ImportAdapter, home: Path, tiny_base: Path, repo_root: Path
+    open_control: OpenControl, import_adapter: ImportAdapter, home: Path, killed_at: KilledAt
 ) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     old = await import_adapter(control, acme, "desk", seed=9)
     await control.close()
-    await killed_at(home, tiny_base, "adapters.after_blob", "import", repo_root)
+    await killed_at("adapters.after_blob", "import")
     control = await open_control()
     await check_whole(control, acme, home)
     assert [one.digest for one in await control.adapters.versions(acme, "desk")] == [old.digest]
     await control.close()
-    await killed_at(home, tiny_base, "adapters.after_delete", "delete-adapter", repo_root)
+    await killed_at("adapters.after_delete", "delete-adapter")
     control = await open_control()
     await check_whole(control, acme, home)
     with pytest.raises(NotFoundError):
@@ -188,10 +195,10 @@ async def test_killed_in_an_import_and_in_a_deletion(
     ],
 )
 async def test_killed_before_a_keyed_request_was_answered(
-    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path, deed: str, point: str
+    open_control: OpenControl, home: Path, killed_at: KilledAt, deed: str, point: str
 ) -> None:
     """The client repeats the request with its Idempotency-Key: it must get the thing that exists, not a second one."""
-    await killed_at(home, tiny_base, point, deed, repo_root)
+    await killed_at(point, deed)
     control = await open_control()
     acme = await tenant(control, "acme")
     made = {
@@ -204,9 +211,9 @@ async def test_killed_before_a_keyed_request_was_answered(
 
 
 async def test_killed_before_a_keyed_upload_was_stored(
-    open_control: OpenControl, home: Path, tiny_base: Path, repo_root: Path
+    open_control: OpenControl, home: Path, killed_at: KilledAt
 ) -> None:
-    await killed_at(home, tiny_base, "files.after_rename", "keyed-upload", repo_root)
+    await killed_at("files.after_rename", "keyed-upload")
     control = await open_control()
     acme = await tenant(control, "acme")
     assert (await control.files.list(acme)).items == []

@@ -163,7 +163,8 @@ def test_truncation_of_a_preference_is_counted_once_and_leaves_both_answers(
 
 
 @pytest.mark.parametrize(
-    ("row", "wanted", "words"), [(chat(), 2, "needs preference rows"), (pairs()[0], 1, "holds preference rows")]
+    ("row", "wanted", "words"),
+    [(chat(), 2, "holds rows with one answer each"), (pairs()[0], 1, "holds preference rows")],
 )
 def test_a_file_of_the_other_kind_is_refused(
     tmp_path: Path, tokenizer: Tokenizer, row: dict[str, Any], wanted: int, words: str
