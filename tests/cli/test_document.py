@@ -133,11 +133,14 @@ async def test_thousands_of_requests_get_what_the_document_says(
     client = service.client()
     file = (await upload(client)).json()["id"]
     job = {"model": service.control.inference.base_id, "training_file": file}
+    assert (await client.post("/v1/admin/tenants", json={"name": "umbrella"})).status_code in {200, 201, 409}
     names = {
         "file_id": file,
         "job_id": (await client.post("/v1/fine_tuning/jobs", json=job)).json()["id"],
         "name": "fox",
         "model": service.control.inference.base_id,
+        "tenant": "umbrella",
+        "key_id": (await client.post("/v1/admin/tenants/umbrella/keys", json={"scopes": ["infer"]})).json()["id"],
     }
     assert (await import_adapter(client, "fox", make_adapter(0))).status_code == 201
     async with served(service) as port:

@@ -102,7 +102,7 @@ def test_a_worker_that_is_told_to_end_saves_its_run_and_ends_in_order(new_server
         worker = server.worker()
         worker.send_signal(signal.SIGTERM)
         until(lambda: not alive(worker), "it has ended")
-        assert "exit status 0" in server.log.read_text()
+        until(lambda: "exit status 0" in server.log.read_text(), "its service has seen that")
         assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
 
 

@@ -30,16 +30,24 @@ class WorkerBeside:
         """Listen for it. Raises ConfigurationError if there is no place for that in the state directory."""
         self._settings = settings
         self._supervisor: WorkerSupervisor | None = None
+        listener = None
         try:
-            listener = listen(settings.root / WORKER_SOCKET)
+            if self._trains:
+                listener = listen(settings.root / WORKER_SOCKET)
+            else:  # who connected to what another role left would wait for a word that nobody says
+                (settings.root / WORKER_SOCKET).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigurationError(f"The worker's socket cannot be made in {settings.root}: {error}.") from error
         self.line = ServiceEnd(listener, Welcome(model.id, str(model.directory)))
 
+    @property
+    def _trains(self) -> bool:
+        return self._settings.role != "serve"
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep a worker as long as the block runs; afterwards what ran is saved."""
-        if self._settings.role == "serve":  # it never trains
+        if not self._trains:
             yield
             return
         await self.line.start()

@@ -25,7 +25,7 @@ from tests.control.conftest import (
 )
 from tests.control.scripted import ScriptedEngine
 
-LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj", "k_proj", "v_proj"}))
+LIMITS = Limits(BASE, 64, 256, ("q_proj", "k_proj", "v_proj"))
 PARENT = ParentShape(rank=4, scaling=2.0, use_rslora=False, target_modules=frozenset({"q_proj", "v_proj"}))
 
 

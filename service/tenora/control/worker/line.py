@@ -89,8 +89,8 @@ class ServiceEnd:
         connected: set while a worker is at the other end.
     """
 
-    def __init__(self, listener: socket.socket, welcome: Welcome) -> None:
-        """`listener` listens where the worker connects to; it is closed in `close`."""
+    def __init__(self, listener: socket.socket | None, welcome: Welcome) -> None:
+        """`listener` listens where the worker connects to; it is closed in `close`. None: none shall ever come."""
         self.connected = asyncio.Event()
         self._listener = listener
         self._welcome = welcome
@@ -103,7 +103,8 @@ class ServiceEnd:
 
     async def start(self) -> None:
         """Let a worker in."""
-        self._server = await asyncio.start_unix_server(self._follow, sock=self._listener)
+        if self._listener is not None:
+            self._server = await asyncio.start_unix_server(self._follow, sock=self._listener)
 
     async def close(self) -> None:
         """Let nobody in any more, and end the line."""
@@ -111,7 +112,8 @@ class ServiceEnd:
             self._server.close()
         if self._writer is not None:
             self._writer.close()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
 
     @property
     def leases_lost(self) -> int:
