@@ -29,6 +29,7 @@ from tenora_kernels.cpu.decoder import layers, losses
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.cpu.runtime.team import Team
+from tenora_kernels.first_calls import make_first_calls
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -185,6 +186,7 @@ class Decoder(nn.Module):
     ) -> None:
         """A decoder whose matrices `read` gives; without it they are dense and hold anything."""
         super().__init__()
+        make_first_calls()
         device = torch.device(device)
         self.spec = spec
         self.device, self.dtype = device, dtype
