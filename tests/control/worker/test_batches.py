@@ -116,3 +116,13 @@ async def test_the_lines_of_steps_are_bounded_and_the_newest_stay(
     assert kept == [*range(5, 80, 5), *range(80, total + 1)]
     assert len([line for line in said if line.startswith("Evaluated ")]) == total
     assert said[: len(before)] == before
+
+
+async def test_a_line_says_what_was_known_when_its_event_came(control: Control, acme: Principal) -> None:
+    """Lines that are written together are those that would have been written one by one."""
+    job = await create_job(control, acme)
+    await until(control, acme, job.id, "succeeded")
+    events = (await control.jobs.events(acme, job.id, limit=1000)).items
+    lines = [event.data for event in reversed(events) if "full_valid_loss" in event.data]
+    total = lines[-1]["step"]
+    assert [(line["step"], line["total_steps"]) for line in lines] == [(0, None), (total, total)]

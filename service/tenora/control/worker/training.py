@@ -50,11 +50,13 @@ class Told:
 
     Attributes:
         left: seconds that the run would take from then on, if that was known.
+        total_steps: of the run, as it had last said; 0 before that.
         at: when it came (Unix time).
     """
 
     event: TrainEvent
     left: float | None
+    total_steps: int
     at: float = field(default_factory=time.time)
 
     def is_line(self) -> bool:
@@ -201,7 +203,11 @@ class JobTraining:
 
     async def _told(self, events: AsyncIterator[TrainEvent]) -> AsyncIterator[Told]:
         async for event in events:
-            yield Told(event, None if self._pace is None else self._pace.left(event))
+            if self._pace is None:
+                yield Told(event, None, 0)
+            else:
+                left = self._pace.left(event)
+                yield Told(event, left, self._pace.total_steps)
 
     async def _record(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> None:
         """Put events of the run into the registry, unless the job is in other hands.
@@ -252,7 +258,7 @@ class JobTraining:
                     record_trial(row, event)
                 if told.left is not None:
                     row.estimated_finish = math.ceil(told.at + told.left)
-                message, metrics = self._line(event, spec)
+                message, metrics = _line(told, spec)
                 log(session, row, message, metrics=metrics)
                 await session.flush()  # keeps the order of the lines
             steps = [told.event for told in batch if isinstance(told.event, StepEvent)]
@@ -261,19 +267,6 @@ class JobTraining:
             paused = row.status == "paused"
         if paused and not self._pausing.is_set():  # by another process, whose runner does not have it
             await self.pause()
-
-    def _line(self, event: TrainEvent, spec: TrainSpec) -> tuple[str, Metrics]:
-        match event:
-            case StepEvent():
-                return step_line(event)
-            case EvalEvent():
-                return eval_line(event, 0 if self._pace is None else self._pace.total_steps)
-            case TrialEvent():
-                return trial_line(event, len(spec.trials))
-            case FoldEvent():
-                return fold_line(event, spec.folds)
-            case _:
-                raise AssertionError(event)
 
     async def _finish(self, event: FinishedEvent, spec: TrainSpec, base: Measuring) -> None:
         try:
@@ -321,3 +314,18 @@ class JobTraining:
                 f"The engine stopped {attempts} times while this job ran; try a smaller batch_size or max_seq_length.",
                 code="engine_lost",
             )
+
+
+def _line(told: Told, spec: TrainSpec) -> tuple[str, Metrics]:
+    """Message and numbers of an event that is a line of the log."""
+    match told.event:
+        case StepEvent() as event:
+            return step_line(event)
+        case EvalEvent() as event:
+            return eval_line(event, told.total_steps)
+        case TrialEvent() as event:
+            return trial_line(event, len(spec.trials))
+        case FoldEvent() as event:
+            return fold_line(event, spec.folds)
+        case event:
+            raise AssertionError(event)
