@@ -10,8 +10,12 @@ import os
 import runpy
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["bound_to_parent", "die_with_parent"]
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process  # a child's start does not wait for asyncio
+
+__all__ = ["bound_to_parent", "describe_exit", "die_with_parent", "hand_over"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,6 +29,24 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 def bound_to_parent(module: str, *arguments: str) -> list[str]:
     """The command that runs `python -m module arguments…` as a child that ends with this process."""
     return [sys.executable, "-m", "tenora.processes", str(os.getpid()), module, *arguments]
+
+
+async def hand_over(process: Process, message: bytes) -> None:
+    """Write what a child reads from its standard input, and close that. A child that is dead already is no error."""
+    if process.stdin is None:
+        raise OSError("the child has no standard input")
+    try:
+        process.stdin.write(message)
+        await process.stdin.drain()
+        process.stdin.close()
+        await process.stdin.wait_closed()
+    except (BrokenPipeError, ConnectionResetError):
+        return  # its end is seen by whoever waits for it
+
+
+def describe_exit(code: int) -> str:
+    """How a child ended, in words."""
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
 
 
 def main(arguments: list[str]) -> None:

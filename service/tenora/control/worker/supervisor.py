@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 
 from tenora.control.worker.line import ServiceEnd
 from tenora.environment import for_child
+from tenora.processes import describe_exit, hand_over
 
 _log = logging.getLogger(__name__)
 
@@ -114,17 +114,13 @@ class WorkerSupervisor:
             return f"it could not be started: {error}"
         self.pid = process.pid
         try:
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is dead already
-                    process.stdin.write(self._launch)
-                    await process.stdin.drain()
-                    process.stdin.close()
+            await hand_over(process, self._launch)
             code = await process.wait()
         finally:
             self.pid = None
             if process.returncode is None:
                 process.kill()
-        return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        return describe_exit(code)
 
     async def _closes_within(self, seconds: float) -> bool:
         try:

@@ -19,6 +19,7 @@ from tenora.config import Settings
 from tenora.engine.client.link import decode_event, encode
 from tenora.engine.messages import Command, Event, Ready
 from tenora.environment import for_child
+from tenora.processes import describe_exit, hand_over
 
 LAST_WORDS_MS = 50  # after the child's exit, its last frames are read until this much silence
 MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
@@ -98,7 +99,7 @@ class ProcessLink:
             except zmq.ZMQError as error:  # no OSError, and it must not end the supervisor
                 raise OSError(error.errno, f"no socket at {address}: {error.strerror}") from error
             self._process = await _spawn(self._settings)
-            await _write(self._process, launch_message(self._settings, self._model_dir, address, self._door))
+            await hand_over(self._process, launch_message(self._settings, self._model_dir, address, self._door))
         except BaseException:
             self.kill()
             self._clean_up()
@@ -124,7 +125,7 @@ class ProcessLink:
             await self._stop_receiver()
             while await self._socket.poll(LAST_WORDS_MS):
                 self._deliver(await self._socket.recv())
-            return _describe_exit(exited.result())
+            return describe_exit(exited.result())
         finally:
             self.kill()
             exited.cancel()
@@ -191,19 +192,3 @@ async def _spawn(settings: Settings) -> asyncio.subprocess.Process:
         env=environment,
         start_new_session=True,  # the terminal's Ctrl-C is for the parent, which decides when the child ends
     )
-
-
-async def _write(process: asyncio.subprocess.Process, message: bytes) -> None:
-    if process.stdin is None:
-        raise OSError("the child has no standard input")
-    try:
-        process.stdin.write(message)
-        await process.stdin.drain()
-        process.stdin.close()
-        await process.stdin.wait_closed()
-    except (BrokenPipeError, ConnectionResetError):
-        return  # it is dead already, which `closed` reports
-
-
-def _describe_exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
