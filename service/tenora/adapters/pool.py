@@ -177,7 +177,7 @@ class SlotPool:
         slot = self._free_slots.pop()
         resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
         self._residents[digest] = resident
-        if self._uploader is None or adapter.values.device == self.tables.arena.device:
+        if self._uploader is None or adapter.values.device.type != "cpu":
             self._write(offset, adapter.values)
             self._place(resident)
         else:
