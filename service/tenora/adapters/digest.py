@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,26 @@ def content_hasher(config: bytes) -> hashlib._Hash:
     hasher.update(len(config).to_bytes(8, "little"))
     hasher.update(config)
     return hasher
+
+
+class HashingBeside:
+    """A digest that is computed on another thread, in the order in which its bytes are given."""
+
+    def __init__(self, hasher: hashlib._Hash, thread: Executor) -> None:
+        """`hasher` is what has been hashed so far; `thread` has one worker, so that it keeps the order."""
+        self._hasher = hasher
+        self._thread = thread
+        self._parts: list[Future[None]] = []
+
+    def update(self, part: bytes | memoryview) -> None:
+        """Hash these bytes too, soon; they must not change."""
+        self._parts.append(self._thread.submit(self._hasher.update, part))
+
+    def hexdigest(self) -> str:
+        """The digest of all that was given, when it is there."""
+        for part in self._parts:
+            part.result()
+        return self._hasher.hexdigest()
 
 
 def digest_of(directory: Path) -> str | None:

@@ -10,14 +10,15 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from tenora.adapters.arena_room import ArenaRoom
 from tenora.adapters.atomic import new_directory
-from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, content_hasher, damaged, digest_of
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, HashingBeside, content_hasher, damaged, digest_of
 from tenora.adapters.foreign_names import PREFIX, foreign_name, unexpected_name
 from tenora.adapters.peft_config import MAX_CONFIG_BYTES, parse_config
 from tenora.adapters.safetensors_file import (
@@ -33,6 +34,8 @@ from tenora.adapters.safetensors_file import (
 )
 from tenora.adapters.targets import TargetModule
 from tenora.errors import AdapterFormatError
+
+T = TypeVar("T")
 
 _KEPT_PLANS = 8  # kinds of adapters (ranks, modules, types) whose headers are remembered
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -152,38 +155,47 @@ class AdapterReader:
         self._targets = tuple(targets)
         self._max_rank = max_rank
         self._plans: OrderedDict[bytes, _Plan] = OrderedDict()
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-hashing")
 
-    def read(self, directory: Path, digest: str | None = None) -> AdapterWeights:
-        """Read and check the adapter of a directory.
+    def read(self, directory: Path) -> AdapterWeights:
+        """Read and check the adapter of a directory. Raises as `read_adapter`."""
+        return self._read(directory, read_config(directory), None)
+
+    def load(self, directory: Path, digest: str, use: Callable[[AdapterWeights], T]) -> T:
+        """What `use` makes of the adapter of a directory, if its bytes are those that a digest names.
+
+        They are hashed on a thread of their own while `use` works, because hashing takes as long as all else together.
 
         Args:
             directory: as `read_adapter`.
-            digest: what its bytes must be (`tenora.adapters.digest`); they are hashed on their way.
+            digest: what its bytes must be (`tenora.adapters.digest`).
+            use: gets weights that are not known to be the right ones yet, so nothing that it does may be seen before
+                its result is returned. It must not change them.
 
         Raises:
             AdapterDamagedError: the files are not those that the digest names, or are gone.
             AdapterFormatError, FileNotFoundError: as `read_adapter`.
+            What `use` raises.
         """
-        hasher = None
         try:
             config = read_config(directory)
-            hasher = None if digest is None else content_hasher(config)
-            weights = self._read(directory, config, hasher)
+            hashing = HashingBeside(content_hasher(config), self._hashing)
+            made = use(self._read(directory, config, hashing))
         except (AdapterFormatError, FileNotFoundError) as error:
-            if digest is not None and digest_of(directory) != digest:
+            if digest_of(directory) != digest:
                 raise damaged(digest) from error
             raise
-        if digest is not None and hasher is not None and hasher.hexdigest() != digest:
+        if hashing.hexdigest() != digest:
             raise damaged(digest)
-        return weights
+        return made
 
-    def _read(self, directory: Path, config: bytes, hasher: hashlib._Hash | None) -> AdapterWeights:
+    def _read(self, directory: Path, config: bytes, hashing: HashingBeside | None) -> AdapterWeights:
         with _open_weights(directory / WEIGHTS_NAME) as file:
             header, file_size = _header(config, file)
             plan = self._plan(config, header, file_size)
-            if hasher is not None:
-                hasher.update(len(header).to_bytes(8, "little") + header)
-            found = read_arrays(file, plan.entries, hasher)
+            if hashing is not None:
+                hashing.update(len(header).to_bytes(8, "little") + header)
+            found = read_arrays(file, plan.entries, None if hashing is None else hashing.update)
             arrays = dict(zip((entry.name for entry in plan.entries), found, strict=True))
         modules = {planned.target.path: _module(planned, arrays) for planned in plan.modules}
         summary = plan.summary

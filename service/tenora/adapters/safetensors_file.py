@@ -6,10 +6,9 @@ The format: 8 bytes, little endian, the length of the header; a JSON object from
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +30,7 @@ _ARRAY_TYPES: dict[str, type[np.generic]] = {
 }
 _FILE_TYPES = {np.dtype(array_type): name for name, array_type in _ARRAY_TYPES.items() if name != "F64"}
 _CHUNK = 65536  # values that are looked at together, so that what is computed of them stays in the cache
+_PIECE = 2**20  # bytes that are read at once
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 Array = npt.NDArray[Any]
@@ -140,13 +140,15 @@ def read_array(file: BinaryIO, entry: TensorEntry) -> Array:
     return read_arrays(file, [entry])[0]
 
 
-def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry], hasher: hashlib._Hash | None = None) -> list[Array]:
-    """The values of tensors that lie back to back in the file, as views of one buffer: one read, one check.
+def read_arrays(
+    file: BinaryIO, entries: Sequence[TensorEntry], seen: Callable[[memoryview], None] | None = None
+) -> list[Array]:
+    """The values of tensors that lie back to back in the file, as views of one buffer: one check for all.
 
     Args:
         file: an open safetensors file.
         entries: in the order of their bytes, without gaps, as `parse_header` gives them.
-        hasher: gets the bytes.
+        seen: gets the bytes, piece by piece as they are read; they stay as they are afterwards.
 
     Raises:
         AdapterFormatError: as `read_array`.
@@ -156,9 +158,12 @@ def read_arrays(file: BinaryIO, entries: Sequence[TensorEntry], hasher: hashlib.
     first, last = entries[0].start, entries[-1].start + entries[-1].nbytes
     buffer: npt.NDArray[np.uint8] = np.empty(last - first, dtype=np.uint8)
     file.seek(first)
-    got = file.readinto(buffer.data)  # type: ignore[attr-defined]  # of buffered files
-    if hasher is not None:
-        hasher.update(buffer.data)
+    got = 0
+    for begin in range(0, buffer.size, _PIECE):
+        piece = buffer.data[begin : begin + _PIECE]
+        got += file.readinto(piece)  # type: ignore[attr-defined]  # of buffered files
+        if seen is not None:
+            seen(piece)
     arrays = [_view(buffer, entry, first) for entry in entries]
     for entry in entries:
         if entry.start + entry.nbytes > first + got:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tenora.adapters.host_cache import HostCache
-from tenora.adapters.peft_format import AdapterReader
+from tenora.adapters.peft_format import AdapterReader, AdapterWeights
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
@@ -312,12 +312,10 @@ class Engine:
         reader = AdapterReader(self.targets, max_rank=max_rank)
         arena = self.pool.tables.arena
 
-        def read(ref: AdapterRef) -> PreparedAdapter:
-            return prepare(
-                reader.read(Path(ref.path), ref.digest), self.targets, dtype=arena.dtype, device=arena.device
-            )
+        def prepared(weights: AdapterWeights) -> PreparedAdapter:
+            return prepare(weights, self.targets, dtype=arena.dtype, device=arena.device)
 
-        return read
+        return lambda ref: reader.load(Path(ref.path), ref.digest, prepared)
 
     def _add_sequence(self, request: Generate) -> None:
         if self.scheduler.get(request.request_id) is not None:

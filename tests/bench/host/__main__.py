@@ -1,7 +1,8 @@
 """CPU time of the host beside the model: `python -m tests.bench.host [CASE …] [--against CHECKOUT]`.
 
-Medians of one thread's CPU time. With `--against` the same cases run on another checkout of the service too, in turn
-with this one, and the table shows before, after and how many times less it takes.
+Medians of one thread's CPU time; loads of adapters, which take two threads, in wall time. With `--against` the same
+cases run on another checkout of the service too, in turn with this one, and the table shows before, after and how many
+times less it takes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.bench.host import scheduling, streaming
+from tests.bench.host import adapters, scheduling, streaming
 
-CASES = scheduling.CASES | streaming.CASES
+CASES = scheduling.CASES | streaming.CASES | adapters.CASES
 HERE = Path(__file__).parents[3]
 PACKAGES = ("service", "clients/python/src", "kernels")
 
