@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,20 @@ class TestSweep:
         solo = msgspec.structs.replace(solo, lora=LoraSpec(rank=trial.rank, alpha=trial.alpha), batch_size=4)
         theirs = events_of(TrainingRun(decoder, solo))[-1]
         assert_same_bits(weights_of(finished), weights_of(theirs))
+
+    def test_trials_with_other_batch_sizes_get_what_they_would_get_alone(
+        self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path
+    ) -> None:
+        trials = tuple(msgspec.structs.replace(TRIALS[1], batch_size=size) for size in (4, 5, 12))
+        events = events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=trials, eval_interval=1)))
+        for number, trial in enumerate(trials):
+            told = [event for event in events if isinstance(event, TrialEvent) and event.trial == number]
+            alone = learnable(make_spec, tmp_path, n_epochs=3, learning_rate=trial.learning_rate, eval_interval=1)
+            alone = msgspec.structs.replace(alone, batch_size=trial.batch_size)
+            theirs = [event for event in events_of(TrainingRun(decoder, alone)) if isinstance(event, EvalEvent)]
+            best = list(accumulate((event.valid_loss for event in theirs[1:]), min))
+            assert told
+            assert [event.valid_loss for event in told] == [best[event.step - 1] for event in told]
 
     @pytest.mark.parametrize("share", full_but(0.6, (0.2, 0.6, 0.9)))
     def test_a_sweep_that_was_paused_goes_on_to_the_same_bits(

@@ -96,6 +96,15 @@ def test_order_differs_between_epochs_and_seeds() -> None:
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
+def test_trials_with_other_batch_sizes_and_epochs_take_turns_on_one_corpus() -> None:
+    """As those of a sweep do: each gets what it would get alone."""
+    shared, sizes = corpus_of(50), (4, 7, 25, 50, 3, 10)
+    turns = [[shared.batch(step, size, seed=3) for size in sizes] for step in range(30)]
+    for size, found in zip(sizes, zip(*turns, strict=True), strict=True):
+        alone = corpus_of(50)
+        assert list(found) == [alone.batch(step, size, seed=3) for step in range(30)]
+
+
 def test_a_task_with_half_the_weight_gives_half_of_its_rows() -> None:
     corpus = corpus_of(40, 20, weights=(0.5, 1.0))
     seen = [set(corpus.batch(step, 40, seed=3)) for step in range(3)]

@@ -14,6 +14,8 @@ from tenora.errors import TrainingError
 from tenora.training.packing import Int64Array
 from tenora.training.spec import TaskSpec
 
+_KEPT_ORDERS = 4  # those last asked for: trials of a sweep are not all in the same epoch
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -33,7 +35,7 @@ class Corpus:
     weights: tuple[float, ...]
     train_task: Int64Array
     valid_task: Int64Array
-    _orders: dict[int, list[Int64Array]] = field(default_factory=dict, compare=False, repr=False)
+    _orders: dict[tuple[int, int], Int64Array] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def load(cls, tasks: Sequence[TaskSpec], *, rows_per_example: int) -> Corpus:
@@ -74,10 +76,10 @@ class Corpus:
         """
         per_epoch = self.steps_per_epoch(batch_size)
         epoch, index = divmod(step, per_epoch)
-        if epoch not in self._orders:  # drawn once an epoch: a large file has many rows and many steps
-            self._orders.clear()
-            self._orders[epoch] = np.array_split(self._epoch(seed, epoch), per_epoch)
-        examples: list[int] = self._orders[epoch][index].tolist()
+        order = self._order(seed, epoch)
+        least, longer = divmod(len(order), per_epoch)
+        start = index * least + min(index, longer)
+        examples: list[int] = order[start : start + least + (index < longer)].tolist()
         return examples
 
     def fold(self, number: int, folds: int, *, seed: int) -> tuple[Corpus, Int64Array]:
@@ -106,6 +108,16 @@ class Corpus:
         """Examples of each task in an epoch."""
         counts = np.bincount(self.train_task, minlength=len(self.names))
         return [max(1, round(weight * int(count))) for weight, count in zip(self.weights, counts, strict=True)]
+
+    def _order(self, seed: int, epoch: int) -> Int64Array:
+        """Of the examples of an epoch. It is drawn once for many steps, also of several trials, whose steps differ."""
+        order = self._orders.pop((seed, epoch), None)
+        if order is None:
+            order = self._epoch(seed, epoch)
+        self._orders[seed, epoch] = order
+        if len(self._orders) > _KEPT_ORDERS:
+            del self._orders[next(iter(self._orders))]
+        return order
 
     def _epoch(self, seed: int, epoch: int) -> Int64Array:
         random = np.random.default_rng([seed, epoch])
