@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import tenora_client as tc
+from tenora.cli.working import NICE
 from tests.e2e.conftest import StartServer
 from tests.e2e.material import ask, write_rows
 from tests.e2e.serving import TENORA, Server, alive, until
@@ -113,6 +114,15 @@ def test_a_server_that_ends_ends_its_worker(new_server: StartServer) -> None:
     server.terminate()
     assert server.exit_status() == 0
     assert not alive(worker)
+
+
+def test_a_worker_leaves_the_processor_to_its_service_and_so_does_its_session(new_server: StartServer) -> None:
+    server = new_server()
+    server.start()
+    worker = at_work(server)
+    assert worker.nice() == min(19, psutil.Process(server.process.pid).nice() + NICE)
+    session = Path(f"/proc/{worker.pid}/autogroup")
+    assert not session.exists() or session.read_text().split()[-1] == str(worker.nice())
 
 
 def test_no_second_worker_works_on_a_state_directory(new_server: StartServer) -> None:

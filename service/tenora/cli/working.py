@@ -26,6 +26,7 @@ from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
+from tenora.processes import lower_priority
 from tenora.telemetry import logs
 from tenora.unix_socket import connect
 
@@ -42,7 +43,10 @@ def run(settings: Settings) -> None:
         TenoraError: it could not start; the message says what to do.
     """
     logs.configure(settings.log_level)
-    os.nice(NICE)
+    try:
+        lower_priority(NICE)
+    except OSError as error:
+        log.warning("requests may wait for rows that are prepared: %s", error)
     lock = claim(settings.root, WORKER_LOCK)
     try:
         uvloop.run(_run(settings))

@@ -21,13 +21,19 @@ from starlette.types import Message
 from tenora.api.app import create_app
 from tenora.config import Settings
 from tenora.control.control import Control
-from tenora.engine.client.client import AsyncEngine
-from tenora.engine.client.link import decode_event, encode
 from tenora.engine.messages import Command, Event, FinishReason, Generate, Outputs, Ready, SequenceOutput
 from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tests.support.tiny import build_tiny
+
+try:
+    from tenora.engine.client.client import AsyncEngine
+    from tenora.engine.client.link import decode_event, encode
+except ModuleNotFoundError:  # an older checkout, where the client was two modules
+    from tenora.engine.link import decode_event, encode
+
+    from tenora.engine.client import AsyncEngine
 
 PATH = "/v1/chat/completions"
 STREAMS, TOKENS = 32, 150
