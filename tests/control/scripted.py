@@ -27,6 +27,8 @@ from tenora.training.spec import (
     FailedEvent,
     FinishedEvent,
     HeldOut,
+    Recorded,
+    RetoldEvent,
     StepEvent,
     StoppedEvent,
     TrainEvent,
@@ -71,6 +73,8 @@ class ScriptedEngine:
         self.evicted: list[str] = []
         self.specs: list[TrainSpec] = []
         self.stops: list[tuple[str, bool]] = []
+        self.acknowledged = 0  # events of runs that are recorded
+        self.retold = 0  # how many of its first events a run says again when it is started, as one that is resumed
         self.hold_at: int | None = None
         self.held = asyncio.Event()  # a run waits before step `hold_at`
         self.release = asyncio.Event()
@@ -111,7 +115,11 @@ class ScriptedEngine:
     async def train(self, spec: TrainSpec) -> AsyncIterator[TrainEvent]:
         self.specs.append(spec)
         self._requested.pop(spec.run_id, None)
-        for event in self._events(spec):
+        events = self._events(spec)
+        recorded = [event for event in events if isinstance(event, Recorded)][: self.retold]
+        if recorded:
+            yield RetoldEvent(run_id=spec.run_id, events=recorded)
+        for event in events[len(recorded) :]:
             if isinstance(event, StepEvent | TrialEvent) and event.step == self.hold_at:
                 self.held.set()
                 await self.release.wait()
@@ -240,6 +248,9 @@ class ScriptedEngine:
         if self.broken:
             (path / "adapter_model.safetensors").chmod(0o600)
             (path / "adapter_model.safetensors").write_bytes(b"not tensors")
+
+    async def acknowledge(self, run_id: str, events: int) -> None:
+        self.acknowledged += events
 
     async def stop_training(self, run_id: str, *, pause: bool = False) -> None:
         self.stops.append((run_id, pause))

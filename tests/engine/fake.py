@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import (
     Abort,
+    Acknowledge,
     Command,
     EngineStats,
     Event,
@@ -54,6 +55,7 @@ class FakeEngine:
         self.pins: list[tuple[AdapterRef, bool]] = []
         self.evicted: list[str] = []
         self.stopped: list[tuple[str, bool]] = []
+        self.acknowledged: dict[str, int] = {}
         self.hang = threading.Event()
         self.resume = threading.Event()
         self.changed = threading.Event()
@@ -71,6 +73,8 @@ class FakeEngine:
                 self.requests.pop(request_id, None)
             case StartTraining(spec=spec):
                 self.runs[spec.run_id] = 0
+            case Acknowledge(run_id=run_id, count=count):
+                self.acknowledged[run_id] = count
             case StopTraining(run_id=run_id, pause=pause):
                 self.stopped.append((run_id, pause))
                 if run_id in self.runs:

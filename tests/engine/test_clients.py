@@ -20,7 +20,7 @@ from tenora.engine.channel import SocketChannel
 from tenora.engine.client.client import AsyncEngine
 from tenora.engine.client.link import decode_event, encode
 from tenora.engine.loop import run_loop
-from tenora.engine.messages import Event, EvictAdapter, PinAdapter, Shutdown
+from tenora.engine.messages import Acknowledge, Event, EvictAdapter, PinAdapter, Shutdown
 from tenora.errors import UnavailableError
 from tenora.training.spec import StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tenora.unix_socket import MAX_MESSAGE, Unpacker, connect, pack
@@ -141,6 +141,23 @@ async def test_a_client_stops_no_run_of_another(clients: list[AsyncEngine], owne
         assert owned.engine.stopped == []
         assert isinstance(await anext(run), StepEvent)
         await events.aclose()
+
+
+async def test_what_a_client_has_recorded_is_added_up_and_no_other_acknowledges_it(
+    clients: list[AsyncEngine], owned: Owned
+) -> None:
+    async with aclosing(clients[0].train(spec("a"))) as run, aclosing(clients[1].train(spec("b"))) as other:
+        await collect(run, 5)
+        await anext(other)
+        await clients[0].acknowledge("a", 2)
+        await clients[0].acknowledge("a", 3)
+        await clients[1].acknowledge("a", 7)
+        with connect(owned.door) as rude:
+            rude.sendall(pack(encode(Acknowledge("a", 9))))
+            await until(lambda: owned.engine.acknowledged.get("a") == 5)
+        await clients[1].acknowledge("b", 1)
+        await until(lambda: "b" in owned.engine.acknowledged)
+    assert owned.engine.acknowledged == {"a": 5, "b": 1}
 
 
 async def test_a_run_that_another_client_holds_begins_when_that_one_has_ended(

@@ -54,6 +54,7 @@ CHANGES: Mapping[str, Any] = {
 OTHERWISE = {
     **dict.fromkeys(("run_id", "group", "weight", "workdir", "base_model"), "names, and shares of the machine"),
     **dict.fromkeys(("packing", "tokens_per_microbatch", "recompute_activations"), "the same result by other passes"),
+    "acknowledged": "what is told again; tests of its own",
     "split_seed": "which rows are in which fold; tests of its own",
     **dict.fromkeys(("tasks", "method", "init_path", "folds", "trials"), "what makes a kind; tests of their own"),
 }

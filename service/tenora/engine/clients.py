@@ -14,6 +14,7 @@ import msgspec
 
 from tenora.engine.messages import (
     Abort,
+    Acknowledge,
     Command,
     Event,
     EvictAdapter,
@@ -88,6 +89,8 @@ class Clients:
                 unknown = "No run of this name has been started here."
                 refused = Refused(run_id=run_id, command_id=put.command_id, code="unknown_run", message=unknown)
                 return [(client, Training(refused))]
+            case Acknowledge(run_id=run_id) if self._runs.get(run_id) != client:
+                return told  # another client follows it by now
             case StopTraining(run_id=run_id):
                 if run_id in self._waiting and self._waiting[run_id][0] == client:
                     del self._waiting[run_id]

@@ -26,6 +26,7 @@ from tenora.engine.loader import AdapterLoader
 from tenora.engine.loading_progress import LoadingProgress
 from tenora.engine.messages import (
     Abort,
+    Acknowledge,
     Command,
     EngineStats,
     Event,
@@ -222,12 +223,12 @@ class Engine:
             case Abort(request_id=request_id):
                 if (sequence := self.scheduler.get(request_id)) is not None:
                     self.scheduler.finish(sequence)
-            case StartTraining(spec=spec):
+            case StartTraining(spec=spec) | StartSession(spec=spec):
                 self.trainer.start(spec)
-            case StartSession(spec=session):
-                self.trainer.start(session)
             case PutCommand(run_id=run_id, command=told):
                 self.trainer.put(run_id, told)
+            case Acknowledge(run_id=run_id, count=count):
+                self.trainer.acknowledge(run_id, count)
             case StopTraining(run_id=run_id, pause=pause):
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):

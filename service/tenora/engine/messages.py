@@ -62,6 +62,13 @@ class PutCommand(msgspec.Struct, frozen=True, tag="put"):
     command: RunCommand
 
 
+class Acknowledge(msgspec.Struct, frozen=True, tag="acknowledge"):
+    """Of a run's `Recorded` events since it was started, those of a RetoldEvent too, the first `count` are recorded."""
+
+    run_id: str
+    count: int
+
+
 class StopTraining(msgspec.Struct, frozen=True, tag="stop_training"):
     """End a run: `pause` saves its state for a later StartTraining, otherwise it is cancelled."""
 
@@ -87,7 +94,16 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 Command = (
-    Generate | Abort | StartTraining | StartSession | PutCommand | StopTraining | PinAdapter | EvictAdapter | Shutdown
+    Generate
+    | Abort
+    | StartTraining
+    | StartSession
+    | PutCommand
+    | Acknowledge
+    | StopTraining
+    | PinAdapter
+    | EvictAdapter
+    | Shutdown
 )
 
 # ---- engine → clients ---------------------------------------------------------------------------------------------

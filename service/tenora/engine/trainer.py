@@ -70,6 +70,10 @@ class Trainer:
         """Tell a run to do something; its answer, or why there is none, is an event."""
         self._training.put(run_id, command)
 
+    def acknowledge(self, run_id: str, count: int) -> None:
+        """Tell a run what of its events is recorded. Unknown ids are ignored: it may have ended meanwhile."""
+        self._training.acknowledge(run_id, count)
+
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile."""
         self._training.stop(run_id, pause=pause)

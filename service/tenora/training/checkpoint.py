@@ -146,7 +146,7 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
     settings = msgspec.to_builtins(
         msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
     )
-    del settings["split_seed"]  # the rows that it draws go in themselves
+    del settings["split_seed"], settings["acknowledged"]  # the rows that it draws go in; and what its follower does
     digest = hashlib.sha256(msgspec.json.encode(_in_first_order(settings)))
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):

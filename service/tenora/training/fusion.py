@@ -55,6 +55,10 @@ class Run(Protocol):
         """Take a command, to be answered by an event; or say at once why not."""
         ...
 
+    def acknowledge(self, count: int) -> None:
+        """Of its `Recorded` events since it was started here, the first `count` are recorded."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Hosted:
@@ -129,6 +133,11 @@ class FusedTraining:
             refused = hosted.run.put(command)
         if refused is not None:
             self._told.append(refused)
+
+    def acknowledge(self, run_id: str, count: int) -> None:
+        """Tell a run what of its events is recorded. Unknown ids are ignored: it may have ended meanwhile."""
+        if (hosted := self._runs.get(run_id)) is not None:
+            hosted.run.acknowledge(count)
 
     def stop(self, run_id: str, *, pause: bool) -> None:
         """Ask a run to end. Unknown ids are ignored: it may have ended meanwhile.

@@ -30,6 +30,7 @@ from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
 from tenora.training.init_from import start_adapter
+from tenora.training.journal import Journal
 from tenora.training.methods.method import Figures, Learning
 from tenora.training.methods.table import find_method
 from tenora.training.optimizer import AdamW, clip_grad_norm
@@ -57,17 +58,21 @@ class Learner:
         start: the base on the held-out rows, if somebody has measured it for several learners.
     """
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec, corpus: Corpus, *, checkpoints: bool = True) -> None:
+    def __init__(
+        self, host: TrainingHost, spec: TrainSpec, corpus: Corpus, journal: Journal, *, checkpoints: bool = True
+    ) -> None:
         """Make room for the adapter, and begin it or take up its saved state.
 
         Args:
             spec: of this adapter; its `workdir` is the learner's alone.
+            journal: of the run; saved before each state.
             checkpoints: write one at each evaluation. Otherwise the losses of all evaluations are kept row by row.
 
         Raises:
             TrainingError: the adapter cannot be, or the saved state is of another run or unreadable.
         """
         self.host, self.spec, self.corpus = host, spec, corpus
+        self._journal = journal
         self.workdir = Path(spec.workdir)
         self.steps_per_epoch = corpus.steps_per_epoch(spec.batch_size)
         self.total_steps = spec.max_steps or spec.n_epochs * self.steps_per_epoch
@@ -127,6 +132,7 @@ class Learner:
     def save(self) -> None:
         """Write the state after the last whole step."""
         self.progress = msgspec.structs.replace(self.progress, seconds=time.monotonic() - self.started)
+        self._journal.save()
         save_state(self.workdir, self._state(self.progress, over=self._is_over()))
         self.saved = time.monotonic()
 

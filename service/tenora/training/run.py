@@ -10,18 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Protocol
 
 from tenora.model.device import survive
 from tenora.training.commands import Refused, RunCommand
 from tenora.training.failures import explain
 from tenora.training.inbox import Inbox
+from tenora.training.journal import Journal
 from tenora.training.plans.folds import FoldsPlan
 from tenora.training.plans.session import SessionPlan
 from tenora.training.plans.single import PlainPlan
 from tenora.training.plans.sweep import SweepPlan
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import FailedEvent, FinishedEvent, Items, SessionSpec, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import (
+    FailedEvent,
+    FinishedEvent,
+    Items,
+    RetoldEvent,
+    SessionSpec,
+    StoppedEvent,
+    TrainEvent,
+    TrainSpec,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +60,9 @@ class JobRun:
 
     Iterate it: events are `TrainEvent`s, and the last item is a FinishedEvent, StoppedEvent or FailedEvent. If
     `spec.workdir` holds the state of an earlier run with this spec, iterating goes on from there and, in float32 on one
-    CPU thread, gives the bits of an uninterrupted run; events since the state was saved are given again. An evaluation
-    at step 0 measures the base. Checkpoints older than the latest three are removed unless they are the best.
+    CPU thread, gives the bits of an uninterrupted run. Events since the state was saved are given again, and with
+    `spec.acknowledged` first those that are older and that nobody has acknowledged (RetoldEvent). An evaluation at
+    step 0 measures the base. Checkpoints older than the latest three are removed unless they are the best.
     """
 
     def __init__(self, host: TrainingHost, spec: TrainSpec | SessionSpec) -> None:
@@ -61,6 +74,8 @@ class JobRun:
         """
         self._host, self._spec = host, spec
         self._inbox = Inbox(spec.run_id)
+        keeps = isinstance(spec, TrainSpec) and spec.acknowledged
+        self._journal = Journal(Path(spec.workdir), keeps=keeps)
         self._stopping = False
         self._pausing = False
         self._plan: Plan | None = None
@@ -78,6 +93,10 @@ class JobRun:
             return self._inbox.put(command)
         message = "The run follows a plan of its own; only a session takes commands."
         return Refused(run_id=self._spec.run_id, command_id=command.command_id, code="no_commands", message=message)
+
+    def acknowledge(self, count: int) -> None:
+        """Of its `Recorded` events since it was started here, the first `count` are recorded; retold ones are first."""
+        self._journal.acknowledge(count)
 
     def __iter__(self) -> Iterator[TrainEvent | None]:
         """Run, or go on."""
@@ -110,22 +129,27 @@ class JobRun:
         yield StoppedEvent(run_id=self._spec.run_id, step=step, paused=self._pausing)
 
     def _work(self) -> Items:
-        self._plan = plan = _plan(self._host, self._spec, self._inbox)
+        self._plan = plan = self._take_up()
         try:
-            yield from plan.items()
+            if retold := self._journal.restore():
+                yield RetoldEvent(run_id=self._spec.run_id, events=retold)
+            with closing(plan.items()) as items:
+                for item in items:
+                    self._journal.note(item)
+                    yield item
         finally:
             plan.close()
+
+    def _take_up(self) -> Plan:
+        host, spec, journal = self._host, self._spec, self._journal
+        if isinstance(spec, SessionSpec):
+            return SessionPlan(host, spec, self._inbox)
+        if spec.trials:
+            return SweepPlan(host, spec, journal)
+        return FoldsPlan(host, spec, journal) if spec.folds else PlainPlan(host, spec, journal)
 
     def _failed(self, error: Exception) -> FailedEvent:
         step = 0 if self._plan is None else self._plan.step
         code, message = explain(error, step)
         _log.error("training run %s failed: %s", self._spec.run_id, message, exc_info=error)
         return FailedEvent(run_id=self._spec.run_id, code=code, message=message)
-
-
-def _plan(host: TrainingHost, spec: TrainSpec | SessionSpec, inbox: Inbox) -> Plan:
-    if isinstance(spec, SessionSpec):
-        return SessionPlan(host, spec, inbox)
-    if spec.trials:
-        return SweepPlan(host, spec)
-    return FoldsPlan(host, spec) if spec.folds else PlainPlan(host, spec)

@@ -69,6 +69,8 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
         weight: share of the group relative to others.
         tasks: where the rows lie; at least one.
         workdir: directory of this run alone; checkpoints and resume state live there.
+        acknowledged: whoever follows the run says what of its `Recorded` events is recorded; the rest is told again
+            when the run is resumed. Otherwise nothing is kept for that.
         method: one of `tenora.training.methods.table`.
         method_settings: its own ones, by name.
         init_path: PEFT directory of an adapter to start from; empty starts from the base. It must have the shape that
@@ -101,6 +103,7 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
     seed: int = 0
     split_seed: int = 0
     general_text: tuple[int, ...] = ()
+    acknowledged: bool = False
 
 
 class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -331,17 +334,22 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-TrainEvent = (
-    StepEvent
-    | EvalEvent
-    | CheckpointEvent
-    | TrialEvent
-    | FoldEvent
-    | FinishedEvent
-    | StoppedEvent
-    | FailedEvent
-    | Answer
-)
+Recorded = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FoldEvent
+"""What a run says on its way. Its last word is none of these: a run that is resumed comes to it again."""
+
+
+class RetoldEvent(msgspec.Struct, frozen=True, kw_only=True, tag="retold"):
+    """What the run said before it was resumed and nobody has acknowledged, oldest first. Said first, if there is any.
+
+    The follower may have recorded some of it without having said so any more. It is acknowledged like new events, and
+    before them.
+    """
+
+    run_id: str
+    events: list[Recorded]
+
+
+TrainEvent = Recorded | RetoldEvent | FinishedEvent | StoppedEvent | FailedEvent | Answer
 
 Items = Generator[TrainEvent | None, None, None]
 """What a part of a run yields: events, and None where it waits or something else may be done in between."""

@@ -206,7 +206,7 @@ def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> Trai
         for task in spec.tasks
     )
     init_path = "" if parent is None else str(parent)
-    return msgspec.structs.replace(spec, tasks=tasks, workdir=str(workdir), init_path=init_path)
+    return msgspec.structs.replace(spec, tasks=tasks, workdir=str(workdir), init_path=init_path, acknowledged=True)
 
 
 def _plan(

@@ -81,6 +81,13 @@ async def recent_speeds(session: Session, count: int) -> Sequence[float]:
     return [float(value) for value in await session.scalars(query.limit(count))]
 
 
+async def recent_metrics(session: Session, row: JobRow, count: int) -> Sequence[Mapping[str, Any]]:
+    """The numbers of the latest lines of a job's log that have any, the newest first."""
+    lines = select(JobEventRow.data).where(JobEventRow.tenant_id == row.tenant_id, JobEventRow.job_id == row.id)
+    query = lines.where(JobEventRow.type == "metrics").order_by(JobEventRow.seq.desc()).limit(count)
+    return (await session.scalars(query)).all()
+
+
 def end(row: JobRow, status: JobStatus, error: Mapping[str, Any] | None = None) -> None:
     """Give the job a terminal status."""
     row.status = status

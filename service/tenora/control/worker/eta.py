@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tenora.training.recipes import halving_rungs
@@ -35,7 +35,7 @@ class Pace:
     """
 
     spec: TrainSpec
-    before: Mapping[int, float] = field(default_factory=dict)
+    before: dict[int, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     total_steps: int = 0
     _last: float | None = None
@@ -68,6 +68,15 @@ class Pace:
             return None
         finally:
             self._last = now
+
+    def recall(self, event: TrainEvent) -> None:
+        """The run said so before it was resumed: how far it was then, which took none of the present time."""
+        if isinstance(event, StepEvent):
+            self.total_steps = event.total_steps
+        elif isinstance(event, TrialEvent):
+            self._shares[event.trial] = self.before[event.trial] = event.step / max(event.total_steps, 1)
+            if event.status != "running":
+                self._ended.add(event.trial)
 
     def _after_step(self, event: StepEvent, now: float) -> float | None:
         self.total_steps = event.total_steps

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tenora.aclosing import aclosing
 from tenora.adapters.digest import damaged
@@ -15,7 +16,7 @@ from tenora.control.gate.baselines import Measuring, measuring
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, LeaseLostError, drop_lease, owned, read_owned
 from tenora.control.jobs.preparation import is_prepared, spec_of
-from tenora.control.jobs.rows import PAUSED_LINE, PausedError, log, thin_steps
+from tenora.control.jobs.rows import PAUSED_LINE, PausedError, finite, log, recent_metrics, thin_steps
 from tenora.control.registry.database import RegistryBusyError
 from tenora.control.worker.batches import batches
 from tenora.control.worker.checkpoints import keep_checkpoint
@@ -30,6 +31,8 @@ from tenora.training.spec import (
     FailedEvent,
     FinishedEvent,
     FoldEvent,
+    Recorded,
+    RetoldEvent,
     StepEvent,
     StoppedEvent,
     TrainEvent,
@@ -51,12 +54,14 @@ class Told:
     Attributes:
         left: seconds that the run would take from then on, if that was known.
         total_steps: of the run, as it had last said; 0 before that.
+        again: it was said before the run was resumed, and may have been recorded then.
         at: when it came (Unix time).
     """
 
     event: TrainEvent
     left: float | None
     total_steps: int
+    again: bool = False
     at: float = field(default_factory=time.time)
 
     def is_line(self) -> bool:
@@ -80,7 +85,6 @@ class JobTraining:
         self._closing = closing_down
         self._pausing = asyncio.Event()  # the job is paused: its run is to end, and all that it says until then counts
         self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
-        self._pace: Pace | None = None  # of the attempt that is under way
         self._before: dict[int, float] = {}  # how far the trials of its sweep were when it began
         self._lost: LeaseLostError | None = None
 
@@ -185,15 +189,18 @@ class JobTraining:
 
     async def _attempt(self, spec: TrainSpec) -> bool:
         """Follow the run; False if the engine died and it should be tried again."""
-        self._pace = Pace(spec, self._before)
+        pace = Pace(spec, self._before)
         try:
             async with (
                 measuring(self._context, self._claim, spec) as base,
                 aclosing(self._context.engine.train(spec)) as events,
-                aclosing(batches(self._told(events), Told.is_line, BATCH_SECONDS)) as told,
+                aclosing(batches(self._told(events, pace), Told.is_line, BATCH_SECONDS)) as told,
             ):
+                complete = True  # nothing is recorded behind a gap: whoever resumes the run hears all of that again
                 async for batch in told:
-                    await self._record(batch, spec, base)
+                    complete = complete and await self._record(batch, spec, base)
+                    if complete and isinstance(batch[0].event, Recorded):
+                        await self._context.engine.acknowledge(spec.run_id, len(batch))
         except UnavailableError as error:
             if self._is_to_end():
                 return True
@@ -201,16 +208,19 @@ class JobTraining:
             return False
         return True
 
-    async def _told(self, events: AsyncIterator[TrainEvent]) -> AsyncIterator[Told]:
+    @staticmethod
+    async def _told(events: AsyncIterator[TrainEvent], pace: Pace) -> AsyncIterator[Told]:
         async for event in events:
-            if self._pace is None:
-                yield Told(event, None, 0)
+            if isinstance(event, RetoldEvent):
+                for earlier in event.events:
+                    pace.recall(earlier)
+                    yield Told(earlier, None, pace.total_steps, again=True)
             else:
-                left = self._pace.left(event)
-                yield Told(event, left, self._pace.total_steps)
+                left = pace.left(event)
+                yield Told(event, left, pace.total_steps)
 
-    async def _record(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> None:
-        """Put events of the run into the registry, unless the job is in other hands.
+    async def _record(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> bool:
+        """Put events of the run into the registry, unless the job is in other hands; whether they are there.
 
         A busy registry is no matter of the engine's: the run goes on, and its events wait until they can be recorded.
         """
@@ -223,14 +233,15 @@ class JobTraining:
                 self._lost = error
                 self._left.set()
                 await self._context.engine.stop_training(self._claim.job_id, pause=True)
-                return
+                return False
             except RegistryBusyError as error:
                 if self._closing.is_set():
-                    return  # the next start goes on from the last saved state, and says this again
+                    return False  # it is not acknowledged, and said again at the next start
                 _log.warning("job %s: %s Its run goes on.", self._claim.job_id, error.message)
                 await asyncio.sleep(BUSY_SECONDS)
             else:
-                return
+                return True
+        return False
 
     async def _write(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> None:
         if batch[0].is_line():
@@ -250,15 +261,18 @@ class JobTraining:
         """Append the lines of events to the job's log, all of them or none."""
         async with self._context.database.write(alone=False) as session:
             row = await owned(session, self._claim)
+            known = await recent_metrics(session, row, 2 * len(batch) + 1000) if batch[0].again else []
             for told in batch:
                 event = told.event
+                message, metrics = _line(told, spec)
+                if told.again and any(_is_same(metrics, line) for line in known):
+                    continue
                 if isinstance(event, StepEvent | TrialEvent | FoldEvent):
                     row.trained_tokens = event.trained_tokens
                 if isinstance(event, TrialEvent):
                     record_trial(row, event)
                 if told.left is not None:
                     row.estimated_finish = math.ceil(told.at + told.left)
-                message, metrics = _line(told, spec)
                 log(session, row, message, metrics=metrics)
                 await session.flush()  # keeps the order of the lines
             steps = [told.event for told in batch if isinstance(told.event, StepEvent)]
@@ -329,3 +343,9 @@ def _line(told: Told, spec: TrainSpec) -> tuple[str, Metrics]:
             return fold_line(event, spec.folds)
         case event:
             raise AssertionError(event)
+
+
+def _is_same(metrics: Metrics, line: Mapping[str, Any]) -> bool:
+    """Whether a line of the log has these numbers; how many steps the run has may not have been known then, or now."""
+    ours = {name: finite(value) for name, value in metrics.items()}
+    return {**ours, "total_steps": None} == {**line, "total_steps": None}

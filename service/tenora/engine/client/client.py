@@ -17,6 +17,7 @@ from tenora.engine.client.streams import RunStream, SequenceStream
 from tenora.engine.client.supervisor import EngineSupervisor
 from tenora.engine.messages import (
     Abort,
+    Acknowledge,
     EngineStats,
     Event,
     EvictAdapter,
@@ -251,6 +252,16 @@ class AsyncEngine:
         message = PutCommand(run_id, command)
         check(message)
         self._supervisor.send(message)
+
+    async def acknowledge(self, run_id: str, events: int) -> None:
+        """The oldest `events` of the followed run's `Recorded` ones, without those of earlier calls, are recorded.
+
+        The run need not tell them again when it is resumed. A run that is over is not told: it is resumed with what it
+        knew when it ended.
+        """
+        if (stream := self._runs.get(run_id)) is not None and not stream.abandoned:
+            stream.acknowledged += events
+            self._supervisor.send(Acknowledge(run_id, stream.acknowledged))
 
     async def stop_training(self, run_id: str, *, pause: bool = False) -> None:
         """Cancel a run, or pause it; `train` then ends with a StoppedEvent. Unknown runs are ignored."""

@@ -129,9 +129,11 @@ class RunStream:
     Attributes:
         abandoned: the consumer has left.
         over: the terminal event has come, or the engine is gone.
+        acknowledged: how many events its consumer has recorded.
     """
 
     def __init__(self) -> None:
+        self.acknowledged = 0
         self.abandoned = False
         self.over = asyncio.Event()
         self._queue: asyncio.Queue[TrainEvent | TenoraError] = asyncio.Queue()

@@ -21,6 +21,7 @@ import numpy as np
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Evaluated, write_checkpoint
 from tenora.training.evaluation import general_loss, measure
+from tenora.training.journal import Journal
 from tenora.training.learner import Learner
 from tenora.training.packing import Int64Array
 from tenora.training.plans.interleave import interleave
@@ -46,7 +47,7 @@ _NEVER = 2**31  # steps: more than any run makes
 class FoldsPlan:
     """The learners of all folds, and then the one of all rows."""
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
+    def __init__(self, host: TrainingHost, spec: TrainSpec, journal: Journal) -> None:
         """Read the rows and take up the folds.
 
         Raises:
@@ -66,8 +67,8 @@ class FoldsPlan:
             for number in range(spec.folds):
                 part, held_out = self._corpus.fold(number, spec.folds, seed=spec.split_seed)
                 own = _spec_of(spec, f"fold-{number}")
-                self._folds.append((Learner(host, own, part, checkpoints=False), held_out))
-            self._final = Learner(host, _spec_of(spec, "final"), self._corpus)
+                self._folds.append((Learner(host, own, part, journal, checkpoints=False), held_out))
+            self._final = Learner(host, _spec_of(spec, "final"), self._corpus, journal)
         except BaseException:
             self.close()
             raise

@@ -7,6 +7,7 @@ import time
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Best
 from tenora.training.corpus import Corpus
+from tenora.training.journal import Journal
 from tenora.training.learner import Learner
 from tenora.training.methods.table import find_method
 from tenora.training.resident_base import TrainingHost
@@ -16,9 +17,9 @@ from tenora.training.spec import FinishedEvent, HeldOut, Items, Probe, TrainSpec
 class PlainPlan:
     """One learner."""
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
+    def __init__(self, host: TrainingHost, spec: TrainSpec, journal: Journal) -> None:
         """Read the rows and take up the adapter; raises as `Corpus.load` and `Learner` do."""
-        self._learner = Learner(host, spec, load_corpus(spec))
+        self._learner = Learner(host, spec, load_corpus(spec), journal)
 
     @property
     def step(self) -> int:

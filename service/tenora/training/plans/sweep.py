@@ -20,6 +20,7 @@ from tenora.errors import TrainingError
 from tenora.model.device import survive
 from tenora.training.evaluation import general_loss
 from tenora.training.failures import explain
+from tenora.training.journal import Journal
 from tenora.training.learner import Learner
 from tenora.training.plans.interleave import interleave
 from tenora.training.plans.single import finished, load_corpus
@@ -52,9 +53,9 @@ class _Ended(msgspec.Struct, frozen=True, kw_only=True):
 class SweepPlan:
     """All trials of a run, each a learner with a directory of its own."""
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec) -> None:
+    def __init__(self, host: TrainingHost, spec: TrainSpec, journal: Journal) -> None:
         """Read the rows, and take up the trials that are still in the race."""
-        self._host, self._spec = host, spec
+        self._host, self._spec, self._journal = host, spec, journal
         self._file = Path(spec.workdir) / "sweep.json"
         self._ended: dict[int, _Ended] = {}
         if self._file.exists():
@@ -65,7 +66,7 @@ class SweepPlan:
         try:
             for number, trial in enumerate(spec.trials):
                 if number not in self._ended or self._ended[number].status == "finished":
-                    self._learners[number] = Learner(host, _spec_of(spec, number, trial), corpus)
+                    self._learners[number] = Learner(host, _spec_of(spec, number, trial), corpus, journal)
         except BaseException:
             self.close()
             raise
@@ -139,8 +140,9 @@ class SweepPlan:
             reason=reason,
             trained_tokens=learner.progress.trained_tokens,
         )
-        replace_file(self._file, msgspec.json.encode(self._ended))
         event = self._event(number, status, reason)
+        self._journal.save(upcoming=event)
+        replace_file(self._file, msgspec.json.encode(self._ended))
         if status != "finished":
             self._learners.pop(number).close()
         return event
