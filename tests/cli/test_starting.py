@@ -169,6 +169,19 @@ def test_a_setting_that_means_nothing_is_a_sentence_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["short", " with-a-space-before-it"])
+def test_a_key_that_cannot_be_one_is_told_before_anything_is_claimed_or_downloaded(tmp_path: Path, key: str) -> None:
+    home = tmp_path / "home"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environment = {"TENORA_HOME": str(home), "TENORA_API_KEY": key, "TENORA_PORT": str(port)}
+        done = CliRunner().invoke(app, ["serve"], env=environment)
+    assert done.exit_code == 1, done.output
+    assert "TENORA_API_KEY must have at least 16 characters and no spaces" in done.stderr
+    assert key.strip() not in done.output
+    assert not home.exists()
+
+
 def test_a_state_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     environment = {**os.environ, "TENORA_HOME": str(tmp_path / "file" / "home")}

@@ -34,6 +34,7 @@ from tenora.cli.starting_worker import WorkerBeside
 from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.storage.directory import claim
+from tenora.control.tenancy.bootstrap import check_configured
 from tenora.control.tokenizing.fair_threads import leave_threads
 from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError
@@ -57,6 +58,7 @@ def run(settings: Settings) -> None:
         TenoraError: the server could not start; the message says what to do.
     """
     logs.configure(settings.log_level)
+    check_configured(settings.api_key)
     # Both before anything that takes time: who comes second is told at once.
     with claimed(settings.root), listening(settings) as listener:
         uvloop.run(_run(settings, listener))

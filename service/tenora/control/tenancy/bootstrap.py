@@ -36,6 +36,15 @@ class Bootstrap:
     credentials: Path
 
 
+def check_configured(secret: str | None) -> None:
+    """Raise ConfigurationError if this cannot be the value of `TENORA_API_KEY`. Needs no database."""
+    if secret is not None and (len(secret) < SHORTEST_CONFIGURED or secret != secret.strip()):
+        raise ConfigurationError(
+            f"TENORA_API_KEY must have at least {SHORTEST_CONFIGURED} characters and no spaces around it; "
+            "`openssl rand -hex 32` makes a good one."
+        )
+
+
 class Registry:
     """The database with its tenants and keys: all that `tenora tenants` and `tenora keys` need, without an engine.
 
@@ -85,11 +94,7 @@ class Registry:
         return Bootstrap(secret, credentials)
 
     async def _configure(self, tenant_id: str, secret: str) -> None:
-        if len(secret) < SHORTEST_CONFIGURED or secret != secret.strip():
-            raise ConfigurationError(
-                f"TENORA_API_KEY must have at least {SHORTEST_CONFIGURED} characters and no spaces around it; "
-                "`openssl rand -hex 32` makes a good one."
-            )
+        check_configured(secret)
         async with self.database.write() as session:
             row = await session.scalar(select(KeyRow).where(KeyRow.prefix == prefix_of(secret)))
             if (
