@@ -15,6 +15,7 @@ from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.control import Control
+from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     AdapterDamagedError,
@@ -25,7 +26,7 @@ from tenora.errors import (
 )
 from tests.control.adapters.test_adapters import blobs
 from tests.control.adapters.test_pins import limit
-from tests.control.conftest import ImportAdapter, adapter_files, create_job, until
+from tests.control.conftest import BASE, ImportAdapter, adapter_files, create_job, until, upload
 from tests.control.scripted import ScriptedEngine
 
 
@@ -74,6 +75,21 @@ async def test_a_job_whose_adapter_could_never_be_served_is_refused(
         await create_job(control, acme, lora={"rank": 64})
     assert (caught.value.param, caught.value.code) == ("lora.rank", "adapter_too_large")
     await create_job(control, acme, lora={"rank": 1, "target_modules": ["q_proj"]})
+
+
+@pytest.mark.parametrize("ranks", [[1, 64], {"min": 1, "max": 64}])
+async def test_a_sweep_over_ranks_that_could_never_be_served_is_refused_before_anything_is_stored(
+    ranks: object, control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+) -> None:
+    await import_adapter(control, acme, "parent", rank=1)
+    limit(engine, adapter_pool_bytes=2**17)
+    file = await upload(control, acme)
+    for fields in {}, {"model": "parent"}:
+        asked = {"model": BASE, "lora": {"target_modules": "all-linear"}, **fields}
+        with pytest.raises(InvalidRequestError, match="it can never be served") as caught:
+            await control.jobs.create(acme, JobRequest(training_file=file.id, sweep={"rank": ranks}, **asked))
+        assert (caught.value.param, caught.value.code) == ("sweep.rank", "adapter_too_large")
+    assert (await control.jobs.list(acme)).items == []
 
 
 async def test_a_deleted_version_stays_for_the_requests_that_were_accepted(

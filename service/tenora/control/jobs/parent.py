@@ -9,9 +9,8 @@ from tenora.adapters.peft_config import parse_config
 from tenora.adapters.peft_format import read_config
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.resolution import find_digest
-from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
-from tenora.control.jobs.sweeps import points
+from tenora.control.jobs.requests import Asked, check_shape
+from tenora.control.jobs.shape import Limits, ParentShape
 from tenora.control.registry.database import Session
 from tenora.control.tenancy.records import Principal
 from tenora.errors import InvalidRequestError, ModelNotFoundError
@@ -50,9 +49,7 @@ async def find_parent(
             )
         found = found or Parent(name, digest, await parent_shape(blobs, digest))
     if found is not None:
-        lora_spec(asked.lora, limits, found.shape)
-        for point in points(asked.sweep, limits, 0) if asked.sweep and "rank" in asked.sweep else ():
-            _fit(asked, point["rank"], limits, found.shape)
+        check_shape(asked, limits, found.shape)
     return found
 
 
@@ -60,13 +57,6 @@ async def parent_shape(blobs: Blobs, digest: str) -> ParentShape:
     """The shape of a stored adapter."""
     config = parse_config(await asyncio.to_thread(read_config, blobs.store.path(digest)))
     return ParentShape.of(config, blobs.targets)
-
-
-def _fit(asked: Asked, rank: int | float, limits: Limits, shape: ParentShape) -> None:
-    try:
-        lora_spec({**asked.lora, "rank": rank}, limits, shape)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(error.message.replace("lora.rank", "sweep.rank"), param="sweep.rank") from error
 
 
 async def _digest(session: Session, principal: Principal, name: str, param: str) -> str:

@@ -77,12 +77,14 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     if max_steps:
         n_epochs = _epochs_of(max_steps, counts.examples, chosen.batch_size)
         chosen = dataclasses.replace(chosen, n_epochs=n_epochs)
-    lora = lora_spec(asked.lora, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank)
+    trials = _trials(asked, limits, parent, chosen, counts, seed)
+    # Where ranks are tried, the usual one may be none that can be served.
+    shape = {**asked.lora, "rank": trials[0].rank} if "rank" in (asked.sweep or {}) else asked.lora
     return Resolved(
         hyperparameters=chosen,
-        lora=lora,
+        lora=lora_spec(shape, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank),
         folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
-        trials=_trials(asked, limits, parent, chosen, counts, seed),
+        trials=trials,
         split_seed=asked.split_seed,
         spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
     )

@@ -11,9 +11,9 @@ import msgspec
 
 from tenora.control.jobs.field_checks import known_fields, whole
 from tenora.control.jobs.records import USUAL_PUBLISH, JobRequest
-from tenora.control.jobs.shape import LORA_FIELDS, Limits, lora_spec
+from tenora.control.jobs.shape import LORA_FIELDS, Limits, ParentShape, lora_spec
 from tenora.control.jobs.sources import check_sources
-from tenora.control.jobs.sweeps import check_sweep
+from tenora.control.jobs.sweeps import check_sweep, swept_ranks
 from tenora.control.registry.ids import SUFFIX_PATTERN, check_name, check_suffix
 from tenora.errors import InvalidRequestError
 from tenora.training.methods.method import Method
@@ -101,15 +101,30 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
     starts_from = {name: asked.lora[name] for name in ("init_from",) if name in asked.lora}
     if not all(isinstance(name, str) and name for name in starts_from.values()):
         raise InvalidRequestError("lora.init_from must be the name of an adapter.", param="lora.init_from")
-    if not starts_from and request.model == limits.base_id:
-        lora_spec(asked.lora, limits)
     # Ranges do not depend on the rows: these numbers stand in for them until the files are read.
     resolve_hyperparameters(
         1000, 100_000, {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}, method=method
     )
     if asked.sweep is not None:
         _check_sweep(asked, limits)
+    if not starts_from and request.model == limits.base_id:
+        check_shape(asked, limits, None)
     return asked
+
+
+def check_shape(asked: Asked, limits: Limits, parent: ParentShape | None) -> None:
+    """Raise InvalidRequestError if an adapter that the job may train cannot be served, or does not hold its parent."""
+    ranks = swept_ranks(asked.sweep or {}, limits)
+    if not ranks:
+        lora_spec(asked.lora, limits, parent)
+    for rank in ranks:
+        try:
+            lora_spec({**asked.lora, "rank": rank}, limits, parent)
+        except InvalidRequestError as error:
+            if error.param != "lora.rank":
+                raise
+            message = error.message.replace("lora.rank", "sweep.rank")
+            raise InvalidRequestError(message, code=error.code, param="sweep.rank") from error
 
 
 def alias_of(request: JobRequest, job_id: str, limits: Limits) -> str:

@@ -113,6 +113,15 @@ def check_sweep(given: Mapping[str, Any], limits: Limits) -> dict[str, Choices |
     return space
 
 
+def swept_ranks(given: Mapping[str, Any], limits: Limits) -> tuple[int, ...]:
+    """The lowest and the highest rank that a sweep may try, whatever it draws; none if it tries no ranks."""
+    if given.get("rank") is None:
+        return ()
+    space = _dimension("rank", given["rank"], limits)
+    ends = space.values if isinstance(space, Choices) else (space.low, space.high)
+    return int(min(ends)), int(max(ends))
+
+
 def points(given: Mapping[str, Any], limits: Limits, seed: int) -> list[dict[str, Value]]:
     """The settings to try, in the order of trials, each once: equal requests and seeds give equal ones."""
     space = check_sweep(given, limits)
