@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,26 @@ async def test_requests_come_before_the_few_shot_rows(
     assert done.evaluation["few_shot"] is None
     assert done.evaluation["forgetting"] is not None
     assert done.evaluation["notes"] == ["The run was over before the base was measured on all rows that were meant."]
+
+
+async def test_another_job_that_is_prepared_holds_up_no_few_shot_rows(
+    control: Control, acme: Principal, measured: ScriptedEngine
+) -> None:
+    may_end = threading.Event()
+    preparing: list[asyncio.Task[bool]] = []
+
+    def prepares_meanwhile(request: Generate) -> list[SequenceOutput]:
+        if not preparing:
+            other = control._tokenizing.job(acme.tenant_id, lambda _: may_end.wait())
+            preparing.append(asyncio.ensure_future(other))
+        return scores(request)
+
+    measured.score = prepares_meanwhile
+    done = await train(control, acme, n_epochs=50)
+    may_end.set()
+    await asyncio.gather(*preparing)
+    assert done.evaluation is not None
+    assert done.evaluation["few_shot"]["comparison"]["rows"] == 8
 
 
 async def test_without_the_bases_figures_the_job_still_succeeds(

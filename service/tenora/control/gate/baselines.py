@@ -184,7 +184,7 @@ async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: 
     notes: list[str] = []
     if not find_method(spec.method).no_few_shot:
         longest = context.engine.ready.max_model_len
-        chosen, shots = await context.tokenizing.job(
+        chosen, shots = await context.tokenizing.baseline(
             claim.tenant_id, lambda tokenizer: _choose(tokenizer, spec, longest)
         )
         losses: list[float] = []

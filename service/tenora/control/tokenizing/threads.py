@@ -37,6 +37,7 @@ class Tokenizing:
         self._uploads = FairThreads("check-uploads", _UPLOADS_AT_ONCE, per_group=1)
         self._files = FairThreads("tokenize-files", _FILES_AT_ONCE, per_group=1)
         self._jobs = FairThreads("tokenize-jobs", _FILES_AT_ONCE, per_group=1)
+        self._baselines = FairThreads("tokenize-baselines", 1)
 
     async def prompt(self, group: str, characters: int, work: Callable[[Tokenizer], T]) -> T:
         """The result of `work` on text of so many characters, for a group (a tenant).
@@ -60,9 +61,13 @@ class Tokenizing:
         """The same for the rows of a job, which may take minutes and for which nobody waits at a connection."""
         return await self._jobs.run(group, self._watched(work))
 
+    async def baseline(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+        """The same for what a running job is held against: it waits for no other job's rows, and none waits for it."""
+        return await self._baselines.run(group, self._watched(work))
+
     def close(self) -> None:
         """Take nothing more and leave what runs."""
-        for threads in (self._short, self._long, self._uploads, self._files, self._jobs):
+        for threads in (self._short, self._long, self._uploads, self._files, self._jobs, self._baselines):
             threads.close()
 
     def _watched(self, work: Callable[[Tokenizer], T]) -> Callable[[Check], T]:
