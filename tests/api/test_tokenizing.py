@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tenora.api.schemas.completions import as_prompts
+from tenora.control.tokenizing.threads import SHORT
 from tests.api.asgi import Call
 from tests.api.conftest import Service, upload
 
@@ -65,6 +67,7 @@ async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(servic
         (TEXT, {"prompt": ["short", word * 400_000]}, "prompt"),
         (CHAT, {"messages": conversation}, "messages"),
         (TEXT, {"prompt": [5] * 400_000}, "prompt"),
+        (TEXT, {"prompt": [5] * 400_000 + ["no id"]}, "prompt"),
         (TEXT, {"prompt": [[1, 2], [5] * 9000]}, "prompt"),
         # 16 kB are within 512 times the longest token, and still far too long: known from the first pieces.
         (TEXT, {"prompt": "x!" * 8000}, "prompt"),
@@ -73,6 +76,28 @@ async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(servic
         assert (error["code"], error["param"]) == ("context_length_exceeded", param)
         assert "Shorten it" in error["message"]
     assert sum(backend.lengths) < 20_000
+    assert service.script.requests == []
+
+
+class Unread(list[int]):
+    """Token ids that nobody may go through yet."""
+
+    def __iter__(self) -> Iterator[int]:
+        pytest.fail("they are looked at before they are counted")
+
+
+def test_token_ids_are_not_looked_at_where_all_requests_pass() -> None:
+    ids = Unread([5] * 3)
+    assert as_prompts(ids) == [ids]
+    assert as_prompts([ids, ids]) == [ids, ids]
+
+
+@pytest.mark.parametrize("wrong", ["no id", 1.5, True, None, [6], -1, 2**40])
+async def test_what_is_no_token_id_is_refused_wherever_it_stands(service: Service, wrong: object) -> None:
+    client = service.client("infer")
+    for prompt in [wrong, 5], [5, wrong], [[5], [5, wrong]], [[5], [wrong, 5]]:
+        answer = await client.post(TEXT, json=body(service, prompt=prompt))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt"), answer.text
     assert service.script.requests == []
 
 
@@ -87,6 +112,26 @@ async def test_a_long_prompt_holds_up_nobodys_short_one(service: Service, backen
     backend.may_end.set()
     for call in long:
         await call.finished()
+
+
+async def test_a_conversation_is_as_long_as_all_that_its_template_sees(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and roles, not contents alone, decide whether it takes the threads of short prompts."""
+    tokenizing = service.control.inference.tokenizing
+    prompt, lengths = tokenizing.prompt, list[int]()
+
+    async def noted(group: str, characters: int, work: Any) -> Any:
+        lengths.append(characters)
+        return await prompt(group, characters, work)
+
+    monkeypatch.setattr(tokenizing, "prompt", noted)
+    turns = [{"role": "user", "name": "n" * 64, "content": "Hi"}] * 700
+    client = service.client("infer")
+    assert (await client.post(CHAT, json=body(service, messages=turns))).status_code == 400
+    assert (await client.post(CHAT, json=body(service, messages=turns[:1]))).status_code == 200
+    assert 700 * 70 < SHORT < lengths[0]
+    assert lengths[1] < 200
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -19,18 +19,22 @@ Prompt = str | list[int]
 FinishReason = Literal["stop", "length"]
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+def _may_be_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
 def as_prompts(value: Any) -> Sequence[Prompt]:
-    """A string, strings, token ids or lists of token ids as a list of prompts."""
-    if isinstance(value, str) or _is_ids(value):
+    """A string, strings, token ids or lists of token ids as a list of prompts.
+
+    Of token ids only the first is looked at: a body holds millions, which are counted and checked where prompts are
+    made (`tenora.control.inference.prompts`), on other threads than this.
+    """
+    if isinstance(value, str) or _may_be_ids(value):
         return [value]
     if (
         isinstance(value, list)
         and 0 < len(value) <= MAX_PROMPTS
-        and (all(isinstance(item, str) for item in value) or all(_is_ids(item) for item in value))
+        and (all(isinstance(item, str) for item in value) or all(_may_be_ids(item) for item in value))
     ):
         return value
     raise invalid(f"must be a string, token ids, or a list of at most {MAX_PROMPTS} of either, none of them empty")

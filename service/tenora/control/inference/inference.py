@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _LONGEST_MODEL_NAME = 600
 _SEEDS = 2**63
+_TURN = 64  # characters that a template writes around a message, or more than it does
 _TOKENS_AT_ONCE = 64  # made into text in one go, if nobody sees them before: a third of a millisecond
 
 
@@ -245,7 +246,9 @@ def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingPa
 
 
 def _characters(prompt: Prompt) -> int:
-    """How long it takes to make tokens of a prompt."""
-    if isinstance(prompt, Conversation):
-        return sum(len(message["content"]) for message in prompt.messages)
-    return len(prompt)
+    """How long it takes to make tokens of a prompt: all that a template may write of it counts, and what it adds."""
+    if not isinstance(prompt, Conversation):
+        return len(prompt)
+    return sum(
+        _TURN + sum(len(value) for value in message.values() if isinstance(value, str)) for message in prompt.messages
+    )

@@ -56,13 +56,15 @@ class Prompts:
         return self._encoded(prompt, "prompt", add_special_tokens=True)
 
     def ids(self, ids: Sequence[int]) -> list[int]:
-        """Ids that a client sent.
+        """Ids that a client sent, whatever they are: they are counted before one is looked at.
 
         Raises:
             ContextLengthError: there are too many.
             InvalidRequestError: there are none, or one is not of the vocabulary.
         """
         self._fits(len(ids), "prompt")
+        if not set(map(type, ids)) <= {int}:
+            raise InvalidRequestError("A prompt of token ids must hold nothing but whole numbers.", param="prompt")
         self.check_ids(ids, "prompt")
         return _some(ids)
 
