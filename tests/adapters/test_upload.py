@@ -234,6 +234,35 @@ def test_nothing_is_moved_while_it_is_written() -> None:
     pool.check_integrity()
 
 
+@pytest.mark.parametrize("asked_for_again", [True, False])
+def test_an_upload_that_fails_is_not_the_fault_of_who_needs_the_room(asked_for_again: bool) -> None:
+    """As above: what comes next has to wait for the one on its way, and that one's copy fails."""
+    streams = PromptStreams()
+    pool = make_pool(streams, elements=192, slots=5)
+    for name in "abcd":
+        put(pool, name, (2, 2, 0))
+        arrived(pool, name)
+    for name in "bd":
+        pool.release(name)
+        pool.evict(name)
+    streams.broken = True
+    put(pool, "x", (2, 2, 0))
+    under_way = pool._residents["x"].upload
+    assert under_way is not None
+    wait([under_way.copied], timeout=PATIENCE)
+    streams.broken = False
+    pool.release("a")
+    pool.evict("a")
+    weights = put(pool, "y", (4, 4, 0), 8)
+    assert_holds(pool, arrived(pool, "y"), weights)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pool.acquire("x") if asked_for_again else pool.settle()
+    assert pool.acquire("x") is None
+    assert not pool.holds("x")
+    pool.settle()
+    pool.check_integrity()
+
+
 def test_an_upload_that_fails_leaves_no_adapter_behind_and_can_be_tried_again(streams: LateStreams) -> None:
     pool = make_pool(streams)
     streams.broken = True

@@ -106,6 +106,7 @@ class SlotPool:
         self._bytes = self.tables.arena.view(torch.uint8).numpy() if device.type == "cpu" else None
         self._uploader = uploader
         self._arriving: set[str] = set()
+        self._lost: dict[str, Exception] = {}  # what failed to arrive, until it is told
         self.evictions = 0
         self.moved_bytes = 0
 
@@ -130,8 +131,10 @@ class SlotPool:
     def acquire(self, digest: str) -> int | None:
         """The slot of a resident adapter, with one more reference for `release` to give back.
 
-        None if it is not resident, or on its way: `holds` tells the two apart. Raises what a failed upload raised.
+        None if it is not resident, or on its way: `holds` tells the two apart. Raises what its upload raised.
         """
+        if (error := self._lost.pop(digest, None)) is not None:
+            raise error
         resident = self._residents.get(digest)
         if resident is None or not self._has_arrived(digest, resident):
             return None
@@ -192,6 +195,8 @@ class SlotPool:
         """Take in what has arrived, also if nobody asks for it any more. Raises what a failed upload raised."""
         for digest in list(self._arriving):
             self._has_arrived(digest, self._residents[digest])
+        if self._lost:
+            raise self._lost.popitem()[1]
 
     @property
     def fills(self) -> bool:
@@ -318,7 +323,10 @@ class SlotPool:
     def _close_up(self, window: _Window) -> None:
         """Move the adapters of a window towards its start, in order, so that one hole is left at its end."""
         for digest in list(self._arriving):  # nothing is moved while it is written
-            self._has_arrived(digest, self._residents[digest], wait=True)
+            try:
+                self._has_arrived(digest, self._residents[digest], wait=True)
+            except Exception as error:  # noqa: BLE001  # told to who asks for that one: it is not who needs the room
+                self._lost[digest] = error
         inside = [r for r in self._residents.values() if window.start <= r.offset < window.stop]
         inside.sort(key=lambda resident: resident.offset)
         for resident in inside:
