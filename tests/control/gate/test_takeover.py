@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import zipfile
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME
+from tenora.control.adapters.model_card import README_NAME
 from tenora.control.adapters.row_record import RowRecord
 from tenora.control.control import Control
 from tenora.control.gate.card import Comparison, Replaced
@@ -226,7 +229,7 @@ async def test_an_imported_version_is_scored_as_it_is_served(
     assert any("not known which rows version 1 of desk" in note for note in better.evaluation["notes"])
 
 
-async def test_always_and_never(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_always_and_never(control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine) -> None:
     hidden = await train(control, acme, publish="never", name="new")
     assert hidden.published is not None
     assert (hidden.published["alias_moved"], hidden.published["code"]) == (False, "never")
@@ -236,6 +239,16 @@ async def test_always_and_never(control: Control, acme: Principal, engine: Scrip
     assert [(one.version, one.active) for one in await control.adapters.versions(acme, "new")] == [(1, False)]
     for name in (str(hidden.fine_tuned_model), f"new@{hidden.published['digest'][:8]}"):
         assert (await control.inference.resolve(acme, name, None)).adapter is not None
+        assert (await control.adapters.get(acme, name)).version == 1
+        archive = await control.adapters.archive(acme, name)
+        with zipfile.ZipFile(archive) as packed:
+            assert set(packed.namelist()) == {CONFIG_NAME, WEIGHTS_NAME, README_NAME}
+        archive.unlink()
+        with pytest.raises(NotFoundError):
+            await control.adapters.archive(umbrella, name)
+    for name in "new", "new@12345678", "new@1", "ft:tiny:acme::nothing", "nobody@" + hidden.published["digest"]:
+        with pytest.raises(NotFoundError):
+            await control.adapters.archive(acme, name)
     assert (await control.adapters.rollback(acme, "new", 1)).active
     assert await means(control, acme, "new") == 1
 

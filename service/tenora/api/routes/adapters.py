@@ -98,7 +98,10 @@ async def unpin_adapter(
 async def download_adapter(
     name: str, caller: Annotated[Principal, may("adapters.download")], control: ControlDep
 ) -> FileResponse:
-    """A zip of the PEFT directory, which `PeftModel.from_pretrained` and vLLM load once unpacked."""
+    """A zip of the PEFT directory, which `PeftModel.from_pretrained` and vLLM load once unpacked.
+
+    A version that its name does not mean goes by `name@digest` or, if a job made it, by its `ft:` name.
+    """
     path = await control.adapters.archive(caller, name)
     return PassingFileResponse(path, media_type="application/zip", filename=f"{name.rsplit('/', 1)[-1]}.zip")
 
@@ -107,7 +110,7 @@ async def download_adapter(
 async def get_adapter(
     name: str, caller: Annotated[Principal, may("adapters.read")], control: ControlDep
 ) -> AdapterObject:
-    """One adapter, by its name, its canonical name or `name@digest`."""
+    """One adapter, by its name, its canonical name, `name@digest` or the `ft:` name of a job's result."""
     return AdapterObject.of(await control.adapters.get(caller, name))
 
 

@@ -28,7 +28,7 @@ from tenora.control.adapters.resolution import (
 )
 from tenora.control.adapters.versions import NewVersion, adapter_record, add_version, find_alias, version_filter
 from tenora.control.registry.database import Database
-from tenora.control.registry.ids import check_name
+from tenora.control.registry.ids import DIGEST_PREFIX, check_name
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, CheckpointRow
 from tenora.control.storage.directory import Storage, full_disk, remove
 from tenora.control.storage.failpoints import Failpoints
@@ -132,9 +132,9 @@ class Adapters:
             return self._records(principal, await pairs(session, query))
 
     async def get(self, principal: Principal, name: str) -> AdapterRecord:
-        """The active version of one adapter."""
+        """The version that a name means now, or that `name@digest` or a job's result (`ft:…`) means for ever."""
         async with self._database.read() as session:
-            return self._record(principal, await self._active(session, principal, name))
+            return self._record(principal, await self._meant(session, principal, name))
 
     async def versions(self, principal: Principal, name: str) -> Sequence[AdapterRecord]:
         """Every version, newest first."""
@@ -181,7 +181,10 @@ class Adapters:
         return self._record(principal, (alias, row))
 
     async def archive(self, principal: Principal, name: str) -> Path:
-        """A zip of the active version's PEFT directory with its card; the caller removes it after sending it.
+        """A zip of a version's PEFT directory with its card; the caller removes it after sending it.
+
+        Args:
+            name: as of `get`: a result that did not take its name over has `name@digest` and its `ft:…` only.
 
         Raises:
             AdapterDamagedError: the files are not what was stored.
@@ -298,6 +301,21 @@ class Adapters:
         if found is None:
             raise _missing(name)
         return found
+
+    async def _meant(
+        self, session: AsyncSession, principal: Principal, name: str
+    ) -> tuple[AdapterRow, AdapterVersionRow]:
+        if name.startswith("ft:"):
+            query = all_versions(principal.tenant_id).where(AdapterVersionRow.model_name == name)
+            if (found := await one_pair(session, query)) is None:
+                raise _missing(name)
+            return found
+        alias, at, digits = name.partition("@")
+        if not at:
+            return await self._active(session, principal, name)
+        if DIGEST_PREFIX.fullmatch(digits) is None:
+            raise _missing(name)
+        return await self._version(session, principal, alias, digits)
 
     async def _version(
         self, session: AsyncSession, principal: Principal, name: str, version: int | str
