@@ -58,7 +58,8 @@ class AdapterStore:
             if target.is_dir():
                 if self.verify(digest):
                     return digest
-                target.rename(private / "damaged")
+                with contextlib.suppress(FileNotFoundError):  # deleted, or taken away by who repairs it too
+                    target.rename(private / "damaged")
             target.parent.mkdir(exist_ok=True)
             fsync(self._root)
             with contextlib.suppress(FileExistsError):  # another process stored the same content meanwhile

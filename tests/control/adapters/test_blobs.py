@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import safetensors.numpy
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
+from tenora.control.adapters import blobs as blobs_module
 from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.control import Control
 from tenora.control.jobs.records import JobRequest
@@ -26,8 +28,9 @@ from tenora.errors import (
 )
 from tests.control.adapters.test_adapters import blobs
 from tests.control.adapters.test_pins import limit
-from tests.control.conftest import BASE, ImportAdapter, adapter_files, create_job, until, upload
+from tests.control.conftest import BASE, ImportAdapter, adapter_files, create_job, until, until_true, upload
 from tests.control.scripted import ScriptedEngine
+from tests.support.patience import PATIENCE
 
 
 def damage(home: Path, digest: str) -> None:
@@ -90,6 +93,8 @@ async def test_a_sweep_over_ranks_that_could_never_be_served_is_refused_before_a
             await control.jobs.create(acme, JobRequest(training_file=file.id, sweep={"rank": ranks}, **asked))
         assert (caught.value.param, caught.value.code) == ("sweep.rank", "adapter_too_large")
     assert (await control.jobs.list(acme)).items == []
+    job = await create_job(control, acme, sweep={"rank": [1, 2]})
+    assert (await until(control, acme, job.id)).status == "succeeded"  # though the usual rank could not be served
 
 
 async def test_a_deleted_version_stays_for_the_requests_that_were_accepted(
@@ -152,6 +157,107 @@ async def test_content_that_is_imported_while_its_old_adapter_goes_stays(
     await asyncio.gather(*ends)
     assert blobs(home) == {kept}
     (await control.adapters.archive(acme, "again")).unlink()
+
+
+class SlowStore:
+    """Storing that waits, the first time, for whoever lets it go on."""
+
+    def __init__(self, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.stored: list[str] = []
+        self._put = control._blobs.store.put
+        monkeypatch.setattr(control._blobs.store, "put", self.put)
+
+    def put(self, source: Path) -> str:
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.may_end.wait(PATIENCE)
+        self.stored.append(self._put(source))
+        return self.stored[-1]
+
+
+async def test_a_long_import_holds_up_no_other_and_no_deletion(
+    control: Control,
+    acme: Principal,
+    umbrella: Principal,
+    import_adapter: ImportAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await import_adapter(control, acme, "old", seed=3)
+    slow = SlowStore(control, monkeypatch)
+    long = asyncio.create_task(import_adapter(control, acme, "long", seed=1))
+    await asyncio.to_thread(slow.begun.wait)
+    async with asyncio.timeout(PATIENCE):
+        short = await import_adapter(control, umbrella, "short", seed=2)
+        await control.adapters.delete(acme, "old")
+    assert control._blobs.store.list() == (short.digest,)
+    slow.may_end.set()
+    digest = (await long).digest
+    assert set(control._blobs.store.list()) == {short.digest, digest}
+
+
+async def test_an_import_that_is_left_stores_nothing(
+    control: Control,
+    acme: Principal,
+    targets: Sequence[TargetModule],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the thread that stores it cannot be stopped, and has read the whole upload already."""
+    slow = SlowStore(control, monkeypatch)
+    config, weights = adapter_files(tmp_path, targets, seed=1)
+    put = slow._put
+    slow._put = lambda source: put(weights.parent)
+    left = asyncio.create_task(control.adapters.import_(acme, name="left", config=config, weights=weights))
+    await asyncio.to_thread(slow.begun.wait)
+    left.cancel()
+    await asyncio.wait([left])
+    assert left.cancelled()
+    slow.may_end.set()
+    await until_true(lambda: bool(slow.stored))
+    await until_true(lambda: control._blobs.store.list() == ())
+    assert await control.adapters.list(acme) == []
+    assert list((home / "staging").iterdir()) == []
+
+
+async def test_content_that_is_imported_in_the_middle_of_its_deletion_is_stored_anew(
+    control: Control,
+    acme: Principal,
+    import_adapter: ImportAdapter,
+    engine: ScriptedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And whoever imports it waits for the end of the deletion, instead of trying over and over."""
+    digest = (await import_adapter(control, acme, "desk", seed=1)).digest
+    deleting, may_end = asyncio.Event(), asyncio.Event()
+
+    async def evict(_: str) -> None:
+        deleting.set()
+        await may_end.wait()
+
+    monkeypatch.setattr(engine, "evict", evict)
+    slow = SlowStore(control, monkeypatch)
+    slow.may_end.set()
+    deletion = asyncio.create_task(control.adapters.delete(acme, "desk"))
+    await deleting.wait()
+    again = asyncio.create_task(import_adapter(control, acme, "again", seed=1))
+    await until_true(lambda: bool(slow.stored))
+    may_end.set()
+    await asyncio.gather(deletion, again)
+    assert slow.stored == [digest, digest]
+    assert control._blobs.store.list() == (digest,)
+    (await control.adapters.archive(acme, "again")).unlink()
+
+
+async def test_sizes_of_versions_that_are_long_gone_are_forgotten(
+    control: Control, acme: Principal, import_adapter: ImportAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs_module, "_KEPT_SIZES", 2)
+    digests = [(await import_adapter(control, acme, "desk", seed=seed)).digest for seed in range(4)]
+    assert list(control._blobs._sizes) == digests[2:]
+    assert await control._blobs.device_bytes(digests[0]) == await control._blobs.device_bytes(digests[3]) > 0
+    assert len(control._blobs._sizes) == 2
 
 
 async def test_damaged_weights_are_not_given_out(

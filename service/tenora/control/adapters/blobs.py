@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
-from tenora.adapters.peft_format import read_config, summarise, validate_files
+from tenora.adapters.peft_format import AdapterSummary, read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
 
 _log = logging.getLogger(__name__)
+
+_STORED_AT_ONCE = 4  # by each process: threads are left for everything else
+_KEPT_SIZES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +77,13 @@ class Blobs:
         self.max_rank = max_rank
         self._database = database
         self._engine = engine
-        self._lock = asyncio.Lock()  # of storing and deleting
+        self._lock = asyncio.Lock()  # of deleting
+        self._storing = asyncio.Semaphore(_STORED_AT_ONCE)
         self._held: Counter[str] = Counter()  # digest → open blocks of `publishing` and `use`
         self._holds: dict[str, int] = {}  # digest that is held → descriptor that tells other processes
         self._postponed: set[str] = set()  # digests that were to be freed meanwhile
         self._going: set[str] = set()  # digests that are being deleted
-        self._sizes: dict[str, int] = {}  # digest → bytes on the device, which never change
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # digest → bytes on the device, which never change
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -110,7 +114,7 @@ class Blobs:
                 )
             except (AdapterFormatError, OSError):
                 return 0
-            self._sizes[digest] = self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+            return self._keep_size(digest, self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16))
         return self._sizes[digest]
 
     @contextlib.contextmanager
@@ -130,9 +134,7 @@ class Blobs:
         finally:
             self._let_go(digest)
             if digest in self._postponed and not self._held[digest]:
-                release = asyncio.create_task(self.release([digest]), name="blob-release")
-                self._releases.add(release)
-                release.add_done_callback(self._releases.discard)
+                self._release_soon(digest)
 
     async def settle(self) -> None:
         """Wait until what was postponed and may go by now is gone; what cannot go is swept at the next start."""
@@ -144,19 +146,19 @@ class Blobs:
     async def publishing(self, directory: Path) -> AsyncIterator[Blob]:
         """Check and store the PEFT directory; the block must commit a row that names the blob.
 
-        If the block raises, a blob that no row names is removed again. Blocks may take their time: others publish
-        meanwhile.
+        If the block raises, a blob that no row names is removed again. Blocks may take their time, and so may copying
+        and hashing: others publish and delete meanwhile.
 
         Raises:
             AdapterFormatError: not an adapter of this base; nothing was stored.
         """
-        async with self._lock:
-            blob, hold = await asyncio.to_thread(self._put, directory)
-            if self._held[blob.digest]:
-                os.close(hold)
-            else:
-                self._holds[blob.digest] = hold
-            self._held[blob.digest] += 1
+        async with self._storing:
+            blob, hold = await self._put(directory)
+        if self._held[blob.digest]:
+            os.close(hold)
+        else:
+            self._holds[blob.digest] = hold
+        self._held[blob.digest] += 1
         try:
             yield blob
         except BaseException:
@@ -188,9 +190,11 @@ class Blobs:
                     for digest in self.store.list()
                     if digest not in named and self.store.path(digest).lstat().st_mtime < older_than
                 ]
+                swept = 0
                 for digest in orphans:
-                    self.store.delete(digest)
-                return len(orphans)
+                    with self.store.alone(digest) as alone:  # old content may be published anew at this moment
+                        swept += alone and self.store.delete(digest)
+                return swept
 
             return await asyncio.to_thread(remove_orphans)
 
@@ -199,27 +203,55 @@ class Blobs:
         if not self._held[digest]:
             os.close(self._holds.pop(digest))
 
-    def _put(self, directory: Path) -> tuple[Blob, int]:
+    async def _put(self, directory: Path) -> tuple[Blob, int]:
         """Store it; what it is, and a hold on it."""
-        room, config = self.room, read_config(directory)
-        summary = validate_files(config, directory / WEIGHTS_NAME, self.targets, max_rank=self.max_rank, room=room)
-        while True:
+        room = self.room
+
+        def put() -> tuple[AdapterSummary, str]:
+            weights = directory / WEIGHTS_NAME
+            config = read_config(directory)
+            summary = validate_files(config, weights, self.targets, max_rank=self.max_rank, room=room)
             with full_disk():
-                digest = self.store.put(directory)
+                return summary, self.store.put(directory)
+
+        while True:
+            storing = asyncio.ensure_future(asyncio.to_thread(put))
+            try:
+                summary, digest = await asyncio.shield(storing)
+            except asyncio.CancelledError:
+                storing.add_done_callback(self._left)
+                raise
             try:
                 hold = self.store.hold(digest)
             except NotFoundError:
-                continue  # another process deleted the same content at this moment
+                async with self._lock:  # the same content is being deleted at this moment: it is stored after that
+                    continue
             break
-        self._sizes[digest] = room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
         blob = Blob(
             digest=digest,
             rank=summary.rank,
             target_modules=summary.target_modules,
             bytes=summary.nbytes,
-            device_bytes=self._sizes[digest],
+            device_bytes=self._keep_size(digest, room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)),
         )
         return blob, hold
+
+    def _left(self, storing: asyncio.Future[tuple[AdapterSummary, str]]) -> None:
+        """Nobody waits for what was stored just now, so no row will name it."""
+        if not storing.cancelled() and storing.exception() is None:
+            self._release_soon(storing.result()[1])
+
+    def _release_soon(self, digest: str) -> None:
+        release = asyncio.create_task(self.release([digest]), name="blob-release")
+        self._releases.add(release)
+        release.add_done_callback(self._releases.discard)
+
+    def _keep_size(self, digest: str, size: int) -> int:
+        """Remember what a version takes on the device, of as many as were met last; others are read again."""
+        self._sizes[digest] = size
+        while len(self._sizes) > _KEPT_SIZES:
+            self._sizes.popitem(last=False)
+        return size
 
     async def _delete_unnamed(self, digests: Collection[str]) -> None:
         # Before rows are read: the block that holds one may commit the row that names it at any time after that.
