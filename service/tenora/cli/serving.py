@@ -28,6 +28,7 @@ from tenora.api.starting import Starting
 from tenora.cli.compiling import compiling
 from tenora.cli.connection import SERVER_FILE
 from tenora.cli.fetching import fetch_model
+from tenora.cli.kernel_cache import kernels_in_use
 from tenora.cli.places import ENGINE_SOCKET
 from tenora.cli.progress import StartProgress
 from tenora.cli.starting_worker import WorkerBeside
@@ -60,7 +61,7 @@ def run(settings: Settings) -> None:
     logs.configure(settings.log_level)
     check_configured(settings.api_key)
     # Both before anything that takes time: who comes second is told at once.
-    with claimed(settings.root), listening(settings) as listener:
+    with claimed(settings.root), listening(settings) as listener, kernels_in_use():
         uvloop.run(_run(settings, listener))
     leave_threads()
 
