@@ -15,7 +15,7 @@ from tenora.control.jobs.leases import Leases
 from tenora.control.registry.database import Database, RegistryBusyError
 from tenora.control.registry.ids import new_id
 from tenora.control.registry.presence import Presence
-from tenora.control.registry.tables import JobRow, JobStatus, ProcessRow, TenantRow
+from tenora.control.registry.tables import JobEventRow, JobRow, JobStatus, ProcessRow, TenantRow
 
 
 @pytest.fixture
@@ -179,6 +179,26 @@ async def test_the_leases_of_a_dead_worker_end_when_another_starts(database: Dat
     async with database.write() as session:
         with pytest.raises(LeaseLostError):
             await owned(session, claim)
+
+
+@pytest.mark.parametrize("gracefully", [False, True])
+async def test_a_job_that_was_paused_when_its_worker_ended_says_so_once(database: Database, gracefully: bool) -> None:
+    tenant = await add_tenant(database, "acme")
+    await add_jobs(database, tenant, 2, "running")
+    old = await worker(database)
+    claims = [await old.claim("train", []) for _ in range(2)]
+    paused, running = (claim.job_id for claim in claims if claim is not None)
+    async with database.write() as session:
+        await session.execute(update(JobRow).where(JobRow.id == paused).values(status="paused"))
+    if gracefully:
+        await old.end()
+    new = await worker(database)  # in the same seat
+    assert await new.end_dead() == (0 if gracefully else 2)
+    assert await new.end_dead() == 0
+    async with database.read() as session:
+        said = await session.execute(select(JobEventRow.job_id, JobEventRow.message))
+    assert [tuple(line) for line in said] == [(paused, "The job was paused")]
+    assert running != paused
 
 
 async def test_only_leases_that_are_held_are_renewed(database: Database) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tenora.control.control import Control
 from tenora.control.jobs import rows as job_rows
+from tenora.control.jobs.rows import find_job
 from tenora.control.tenancy.records import Principal
 from tenora.control.worker import publication
 from tenora.control.worker import training as job_training
@@ -122,6 +123,27 @@ async def test_a_pause_loses_no_event(control: Control, acme: Principal, engine:
     engine.hold_at = None
     await control.jobs.resume(acme, job.id)
     assert (await until(control, acme, job.id)).status == "succeeded"
+
+
+async def test_a_pause_whose_end_nobody_told_is_told_when_the_job_is_resumed(
+    control: Control, acme: Principal, engine: ScriptedEngine
+) -> None:
+    """The worker died between the two, and no other has come yet."""
+    engine.hold_at = 3
+    job = await create_job(control, acme)
+    await engine.held.wait()
+    async with control._registry.database.write() as session:
+        row = await find_job(session, acme.tenant_id, job.id, writes=True)
+        row.status, row.lease_token, row.lease_expires_at = "paused", row.lease_token + 1, 1
+    engine.hold_at = None
+    engine.release.set()
+    await control.jobs.resume(acme, job.id)
+    assert (await until(control, acme, job.id)).status == "succeeded"
+    said = await messages(control, acme, job.id)
+    assert [line for line in said if "paused" in line or line == "The job was resumed"] == [
+        "The job was paused",
+        "The job was resumed",
+    ]
 
 
 async def test_a_run_that_ends_while_its_job_is_paused_publishes_when_it_is_resumed(

@@ -167,6 +167,8 @@ class Jobs:
             if row.status != "paused":
                 raise ConflictError(f"The job {job_id} is {row.status}; only a paused job can be resumed.")
             row.status = "validating_files" if row.plan is None else "queued"
+            if row.lease_owner is not None:  # whoever was to say so when the run had ended did not come to it
+                log(session, row, PAUSED_LINE)
             log(session, row, "The job was resumed")
         self._queue.wake()
         return job_record(row, principal.tenant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -117,28 +117,30 @@ async def renew(session: Session, process_id: str, claims: Collection[Claim]) ->
     )
 
 
-async def end_dead(session: Session) -> int:
-    """End the leases of processes that are not alive, so that their jobs may be claimed at once; how many."""
+async def end_dead(session: Session) -> Sequence[JobRow]:
+    """End the leases of processes that are not alive, so that their jobs may be claimed at once; of which jobs."""
     owners = select(JobRow.lease_owner).where(JobRow.lease_owner.is_not(None), JobRow.lease_owner.not_in(living()))
     dead = set(await session.scalars(owners.distinct()))  # once dead, it stays so: an id is of one process
-    ended = await session.execute(
+    ended = await session.scalars(
         update(JobRow)
         .where(JobRow.lease_owner.in_(dead))
         .values(lease_owner=None, lease_expires_at=None, lease_token=JobRow.lease_token + 1)
-        .returning(JobRow.id)
+        .returning(JobRow)
         .execution_options(synchronize_session=False)
     )
-    return len(ended.all())
+    return ended.all()
 
 
-async def end_own(session: Session, process_id: str) -> None:
-    """At the end: another process need not wait for our leases to expire."""
-    await session.execute(
+async def end_own(session: Session, process_id: str) -> Sequence[JobRow]:
+    """At the end: another process need not wait for our leases to expire; of which jobs they were."""
+    ended = await session.scalars(
         update(JobRow)
         .where(JobRow.lease_owner == process_id)
         .values(lease_owner=None, lease_expires_at=None)
+        .returning(JobRow)
         .execution_options(synchronize_session=False)
     )
+    return ended.all()
 
 
 async def owned(session: Session, claim: Claim) -> JobRow:

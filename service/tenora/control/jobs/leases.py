@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tenora.control.jobs.lease_rows import Claim, Task, claim_next, end_dead, end_own, renew
-from tenora.control.registry.database import Database
+from tenora.control.jobs.rows import PAUSED_LINE, log
+from tenora.control.registry.database import Database, Session
 from tenora.control.registry.presence import BEAT_SECONDS, Presence
+from tenora.control.registry.tables import JobRow
 
 __all__ = ["RENEW_SECONDS", "Claim", "Leases", "Task"]
 
@@ -39,9 +41,18 @@ class Leases:
     async def end_dead(self) -> int:
         """End the leases of processes that are dead, so that nobody waits for them to run out; how many there were."""
         async with self._database.write(alone=False) as session:
-            return await end_dead(session)
+            ended = await end_dead(session)
+            _say_paused(session, ended)
+        return len(ended)
 
     async def end(self) -> None:
         """Let go of everything: this worker ends."""
         async with self._database.write(alone=False) as session:
-            await end_own(session, self.owner)
+            _say_paused(session, await end_own(session, self.owner))
+
+
+def _say_paused(session: Session, ended: Sequence[JobRow]) -> None:
+    """Whoever had these jobs in hand says no more when their runs have ended."""
+    for row in ended:
+        if row.status == "paused":
+            log(session, row, PAUSED_LINE)
