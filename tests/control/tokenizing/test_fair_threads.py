@@ -43,6 +43,12 @@ class Gate:
         return "done"
 
 
+async def test_nothing_is_kept_of_a_group_that_is_gone(one: FairThreads) -> None:
+    for number in range(20):
+        assert await one.run(f"tenant-{number}", lambda _: 7) == 7
+    assert (dict(one._waiting), dict(one._running)) == ({}, {})
+
+
 def noting(order: list[str], name: str) -> Callable[[Check], None]:
     return lambda check: order.append(name)
 

@@ -121,6 +121,8 @@ class FairThreads:
                 error = raised
             with self._changed:
                 self._running[group] -= 1
+                if not self._running[group]:
+                    del self._running[group]  # a tenant may never come back
                 self._changed.notify_all()
             with suppress(RuntimeError):  # the loop was closed, and with it all who waited
                 task.future.get_loop().call_soon_threadsafe(_settle, task.future, result, error)
