@@ -259,3 +259,29 @@ async def test_the_checks_of_a_tenants_files_hold_up_nobody_else(
     assert len(running) <= 1
     may.set()
     assert [record.status for record in await asyncio.gather(*uploads)] == ["processed"] * 3
+
+
+async def test_a_file_that_is_about_to_be_listed_is_listed_though_its_client_leaves(
+    control: Control, acme: Principal, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Nobody removes the file of a row that was committed: there is no doubt whether it was."""
+    begun, may_end = threading.Event(), threading.Event()
+    place = files.place
+
+    def place_slowly(*paths: Path) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE)
+        place(*paths)
+
+    monkeypatch.setattr(files, "place", place_slowly)
+    uploading = asyncio.create_task(upload(control, acme))
+    await asyncio.to_thread(begun.wait)
+    for _ in range(2):
+        uploading.cancel()
+        await asyncio.sleep(0)
+    may_end.set()
+    await asyncio.wait([uploading])
+    assert uploading.cancelled()
+    (record,) = (await control.files.list(acme)).items
+    assert (await control.files.content(acme, record.id)).read_bytes() == jsonl(ROWS)
+    assert len(everything_in(home)) == 1

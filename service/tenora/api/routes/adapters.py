@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from tenora.api.dependencies import ControlDep, JsonRoute, SettingsDep, may
+from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, SettingsDep, may
 from tenora.api.idempotency import once
 from tenora.api.multipart import BINARY, form_schema, read_form
 from tenora.api.schemas.adapters import AdapterObject, RollbackRequest
 from tenora.api.schemas.base import Deleted, ListResponse
+from tenora.api.sse import while_connected
 from tenora.control.tenancy.records import Principal
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -34,7 +35,11 @@ FORM_SCHEMA = form_schema(
 
 @router.post(ADAPTERS, response_model=AdapterObject, status_code=201, openapi_extra=FORM_SCHEMA)
 async def import_adapter(
-    request: Request, caller: Annotated[Principal, may("adapters.import")], control: ControlDep, settings: SettingsDep
+    request: Request,
+    caller: Annotated[Principal, may("adapters.import")],
+    control: ControlDep,
+    settings: SettingsDep,
+    lifecycle: LifecycleDep,
 ) -> Response:
     """Import a PEFT adapter; under a name in use it becomes the next version."""
     files = {"adapter_config": MAX_CONFIG_BYTES, "adapter_model": settings.max_adapter_bytes}
@@ -43,7 +48,7 @@ async def import_adapter(
         config = await asyncio.to_thread(form.file("adapter_config").path.read_bytes)
         weights = form.file("adapter_model").path
         store = partial(control.adapters.import_, caller, name=name, config=config, weights=weights)
-        return await once(
+        stored = once(
             request,
             control,
             caller,
@@ -52,6 +57,7 @@ async def import_adapter(
             AdapterObject.of,
             status=201,
         )
+        return await while_connected(stored, request.receive, lifecycle)
 
 
 @router.get(ADAPTERS)

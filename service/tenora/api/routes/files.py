@@ -38,7 +38,11 @@ FORM_SCHEMA = form_schema(
 
 @router.post("/v1/files", response_model=FileObject, openapi_extra=FORM_SCHEMA)
 async def upload_file(
-    request: Request, caller: Annotated[Principal, may("files.create")], control: ControlDep, settings: SettingsDep
+    request: Request,
+    caller: Annotated[Principal, may("files.create")],
+    control: ControlDep,
+    settings: SettingsDep,
+    lifecycle: LifecycleDep,
 ) -> Response:
     """Upload a file; a training file (`purpose: fine-tune`) is checked line by line, and `status` says how it went."""
     fields = ("purpose", _ANCHOR, _SECONDS)
@@ -58,7 +62,8 @@ async def upload_file(
                 receipt=receipt,
             )
 
-        return await once(request, control, caller, form.fingerprint(), store, FileObject.of)
+        stored = once(request, control, caller, form.fingerprint(), store, FileObject.of)
+        return await while_connected(stored, request.receive, lifecycle)
 
 
 def _expiry(form: Form) -> int | None:

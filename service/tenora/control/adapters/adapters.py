@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, damaged
 from tenora.config import Settings
-from tenora.control.adapters.blobs import Blobs, named_by
+from tenora.control.adapters.blobs import Blob, Blobs, named_by
 from tenora.control.adapters.model_card import README_NAME, model_card
 from tenora.control.adapters.peft_upload import check_loadable, stage_upload
 from tenora.control.adapters.pins import Pins
@@ -36,6 +36,7 @@ from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
+from tenora.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
@@ -97,7 +98,8 @@ class Adapters:
         check_name(name, reserved=self._base_id)
         directory = self._storage.stage()
         try:
-            await asyncio.to_thread(stage_upload, directory, config, weights, self._settings.max_adapter_bytes)
+            limit = self._settings.max_adapter_bytes
+            await to_its_end(asyncio.to_thread(stage_upload, directory, config, weights, limit))
             return await self._publish(principal, name, directory, receipt)
         finally:
             await asyncio.to_thread(remove, directory)
@@ -270,21 +272,27 @@ class Adapters:
     async def _publish(
         self, principal: Principal, name: str, directory: Path, receipt: Receipt[AdapterRecord] | None
     ) -> AdapterRecord:
-        before: str | None = None
         async with self._blobs.publishing(directory) as blob:
             self._failpoints.hit("adapters.after_blob")
-            async with self._database.write() as session:
-                found = await one_pair(session, active_version(principal.tenant_id, name))
-                if found is not None:
-                    before = found[1].digest
-                await self.pins.require_room_beside(session, blob)
-                if found is None or before != blob.digest:
-                    new = NewVersion(principal.tenant_id, name, self._base_id, source="upload")
-                    found = await add_version(session, new, blob)
-                    if found[0].pinned:
-                        await self.pins.require_allowed(session)
-                if receipt is not None:
-                    await receipt.write(session, self._record(principal, found))
+            return await to_its_end(self._name(principal, name, blob, receipt))
+
+    async def _name(
+        self, principal: Principal, name: str, blob: Blob, receipt: Receipt[AdapterRecord] | None
+    ) -> AdapterRecord:
+        """Let the name mean what was stored, and take its pin along."""
+        before: str | None = None
+        async with self._database.write() as session:
+            found = await one_pair(session, active_version(principal.tenant_id, name))
+            if found is not None:
+                before = found[1].digest
+            await self.pins.require_room_beside(session, blob)
+            if found is None or before != blob.digest:
+                new = NewVersion(principal.tenant_id, name, self._base_id, source="upload")
+                found = await add_version(session, new, blob)
+                if found[0].pinned:
+                    await self.pins.require_allowed(session)
+            if receipt is not None:
+                await receipt.write(session, self._record(principal, found))
         self._failpoints.hit("adapters.after_create")
         alias, row = found
         if alias.pinned and before is not None:

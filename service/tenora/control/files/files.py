@@ -32,6 +32,7 @@ from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.dataset import validate_file
 from tenora.data.reading import ValidationReport
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
+from tenora.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -104,9 +105,6 @@ class Files:
         try:
             size, sha256 = await self._receive(staged, chunks)
             status, details = await self._check(principal.tenant_id, staged, purpose)
-            self._failpoints.hit("files.before_rename")
-            await asyncio.to_thread(place, staged, final)
-            self._failpoints.hit("files.after_rename")
             now = unix_now()
             row = FileRow(
                 id=file_id,
@@ -120,14 +118,10 @@ class Files:
                 expires_at=None if expires_after is None else now + expires_after,
                 sha256=sha256,
             )
-            async with self._database.write() as session:
-                session.add(row)
-                if receipt is not None:
-                    await receipt.write(session, file_record(row))
         except BaseException:
             await asyncio.to_thread(remove, staged)
-            await asyncio.to_thread(remove, final)
             raise
+        await to_its_end(self._keep(staged, final, row, receipt))
         self._failpoints.hit("files.after_create")
         return file_record(row)
 
@@ -211,7 +205,8 @@ class Files:
 
     async def _receive(self, staged: Path, chunks: AsyncIterator[bytes]) -> tuple[int, str]:
         """Write the chunks, in pieces of about a mebibyte per hop to a thread; their size and SHA-256."""
-        sink = await asyncio.to_thread(_Sink.open, staged)
+        # A thread that writes is waited for, also by who is cancelled: the file is closed and removed after that.
+        sink = await to_its_end(asyncio.to_thread(_Sink.open, staged))
         pending: list[bytes] = []
         held = total = 0
         try:
@@ -224,14 +219,29 @@ class Files:
                 pending.append(chunk)
                 held += len(chunk)
                 if held >= _WRITE_BYTES:
-                    await asyncio.to_thread(sink.write, b"".join(pending))
+                    await to_its_end(asyncio.to_thread(sink.write, b"".join(pending)))
                     pending, held = [], 0
-            await asyncio.to_thread(sink.write, b"".join(pending))
+            await to_its_end(asyncio.to_thread(sink.write, b"".join(pending)))
         finally:
-            await asyncio.to_thread(sink.close)
+            await to_its_end(asyncio.to_thread(sink.close))
         if total == 0:
             raise InvalidRequestError("The file is empty; send its content as the form field `file`.", param="file")
         return total, sink.hash.hexdigest()
+
+    async def _keep(self, staged: Path, final: Path, row: FileRow, receipt: Receipt[FileRecord] | None) -> None:
+        """Put the file into its place and list it; neither if that fails."""
+        try:
+            self._failpoints.hit("files.before_rename")
+            await asyncio.to_thread(place, staged, final)
+            self._failpoints.hit("files.after_rename")
+            async with self._database.write() as session:
+                session.add(row)
+                if receipt is not None:
+                    await receipt.write(session, file_record(row))
+        except BaseException:
+            await asyncio.to_thread(remove, staged)
+            await asyncio.to_thread(remove, final)
+            raise
 
     async def _check(self, tenant_id: str, staged: Path, purpose: str) -> tuple[Status, str | None]:
         if purpose != TRAINING_PURPOSE:
