@@ -1,4 +1,4 @@
-"""The low-rank op on a GPU: the functions of `tenora_kernels.torch_backend`, and the base projection with the term.
+"""The low-rank op on a GPU: the functions of `tenora_kernels.torch_backend`.
 
 Runs bf16, fp16 and float32, in any mix of the three; float64 is left to plain torch. Nothing waits for the device
 when the batch is a `GpuBatch`; a plain `LoraBatch` costs one copy of its tables to the device at its first use.
@@ -7,11 +7,10 @@ when the batch is a `GpuBatch`; a plain `LoraBatch` costs one copy of its tables
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tenora_kernels import torch_backend
-from tenora_kernels.gpu import configs, launch
+from tenora_kernels.gpu import launch
 from tenora_kernels.gpu.context import GpuBatch, step_of
 from tenora_kernels.gpu.launch import Step
 from tenora_kernels.layout import LoraBatch, LoraSite
@@ -74,59 +73,6 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
         step, x, dy = step_of(batch), _unit_stride(x), _unit_stride(dy)
         for part in launch.parts(site):
             _backward(dy, x, part, step, dx, batch.tables.grad)
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    site: LoraSite,
-    batch: LoraBatch | None,
-    *,
-    in_gemm: bool | None = None,
-) -> Tensor:
-    """`x·Wᵀ (+ bias)` and the low-rank term of the site; in one kernel where that pays, else one after the other.
-
-    Args:
-        x: [T, in].
-        weight: [out, in]; the modules of the site one below the other.
-        bias: [out] or None.
-        site: the projection group.
-        batch: tables and rows of this step; None if no row has an adapter.
-        in_gemm: whether to use one kernel where `fits_gemm`; None: by `configs.gemm_pays`.
-
-    Returns:
-        A new [T, out] tensor. No gradient flows through it.
-    """
-    if in_gemm is None:
-        in_gemm = configs.gemm_pays(configs.arch_of(x.device))
-    if batch is not None and not _empty(batch) and in_gemm and fits_gemm(x, weight, site, batch):
-        with launch.on(x):
-            y = x.new_empty(x.shape[0], weight.shape[0])
-            launch.launch_gemm(y, _unit_stride(x), weight, bias, site, step_of(batch))
-            return y
-    y = F.linear(x, weight, bias)
-    if batch is not None:
-        forward(y, x, site, batch)
-    return y
-
-
-def fits_gemm(x: Tensor, weight: Tensor, site: LoraSite, batch: LoraBatch) -> bool:
-    """Whether `gemm_lora` can compute this projection: many rows, one 2-byte type, slices that cover y without gaps.
-
-    Small batches read W once either way, and float32 products do not run on the tensor cores.
-    """
-    edges = [edge for pair in site.slices for edge in pair]
-    covered = edges[0] == 0 and edges[-1] == weight.shape[0] and edges[1:-1:2] == edges[2::2]
-    dtypes = {x.dtype, weight.dtype, batch.tables.arena.dtype}
-    return (
-        x.shape[0] > configs.DECODE_ROWS
-        and len(site.slices) <= configs.MAX_MODULES
-        and covered
-        and len(dtypes) == 1
-        and dtypes <= {torch.bfloat16, torch.float16}
-        and weight.is_contiguous()
-    )
 
 
 def _backward(dy: Tensor, x: Tensor, site: LoraSite, step: Step, dx: Tensor | None, grad: Tensor | None) -> None:

@@ -159,29 +159,9 @@ def helpers(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(most, 2 * _processors(device) // programs))
 
 
-def gemm_pays(arch: Arch) -> bool:
-    """Whether `gemm_lora` is used where it can be, instead of the device's own GEMM with shrink and expand behind it.
-
-    Measured on an H200 with the shapes of an 8B model it is not: there the GEMM itself loses more than a second pass
-    over y costs. Where nothing was measured, it is taken to pay on architectures without asynchronous tensor cores.
-    """
-    return arch in {"sm80", "gfx942"}
-
-
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
     return arch_of(device) in {"sm90", "sm100"} and not interpreted(device)
-
-
-def gemm_tiles(bucket: int, columns: int, dtype: torch.dtype, arch: Arch) -> Tiles:
-    """Tiles of `gemm_lora`, for bf16 and fp16."""
-    if arch == "gfx942":  # 64 KiB of shared memory
-        return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=2)
-    if dtype == torch.float16:
-        return Tiles(LARGE_TILE, 16, 128, 64, warps=8, stages=3)
-    if columns >= _WIDE and arch != "sm100":  # there, two accumulators of 256 columns exceed the tensor memory
-        return Tiles(LARGE_TILE, bucket, 256, 64, warps=8, stages=3)
-    return Tiles(LARGE_TILE, bucket, 128, 64, warps=8, stages=3)
 
 
 def wgrad_tiles(bucket: int, dtype: torch.dtype) -> Tiles:

@@ -13,7 +13,6 @@ from torch import Tensor
 from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.configs import MAX_MODULES, Tiles
 from tenora_kernels.gpu.expand_kernels import expand, expand_joint
-from tenora_kernels.gpu.gemm_kernel import gemm_lora as gemm_kernel
 from tenora_kernels.gpu.shrink_kernel import shrink
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, TileTable, Workspace
 from tenora_kernels.gpu.wgrad_kernel import lora_wgrad
@@ -243,57 +242,6 @@ def launch_expand_joint(dx: Tensor, site: LoraSite, step: Step, *, splits: int) 
         align=tables.align,
         terms=configs.term_count(step.arena.dtype, dx.dtype),
         cast=configs.interpreted(dx.device),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-
-
-def launch_gemm(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, step: Step) -> None:
-    """y = x·Wᵀ (+ bias) with the low-rank term in it; x, W and the arena have one 2-byte type.
-
-    Args:
-        y: [T, out], written; unit column stride.
-        x: [T, in], unit column stride.
-        weight: [out, in], contiguous.
-        bias: [out] or None.
-        site: a projection group of at most three modules whose slices cover y without gaps.
-        step: tables, metadata and scratch memory.
-    """
-    splits = launch_shrink(x, site, step, backward=False)  # by position: whichever tiles wrote them
-    columns, table, tables = Columns.of(site.slices), step.metadata.large, step.tables
-    tiles = configs.gemm_tiles(step.bucket, max(columns.widths), y.dtype, configs.arch_of(y.device))
-    bound = step.metadata.tile_bound(table)
-    gemm_kernel[(bound * columns.blocks(tiles.bn),)](
-        y,
-        x,
-        weight,
-        y if bias is None else bias,
-        step.arena,
-        step.workspace.planes,
-        step.metadata.perm,
-        table.ptr,
-        table.slot,
-        tables.ranks,
-        tables.scaling,
-        tables.b_offset,
-        site.row,
-        step.metadata.slots,
-        bound,
-        y.stride(0),
-        x.stride(0),
-        site.in_features,
-        *columns.widths,
-        *step.strides(),
-        has_bias=bias is not None,
-        group=8,
-        splits=splits,
-        bm=tiles.bm,
-        rb=tiles.rb,
-        bn=tiles.bn,
-        bk=tiles.bk,
-        align=tables.align,
-        terms=configs.term_count(step.arena.dtype, y.dtype),
-        cast=configs.interpreted(y.device),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

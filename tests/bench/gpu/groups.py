@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenora_kernels.gpu import backend, configs
+from tenora_kernels.gpu import backend
 from tests.bench.gpu.protocol import Measurement
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.timing import captured, measure
@@ -30,11 +30,6 @@ def ways(setting: Setting, weights: list[Tensor]) -> dict[str, Callable[[], None
             torch.mm(x, weight.t(), out=y)
             backend.forward(y, x, site, batch)
 
-    def fused() -> None:
-        batch = prepared.batch(setting.slot_of_row, max_segments=used)
-        for site, weight in layers:
-            backend.linear(x, weight, None, site, batch, in_gemm=True)
-
     def sgmv() -> None:
         for peer, (_, weight) in zip(setting.sgmv, layers, strict=True):
             torch.mm(x, weight.t(), out=y)
@@ -45,10 +40,7 @@ def ways(setting: Setting, weights: list[Tensor]) -> dict[str, Callable[[], None
             torch.mm(x, weight.t(), out=y)
             peer.add(y, x)
 
-    found = {"base": base, "ours": ours, "sgmv": sgmv, "grouped_mm": grouped}
-    if setting.case.rows > configs.DECODE_ROWS:
-        found["ours, in the GEMM"] = fused
-    return found
+    return {"base": base, "ours": ours, "sgmv": sgmv, "grouped_mm": grouped}
 
 
 def run(case: Measurement, bandwidth: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.layout import LoraSite, LoraTables
 
 _KERNELS = {
-    launch: ("shrink", "expand", "expand_joint", "gemm_kernel", "lora_wgrad"),
+    launch: ("shrink", "expand", "expand_joint", "lora_wgrad"),
     tables: ("sort_rows", "find_tiles"),
     paged: ("paged_decode", "combine_decode", "write_kernel"),
 }
@@ -190,7 +190,7 @@ def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     paged.attend_pages(q, cache, cache, fields[5:].t(), fields[3], None)
 
 
-LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "expand_joint", "gemm_lora", "lora_wgrad")
+LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "expand_joint", "lora_wgrad")
 PAGED = ("paged_decode", "combine_decode", "write_pages")
 EVERYTHING = LOW_RANK + PAGED
 
@@ -244,9 +244,6 @@ class Product:
             backend.backward(y, x, site, batch, dx)
             return
         backend.forward(y, x, site, batch)
-        weight = torch.empty(y.shape[1], x.shape[1], dtype=self.dtype, device="meta")
-        if rows > configs.DECODE_ROWS and self.weights is None and self.dtype != torch.float32:
-            backend.linear(x, weight, None, site, batch, in_gemm=True)
 
 
 def _products() -> Iterator[Product]:
@@ -256,7 +253,6 @@ def _products() -> Iterator[Product]:
             yield Product(LLAMA_8B, "qkv", rank, rows)
             yield Product(LLAMA_8B, "qkv", rank, rows, backward=True)
         yield Product(SMOL, "qkv", rank, 32)
-        yield Product(SMOL, "qkv", rank, 2048, kernels=("gemm_lora",))
     yield Product(LLAMA_8B, "down", 16, 32, kernels=("shrink", "expand"))  # most planes
     for rows in (32, 2048):
         yield Product(ODD, "qkv", 16, rows, kernels=("shrink", "expand"))

@@ -21,7 +21,7 @@ from tests.kernels.gpu.launches import EVERYTHING, Launch, Recorder, all_launche
 from tests.support.full import full_but
 
 TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(BUDGETS.read_text())
-PRODUCTS = ("shrink", "expand", "expand_joint", "gemm_lora", "lora_wgrad", "paged_decode")
+PRODUCTS = ("shrink", "expand", "expand_joint", "lora_wgrad", "paged_decode")
 # Bytes of shared memory that one program may have.
 LARGEST = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
 

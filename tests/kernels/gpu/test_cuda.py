@@ -111,22 +111,6 @@ def test_gradients(rows: int, site: str, dtype: torch.dtype, weights: torch.dtyp
     assert torch.equal(case.tables.grad, once), "equal arguments, other bits"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_the_base_projection_with_the_term_in_it(dtype: torch.dtype, bias: bool) -> None:
-    case = make_case(shuffled(600, 6, 7), RANKS[:6], dtype=dtype)
-    generator = torch.Generator().manual_seed(9)
-    weight = torch.randn(80, 48, generator=generator).mul_(0.1).to(dtype)
-    b = torch.randn(80, generator=generator).to(dtype) if bias else None
-    case.y = case.x.double() @ weight.double().t() + (0 if b is None else b.double())
-    wanted = reference(case)
-    on_device(case)
-    weight, b = weight.cuda(), None if b is None else b.cuda()
-    assert backend.fits_gemm(case.x, weight, QKV, batch_of(case))
-    got = backend.linear(case.x, weight, b, QKV, batch_of(case), in_gemm=True)
-    assert worst(got.cpu(), wanted) <= TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [40, 400])
 def test_a_graph_replays_with_any_mix(rows: int, dtype: torch.dtype) -> None:

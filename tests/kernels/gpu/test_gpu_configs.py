@@ -52,10 +52,6 @@ def test_few_tiles_get_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [configs.helpers(programs, 8, H100) for programs in (4, 32, 100, 896)] == [8, 8, 2, 1]
 
 
-def test_a_gemm_of_ours_is_used_only_where_it_pays() -> None:
-    assert [configs.gemm_pays(arch) for arch in ("sm80", "sm90", "sm100", "gfx942")] == [True, False, False, True]
-
-
 def test_terms_keep_the_bits_that_the_result_has() -> None:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     assert [configs.term_count(bf16, out) for out in (bf16, fp16, fp32)] == [2, 2, 3]

@@ -22,7 +22,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return tiles
 
-    for name in ("decode_tiles", "prefill_tiles", "expand_tiles", "gemm_tiles", "wgrad_tiles"):
+    for name in ("decode_tiles", "prefill_tiles", "expand_tiles", "wgrad_tiles"):
         monkeypatch.setattr(configs, name, shrunk(getattr(configs, name)))
     monkeypatch.setattr(configs, "splits_of", lambda k_size, small: 3)
 
