@@ -73,6 +73,17 @@ class LoraSite:
         object.__setattr__(self, "record", record)
 
 
+class TableAddresses(NamedTuple):
+    """Where the arrays of `LoraTables` lie, in bytes, and how many slots they have."""
+
+    ranks: int
+    scaling: int
+    a_offset: int
+    b_offset: int
+    is_bf16: int
+    slots: int
+
+
 @dataclass(slots=True)
 class LoraTables:
     """Where the weights of every slot lie. One row per target module of the model, one column per slot.
@@ -94,7 +105,8 @@ class LoraTables:
             to the tables by hand adds one too.
         arrays: the four tables as numpy arrays over the same memory. Reading one element of them is many times faster
             than of a tensor, and a step reads a few per layer and segment.
-        record: addresses of ranks, scaling, a_offset, b_offset and narrow, then the number of slots.
+        record: `TableAddresses` for kernels.
+        addresses: the same by name.
 
     The tables may change between steps, never between a forward pass and its backward pass.
     """
@@ -112,6 +124,7 @@ class LoraTables:
     version: int = field(init=False, default=0)
     arrays: TableArrays = field(init=False, repr=False)
     record: HostRecord = field(init=False, repr=False)
+    addresses: TableAddresses = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, dtype in _TABLE_DTYPES.items():
@@ -133,6 +146,7 @@ class LoraTables:
             self.ranks.numpy(), self.scaling.numpy(), self.a_offset.numpy(), self.b_offset.numpy()
         )
         self.record = HostRecord.of(*self.arrays, self.narrow, self.ranks.shape[1])
+        self.addresses = TableAddresses(*self.record.values.tolist())
 
     @classmethod
     def empty(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from tenora.model.attention import PagedAttention
+from tenora.model.attention import paged_attention
 from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention
 from tenora.model.spec import ModelSpec
@@ -63,7 +63,7 @@ def measure(name: str, contexts: list[int], counts: list[int], team: Team) -> No
     )
     starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
     q, k, v = torch.split(torch.randn(starts[-1], HEADS + 2 * KV_HEADS, DIM), [HEADS, KV_HEADS, KV_HEADS], dim=1)
-    ours = PagedAttention(cache, slots, starts, contexts, tables, team=team)
+    ours = paged_attention(cache, slots, starts, contexts, tables, team=team)
     theirs = GatheredAttention(cache, slots, starts, contexts, tables)
     fast = median(lambda call: ours.attend(call % layers, q, k, v, None))
     slow = median(lambda call: theirs.attend(call % layers, q, k, v, None))

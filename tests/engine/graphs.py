@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tenora.engine.core import Engine
-from tenora.engine.decode_graphs import DecodeGraphs
+from tenora.model.executors.cuda_graphs import GraphExecutor
+from tenora.model.executors.decode_graphs import DecodeGraphs
 from tenora_kernels.gpu.configs import rank_bounds
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
@@ -58,14 +59,15 @@ class HostRows:
 
 
 def with_graphs(engine: Engine, *, capture: Callable[[Callable[[], Tensor]], Rerun] = Rerun) -> DecodeGraphs:
-    """Give an engine on the CPU what `DecodeGraphs.on_card` gives one on a GPU."""
+    """Give an engine on the CPU what `executor_for` gives one on a GPU."""
     runner = engine.runner
-    runner.graphs = DecodeGraphs(
+    graphs = DecodeGraphs(
         runner.decoder,
         runner.cache,
-        HostRows(runner.tables),
+        HostRows(engine.pool.tables),
         capture,
         max_rows=engine.scheduler.max_num_seqs,
         max_context=engine.max_model_len,
     )
-    return runner.graphs
+    runner.executor = GraphExecutor(runner.decoder, runner.cache, graphs)
+    return graphs

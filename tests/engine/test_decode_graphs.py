@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tenora.adapters.ref import AdapterRef
-from tenora.engine.decode_graphs import DecodeRows
-from tenora.engine.runner import ModelRunner
+from tenora.model.executors.base import Batch
+from tenora.model.executors.cuda_graphs import GraphExecutor
+from tenora.model.executors.modules import ModulesExecutor
 from tenora.model.loading import load_decoder
 from tests.engine.driver import Answer, Driver, MakeDriver, make_adapter
 from tests.engine.graphs import HostRows, Rerun, with_graphs
@@ -182,7 +183,7 @@ def test_padding_changes_no_block(driver: MakeDriver) -> None:
 def test_what_a_graph_reads(driver: MakeDriver) -> None:
     graphs = with_graphs(driver(max_num_seqs=4, max_model_len=20).engine)
     numbers = np.array([5, 6, 7])
-    graphs.run(DecodeRows([1, 2, 3], numbers, numbers + 10, numbers - 8, numbers[:, None] * [1, 2], None))
+    graphs.run(Batch([1, 2, 3], numbers, numbers + 10, numbers - 8, numbers[:, None] * [1, 2], None))
     inputs = graphs._inputs(4)
     assert [field.tolist() for field in inputs[:5]] == [
         [1, 2, 3, 0],
@@ -261,7 +262,7 @@ def test_warming_up_leaves_no_trace(driver: MakeDriver, counted: type[Counted]) 
 
 
 def test_there_are_none_on_a_cpu(driver: MakeDriver) -> None:
-    assert driver().engine.runner.graphs is None
+    assert isinstance(driver().engine.runner.executor, ModulesExecutor)
 
 
 def test_a_step_that_no_graph_holds_is_an_error(driver: MakeDriver) -> None:
@@ -269,7 +270,7 @@ def test_a_step_that_no_graph_holds_is_an_error(driver: MakeDriver) -> None:
     graphs = with_graphs(tiny.engine)
     numbers = torch.zeros(3, dtype=torch.int64).numpy()
     with pytest.raises(ValueError, match="3 rows do not fit graphs for 2"):
-        graphs.run(DecodeRows(numbers, numbers, numbers, numbers, numbers[:, None], None))
+        graphs.run(Batch(numbers, numbers, numbers, numbers, numbers[:, None], None))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -300,17 +301,17 @@ def test_on_a_card_nothing_waits_before_the_tokens(
     """Decode steps, chunks, and both in one step: the hidden states are there without a synchronisation."""
     gpu = driver(load_decoder(make_tiny("llama"), device="cuda", dtype=torch.bfloat16), max_num_batched_tokens=24)
     gpu.engine.runner.warm_up(24)
-    hidden = ModelRunner._hidden
+    run = GraphExecutor.run
 
-    def strict(self: ModelRunner, items: Any) -> Tensor:
+    def strict(self: GraphExecutor, batch: Batch) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return hidden(self, items)
+            return run(self, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     requests = [generate(prompt(4 + 9 * index, index), sampling(max_tokens=12)) for index in range(6)]
     gpu.run(*requests)  # compiles what is left
-    monkeypatch.setattr(ModelRunner, "_hidden", strict)
+    monkeypatch.setattr(GraphExecutor, "run", strict)
     again = [generate(request.token_ids, request.sampling, cache_salt="other") for request in requests]
     assert all(answer.failure is None for answer in gpu.run(*again))

@@ -11,6 +11,7 @@ import torch
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.messages import Generate
+from tenora.model.executors.cuda_graphs import GraphExecutor
 from tenora.model.loading import load_decoder
 from tests.engine.driver import Answer, MakeDriver
 from tests.engine.requests import generate, prompt, sampling
@@ -41,7 +42,7 @@ def logprobs(answer: Answer, count: int | None = None) -> list[float]:
 def test_float32_gives_the_cpus_tokens(tiny_base: Path, adapters: list[AdapterRef], driver: MakeDriver) -> None:
     host = driver(base=load_decoder(tiny_base), **SMALL)
     gpu = driver(base=load_decoder(tiny_base, device="cuda"), **SMALL)
-    assert gpu.engine.runner.graphs is not None
+    assert isinstance(gpu.engine.runner.executor, GraphExecutor)
     for one, other in zip(host.run(*requests(adapters)), gpu.run(*requests(adapters)), strict=True):
         assert other.failure is None
         assert other.tokens == one.tokens

@@ -9,13 +9,13 @@ import torch
 
 from tenora.config import Settings
 from tenora.engine.core import Engine
-from tenora.engine.decode_graphs import decode_sizes
 from tenora.engine.rehearsal import rehearse
 from tenora.engine.resources import Facts, Resources, activation_bytes, graph_bytes, resources
 from tenora.engine.runner import ModelRunner
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors.decode_graphs import decode_sizes
 from tests.bench.gpu.engine_loop import llama_8b
 
 SPEC = llama_8b()

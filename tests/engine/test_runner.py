@@ -23,7 +23,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(slots))
         return build(slots, **given)
 
-    monkeypatch.setattr("tenora.engine.runner.build_segments", counting)
+    monkeypatch.setattr("tenora.model.executors.adapters.build_segments", counting)
     return made
 
 

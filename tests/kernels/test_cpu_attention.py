@@ -15,7 +15,7 @@ from torch import Tensor
 from tenora.model.decoder import RMSNorm
 from tenora.model.rotary import rotate
 from tenora_kernels.cpu.attention import attention
-from tenora_kernels.cpu.attention.attention import PagedStep, Rope, allocate_cache, takes
+from tenora_kernels.cpu.attention.attention import PagedStep, Rope, allocate_cache, supports
 from tenora_kernels.cpu.runtime.team import Team
 from tests.kernels.paged_cases import PagedCase, Schedule, Shape, reference, token_by_token, whole
 
@@ -227,9 +227,9 @@ def test_no_tokens_and_layouts_that_have_to_be_copied() -> None:
 
 
 def test_refusals() -> None:
-    assert takes(torch.float32, 80)
-    assert not takes(torch.float16, 64)
-    assert not takes(torch.float32, 12)
+    assert supports(torch.float32, 80)
+    assert not supports(torch.float16, 64)
+    assert not supports(torch.float32, 12)
     step = PagedStep([0], [0, 1], [1], [[0]])
     q, k, v = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match="all be float32 or all bfloat16"):

@@ -38,7 +38,7 @@ def callable_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 gate_forward, gate_backward = callable_kernel(rowwise.gate_forward), callable_kernel(rowwise.gate_backward)
 norm_forward, norm_backward = callable_kernel(rowwise.norm_forward), callable_kernel(rowwise.norm_backward)
-times, multiply_turned = callable_kernel(strided.times), callable_kernel(transposed.multiply_turned)
+times, multiply_transposed = callable_kernel(strided.times), callable_kernel(transposed.multiply_transposed)
 transpose_task, transpose_tasks = (
     callable_kernel(transposed.transpose_task),
     callable_kernel(transposed.transpose_tasks),
@@ -81,7 +81,7 @@ def test_the_same_panels_give_the_product_with_the_matrix_turned(dtype: torch.dt
     for task in range(transpose_tasks(n // PANEL)):
         transpose_task(task, packed.panels.data_ptr(), 0, n // PANEL, k, turned.panels.data_ptr(), sample)
     assert torch.equal(turned.panels, PackedMatrix.pack(weight.t().contiguous()).panels)
-    multiply_turned(
+    multiply_transposed(
         dy.data_ptr(), n * 4, rows, turned.panels.data_ptr(), 0, k // PANEL, n, dx.data_ptr(), k * 4, 0, sample
     )
     expected = dy.double() @ weight.double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tenora.model.attention import KVCache, PagedAttention
+from tenora.model.attention import KVCache, paged_attention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 
@@ -56,7 +56,7 @@ class PagedRun:
             contexts.append(first + count)
             starts.append(starts[-1] + count)
         where = torch.tensor(positions)
-        attention = PagedAttention(
+        attention = paged_attention(
             self.cache, torch.tensor(slots), starts, contexts, self.block_tables[[sequence for sequence, _ in work]]
         )
         context = ForwardContext(where, self.decoder.rope(where, torch.tensor(lengths)), attention)

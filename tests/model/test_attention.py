@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenora.model.attention import KVCache, PackedAttention, PagedAttention
+from tenora.model.attention import KVCache, PackedAttention, paged_attention
 from tenora.model.spec import ModelSpec
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
@@ -92,7 +92,7 @@ def test_paged_decode_rows_of_many_lengths_with_a_chunk_in_between(window: int |
         torch.cat([sequence[part][-count:] for sequence, count in zip(sequences, counts, strict=True)])
         for part in range(3)
     )
-    attention = PagedAttention(cache, new_slots, starts, torch.tensor(contexts), tables)
+    attention = paged_attention(cache, new_slots, starts, torch.tensor(contexts), tables)
     out = attention.attend(1, q, k, v, window)
     expected = [naive(*sequence, window)[-count:] for sequence, count in zip(sequences, counts, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=0)
@@ -109,10 +109,10 @@ def test_rows_are_independent_of_the_rest_of_the_batch() -> None:
         cache.write(0, slot[: len(k)], k, v)
     last = [tuple(x[-1:] for x in sequence) for sequence in sequences]
     mapping = torch.stack([slots[0][8], slots[1][11]])
-    both = PagedAttention(cache, mapping, [0, 1, 2], [9, 12], tables).attend(
+    both = paged_attention(cache, mapping, [0, 1, 2], [9, 12], tables).attend(
         0, *(torch.cat(pair) for pair in zip(*last, strict=True)), None
     )
-    alone = PagedAttention(cache, mapping[:1], [0, 1], [9], tables[:1]).attend(0, *last[0], None)
+    alone = paged_attention(cache, mapping[:1], [0, 1], [9], tables[:1]).attend(0, *last[0], None)
     torch.testing.assert_close(both[:1], alone, atol=1e-6, rtol=0)
 
 

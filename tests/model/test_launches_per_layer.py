@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenora.model import pages
-from tenora.model.attention import PagedAttention
+from tenora.model.attention import paged_attention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
@@ -81,7 +81,7 @@ def launched(
     rope = (numbers(ROWS, spec.head_dim, dtype=torch.bfloat16), numbers(ROWS, spec.head_dim, dtype=torch.bfloat16))
     with recording("step", "sm90") as ours, torch.no_grad():
         lora = GpuLora(tables, max_rows=ROWS, max_rank=16).batch(numbers(ROWS)) if adapted else None
-        attention = PagedAttention(cache, numbers(ROWS), None, numbers(ROWS), numbers(ROWS, 64))
+        attention = paged_attention(cache, numbers(ROWS), None, numbers(ROWS), numbers(ROWS, 64))
         context = ForwardContext(numbers(ROWS, dtype=torch.int64), rope, attention, lora)
         hidden = numbers(ROWS, spec.hidden_size, dtype=torch.bfloat16)
         ours.clear()

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tenora.model.attention import KVCache, PagedAttention
-from tenora.model.context import ForwardContext
+from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors.base import Batch
+from tenora.model.executors.choice import executor_for
+from tenora.model.executors.compiled_cpu import CompiledExecutor
+from tenora.model.executors.modules import ModulesExecutor
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
 from tenora_kernels.cpu.lowrank.lowrank import ITEM_ROWS
 from tenora_kernels.cpu.runtime.team import Team
-from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
+from tenora_kernels.layout import LoraTables
 from tests.support.tiny import VOCAB
 
 BLOCK = 16
@@ -54,6 +58,9 @@ class Stream:
         width = -(-length // BLOCK)
         self.cache = KVCache.allocate(decoder.spec, len(slots) * width, BLOCK)
         self.blocks = torch.arange(len(slots) * width, dtype=torch.int32).view(len(slots), width)
+        self.executor = executor_for(
+            decoder, self.cache, tables, max_rows=8, max_tokens=1024, max_context=length, max_rank=64
+        )
         self.done = [0] * len(slots)
         self.ids = torch.randint(0, VOCAB, (len(slots), length), generator=torch.Generator().manual_seed(1))
         self.logits: list[list[Tensor]] = [[] for _ in slots]
@@ -62,22 +69,23 @@ class Stream:
     def step(self, counts: dict[int, int]) -> None:
         """Run the next tokens of some sequences."""
         rows = sorted(counts, key=lambda row: self.slots[row])
-        starts, positions, places, ids = [0], [], [], []
+        starts, positions, places, ids = [0], [], [], list[int]()
         for row in rows:
             span = range(self.done[row], self.done[row] + counts[row])
             self.done[row] += counts[row]
             positions += span
             places += [int(self.blocks[row, p // BLOCK]) * BLOCK + p % BLOCK for p in span]
-            ids.append(self.ids[row, span.start : span.stop])
+            ids += self.ids[row, span.start : span.stop].tolist()
             starts.append(starts[-1] + len(span))
-        where = torch.tensor(positions)
-        contexts = [self.done[row] for row in rows]
-        attention = PagedAttention(
-            self.cache, torch.tensor(places), starts, contexts, self.blocks[rows], team=self.decoder.team
+        batch = Batch(
+            ids,
+            np.array(positions),
+            np.array(places),
+            np.array([self.slots[row] for row in rows]),
+            self.blocks[rows].numpy(),
+            query_start=np.array(starts),
         )
-        slots = [self.slots[row] for row in rows for _ in range(counts[row])]
-        lora = LoraBatch(self.tables, build_segments(slots)) if max(slots) >= 0 else None
-        hidden = self.decoder(torch.cat(ids), ForwardContext(where, self.decoder.rope(where), attention, lora))
+        hidden = self.executor.run(batch)
         for row, part in zip(rows, self.decoder.logits(hidden).split([counts[row] for row in rows]), strict=True):
             self.logits[row].append(part)
 
@@ -104,7 +112,9 @@ def test_adapters_on_packed_weights_equal_those_on_modules(family: Path, narrow:
     assert modules.stack is None
     tables = tables_of(packed, narrow=narrow)
     steps = [dict.fromkeys(range(8), LENGTH - 2), dict.fromkeys(range(8), 1), dict.fromkeys((1, 3, 7), 1)]
-    ours, theirs = (Stream(decoder, tables, SLOTS, LENGTH).run(*steps) for decoder in (packed, modules))
+    streams = [Stream(decoder, tables, SLOTS, LENGTH) for decoder in (packed, modules)]
+    assert [type(stream.executor) for stream in streams] == [CompiledExecutor, ModulesExecutor]
+    ours, theirs = (stream.run(*steps) for stream in streams)
     for one, other in zip(ours, theirs, strict=True):
         assert float((one - other).abs().max()) <= 2e-5 * float(other.abs().max())
 

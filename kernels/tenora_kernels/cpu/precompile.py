@@ -72,10 +72,10 @@ def plan(wanted: Wanted) -> list[Job]:
         if wanted.packed:
             stack = _smallest(wanted)
             stack.warm_up(train=wanted.train)
-            if wanted.train and layers.takes(stack, None):
+            if wanted.train and layers.supports(stack, None):
                 layers.warm_up(stack)
                 losses.warm_up(stack)
-        elif attention.takes(wanted.dtype, wanted.head_dim):
+        elif attention.supports(wanted.dtype, wanted.head_dim):
             attention.warm_up(wanted.dtype)
     jobs = {Job(kernel, signature): None for kernel, signature in noted}
     jobs |= dict.fromkeys(Job(kernel, (types.int64,)) for kernel in team.JOBS)

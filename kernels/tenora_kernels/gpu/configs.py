@@ -54,7 +54,7 @@ class Tiles:
 RANK_BUCKETS = (16, 32)
 """Ranks of one pass; a higher rank takes several, so that it costs the others in the batch nothing."""
 
-LONE_RANKS = 16
+SINGLE_ROW_RANKS = 16
 """Ranks of one pass for a row that is alone with its adapter, whatever ranks the pool holds."""
 
 _WIDE = 1024
@@ -108,23 +108,23 @@ def decode_tiles(bucket: int, columns: int, dtype: torch.dtype, align: int) -> T
     return Tiles(SMALL_TILE, bucket, 128 if wide else 64, 128, warps=4, stages=3)
 
 
-def lone_inputs(dtype: torch.dtype) -> int:
+def single_row_inputs(dtype: torch.dtype) -> int:
     """Inputs at a time of a row that is alone with its adapter: 16 KiB of weights.
 
     Args:
         dtype: from `widest`.
     """
-    return (4096 if dtype == torch.float32 else 8192) // LONE_RANKS
+    return (4096 if dtype == torch.float32 else 8192) // SINGLE_ROW_RANKS
 
 
-def lone_columns(dtype: torch.dtype, align: int) -> int:
+def single_row_columns(dtype: torch.dtype, align: int) -> int:
     """Columns that a program adds to such a row: 32 KiB of weights. Fewer and larger programs were faster.
 
     Args:
         dtype: from `widest`.
         align: as in `DeviceTables`.
     """
-    return (4096 if align == 1 else 8192 if dtype == torch.float32 else 16384) // LONE_RANKS
+    return (4096 if align == 1 else 8192 if dtype == torch.float32 else 16384) // SINGLE_ROW_RANKS
 
 
 def prefill_tiles(bucket: int, dtype: torch.dtype) -> Tiles:

@@ -75,7 +75,7 @@ def _expand_tile(
     rank: tl.tensor,
     first: tl.tensor,
     count: tl.tensor,
-    deep: tl.constexpr,
+    multi_pass: tl.constexpr,
     splits: tl.constexpr,
     bm: tl.constexpr,
     rb: tl.constexpr,
@@ -96,18 +96,18 @@ def _expand_tile(
     s = sum_planes(planes, plane_stride, width, position, live, r, rank, splits) * scale
     acc = tl.zeros([bm, bn], tl.float32)
     passes = 1
-    if deep:
+    if multi_pass:
         passes = tl.cdiv(rank, rb)
     for item in range(count * passes):
         n = (first + item // passes) * bn + tl.arange(0, bn)
         inside = n < n_size
         mask = live[:, None] & inside[None, :]
-        if deep:
+        if multi_pass:
             r = item % passes * rb + tl.arange(0, rb)
             s = sum_planes(planes, plane_stride, width, position, live, r, rank, splits) * scale
         b = tl.load(w + r[:, None] * n_size + n[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0)
         begun = tl.load(y_rows + n[None, :], mask=mask & (item % passes == 0), other=0.0).to(tl.float32)
-        acc = begun if not deep else tl.where(item % passes == 0, begun, acc)
+        acc = begun if not multi_pass else tl.where(item % passes == 0, begun, acc)
         acc = dot_planes(s, b, acc, terms, cast)
         done = mask & (item % passes == passes - 1)
         tl.store(y_rows + n[None, :], acc.to(y.dtype.element_ty), mask=done)
@@ -139,14 +139,14 @@ def expand(
     width: tl.tensor,
     bound: tl.tensor,
     per_program: tl.tensor,
-    deep: tl.constexpr,
+    multi_pass: tl.constexpr,
     parts: tl.constexpr,
     splits: tl.constexpr,
     bm: tl.constexpr,
     rb: tl.constexpr,
     bn: tl.constexpr,
-    lone_rb: tl.constexpr,
-    across: tl.constexpr,
+    single_row_rb: tl.constexpr,
+    columns_per_program: tl.constexpr,
     align: tl.constexpr,
     terms: tl.constexpr,
     cast: tl.constexpr,
@@ -159,13 +159,13 @@ def expand(
     is not shared: there are many such rows, or little to do.
 
     Args:
-        tile_count: int32 [1], number of tiles; not read if across is 0.
+        tile_count: int32 [1], number of tiles; not read if columns_per_program is 0.
         bound: most tiles that there can be.
-        per_program: blocks of one program; across / bn where across is not 0.
-        deep: whether ranks may exceed rb; if not, S is read once for all blocks.
+        per_program: blocks of one program; columns_per_program / bn where columns_per_program is not 0.
+        multi_pass: whether ranks may exceed rb; if not, S is read once for all blocks.
         parts: of a tile, bm rows each.
-        lone_rb: ranks of one pass for a tile of one row.
-        across: columns of a program for it; 0: such a tile is like any other.
+        single_row_rb: ranks of one pass for a tile of one row.
+        columns_per_program: columns of a program for it; 0: such a tile is like any other.
         overlap: whether the launch before has let this one begin early. Up to the wait no planes and no y are read.
             Every program waits: a launch that ended before could be overtaken by what follows it.
     """
@@ -177,7 +177,7 @@ def expand(
     n_size = pick(j, n0, n1, n2)
     blocks = per_program
     helper = 0
-    if across > 0:
+    if columns_per_program > 0:
         tiles = tl.maximum(tl.load(tile_count), 1)
         helper = tile // tiles
         if helper > 0:  # its own tile does not exist
@@ -193,27 +193,27 @@ def expand(
     w = arena + tl.multiple_of(tl.load(offsets + entry), align)
     source = planes + j * module_stride
     target = y + pick(j, c0, c1, c2)
-    alone = False
-    if across > 0:
-        alone = (end - start == 1) & (rank > 0) & (helper == 0)
-        if alone:
-            n = chunk * across + tl.arange(0, across)
+    single_row = False
+    if columns_per_program > 0:
+        single_row = (end - start == 1) & (rank > 0) & (helper == 0)
+        if single_row:
+            n = chunk * columns_per_program + tl.arange(0, columns_per_program)
             _expand_row(
                 target, y_stride, w, n_size, scale, source, plane_stride, width, perm, start, rank, n, splits,
-                lone_rb, overlap,
+                single_row_rb, overlap,
             )  # fmt: skip
-    if not alone:
+    if not single_row:
         if overlap:
             wait_for_launch_before()
         shared = (slot >= 0) & (rank > 0) & (start < end)
-        if across > 0:
+        if columns_per_program > 0:
             shared = shared & (end - start > 1)
         if shared:
             first = chunk * per_program + helper * blocks
             last = tl.minimum(tl.minimum(first + blocks, (chunk + 1) * per_program), tl.cdiv(n_size, bn))
             _expand_tile(
                 target, y_stride, w, n_size, scale, source, plane_stride, width, perm, start, end, rank, first,
-                last - first, deep, splits, bm, rb, bn, terms, cast,
+                last - first, multi_pass, splits, bm, rb, bn, terms, cast,
             )  # fmt: skip
 
 

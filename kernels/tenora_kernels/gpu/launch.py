@@ -140,8 +140,10 @@ def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool)
         bm=tiles.bm,
         rb=tiles.rb,
         bk=tiles.bk,
-        lone_rb=configs.LONE_RANKS,
-        across=configs.lone_inputs(configs.widest(source.dtype, step.arena.dtype)) if step.small else 0,
+        single_row_rb=configs.SINGLE_ROW_RANKS,
+        single_row_inputs=configs.single_row_inputs(configs.widest(source.dtype, step.arena.dtype))
+        if step.small
+        else 0,
         align=step.tables.align,
         cast=_cast(source, step.arena),
         num_warps=tiles.warps,
@@ -164,11 +166,11 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
     dtype = configs.widest(y.dtype, step.arena.dtype)
     bound = step.metadata.tile_bound(table)
     if step.small:
-        tiles, parts, across = _tiles(step, columns, y), 1, configs.lone_columns(dtype, tables.align)
-        per_program = across // tiles.bn
-        pieces = bound * configs.helpers(bound * columns.blocks(across), per_program, y.device)
+        tiles, parts, columns_per_program = _tiles(step, columns, y), 1, configs.single_row_columns(dtype, tables.align)
+        per_program = columns_per_program // tiles.bn
+        pieces = bound * configs.helpers(bound * columns.blocks(columns_per_program), per_program, y.device)
     else:
-        tiles, across = configs.expand_tiles(step.bucket, dtype, tables.align), 0
+        tiles, columns_per_program = configs.expand_tiles(step.bucket, dtype, tables.align), 0
         parts = table.size // tiles.bm
         pieces = bound * parts
         per_program = configs.blocks_per_program(pieces * columns.blocks(tiles.bn), y.device)
@@ -191,14 +193,14 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
         *step.strides(),
         bound,
         per_program,
-        deep=step.max_rank > tiles.rb,
+        multi_pass=step.max_rank > tiles.rb,
         parts=parts,
         splits=splits,
         bm=tiles.bm,
         rb=tiles.rb,
         bn=tiles.bn,
-        lone_rb=configs.LONE_RANKS,
-        across=across,
+        single_row_rb=configs.SINGLE_ROW_RANKS,
+        columns_per_program=columns_per_program,
         align=tables.align,
         terms=configs.term_count(step.arena.dtype, y.dtype),
         cast=configs.interpreted(y.device),

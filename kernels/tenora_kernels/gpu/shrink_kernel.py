@@ -66,15 +66,15 @@ def _shrink_row(
     k_begin: tl.tensor,
     k_end: tl.tensor,
     rb: tl.constexpr,
-    across: tl.constexpr,
+    single_row_inputs: tl.constexpr,
 ) -> None:
-    """`_shrink_tile` for one row, `across` inputs at a time: products of vectors, each weight read and used once."""
+    """`_shrink_tile` for one row, some inputs at a time: products of vectors, each weight read and used once."""
     source = x + tl.load(perm + start).to(tl.int64) * x_stride
     for r_begin in range(0, rank, rb):
         r = r_begin + tl.arange(0, rb)
-        acc = tl.zeros([rb, across], tl.float32)
-        for k_at in range(k_begin, k_end, across):
-            k = k_at + tl.arange(0, across)
+        acc = tl.zeros([rb, single_row_inputs], tl.float32)
+        for k_at in range(k_begin, k_end, single_row_inputs):
+            k = k_at + tl.arange(0, single_row_inputs)
             inside = k < k_end
             b = tl.load(w + r[:, None] * k_size + k[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0)
             a = tl.load(source + k, mask=inside, other=0.0)
@@ -118,8 +118,8 @@ def shrink(
     bm: tl.constexpr,
     rb: tl.constexpr,
     bk: tl.constexpr,
-    lone_rb: tl.constexpr,
-    across: tl.constexpr,
+    single_row_rb: tl.constexpr,
+    single_row_inputs: tl.constexpr,
     align: tl.constexpr,
     cast: tl.constexpr,
     overlap: tl.constexpr,
@@ -129,8 +129,8 @@ def shrink(
     Grid: (tiles, modules · splits). W_j is A_j forward (c = 0, k = in), Bᵀ_j backward (c, k = module j's slice of y).
 
     Args:
-        lone_rb: ranks of one pass for a tile of one row.
-        across: inputs at a time for it; 0: such a tile is like any other.
+        single_row_rb: ranks of one pass for a tile of one row.
+        single_row_inputs: inputs at a time for it; 0: such a tile is like any other.
         overlap: whether this launch may begin while the one before it ends, and the next one while this one runs.
     """
     if overlap:
@@ -150,14 +150,26 @@ def shrink(
         w = arena + tl.multiple_of(tl.load(offsets + entry), align)
         target = planes + split * plane_stride + j * module_stride
         source = x + pick(j, c0, c1, c2)
-        alone = False
-        if across > 0:
-            alone = length == 1
-            if alone:
+        single_row = False
+        if single_row_inputs > 0:
+            single_row = length == 1
+            if single_row:
                 _shrink_row(
-                    source, x_stride, w, k_size, target, width, perm, start, rank, k_begin, k_end, lone_rb, across
+                    source,
+                    x_stride,
+                    w,
+                    k_size,
+                    target,
+                    width,
+                    perm,
+                    start,
+                    rank,
+                    k_begin,
+                    k_end,
+                    single_row_rb,
+                    single_row_inputs,
                 )
-        if not alone:
+        if not single_row:
             _shrink_tile(
                 source, x_stride, w, k_size, target, width, perm, start, length, rank, k_begin, k_end, bm, rb, bk, cast
             )

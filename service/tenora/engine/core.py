@@ -21,7 +21,6 @@ from tenora.engine.blocks import BlockManager
 from tenora.engine.client.child import available_cpus
 from tenora.engine.clock import clock_of
 from tenora.engine.context_length import check_context, context_length
-from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.engine.loader import AdapterLoader
 from tenora.engine.loading_progress import LoadingProgress
 from tenora.engine.messages import (
@@ -54,6 +53,8 @@ from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.device import survive
+from tenora.model.executors import kernels
+from tenora.model.executors.choice import executor_for
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.varlen import activate
@@ -126,7 +127,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )
-        graphs = DecodeGraphs.on_card(
+        executor = executor_for(
             decoder,
             cache,
             self.pool.tables,
@@ -135,7 +136,7 @@ class Engine:
             max_context=self.max_model_len,
             max_rank=settings.max_lora_rank,
         )
-        self.runner = ModelRunner(decoder, cache, self.pool.tables, graphs)
+        self.runner = ModelRunner(decoder, cache, executor)
         self.rollouts = Rollouts(self.add, self.loader.offer)
         training = FusedTraining(
             decoder,
@@ -185,7 +186,7 @@ class Engine:
         if device.type == "cpu":
             wait_for_others(progress.kernels)
         with progress.compiling():
-            decoder.warm_up(train=settings.role != "serve")
+            kernels.warm_up(decoder, train=settings.role != "serve")
         engine = cls(decoder, settings, wake=wake, commands_wait=commands_wait)
         engine.runner.warm_up(engine.settings.max_num_batched_tokens)
         return engine

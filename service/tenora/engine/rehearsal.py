@@ -12,6 +12,8 @@ from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors.adapters import HostAdapters
+from tenora.model.executors.modules import ModulesExecutor
 from tenora.model.spec import target_modules
 from tenora_kernels.layout import LoraTables
 
@@ -32,7 +34,7 @@ def rehearse(decoder: Decoder, *, tokens: int, seqs: int, block_size: int) -> Ca
         out_features=[target.out_features for target in targets],
         slots=1,
     )
-    runner = ModelRunner(decoder, cache, tables)
+    runner = ModelRunner(decoder, cache, ModulesExecutor(decoder, cache, HostAdapters(tables, decoder.device)))
     batch = []
     for number in range(seqs):
         sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=1, seed=number)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from tenora.config import ON_CPU, Settings
-from tenora.engine.decode_graphs import decode_sizes
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors.decode_graphs import decode_sizes
 from tenora.model.spec import ModelSpec
 from tenora_kernels.gpu.configs import rank_bounds, splits_of
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.engine.block_tables import BlockTables
-from tenora.engine.decode_graphs import DecodeGraphs, DecodeRows
 from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
 from tenora.engine.sampler import describe, sample
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
-from tenora.model.attention import PagedAttention
 from tenora.model.cache import KVCache
-from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
+from tenora.model.executors.base import Batch, Executor, Integers
 from tenora.model.to_device import to_device
-from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
-Integers = npt.NDArray[np.integer[Any]]
-
-_FEW_ROWS = 256  # steps of up to so many tokens, and those of more, take other kernels on a card
 _SCORED_ROWS = 64  # prompt positions whose logits exist at the same time: 64 rows of 150k tokens are 37 MiB
 
 
@@ -46,24 +38,13 @@ class Result:
 
 
 class ModelRunner:
-    """One decoder with its KV cache and adapter tables.
+    """One decoder, its KV cache, and whoever computes its steps."""
 
-    On a card nothing of a step waits for it until the tokens are read: steps with one new token per sequence are
-    replayed as graphs, the others are launched one kernel after the other, with the same adapters and attention.
-
-    Attributes:
-        graphs: of the card; None where the decoder is on the CPU.
-    """
-
-    def __init__(
-        self, decoder: Decoder, cache: KVCache, tables: LoraTables, graphs: DecodeGraphs | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, executor: Executor) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.tables = tables
-        self.graphs = graphs
+        self.executor = executor
         self._block_tables = BlockTables()
-        self._lora: tuple[object, LoraBatch | None] = (None, None)  # of the last step, and what it was made for
 
     # Not inference_mode: a tensor made there and kept (a lazily packed weight, say) could not take part in training.
     @torch.no_grad()
@@ -71,7 +52,7 @@ class ModelRunner:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].sequence.slot)  # rows of a slot lie together
         items = [batch[index] for index in order]
-        hidden = self._hidden(items)
+        hidden = self.executor.run(self._batch(items))
         results = [Result() for _ in batch]
         rows: list[int] = []  # of hidden, whose logits are sampled
         chosen: list[int] = []  # their places in the batch
@@ -85,7 +66,7 @@ class ModelRunner:
                 results[index].prompt_logprobs = self._score_prompt(item, hidden[start:end])
         if chosen:
             if len(rows) < end:
-                hidden = hidden[self._tensor(np.array(rows))]
+                hidden = hidden[to_device(torch.tensor(rows), hidden.device)]
             sampled = sample(self.decoder.logits(hidden), [batch[index].sequence for index in chosen])
             for index, token, logprob in zip(chosen, sampled.token_ids, sampled.logprobs, strict=True):
                 results[index].token = token
@@ -93,20 +74,15 @@ class ModelRunner:
         return results
 
     def warm_up(self, max_tokens: int) -> None:
-        """Capture and compile what steps of up to `max_tokens` do on a card, while nothing runs: no request shall wait.
+        """Capture and compile what steps of up to `max_tokens` do, while nothing runs: no request shall wait.
 
-        Two prompts of nothing, in the first blocks of the empty cache, are what compiles the kernels for chunks.
+        Prompts of nothing, in the first blocks of the empty cache, are what compiles the kernels for chunks.
         """
-        if self.graphs is None:
-            return
-        self.graphs.warm_up()
-        size = self.cache.block_size
-        most = min(max_tokens, self.cache.num_blocks * size, self.decoder.spec.context_length)
-        for length in (most, min(most, _FEW_ROWS)):
+        for length in self.executor.warm_up(max_tokens):
             sampling = SamplingParams(temperature=0.0, max_tokens=1)
             prompt = SequenceState.start(Generate(request_id="", token_ids=[0] * length, sampling=sampling), arrival=0)
             prompt.slot = 0  # of an empty pool: it adapts nothing
-            prompt.block_table = list(range(-(-length // size)))
+            prompt.block_table = list(range(-(-length // self.cache.block_size)))
             self.run([Scheduled(prompt, 0, length)])
             prompt.block_table.clear()
 
@@ -114,8 +90,8 @@ class ModelRunner:
         """Raise unless the block tables that are kept are those of the sequences."""
         self._block_tables.check_integrity()
 
-    def _hidden(self, items: Sequence[Scheduled]) -> Tensor:
-        """Hidden states [T, H] of the stream of the items' tokens."""
+    def _batch(self, items: Sequence[Scheduled]) -> Batch:
+        """The stream of the items' tokens."""
         sequences = [item.sequence for item in items]
         starts = np.array([item.start for item in items])
         counts = np.array([item.count for item in items])
@@ -130,40 +106,8 @@ class ModelRunner:
         token_ids: list[int] = []
         for item in items:
             token_ids += item.sequence.token_ids[item.start : item.start + item.count]
-        if self.graphs is not None:
-            self.graphs.lora.refresh()
-            if len(row) == len(items) <= self.graphs.sizes[-1]:
-                adapters = np.array([sequence.slot for sequence in sequences])
-                return self.graphs.run(DecodeRows(token_ids, positions, cache_slots, adapters, block_tables, lengths))
-        where = self._tensor(positions)
-        attention = PagedAttention(
-            self.cache,
-            self._tensor(cache_slots),
-            query_start.tolist(),
-            (starts + counts).tolist(),
-            self._tensor(block_tables),
-            team=self.decoder.team,
-        )
-        rope = self.decoder.rope(where, None if lengths is None else torch.from_numpy(lengths))
-        context = ForwardContext(where, rope, attention, self._adapters(sequences, row))
-        hidden: Tensor = self.decoder(self._tensor(np.array(token_ids)), context)
-        return hidden
-
-    def _adapters(self, sequences: Sequence[SequenceState], row: Integers) -> LoraBatch | None:
-        """Which rows use which slot. Kept from step to step while only decoding goes on, with the same rows."""
-        slots = [sequence.slot for sequence in sequences]
-        if self.graphs is not None:
-            rows, used = self.graphs.lora, np.array(slots)
-            max_rank = rows.bound(used)
-            return rows.batch(self._tensor(used[row]), max_rank=max_rank) if max_rank else None
-        made_for = (slots, len(row), self.tables.version) if len(row) == len(slots) else None
-        if made_for is None or self._lora[0] != made_for:
-            lora = None
-            if max(slots) >= 0:
-                segments = build_segments(torch.from_numpy(np.array(slots)[row]), device=self.decoder.device)
-                lora = LoraBatch(self.tables, segments)
-            self._lora = (made_for, lora)
-        return self._lora[1]
+        adapters = np.array([sequence.slot for sequence in sequences])
+        return Batch(token_ids, positions, cache_slots, adapters, block_tables, lengths, query_start)
 
     def _lengths(self, sequences: Sequence[SequenceState], row: Integers, positions: Integers) -> Integers | None:
         """What each token is rotated for (see `Rotary.table`): the prompt as a whole, then one more with each token."""
@@ -187,6 +131,3 @@ class ModelRunner:
             top = sequence.sampling.prompt_logprobs or 0
             scored += describe(torch.log_softmax(logits, dim=-1), tokens, [top] * len(tokens))
         return scored
-
-    def _tensor(self, values: Integers) -> Tensor:
-        return to_device(torch.from_numpy(values), self.decoder.device)

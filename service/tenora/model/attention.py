@@ -1,7 +1,7 @@
 """Causal attention over many sequences in one stream of tokens, with and without a cache.
 
 `PackedAttention` is for training: sequences lie one after the other, nothing is cached, gradients flow.
-`PagedAttention` is for serving: keys and values go into a `KVCache` and prefill chunks and decode rows mix freely.
+`paged_attention` is for serving: keys and values go into a `KVCache` and prefill chunks and decode rows mix freely.
 Both are built once per step and asked once per layer. Heads are grouped: query head h reads key head h // (Hq / Hkv).
 """
 
@@ -9,39 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention, attend_one, causal_mask
+from tenora.model.heads import Attention, HeadNorm, TorchHeads
 from tenora.model.pages import DecodeAttention, SplitAttention
-from tenora.model.rotary import rotate
 from tenora_kernels.cpu.attention.attention import PagedStep, Rope
 from tenora_kernels.cpu.runtime.team import Team
 
-__all__ = ["Attention", "KVCache", "PackedAttention", "PagedAttention"]
+__all__ = ["Attention", "CompiledAttention", "KVCache", "PackedAttention", "paged_attention"]
 
 
-class Attention(Protocol):
-    """What a decoder layer asks for."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attend from every token to its own sequence, up to itself.
-
-        Args:
-            layer: index of the layer, for implementations that keep state per layer.
-            q: [T, Hq, D], rotated; k, v: [T, Hkv, D], k rotated.
-            window: how many positions a token sees, itself included; None is all.
-
-        Returns:
-            [T, Hq · D].
-        """
-        ...
-
-
-class PackedAttention:
+class PackedAttention(TorchHeads):
     """Block-diagonal causal attention, differentiable, without a cache.
 
     Sequences that begin alike need their common beginning only once: it is a sequence, or the beginning of one, and
@@ -102,12 +84,45 @@ class PackedAttention:
         return self._masks[key]
 
 
-class PagedAttention:
-    """Writes the new keys and values into the cache, then attends to everything cached of each sequence.
+class CompiledAttention:
+    """`PagedStep` on a cache that lies as it wants it; no gradient flows."""
+
+    def __init__(self, cache: KVCache, step: PagedStep) -> None:
+        self._cache, self._step = cache, step
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """See `Attention`. The cache of `layer` is changed in place."""
+        return self._step.attend(q, k, v, (self._cache.k[layer], self._cache.v[layer]), window)
+
+    def attend_qkv(
+        self,
+        layer: int,
+        qkv: Tensor,
+        kv_heads: int,
+        rope: tuple[Tensor, Tensor],
+        window: int | None,
+        norm: HeadNorm | None,
+    ) -> Tensor:
+        """See `Attention`: one call normalises, rotates, writes and attends."""
+        q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        cache = (self._cache.k[layer], self._cache.v[layer])
+        return self._step.attend(q, k, v, cache, window, rope=Rope(*rope), norm=weight, eps=eps)
+
+
+def paged_attention(
+    cache: KVCache,
+    slot_mapping: Tensor,
+    query_start: Sequence[int] | Tensor | None,
+    context_lens: Sequence[int] | Tensor,
+    block_tables: Tensor,
+    *,
+    team: Team | None = None,
+) -> Attention:
+    """Attention that writes the new keys and values into the cache, then attends to all that is cached of a sequence.
 
     On a CPU compiled code reads the cache as it lies; on CUDA a kernel does so for rows with one new token, and flash
-    attention takes the chunks; anything else (and whatever needs a gradient) gathers what is cached and takes torch's
-    attention.
+    attention takes the chunks; elsewhere what is cached is gathered for torch's attention.
 
     Args:
         cache: the blocks.
@@ -121,93 +136,16 @@ class PagedAttention:
         team: who computes on a CPU; None is the calling thread.
 
     query_start and context_lens are wanted on the host: Python integers avoid a synchronisation on an accelerator.
-
-    Attributes:
-        step: the step for `tenora_kernels.cpu`; None where the compiled code does not take the cache.
     """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        slot_mapping: Tensor,
-        query_start: Sequence[int] | Tensor | None,
-        context_lens: Sequence[int] | Tensor,
-        block_tables: Tensor,
-        *,
-        team: Team | None = None,
-    ) -> None:
-        self._cache = cache
-        self._elsewhere: Attention | None = None
-        self.step: PagedStep | None = None
-        if query_start is None:
-            contexts = torch.as_tensor(context_lens, dtype=torch.int32, device=slot_mapping.device)
-            self._elsewhere = DecodeAttention(cache, slot_mapping, contexts, block_tables)
-            query_start = range(len(contexts) + 1)
-        elif cache.panelled:
-            starts, lengths = _host(query_start), _host(context_lens)
-            self.step = PagedStep(slot_mapping.numpy(), starts, lengths, block_tables.numpy(), team=team)
-        self._inputs = (slot_mapping, query_start, context_lens, block_tables)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """See `Attention.attend`. The cache of `layer` is changed in place."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return self._made(GatheredAttention).attend(layer, q, k, v, window)
-        if self.step is None:
-            return self._serving.attend(layer, q, k, v, window)
-        return self.step.attend(q, k, v, (self._cache.k[layer], self._cache.v[layer]), window)
-
-    def attend_qkv(
-        self,
-        layer: int,
-        qkv: Tensor,
-        rope: tuple[Tensor, Tensor],
-        window: int | None,
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> Tensor:
-        """`attend` straight from the fused projection, for serving: no gradient flows.
-
-        Args:
-            layer: index of the layer.
-            qkv: [T, (Hq + 2 Hkv) · D], neither normalised nor rotated; not changed.
-            rope: cos and sin [T, D], contiguous, in the type of qkv.
-            window: see `Attention.attend`.
-            norm: [Hq + Hkv, D], weights of the RMSNorm of each head of q and k; None if the model has none.
-            eps: of that norm.
-
-        Returns:
-            [T, Hq · D].
-        """
-        kv_heads, dim = self._cache.k[layer].shape[2:]
-        heads = qkv.shape[1] // dim - 2 * kv_heads
-        rows = qkv.view(-1, heads + 2 * kv_heads, dim)
-        if self.step is not None:
-            q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
-            cache = (self._cache.k[layer], self._cache.v[layer])
-            return self.step.attend(q, k, v, cache, window, rope=Rope(*rope), norm=norm, eps=eps)
-        qk, v = torch.split(rows, [heads + kv_heads, kv_heads], dim=1)
-        if norm is not None:
-            wide = qk.float()
-            qk = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(qk.dtype) * norm
-        q, k = torch.split(rotate(qk, *rope), [heads, kv_heads], dim=1)
-        return self._serving.attend(layer, q, k, v, window)
-
-    @property
-    def caches(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values of every layer."""
-        return self._cache.k, self._cache.v
-
-    @property
-    def _serving(self) -> Attention:
-        """The step where the compiled code of the CPU does not take it; made when it is first needed."""
-        if self._elsewhere is None:
-            self._elsewhere = self._made(SplitAttention if self._cache.k[0].is_cuda else GatheredAttention)
-        return self._elsewhere
-
-    def _made(self, kind: type[SplitAttention] | type[GatheredAttention]) -> Attention:
-        slots, starts, lengths, tables = self._inputs
-        return kind(self._cache, slots, _host(starts), _host(lengths), tables)
+    if query_start is None:
+        contexts = torch.as_tensor(context_lens, dtype=torch.int32, device=slot_mapping.device)
+        return DecodeAttention(cache, slot_mapping, contexts, block_tables)
+    starts, lengths = _host(query_start), _host(context_lens)
+    if cache.panelled:
+        step = PagedStep(slot_mapping.numpy(), starts, lengths, block_tables.numpy(), team=team)
+        return CompiledAttention(cache, step)
+    kind = SplitAttention if cache.k[0].is_cuda else GatheredAttention
+    return kind(cache, slot_mapping, starts, lengths, block_tables)
 
 
 def _host(values: Sequence[int] | Tensor) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tenora.model.spec import ModelSpec
-from tenora_kernels.cpu.attention.attention import allocate_cache, takes
+from tenora_kernels.cpu.attention.attention import allocate_cache, supports
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class KVCache:
     ) -> KVCache:
         """Reserve `num_blocks · bytes_per_block` bytes; on CPU pages are touched only when they are written."""
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        if torch.device(device).type == "cpu" and takes(dtype, spec.head_dim):
+        if torch.device(device).type == "cpu" and supports(dtype, spec.head_dim):
             keys, values = zip(*(allocate_cache(*shape, dtype) for _ in range(spec.num_layers)), strict=True)
             return cls(keys, values)
         k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)) for _ in range(2))

@@ -18,7 +18,7 @@ class ForwardContext:
     Attributes:
         positions: int64 [T], the position of each token in its own sequence.
         rope: `Decoder.rope(positions, …)`: cos and sin, [T, head_dim], in the compute type.
-        attention: `PagedAttention` (serving) or `PackedAttention` (training).
+        attention: `paged_attention` (serving) or `PackedAttention` (training).
         lora: the adapters of the T rows; None if every row is a base row.
         lora_dropout: training only: maps the input [T, in] of a projection group to what its adapters see; the frozen
             product sees the input itself. Called once per group, in layer order, so a seeded callable is reproducible.

@@ -7,7 +7,7 @@ Mistral (sliding window), Qwen2 (q, k, v biases) and Qwen3 (normalised q and k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -15,19 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenora.model.attention import PagedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.layout import Block, Matrix
 from tenora.model.projection import Projection, lora_site
-from tenora.model.rotary import Rotary, rotate
+from tenora.model.rotary import Rotary
 from tenora.model.spec import ModelSpec
 from tenora.model.weights.base import Weight
 from tenora.model.weights.dense import Dense
-from tenora_kernels.cpu.attention import attention
-from tenora_kernels.cpu.attention.attention import PagedStep, Rope, takes
-from tenora_kernels.cpu.decoder import layers, losses
 from tenora_kernels.cpu.decoder.stack import PackedStack
-from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.first_calls import make_first_calls
 
@@ -110,17 +105,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]."""
-        qkv = self.qkv(hidden, context)
-        if isinstance(context.attention, PagedAttention) and not torch.is_grad_enabled():
-            norm, eps = (None, 0.0) if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
-            attended = context.attention.attend_qkv(self.layer, qkv, context.rope, self.window, norm=norm, eps=eps)
-            return self.o(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
-        qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.head_norm is not None:
-            qk = self.head_norm(qk)
-        q, k = torch.split(rotate(qk, *context.rope), [self.num_heads, self.num_kv_heads], dim=1)
-        attended = context.attention.attend(self.layer, q, k, v, self.window)
+        qkv = self.qkv(hidden, context).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        attended = context.attention.attend_qkv(
+            self.layer, qkv, self.num_kv_heads, context.rope, self.window, self.head_norm
+        )
         return self.o(attended, context)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
@@ -171,8 +159,7 @@ class Decoder(nn.Module):
         dtype: the compute type.
         layers: `DecoderLayer`s, called as `layer(hidden, context)`.
         embed_tokens, lm_head: [V, H]; one and the same where the two are tied.
-        stack: the same weights as the CPU's kernels take them; None if they are not packed. A forward pass for serving
-            then runs there as a whole, and the modules remain for training.
+        stack: the same weights as the CPU's kernels take them, for executors that compute there; None if not packed.
         team: threads of the CPU's kernels, for whatever else the step does there; None is the calling thread.
     """
 
@@ -218,24 +205,6 @@ class Decoder(nn.Module):
         """Cos and sin [T, head_dim] for `ForwardContext.rope`; see `Rotary.table` for `lengths`."""
         return self.rotary.table(positions, lengths)
 
-    def warm_up(self, *, train: bool) -> None:
-        """Compile what the CPU's kernels do for this decoder, or read it from their cache: no request shall wait.
-
-        Args:
-            train: what training needs, too.
-        """
-        if self.device.type != "cpu":
-            return
-        if self.stack is not None:
-            self.stack.warm_up(train=train)
-            if train and layers.takes(self.stack, None):
-                layers.warm_up(self.stack)
-                losses.warm_up(self.stack)
-        elif takes(self.dtype, self.spec.head_dim):
-            attention.warm_up(self.dtype)
-        if train or self.stack is None:
-            lora.warm_up(self.dtype, train=train)
-
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens [T]."""
         return self.embed_tokens.rows(input_ids)
@@ -250,19 +219,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [T, H] after the final norm."""
-        if self.stack is not None and (step := _for_the_stack(context)) is not None:
-            return self.stack.run(input_ids, Rope(*context.rope), *step, context.lora)
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = layer(hidden, context)
         return self.finish(hidden)
-
-
-def _for_the_stack(context: ForwardContext) -> tuple[PagedStep, tuple[Sequence[Tensor], Sequence[Tensor]]] | None:
-    """Attention and caches, if a packed stack can run the step: for serving, with rows that lie as it wants them."""
-    attention = context.attention
-    if torch.is_grad_enabled() or context.lora_dropout is not None or not isinstance(attention, PagedAttention):
-        return None
-    if attention.step is None or not PackedStack.takes(context.lora):
-        return None
-    return attention.step, attention.caches

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tenora.model.cache import KVCache
+from tenora.model.heads import TorchHeads
 
 __all__ = ["GatheredAttention", "attend_one", "causal_mask"]
 
 
-class GatheredAttention:
-    """Attention to everything that is cached of each sequence; arguments as those of `PagedAttention`."""
+class GatheredAttention(TorchHeads):
+    """Attention to everything that is cached of each sequence; arguments as those of `paged_attention`."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora_kernels.cpu.attention.attention import Rope
-from tenora_kernels.cpu.decoder.layers import Kept, StreamLayers, takes
+from tenora_kernels.cpu.decoder.layers import Kept, StreamLayers, supports
 
 __all__ = ["Keep", "LayerPass", "kept_bytes_per_token", "layer_pass", "release_buffers"]
 
@@ -106,7 +106,7 @@ def _is_compiled(decoder: Decoder, context: ForwardContext) -> bool:
         (own + (0 if prefix is None else prefix[1]) for own, prefix in zip(lengths, before, strict=True)), default=0
     )
     windows = [window for window in decoder.spec.sliding_window if window is not None]
-    return longest <= min(windows, default=longest) and takes(decoder.stack, context.lora)
+    return longest <= min(windows, default=longest) and supports(decoder.stack, context.lora)
 
 
 class _CompiledPass:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tenora.model.cache import KVCache
 from tenora.model.gathered import GatheredAttention
+from tenora.model.heads import TorchHeads
 from tenora.model.to_device import to_device
 from tenora.model.varlen import VarlenAttention
 from tenora_kernels import reference
@@ -40,7 +41,7 @@ def _kernels_for(device: torch.device) -> _Kernels:
     return paged
 
 
-class DecodeAttention:
+class DecodeAttention(TorchHeads):
     """Attention of sequences with one new token each. Reads nothing on the host: a CUDA graph may be captured over it.
 
     Args:
@@ -62,8 +63,8 @@ class DecodeAttention:
         return self._kernels.attend_pages(q, keys, values, self._block_tables, self._contexts, window)
 
 
-class SplitAttention:
-    """A step in which some sequences have one new token and others several; arguments as those of `PagedAttention`.
+class SplitAttention(TorchHeads):
+    """A step in which some sequences have one new token and others several; arguments as those of `paged_attention`.
 
     The two kinds are two steps side by side: no sequence reads what another one writes in the same step.
     """
@@ -92,7 +93,7 @@ class SplitAttention:
                 lengths = to_device(torch.tensor(contexts, dtype=torch.int32), device)
                 self._parts.append((rows, DecodeAttention(cache, slots.int(), lengths, tables.int())))
                 continue
-            kind = VarlenAttention if VarlenAttention.takes(cache) else GatheredAttention
+            kind = VarlenAttention if VarlenAttention.supports(cache) else GatheredAttention
             starts = [0, *torch.tensor([counts[index] for index in chosen]).cumsum(0).tolist()]
             self._parts.append((rows, kind(cache, slots, starts, contexts, tables)))
 

@@ -8,7 +8,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.spec import ModelSpec
 from tenora.model.weights.base import Weight
 from tenora.model.weights.packed import Packed
-from tenora_kernels.cpu.decoder.stack import PackedLayer, PackedStack, packable
+from tenora_kernels.cpu.decoder.stack import PackedLayer, PackedStack, supports_sizes
 from tenora_kernels.cpu.products.gemm import PackedMatrix
 from tenora_kernels.cpu.runtime.team import Team
 
@@ -24,7 +24,7 @@ def can_pack(spec: ModelSpec) -> bool:
     modules = tuple(len(site.modules) for site in layout.sites)
     if (tuple(block.kind for block in layout.blocks), modules) != (_BLOCKS, _MODULES):
         return False
-    return packable(
+    return supports_sizes(
         hidden=spec.hidden_size,
         q_size=spec.q_size,
         kv_size=spec.kv_size,

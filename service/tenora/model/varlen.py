@@ -68,7 +68,7 @@ def activate(device: torch.device) -> str:
 
 
 class VarlenAttention:
-    """Attention to everything that is cached of each sequence; arguments as those of `PagedAttention`.
+    """Attention to everything that is cached of each sequence; arguments as those of `paged_attention`.
 
     Everything that a layer needs is on the device before the first one: a step has no synchronisation. Splits over the
     keys are off, because their number would depend on the longest sequence of the batch, and with it a row's bits.
@@ -96,7 +96,7 @@ class VarlenAttention:
             self._plan_gather(context_lens)
 
     @staticmethod
-    def takes(cache: KVCache) -> bool:
+    def supports(cache: KVCache) -> bool:
         """Whether the cache lies on a card, in a type and with heads that flash attention takes."""
         keys = cache.k[0]
         if keys.device.type != "cuda" or not supports(keys.dtype, keys.shape[3]):

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tenora.engine.decode_graphs import AdapterRows, Capture, CudaCapture, DecodeGraphs, DecodeRows
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors.adapters import AdapterRows
+from tenora.model.executors.base import Batch
+from tenora.model.executors.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.weights.dense import Dense
 from tenora_kernels.gpu.context import GpuLora
@@ -74,7 +76,7 @@ class EngineLoop:
         tables = np.arange(count * self.blocks, dtype=np.int32).reshape(count, self.blocks)
         positions = np.full(count, self.context - 1)
         cache_slots = tables[:, -1] * BLOCK + (self.context - 1) % BLOCK
-        rows = DecodeRows(np.arange(count), positions, cache_slots, np.array(slots), tables, None)
+        rows = Batch(np.arange(count), positions, cache_slots, np.array(slots), tables, None)
         return self.decoder.logits(graphs.run(rows)).argmax(dim=-1).tolist()  # type: ignore[no-any-return]  # torch
 
 

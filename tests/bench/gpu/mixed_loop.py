@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from tenora.engine.decode_graphs import AdapterRows
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
+from tenora.model.executors.adapters import AdapterRows
+from tenora.model.executors.cuda_graphs import GraphExecutor
 from tests.bench.gpu.engine_loop import BLOCK, EngineLoop
 from tests.engine.graphs import Rerun
 
@@ -41,7 +42,8 @@ def batch(loop: EngineLoop, chunk: int, rows: int, slots: list[int]) -> list[Sch
 
 def run(loop: EngineLoop, lora: AdapterRows, steps: tuple[tuple[int, int], ...] = STEPS) -> list[dict[str, Any]]:
     """Milliseconds of a step to its tokens, without adapters and with one in every row, as far as the cache goes."""
-    runner = ModelRunner(loop.decoder, loop.cache, loop.tables, loop.graphs(lora, Rerun))
+    executor = GraphExecutor(loop.decoder, loop.cache, loop.graphs(lora, Rerun))
+    runner = ModelRunner(loop.decoder, loop.cache, executor)
     results = []
     for chunk, rows in steps:
         if rows * loop.blocks + -(-chunk // BLOCK) > loop.cache.num_blocks:

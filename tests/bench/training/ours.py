@@ -11,6 +11,7 @@ import torch
 
 from tenora.engine.client.child import available_cpus
 from tenora.model.decoder import Decoder
+from tenora.model.executors import kernels
 from tenora.model.loading import load_decoder, resolve_dtype
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import EvalEvent, FailedEvent, FinishedEvent, StepEvent, TaskSpec, TrainSpec
@@ -42,7 +43,7 @@ def load(base: Path, threads: int) -> Decoder:
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     decoder = load_decoder(base, device=cpu, dtype=resolve_dtype("auto", cpu), team=Team.shared(threads))
-    decoder.warm_up(train=True)
+    kernels.warm_up(decoder, train=True)
     return decoder
 
 

@@ -40,11 +40,11 @@ def test_splits_depend_on_the_inputs_only(k_size: int, small: int, large: int) -
     ("dtype", "inputs", "columns"), [(torch.bfloat16, 512, 1024), (torch.float16, 512, 1024), (torch.float32, 256, 512)]
 )
 def test_a_row_that_is_alone_takes_whole_blocks(dtype: torch.dtype, inputs: int, columns: int) -> None:
-    assert configs.lone_inputs(dtype) == inputs
-    assert configs.lone_columns(dtype, 16) == columns
+    assert configs.single_row_inputs(dtype) == inputs
+    assert configs.single_row_columns(dtype, 16) == columns
     for bucket, columns_of_y, align in ((16, 64, 16), (32, 2048, 16), (32, 2048, 1)):
         tiles = configs.decode_tiles(bucket, columns_of_y, dtype, align)
-        assert configs.lone_columns(dtype, align) % tiles.bn == 0
+        assert configs.single_row_columns(dtype, align) % tiles.bn == 0
 
 
 def test_few_tiles_get_helpers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tenora_kernels.cpu.attention import paged
 from tenora_kernels.cpu.attention.attention_tiles import MAX_ROWS, PANEL, PANELS
+from tenora_kernels.cpu.runtime.arguments import assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.values import SAMPLES
 
-__all__ = ["UNLIMITED", "AttentionPlan", "PagedStep", "Rope", "allocate_cache", "takes", "warm_up"]
+__all__ = ["UNLIMITED", "AttentionPlan", "PagedStep", "Rope", "allocate_cache", "supports", "warm_up"]
 
 _MOST_ROWS = 96  # of an item: 24 KiB of q and as much of sums stay in the second-level cache
 _ALONE_WORK = 250_000  # multiply-adds of the scores; below, waking the team costs more than it gains
@@ -34,13 +35,13 @@ UNLIMITED = 1 << 40
 
 
 class Rope(NamedTuple):
-    """What turns q and k: cos and sin [T, D] in the type of q, in the halves layout of Hugging Face's weights."""
+    """What rotates q and k: cos and sin [T, D] in the type of q, in the halves layout of Hugging Face's weights."""
 
     cos: Tensor
     sin: Tensor
 
 
-def takes(dtype: torch.dtype, head_dim: int) -> bool:
+def supports(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the compiled path takes heads of this type and size."""
     return dtype in SAMPLES and head_dim % 8 == 0
 
@@ -62,8 +63,8 @@ class AttentionPlan(NamedTuple):
 
     Attributes:
         items: int64 [n, 4], its queue.
-        call: int64 [CALL_SIZE]. Sizes, workspace and WRITES_FIRST are filled in; who calls fills in the addresses,
-            BLOCK_SIZE and WINDOW.
+        call: `paged.CALL` [1]. Sizes, workspace and writes_first are filled in; who calls fills in the addresses,
+            block_size and window.
         panels: int64 [members, 3, PANELS].
         scale: of the scores.
         workspace: what `call` holds the address of.
@@ -71,7 +72,7 @@ class AttentionPlan(NamedTuple):
     """
 
     items: NDArray[np.int64]
-    call: NDArray[np.int64]
+    call: NDArray[np.void]
     panels: NDArray[np.int64]
     scale: np.float32
     workspace: NDArray[np.float32]
@@ -129,8 +130,8 @@ class PagedStep:
                 lie; other layouts are copied. Not changed.
             cache: keys and values of the layer, from `allocate_cache`, in the type of q. Changed at the step's slots.
             window: how many positions a token sees, itself included; None is all.
-            rope: turns q and k on the way; None if they are turned already.
-            norm: [Hq + Hkv, D], weights of an RMSNorm of each head of q and k before they are turned; None for none.
+            rope: rotates q and k on the way; None if they are rotated already.
+            norm: [Hq + Hkv, D], weights of an RMSNorm of each head of q and k before they are rotated; None for none.
             eps: of that norm.
 
         Returns:
@@ -152,16 +153,15 @@ class PagedStep:
         plan, team = self.plan(heads, k.shape[1], dim, self._team), self._team
         if plan.work * heads * dim < _ALONE_WORK:
             team = _ALONE
-        call = plan.call
-        call[: paged.HEADS] = (
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0) * q.element_size(), out.data_ptr(),
-            0 if rope is None else rope.cos.data_ptr(), 0 if rope is None else rope.sin.data_ptr(),
-            0 if norm is None else norm.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(),
+        assign(
+            plan.call,
+            q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), stride=q.stride(0) * q.element_size(), out=out.data_ptr(),
+            cos=0 if rope is None else rope.cos.data_ptr(), sin=0 if rope is None else rope.sin.data_ptr(),
+            norm=0 if norm is None else norm.data_ptr(), keys=cache[0].data_ptr(), values=cache[1].data_ptr(),
+            block_size=cache[0].shape[1], window=UNLIMITED if window is None else window,
         )  # fmt: skip
-        call[paged.BLOCK_SIZE] = cache[0].shape[1]
-        call[paged.WINDOW] = UNLIMITED if window is None else window
         team.run(
-            paged.attend_job, paged.PHASES, plan.panels, self.slots, self.tables, plan.items, call, plan.scale,
+            paged.attend_job, paged.PHASES, plan.panels, self.slots, self.tables, plan.items, plan.call, plan.scale,
             np.float32(eps), SAMPLES[q.dtype],
         )  # fmt: skip
         return out
@@ -179,12 +179,14 @@ class PagedStep:
         rows = int(items[:, 2].max(initial=1)) * group
         floats = paged.workspace_floats(rows, dim)
         workspace = np.empty((members, floats), np.float32)
-        call = np.zeros(paged.CALL_SIZE, np.int64)
-        call[paged.HEADS], call[paged.KV_HEADS], call[paged.DIM] = heads, kv_heads, dim
-        call[paged.WINDOW], call[paged.TILE_ROWS] = UNLIMITED, rows
-        # A sequence with one new token needs no other item's keys: its item writes them itself.
-        call[paged.WRITES_FIRST] = int(self._counts.max(initial=0) > 1)
-        call[paged.WORKSPACE], call[paged.WORKSPACE_STEP] = workspace.ctypes.data, floats * 4
+        call = np.zeros(1, paged.CALL)
+        assign(
+            call,
+            heads=heads, kv_heads=kv_heads, dim=dim, window=UNLIMITED, tile_rows=rows,
+            # A sequence with one new token needs no other item's keys: its item writes them itself.
+            writes_first=int(self._counts.max(initial=0) > 1),
+            workspace=workspace.ctypes.data, workspace_step=floats * 4,
+        )  # fmt: skip
         panels = np.empty((members, 3, PANELS), np.int64)
         return AttentionPlan(items, call, panels, np.float32(1 / sqrt(dim)), workspace, work)
 

@@ -19,11 +19,12 @@ from tenora_kernels.cpu.attention.attention_tiles import (
     weigh_pair,
     weigh_quad,
 )
+from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled, job
 from tenora_kernels.cpu.runtime.team import claim, complete, join
 from tenora_kernels.cpu.runtime.values import FAST, load, rounded, size_of, store
 
-__all__ = ["CALL_SIZE", "KEY_BLOCK", "PHASES", "attend_job", "attend_phases", "workspace_floats"]
+__all__ = ["CALL", "KEY_BLOCK", "PHASES", "attend_job", "attend_phases", "workspace_floats"]
 
 KEY_BLOCK = PANEL * PANELS
 """Positions between two corrections of the running sums."""
@@ -34,11 +35,11 @@ WRITE_TOKENS = 16
 PHASES = 3
 """Of `attend_job`."""
 
-# Places in the array `call`. Addresses and strides are in bytes; strides are from token to token.
-(
-    Q, K, V, STRIDE, OUT, COS, SIN, NORM, KEYS, VALUES,
-    HEADS, KV_HEADS, DIM, BLOCK_SIZE, WINDOW, TILE_ROWS, WRITES_FIRST, WORKSPACE, WORKSPACE_STEP, CALL_SIZE,
-) = range(20)  # fmt: skip
+CALL = declare(
+    "q", "k", "v", "stride", "out", "cos", "sin", "norm", "keys", "values",
+    "heads", "kv_heads", "dim", "block_size", "window", "tile_rows", "writes_first", "workspace", "workspace_step",
+)  # fmt: skip
+"""Addresses and strides are in bytes; strides are from token to token. A rope or a norm that does not exist is 0."""
 
 
 def workspace_floats(rows: int, dim: int) -> int:
@@ -58,30 +59,30 @@ def _inverse_norm(row, dim, eps, sample):
 
 @compiled()
 def _prepare(row, token, head, call, eps, scale, target, sample):
-    """target float32 [dim] = scale · a head's row, normalised and turned as far as the call asks for it.
+    """target float32 [dim] = scale · a head's row, normalised and rotated as far as the call asks for it.
 
     Rounded where the modules of the decoder round: after the norm, its product with the weight, and every step of the
     rotation. Without fused operations, so that the rotation equals torch's to the bit.
     """
-    dim = call[DIM]
-    if call[NORM] != 0:
+    dim = call.dim
+    if call.norm != 0:
         inverse = _inverse_norm(row, dim, eps, sample)
-        weight = call[NORM] + head * dim * size_of(sample)
+        weight = call.norm + head * dim * size_of(sample)
         for i in range(dim):
             x = rounded(load(row, i, sample) * inverse, sample)
             store(target, i, rounded(x * load(weight, i, sample), sample), float32(0))
     else:
         for i in range(dim):
             store(target, i, load(row, i, sample), float32(0))
-    if call[COS] != 0:
+    if call.cos != 0:
         half = dim // 2
-        cos, sin = call[COS] + token * dim * size_of(sample), call[SIN] + token * dim * size_of(sample)
+        cos, sin = call.cos + token * dim * size_of(sample), call.sin + token * dim * size_of(sample)
         for i in range(half):
             a, b = load(target, i, float32(0)), load(target, half + i, float32(0))
-            turned_a = rounded(b * load(sin, i, sample), sample)
-            turned_b = rounded(a * load(sin, half + i, sample), sample)
-            first = rounded(a * load(cos, i, sample), sample) - turned_a
-            second = rounded(b * load(cos, half + i, sample), sample) + turned_b
+            rotated_a = rounded(b * load(sin, i, sample), sample)
+            rotated_b = rounded(a * load(sin, half + i, sample), sample)
+            first = rounded(a * load(cos, i, sample), sample) - rotated_a
+            second = rounded(b * load(cos, half + i, sample), sample) + rotated_b
             store(target, i, rounded(first, sample) * scale, float32(0))
             store(target, half + i, rounded(second, sample) * scale, float32(0))
     else:
@@ -92,29 +93,29 @@ def _prepare(row, token, head, call, eps, scale, target, sample):
 @compiled()
 def _write(token, head, slot, call, eps, buffer, sample):
     """Put the key and the value of one token and head into the cache."""
-    size, dim, block_size = size_of(sample), call[DIM], call[BLOCK_SIZE]
+    size, dim, block_size = size_of(sample), call.dim, call.block_size
     block, offset = slot // block_size, slot % block_size
-    area = (block * call[KV_HEADS] + head) * dim * block_size
-    at = token * call[STRIDE] + head * dim * size
-    _prepare(call[K] + at, token, call[HEADS] + head, call, eps, float32(1.0), buffer, sample)
-    keys = call[KEYS] + (area + offset) * size
+    area = (block * call.kv_heads + head) * dim * block_size
+    at = token * call.stride + head * dim * size
+    _prepare(call.k + at, token, call.heads + head, call, eps, float32(1.0), buffer, sample)
+    keys = call.keys + (area + offset) * size
     for i in range(dim):
         store(keys, i * block_size, load(buffer, i, float32(0)), sample)
-    values = call[VALUES] + (area + offset * dim) * size
+    values = call.values + (area + offset * dim) * size
     for i in range(dim):
-        store(values, i, load(call[V] + at, i, sample), sample)
+        store(values, i, load(call.v + at, i, sample), sample)
 
 
 @compiled()
 def _pack(table, head, base, keys, call, packed_keys, packed_values, sample):
     """Copy up to 16 positions from `base` on into panels, for blocks that do not consist of whole panels."""
-    dim, block_size = call[DIM], call[BLOCK_SIZE]
+    dim, block_size = call.dim, call.block_size
     for j in range(keys):
-        area = (table[(base + j) // block_size] * call[KV_HEADS] + head) * dim * block_size
+        area = (table[(base + j) // block_size] * call.kv_heads + head) * dim * block_size
         offset = (base + j) % block_size
         for i in range(dim):
-            store(packed_keys, i * PANEL + j, load(call[KEYS], area + i * block_size + offset, sample), sample)
-            store(packed_values, j * dim + i, load(call[VALUES], area + offset * dim + i, sample), sample)
+            store(packed_keys, i * PANEL + j, load(call.keys, area + i * block_size + offset, sample), sample)
+            store(packed_values, j * dim + i, load(call.values, area + offset * dim + i, sample), sample)
 
 
 @compiled()
@@ -123,20 +124,20 @@ def _find_panels(table, head, base, end, call, panels, packed, sample):
 
     panels int64 [3, 4]: addresses of the panels of keys, of values, and of keys of the next block (to fetch from).
     """
-    size, dim, block_size = size_of(sample), call[DIM], call[BLOCK_SIZE]
+    size, dim, block_size = size_of(sample), call.dim, call.block_size
     direct = block_size % PANEL == 0
     for panel in range(PANELS):
         first = base + panel * PANEL
         if first >= end:
             break
         if direct:
-            area = (table[first // block_size] * call[KV_HEADS] + head) * dim
+            area = (table[first // block_size] * call.kv_heads + head) * dim
             offset = first % block_size
-            panels[0, panel] = call[KEYS] + (area * block_size + offset) * size
-            panels[1, panel] = call[VALUES] + (area * block_size + offset * dim) * size
+            panels[0, panel] = call.keys + (area * block_size + offset) * size
+            panels[1, panel] = call.values + (area * block_size + offset * dim) * size
             later = first + KEY_BLOCK if first + KEY_BLOCK < end else first
-            area = (table[later // block_size] * call[KV_HEADS] + head) * dim
-            panels[2, panel] = call[KEYS] + (area * block_size + later % block_size) * size
+            area = (table[later // block_size] * call.kv_heads + head) * dim
+            panels[2, panel] = call.keys + (area * block_size + later % block_size) * size
         else:
             panels[0, panel] = packed + 2 * panel * PANEL * dim * size
             panels[1, panel] = panels[2, panel] = packed + (2 * panel + 1) * PANEL * dim * size
@@ -148,8 +149,8 @@ def _find_panels(table, head, base, end, call, panels, packed, sample):
 def _score_rows(first, last, reach, whole, key_step, group, at, panels, call, sample):
     """Scores of the rows first … last - 1; a row of query i reaches the positions up to reach + i of the block."""
     q, _, s, _, _ = at
-    dim, table = call[DIM], panels.ctypes.data
-    rows, step = last - first, call[DIM] * 4
+    dim, table = call.dim, panels.ctypes.data
+    rows, step = last - first, call.dim * 4
     panel = 0
     if rows <= 3:
         while rows == 1 and panel + 4 <= whole:
@@ -174,8 +175,8 @@ def _score_rows(first, last, reach, whole, key_step, group, at, panels, call, sa
 def _weigh_rows(first, last, reach, keys, group, at, panels, call, sample):
     """Add the values of a block to the sums of the rows first … last - 1."""
     _, o, s, _, shrink = at
-    dim, table = call[DIM], panels[1].ctypes.data
-    step, o_step, rows, column = call[DIM] * size_of(sample), call[DIM] * 4, last - first, 0
+    dim, table = call.dim, panels[1].ctypes.data
+    step, o_step, rows, column = call.dim * size_of(sample), call.dim * 4, last - first, 0
     s_row, o_row, factor = s + first * KEY_BLOCK * 4, o + first * o_step, shrink + first * 4
     if rows <= 3:
         while rows == 1 and column + 64 <= dim:
@@ -204,7 +205,7 @@ def _attend_block(item, table, head, base, call, at, panels, packed, sample):
     """Let the rows of an item see the positions base … base + 63 as far as they may."""
     _, _, s, state, shrink = at
     _, count, position = item
-    window, group = call[WINDOW], call[HEADS] // call[KV_HEADS]
+    window, group = call.window, call.heads // call.kv_heads
     keys = min(KEY_BLOCK, position + count - base)
     reach = position - base  # of the first query, within the block
     # Rows before `first` come before the block, rows from `last` on have left it behind.
@@ -224,24 +225,24 @@ def _attend_item(item, table, head, slots, call, scale, eps, at, panels, packed,
     """One key head of a run of queries of one sequence."""
     q, o, _, state, _ = at
     start, count, position = item
-    size, dim, group = size_of(sample), call[DIM], call[HEADS] // call[KV_HEADS]
-    if call[WRITES_FIRST] == 0:
+    size, dim, group = size_of(sample), call.dim, call.heads // call.kv_heads
+    if call.writes_first == 0:
         _write(start, head, slots[start], call, eps, q, sample)
     rows = count * group
     for row in range(rows):
         token, query_head = start + row // group, head * group + row % group
-        source = call[Q] + token * call[STRIDE] + query_head * dim * size
+        source = call.q + token * call.stride + query_head * dim * size
         _prepare(source, token, query_head, call, eps, scale, q + row * dim * 4, sample)
         store(state, 2 * row, float32(LOWEST), float32(0))
         store(state, 2 * row + 1, float32(0), float32(0))
     for i in range(rows * dim):
         store(o, i, float32(0), float32(0))
-    oldest = max(0, position - call[WINDOW] + 1) // KEY_BLOCK
+    oldest = max(0, position - call.window + 1) // KEY_BLOCK
     for block in range(oldest, (position + count - 1) // KEY_BLOCK + 1):
         _attend_block(item, table, head, block * KEY_BLOCK, call, at, panels, packed, sample)
     for row in range(rows):
         inverse = float32(1.0) / load(state, 2 * row + 1, float32(0))
-        target = call[OUT] + ((start + row // group) * call[HEADS] + head * group + row % group) * dim * size
+        target = call.out + ((start + row // group) * call.heads + head * group + row % group) * dim * size
         for i in range(dim):
             store(target, i, load(o, row * dim + i, float32(0)) * inverse, sample)
 
@@ -256,7 +257,7 @@ def _write_tokens(control, phase, slots, call, eps, buffer, sample):
         if task < 0:
             break
         for token in range(task * WRITE_TOKENS, min(tokens, (task + 1) * WRITE_TOKENS)):
-            for head in range(call[KV_HEADS]):
+            for head in range(call.kv_heads):
                 _write(token, head, slots[token], call, eps, buffer, sample)
         complete(control, phase)
     join(control, phase, tasks)
@@ -274,18 +275,18 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
         slots: int64 [T], the cache slot of each token.
         tables: int32 [B, max_blocks].
         items: int64 [n, 4], the longest first: sequence, first token, number of tokens, position of the first.
-        call: int64 [CALL_SIZE], see the names at the top of this module.
+        call: CALL.
         scale: what scores are multiplied with.
         eps: of the norm of q and k.
         sample: of q, k, v and the cache, see `values`.
     """
-    rows, dim, kv_heads = call[TILE_ROWS], call[DIM], call[KV_HEADS]
-    q = call[WORKSPACE] + member * call[WORKSPACE_STEP]
+    rows, dim, kv_heads = call.tile_rows, call.dim, call.kv_heads
+    q = call.workspace + member * call.workspace_step
     o = q + rows * dim * 4
     s = o + rows * dim * 4
     state = s + rows * KEY_BLOCK * 4
     shrink = state + rows * 8
-    if call[WRITES_FIRST] != 0:
+    if call.writes_first != 0:
         _write_tokens(control, phase, slots, call, eps, q, sample)
     tasks = items.shape[0] * kv_heads
     while True:
@@ -302,7 +303,12 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
 
 
 @job()
-def attend_job(control, panels, slots, tables, items, call, scale, eps, sample):
-    """`attend_phases` as a job of its own, for `Team.run` with PHASES phases; the first numbers the members."""
+def attend_job(control, panels, slots, tables, items, calls, scale, eps, sample):
+    """`attend_phases` as a job of its own, for `Team.run` with PHASES phases; the first numbers the members.
+
+    Args:
+        control, panels, slots, tables, items, scale, eps, sample: as in `attend_phases`.
+        calls: CALL [1].
+    """
     member = claim(control, 0, panels.shape[0])
-    attend_phases(control, 1, member, panels, slots, tables, items, call, scale, eps, sample)
+    attend_phases(control, 1, member, panels, slots, tables, items, calls[0], scale, eps, sample)

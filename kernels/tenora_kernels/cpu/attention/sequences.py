@@ -22,29 +22,35 @@ from numba.extending import intrinsic
 from tenora_kernels.cpu.attention.attention_tiles import LOWEST
 from tenora_kernels.cpu.products.rowwise import scale_row
 from tenora_kernels.cpu.products.strided import ADD, SET, WIDTH, times
+from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import FAST, load, store
 from tenora_kernels.cpu.runtime.vectors import LANES, Vectors, integer
 
 __all__ = [
-    "ATTENTION_SIZE", "QUERIES", "attend_family", "attend_item", "exponentials", "largest", "score_columns",
+    "ATTENTION", "BACKWARD_ONLY", "FORWARD_ONLY", "QUERIES", "SEQUENCE", "attend_family", "attend_item", "exponentials",
+    "largest", "score_columns",
 ]  # fmt: skip
 
 QUERIES = 48
 """Queries of a block: with scores of 500 keys they fit the second-level cache."""
 
-# Places in the array `attention`. Addresses in bytes. Q, DQ, DK, DV: float32 [heads, T, D]; KEYS_TURNED and
-# VALUES_TURNED: [kv heads, panels, D, WIDTH]; KEYS and VALUES: [kv heads, D / WIDTH, T, WIDTH]; LOG_SUM: [heads, T];
-# OUT and D_OUT: [T, heads · D]; SCORES: two blocks of [QUERIES, SCORES_ROW] for each
-# member; TIMES: `times_address()`.
-(
-    TOKENS, HEADS, KV_HEADS, DIM, PANELS, QKV, Q, KEYS_TURNED, VALUES_TURNED, KEYS, VALUES, OUT, LOG_SUM, D_OUT,
-    DQ, DK, DV, D_QKV, COS, SIN, NORM, SCORES, SCORES_ROW, TIMES, ATTENTION_SIZE,
-) = range(25)  # fmt: skip
+ATTENTION = declare(
+    "tokens", "heads", "kv_heads", "dim", "panels", "qkv", "q", "transposed_keys", "transposed_values", "keys",
+    "values", "out", "log_sum", "d_out", "dq", "dk", "dv", "d_qkv", "cos", "sin", "norm", "scores", "scores_row",
+    "times",
+)  # fmt: skip
+"""Addresses in bytes. q, dq, dk, dv: float32 [heads, T, D]; transposed_keys and transposed_values: [kv heads, panels,
+D, WIDTH]; keys and values: [kv heads, D / WIDTH, T, WIDTH]; log_sum: [heads, T]; out and d_out: [T, heads · D]; scores:
+two blocks of [QUERIES, scores_row] for each member; times: `times_address()`. A norm that does not exist is 0.
+"""
 
-# Places in a row of the array `sequences`: its tokens, its first panel of keys, whose tokens it sees first (-1: nobody
-# else's) and how many of them.
-START, COUNT, PANEL, SHARED, SHARED_COUNT, SEQUENCE_SIZE = range(6)
+FORWARD_ONLY = ("values",)
+BACKWARD_ONLY = ("transposed_values", "keys", "d_out", "dq", "dk", "dv", "d_qkv")
+"""What one direction does not read."""
+
+SEQUENCE = declare("start", "count", "panel", "shared", "shared_count")
+"""A sequence's tokens, its first panel of keys, whose tokens it sees first (-1: nobody else's) and how many of them."""
 
 
 def score_columns(count: int, shared: int) -> int:
@@ -136,23 +142,23 @@ def _panels(keys):
 
 
 @compiled()
-def _products(link, rows, first, count, shared, x, x_step, turned, own_panel, shared_panel, dim, out, out_step):
+def _products(link, rows, first, count, shared, x, x_step, transposed, own_panel, shared_panel, dim, out, out_step):
     """out[r, key] = x[r] · key for the rows' keys: `shared` ones, then their own up to each row.
 
-    turned: address of a head's panels [panels, dim, WIDTH]. first: the first row's place in its sequence. `count`
+    transposed: address of a head's panels [panels, dim, WIDTH]. first: the first row's place in its sequence. `count`
     keys are the sequence's own.
     """
     size = dim * WIDTH * 4
     for panel in range(_panels(shared)):
         times(
-            link, rows, WIDTH, x, x_step, 4, turned + (shared_panel + panel) * size, WIDTH * 4, dim,
+            link, rows, WIDTH, x, x_step, 4, transposed + (shared_panel + panel) * size, WIDTH * 4, dim,
             out + panel * WIDTH * 4, out_step, SET, 1.0,
         )  # fmt: skip
     own = out + _panels(shared) * WIDTH * 4
     for panel in range(_panels(min(count, first + rows))):
         skipped = max(0, panel * WIDTH - first)
         times(
-            link, rows - skipped, WIDTH, x + skipped * x_step, x_step, 4, turned + (own_panel + panel) * size,
+            link, rows - skipped, WIDTH, x + skipped * x_step, x_step, 4, transposed + (own_panel + panel) * size,
             WIDTH * 4, dim, own + panel * WIDTH * 4 + skipped * out_step, out_step, SET, 1.0,
         )  # fmt: skip
 
@@ -193,28 +199,28 @@ def _gather(link, rows, first, shared, s, s_step, x, x_step, dim, own_out, share
 @compiled()
 def _score(attention, sequences, number, head, first, rows, s):
     """Scores of a block of queries: what `_products` wants to know, from the arrays."""
-    tokens, dim = attention[TOKENS], attention[DIM]
-    kv_head = head // (attention[HEADS] // attention[KV_HEADS])
+    tokens, dim = attention.tokens, attention.dim
+    kv_head = head // (attention.heads // attention.kv_heads)
     sequence = sequences[number]
-    q = attention[Q] + (head * tokens + sequence[START] + first) * dim * 4
-    other = sequences[max(0, sequence[SHARED])]
-    turned = attention[KEYS_TURNED] + kv_head * attention[PANELS] * dim * WIDTH * 4
+    q = attention.q + (head * tokens + sequence.start + first) * dim * 4
+    other = sequences[max(0, sequence.shared)]
+    transposed = attention.transposed_keys + kv_head * attention.panels * dim * WIDTH * 4
     _products(
-        attention[TIMES], rows, first, sequence[COUNT], sequence[SHARED_COUNT], q, dim * 4, turned, sequence[PANEL],
-        other[PANEL], dim, s, attention[SCORES_ROW] * 4,
+        attention.times, rows, first, sequence.count, sequence.shared_count, q, dim * 4, transposed, sequence.panel,
+        other.panel, dim, s, attention.scores_row * 4,
     )  # fmt: skip
 
 
 @compiled()
 def attend_item(attention, sequences, number, head, first, rows, member):
     """OUT and LOG_SUM of one head for `rows` queries of sequence `number` from its token `first` on."""
-    tokens, dim, step, link = attention[TOKENS], attention[DIM], attention[SCORES_ROW] * 4, attention[TIMES]
+    tokens, dim, step, link = attention.tokens, attention.dim, attention.scores_row * 4, attention.times
     sequence = sequences[number]
-    shared, kv_head = sequence[SHARED_COUNT], head // (attention[HEADS] // attention[KV_HEADS])
-    s = attention[SCORES] + member * 2 * QUERIES * step
-    out_step = attention[HEADS] * dim * 4
-    out = attention[OUT] + (sequence[START] + first) * out_step + head * dim * 4
-    sums = attention[LOG_SUM] + (head * tokens + sequence[START] + first) * 4
+    shared, kv_head = sequence.shared_count, head // (attention.heads // attention.kv_heads)
+    s = attention.scores + member * 2 * QUERIES * step
+    out_step = attention.heads * dim * 4
+    out = attention.out + (sequence.start + first) * out_step + head * dim * 4
+    sums = attention.log_sum + (head * tokens + sequence.start + first) * 4
     _score(attention, sequences, number, head, first, rows, s)
     mine, vectors = _panels(shared) * WIDTH * 4, _panels(first + rows) * 2
     for row in range(rows):
@@ -224,63 +230,63 @@ def attend_item(attention, sequences, number, head, first, rows, member):
         total += exponentials(at + mine, first + row + 1, vectors, top)
         # Until the product is made, the row's sum stands where its logarithm will be.
         store(sums, row, total, float32(0))
-        store(attention[SCORES] + (member * 2 + 1) * QUERIES * step, row, top, float32(0))
-    other = sequences[max(0, sequence[SHARED])]
-    values = attention[VALUES] + kv_head * tokens * dim * 4
-    _mix(link, rows, first, shared, s, step, values, sequence[START], other[START], tokens, dim, out, out_step, 1.0)
+        store(attention.scores + (member * 2 + 1) * QUERIES * step, row, top, float32(0))
+    other = sequences[max(0, sequence.shared)]
+    values = attention.values + kv_head * tokens * dim * 4
+    _mix(link, rows, first, shared, s, step, values, sequence.start, other.start, tokens, dim, out, out_step, 1.0)
     for row in range(rows):
         total = load(sums, row, float32(0))
         scale_row(out + row * out_step, float32(1) / total, dim, out + row * out_step)
-        top = load(attention[SCORES] + (member * 2 + 1) * QUERIES * step, row, float32(0))
+        top = load(attention.scores + (member * 2 + 1) * QUERIES * step, row, float32(0))
         store(sums, row, top + float32(np.log(total)), float32(0))
 
 
 @compiled()
 def _zero(attention, sequence, head):
     """DK and DV of a sequence's tokens."""
-    dim = attention[DIM]
-    at = (head * attention[TOKENS] + sequence[START]) * dim
-    for i in range(at, at + sequence[COUNT] * dim):
-        store(attention[DK], i, float32(0), float32(0))
-        store(attention[DV], i, float32(0), float32(0))
+    dim = attention.dim
+    at = (head * attention.tokens + sequence.start) * dim
+    for i in range(at, at + sequence.count * dim):
+        store(attention.dk, i, float32(0), float32(0))
+        store(attention.dv, i, float32(0), float32(0))
 
 
 @compiled()
 def _attend_back(attention, sequences, number, head, first, rows, scale, member):
     """DQ of a block of queries, and what it adds to DK and DV."""
-    tokens, dim, step, link = attention[TOKENS], attention[DIM], attention[SCORES_ROW] * 4, attention[TIMES]
+    tokens, dim, step, link = attention.tokens, attention.dim, attention.scores_row * 4, attention.times
     sequence = sequences[number]
-    shared, kv_head = sequence[SHARED_COUNT], head // (attention[HEADS] // attention[KV_HEADS])
-    other = sequences[max(0, sequence[SHARED])]
-    s = attention[SCORES] + member * 2 * QUERIES * step
+    shared, kv_head = sequence.shared_count, head // (attention.heads // attention.kv_heads)
+    other = sequences[max(0, sequence.shared)]
+    s = attention.scores + member * 2 * QUERIES * step
     ds = s + QUERIES * step
-    row_step, token = attention[HEADS] * dim * 4, sequence[START] + first
-    d_out = attention[D_OUT] + token * row_step + head * dim * 4
-    sums = attention[LOG_SUM] + (head * tokens + token) * 4
+    row_step, token = attention.heads * dim * 4, sequence.start + first
+    d_out = attention.d_out + token * row_step + head * dim * 4
+    sums = attention.log_sum + (head * tokens + token) * 4
     mine, vectors = _panels(shared) * WIDTH * 4, _panels(first + rows) * 2
     _score(attention, sequences, number, head, first, rows, s)
     for row in range(rows):
         at, top = s + row * step, load(sums, row, float32(0))
         exponentials(at, shared, _panels(shared) * 2, top)
         exponentials(at + mine, first + row + 1, vectors, top)
-    own = (head * tokens + sequence[START]) * dim * 4
-    others = (head * tokens + other[START]) * dim * 4
-    _gather(link, rows, first, shared, s, step, d_out, row_step, dim, attention[DV] + own, attention[DV] + others)
-    turned = attention[VALUES_TURNED] + kv_head * attention[PANELS] * dim * WIDTH * 4
+    own = (head * tokens + sequence.start) * dim * 4
+    others = (head * tokens + other.start) * dim * 4
+    _gather(link, rows, first, shared, s, step, d_out, row_step, dim, attention.dv + own, attention.dv + others)
+    transposed = attention.transposed_values + kv_head * attention.panels * dim * WIDTH * 4
     _products(
-        link, rows, first, sequence[COUNT], shared, d_out, row_step, turned, sequence[PANEL], other[PANEL], dim, ds,
+        link, rows, first, sequence.count, shared, d_out, row_step, transposed, sequence.panel, other.panel, dim, ds,
         step,
     )  # fmt: skip
     for row in range(rows):
-        out = attention[OUT] + (token + row) * row_step + head * dim * 4
+        out = attention.out + (token + row) * row_step + head * dim * 4
         mean, at = _dot(out, d_out + row * row_step, dim), row * step
         _slopes(s + at, ds + at, shared, _panels(shared) * 2, mean)
         _slopes(s + at + mine, ds + at + mine, first + row + 1, vectors, mean)
-    keys, q_at = attention[KEYS] + kv_head * tokens * dim * 4, (head * tokens + token) * dim * 4
-    dq = attention[DQ] + q_at
-    _mix(link, rows, first, shared, ds, step, keys, sequence[START], other[START], tokens, dim, dq, dim * 4, scale)
-    q = attention[Q] + q_at
-    _gather(link, rows, first, shared, ds, step, q, dim * 4, dim, attention[DK] + own, attention[DK] + others)
+    keys, q_at = attention.keys + kv_head * tokens * dim * 4, (head * tokens + token) * dim * 4
+    dq = attention.dq + q_at
+    _mix(link, rows, first, shared, ds, step, keys, sequence.start, other.start, tokens, dim, dq, dim * 4, scale)
+    q = attention.q + q_at
+    _gather(link, rows, first, shared, ds, step, q, dim * 4, dim, attention.dk + own, attention.dk + others)
 
 
 @compiled()
@@ -290,6 +296,6 @@ def attend_family(attention, sequences, members, begin, end, head, scale, member
         _zero(attention, sequences[members[index]], head)
     for index in range(begin, end):
         number = members[index]
-        count = sequences[number, COUNT]
+        count = sequences[number].count
         for first in range(0, count, QUERIES):
             _attend_back(attention, sequences, number, head, first, min(QUERIES, count - first), scale, member)

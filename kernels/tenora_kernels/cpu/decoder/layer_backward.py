@@ -6,50 +6,10 @@ each other share one number, the larger tasks first, so that members wait for ea
 
 from __future__ import annotations
 
-from tenora_kernels.cpu.attention.sequences import DIM, KV_HEADS, QUERIES, SCORES, SCORES_ROW, attend_family
+from tenora_kernels.cpu.attention.sequences import QUERIES, attend_family
 from tenora_kernels.cpu.attention.split_heads import join_token, split_token
-from tenora_kernels.cpu.decoder.layer_record import (
-    ACTIVATION,
-    ACTIVE,
-    ATTENDED,
-    D_ATTENDED,
-    D_GATE_UP,
-    D_MID,
-    D_NORMED,
-    D_OUT,
-    D_QKV,
-    DOWN_WEIGHT,
-    DS,
-    DX,
-    GATE_UP,
-    GATE_UP_WEIGHT,
-    HEAD_COUNT,
-    HIDDEN,
-    INDEX,
-    INPUT_NORM,
-    MEMBERS,
-    MID,
-    MLP,
-    MLP_NORM,
-    NORMED,
-    O_WEIGHT,
-    QKV_WEIGHT,
-    ROWS,
-    SITE_DOWN,
-    SITE_GATE_UP,
-    SITE_O,
-    SITE_QKV,
-    SLOTS,
-    TOKENS_OF_A_TASK,
-    TURNED_DOWN,
-    TURNED_GATE_UP,
-    TURNED_O,
-    TURNED_QKV,
-    S,
-    X,
-)
+from tenora_kernels.cpu.decoder.layer_arguments import SITE_DOWN, SITE_GATE_UP, SITE_O, SITE_QKV, TOKENS_OF_A_TASK
 from tenora_kernels.cpu.lowrank.factors import (
-    GRAD,
     expand_back,
     gradient_task,
     gradient_tasks,
@@ -58,7 +18,7 @@ from tenora_kernels.cpu.lowrank.factors import (
 )
 from tenora_kernels.cpu.products.gemm import PANEL, group_of, tile_count, tile_of
 from tenora_kernels.cpu.products.rowwise import add_row, gate_backward, norm_backward, norm_rows
-from tenora_kernels.cpu.products.transposed import multiply_turned, transpose_task, transpose_tasks
+from tenora_kernels.cpu.products.transposed import multiply_transposed, transpose_task, transpose_tasks
 from tenora_kernels.cpu.runtime.compiled import compiled, job
 from tenora_kernels.cpu.runtime.team import claim, complete, join
 
@@ -71,16 +31,16 @@ BACKWARD_PHASES = 12
 def _prepare(
     control, phase, layer, attention, places, factors, sites, packs, slots, pieces, member, eps, scale, sample
 ):  # fmt: skip
-    """The four matrices turned, B of every slot, the heads, and the input of gate and up."""
-    hidden, mlp, tokens = layer[HIDDEN], layer[MLP], layer[ROWS]
-    q_size = layer[HEAD_COUNT] * attention[DIM]
-    qkv_panels = (q_size + 2 * attention[KV_HEADS] * attention[DIM]) // PANEL
-    buffer = attention[SCORES] + member * 2 * QUERIES * attention[SCORES_ROW] * 4
+    """The four matrices transposed, B of every slot, the heads, and the input of gate and up."""
+    hidden, mlp, tokens = layer.hidden, layer.mlp, layer.rows
+    q_size = layer.head_count * attention.dim
+    qkv_panels = (q_size + 2 * attention.kv_heads * attention.dim) // PANEL
+    buffer = attention.scores + member * 2 * QUERIES * attention.scores_row * 4
     down = transpose_tasks(hidden // PANEL)
     gate_up = down + transpose_tasks(2 * mlp // PANEL)
     o = gate_up + transpose_tasks(hidden // PANEL)
     qkv = o + transpose_tasks(qkv_panels)
-    factor = qkv + 4 * layer[SLOTS]
+    factor = qkv + 4 * layer.slots
     token_tasks = (tokens + TOKENS_OF_A_TASK - 1) // TOKENS_OF_A_TASK
     heads = factor + token_tasks
     tasks = heads + pieces.shape[0]
@@ -89,23 +49,23 @@ def _prepare(
         if task < 0:
             break
         if task < down:
-            transpose_task(task, layer[DOWN_WEIGHT], 0, hidden // PANEL, mlp, layer[TURNED_DOWN], sample)
+            transpose_task(task, layer.down_weight, 0, hidden // PANEL, mlp, layer.transposed_down, sample)
         elif task < gate_up:
             transpose_task(
-                task - down, layer[GATE_UP_WEIGHT], 0, 2 * mlp // PANEL, hidden, layer[TURNED_GATE_UP], sample
+                task - down, layer.gate_up_weight, 0, 2 * mlp // PANEL, hidden, layer.transposed_gate_up, sample
             )
         elif task < o:
-            transpose_task(task - gate_up, layer[O_WEIGHT], 0, hidden // PANEL, q_size, layer[TURNED_O], sample)
+            transpose_task(task - gate_up, layer.o_weight, 0, hidden // PANEL, q_size, layer.transposed_o, sample)
         elif task < qkv:
-            transpose_task(task - o, layer[QKV_WEIGHT], 0, qkv_panels, hidden, layer[TURNED_QKV], sample)
+            transpose_task(task - o, layer.qkv_weight, 0, qkv_panels, hidden, layer.transposed_qkv, sample)
         elif task < factor:
-            pack_outputs(task - qkv, factors, sites, packs, slots, layer[INDEX])
+            pack_outputs(task - qkv, factors, sites, packs, slots, layer.index)
         elif task < heads:
             first = (task - factor) * TOKENS_OF_A_TASK
             for token in range(first, min(tokens, first + TOKENS_OF_A_TASK)):
                 split_token(attention, token, places[token], True, eps, scale, buffer)
         else:
-            norm_rows(pieces[task - heads], layer[MID], layer[MLP_NORM], hidden, eps, layer[NORMED])
+            norm_rows(pieces[task - heads], layer.mid, layer.mlp_norm, hidden, eps, layer.normed)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -118,7 +78,7 @@ def _shrink_down(control, phase, layer, factors, sites, packs, pieces):
         if task < 0:
             break
         shrink_back(
-            pieces[task], factors, sites, SITE_DOWN, packs, layer[INDEX], layer[D_OUT], layer[HIDDEN] * 4, layer[DS]
+            pieces[task], factors, sites, SITE_DOWN, packs, layer.index, layer.d_out, layer.hidden * 4, layer.ds
         )
         complete(control, phase)
     join(control, phase, tasks)
@@ -127,28 +87,28 @@ def _shrink_down(control, phase, layer, factors, sites, packs, pieces):
 @compiled()
 def _gate_slopes(layer, start, stop, first, last):
     """ACTIVE, and D_GATE_UP from the gradient of ACTIVE that stands in its gate's half."""
-    mlp = layer[MLP]
+    mlp = layer.mlp
     step, columns = 2 * mlp * 4, last - first
     for row in range(start, stop):
-        gate = layer[GATE_UP] + row * step + first * 4
-        slope = layer[D_GATE_UP] + row * step + first * 4
-        active = layer[ACTIVE] + (row * mlp + first) * 4
-        gate_backward(gate, gate + mlp * 4, slope, columns, layer[ACTIVATION], active, slope, slope + mlp * 4)
+        gate = layer.gate_up + row * step + first * 4
+        slope = layer.d_gate_up + row * step + first * 4
+        active = layer.active + (row * mlp + first) * 4
+        gate_backward(gate, gate + mlp * 4, slope, columns, layer.activation, active, slope, slope + mlp * 4)
 
 
 @compiled()
 def _product_task(
-    task, layer, dy, depth, turned, columns, out, out_step, number, pieces, factors, sites, sample
+    task, layer, dy, depth, transposed, columns, out, out_step, number, pieces, factors, sites, sample
 ):  # fmt: skip
     """out = dY · W + dS · A for some rows and columns."""
     panels = columns // PANEL
-    start, stop, first, last = tile_of(task, layer[ROWS], panels, group_of(panels))
-    multiply_turned(
-        dy + start * depth * 4, depth * 4, stop - start, turned, first, last, depth, out + start * out_step, out_step,
-        0, sample,
+    start, stop, first, last = tile_of(task, layer.rows, panels, group_of(panels))
+    multiply_transposed(
+        dy + start * depth * 4, depth * 4, stop - start, transposed, first, last, depth, out + start * out_step,
+        out_step, 0, sample,
     )  # fmt: skip
     expand_back(
-        pieces, start, stop, first * PANEL, last * PANEL, factors, sites, number, layer[INDEX], layer[DS], out, out_step
+        pieces, start, stop, first * PANEL, last * PANEL, factors, sites, number, layer.index, layer.ds, out, out_step
     )
     if number == SITE_DOWN:
         _gate_slopes(layer, start, stop, first * PANEL, last * PANEL)
@@ -157,17 +117,21 @@ def _product_task(
 @compiled()
 def _product_tasks(layer, columns):
     panels = columns // PANEL
-    return tile_count(layer[ROWS], panels, group_of(panels))
+    return tile_count(layer.rows, panels, group_of(panels))
 
 
 @compiled()
-def _product(control, phase, layer, dy, depth, turned, columns, out, out_step, number, pieces, factors, sites, sample):
+def _product(
+    control, phase, layer, dy, depth, transposed, columns, out, out_step, number, pieces, factors, sites, sample
+):
     tasks = _product_tasks(layer, columns)
     while True:
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        _product_task(task, layer, dy, depth, turned, columns, out, out_step, number, pieces, factors, sites, sample)
+        _product_task(
+            task, layer, dy, depth, transposed, columns, out, out_step, number, pieces, factors, sites, sample
+        )
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -175,13 +139,13 @@ def _product(control, phase, layer, dy, depth, turned, columns, out, out_step, n
 @compiled()
 def _sum_tasks(layer, factors, sites, number):
     """How many tasks the weight gradients of a site have."""
-    return layer[SLOTS] * gradient_tasks(sites, number) if factors[GRAD] != 0 else 0
+    return layer.slots * gradient_tasks(sites, number) if factors.grad != 0 else 0
 
 
 @compiled()
 def _after_active(control, phase, layer, factors, sites, packs, slots, pieces, runs, bounds):
     """dS of gate and up; gradients of down's factors."""
-    sums, hidden, mlp = _sum_tasks(layer, factors, sites, SITE_DOWN), layer[HIDDEN], layer[MLP]
+    sums, hidden, mlp = _sum_tasks(layer, factors, sites, SITE_DOWN), layer.hidden, layer.mlp
     tasks = sums + pieces.shape[0]
     while True:
         task = claim(control, phase, tasks)
@@ -189,13 +153,13 @@ def _after_active(control, phase, layer, factors, sites, packs, slots, pieces, r
             break
         if task < sums:
             gradient_task(
-                task, factors, sites, SITE_DOWN, runs, bounds, slots, layer[INDEX], layer[ACTIVE], mlp * 4,
-                layer[D_OUT], hidden * 4, layer[S], layer[DS],
+                task, factors, sites, SITE_DOWN, runs, bounds, slots, layer.index, layer.active, mlp * 4,
+                layer.d_out, hidden * 4, layer.s, layer.ds,
             )  # fmt: skip
         else:
             shrink_back(
-                pieces[task - sums], factors, sites, SITE_GATE_UP, packs, layer[INDEX], layer[D_GATE_UP], 2 * mlp * 4,
-                layer[DS],
+                pieces[task - sums], factors, sites, SITE_GATE_UP, packs, layer.index, layer.d_gate_up, 2 * mlp * 4,
+                layer.ds,
             )  # fmt: skip
         complete(control, phase)
     join(control, phase, tasks)
@@ -204,7 +168,7 @@ def _after_active(control, phase, layer, factors, sites, packs, slots, pieces, r
 @compiled()
 def _after_mlp(control, phase, layer, factors, sites, packs, slots, pieces, runs, bounds, eps):
     """D_MID and dS of o; gradients of gate's and up's factors."""
-    sums, hidden, mlp = _sum_tasks(layer, factors, sites, SITE_GATE_UP), layer[HIDDEN], layer[MLP]
+    sums, hidden, mlp = _sum_tasks(layer, factors, sites, SITE_GATE_UP), layer.hidden, layer.mlp
     tasks = sums + pieces.shape[0]
     while True:
         task = claim(control, phase, tasks)
@@ -212,13 +176,13 @@ def _after_mlp(control, phase, layer, factors, sites, packs, slots, pieces, runs
             break
         if task < sums:
             gradient_task(
-                task, factors, sites, SITE_GATE_UP, runs, bounds, slots, layer[INDEX], layer[NORMED], hidden * 4,
-                layer[D_GATE_UP], 2 * mlp * 4, layer[S], layer[DS],
+                task, factors, sites, SITE_GATE_UP, runs, bounds, slots, layer.index, layer.normed, hidden * 4,
+                layer.d_gate_up, 2 * mlp * 4, layer.s, layer.ds,
             )  # fmt: skip
         else:
             piece = pieces[task - sums]
-            _norm_slopes(layer, piece, layer[MID], layer[MLP_NORM], layer[D_OUT], layer[D_MID], eps)
-            shrink_back(piece, factors, sites, SITE_O, packs, layer[INDEX], layer[D_MID], hidden * 4, layer[DS])
+            _norm_slopes(layer, piece, layer.mid, layer.mlp_norm, layer.d_out, layer.d_mid, eps)
+            shrink_back(piece, factors, sites, SITE_O, packs, layer.index, layer.d_mid, hidden * 4, layer.ds)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -226,10 +190,10 @@ def _after_mlp(control, phase, layer, factors, sites, packs, slots, pieces, runs
 @compiled()
 def _norm_slopes(layer, piece, x, weight, residual, out, eps):
     """out = residual + the gradient of x, from D_NORMED."""
-    columns = layer[HIDDEN]
+    columns = layer.hidden
     for row in range(piece[1], piece[1] + piece[2]):
         at = row * columns * 4
-        norm_backward(x + at, weight, layer[D_NORMED] + at, columns, eps, out + at)
+        norm_backward(x + at, weight, layer.d_normed + at, columns, eps, out + at)
         add_row(out + at, residual + at, columns, out + at)
 
 
@@ -239,8 +203,8 @@ def _attend_back(
     eps, scale,
 ):  # fmt: skip
     """DQ, DK and DV; gradients of o's factors; the input of q, k and v once more."""
-    heads, hidden = layer[HEAD_COUNT], layer[HIDDEN]
-    q_size = heads * attention[DIM]
+    heads, hidden = layer.head_count, layer.hidden
+    q_size = heads * attention.dim
     attending = (families.shape[0] - 1) * heads
     sums = attending + _sum_tasks(layer, factors, sites, SITE_O)
     tasks = sums + pieces.shape[0]
@@ -255,11 +219,11 @@ def _attend_back(
             )
         elif task < sums:
             gradient_task(
-                task - attending, factors, sites, SITE_O, runs, bounds, slots, layer[INDEX], layer[ATTENDED],
-                q_size * 4, layer[D_MID], hidden * 4, layer[S], layer[DS],
+                task - attending, factors, sites, SITE_O, runs, bounds, slots, layer.index, layer.attended,
+                q_size * 4, layer.d_mid, hidden * 4, layer.s, layer.ds,
             )  # fmt: skip
         else:
-            norm_rows(pieces[task - sums], layer[X], layer[INPUT_NORM], hidden, eps, layer[NORMED])
+            norm_rows(pieces[task - sums], layer.x, layer.input_norm, hidden, eps, layer.normed)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -267,8 +231,8 @@ def _attend_back(
 @compiled()
 def _join_heads(control, phase, layer, attention, factors, sites, packs, pieces, member, eps):
     """D_QKV and dS of q, k and v."""
-    step = (layer[HEAD_COUNT] + 2 * attention[KV_HEADS]) * attention[DIM] * 4
-    buffer = attention[SCORES] + member * 2 * QUERIES * attention[SCORES_ROW] * 4
+    step = (layer.head_count + 2 * attention.kv_heads) * attention.dim * 4
+    buffer = attention.scores + member * 2 * QUERIES * attention.scores_row * 4
     tasks = pieces.shape[0]
     while True:
         task = claim(control, phase, tasks)
@@ -277,7 +241,7 @@ def _join_heads(control, phase, layer, attention, factors, sites, packs, pieces,
         piece = pieces[task]
         for token in range(piece[1], piece[1] + piece[2]):
             join_token(attention, token, eps, buffer)
-        shrink_back(piece, factors, sites, SITE_QKV, packs, layer[INDEX], layer[D_QKV], step, layer[DS])
+        shrink_back(piece, factors, sites, SITE_QKV, packs, layer.index, layer.d_qkv, step, layer.ds)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -285,8 +249,8 @@ def _join_heads(control, phase, layer, attention, factors, sites, packs, pieces,
 @compiled()
 def _after_heads(control, phase, layer, qkv_size, factors, sites, slots, pieces, runs, bounds, sample):
     """Gradients of q's, k's and v's factors; D_NORMED of their input if it is wanted."""
-    hidden = layer[HIDDEN]
-    products = _product_tasks(layer, hidden) if layer[DX] != 0 else 0
+    hidden = layer.hidden
+    products = _product_tasks(layer, hidden) if layer.dx != 0 else 0
     tasks = products + _sum_tasks(layer, factors, sites, SITE_QKV)
     while True:
         task = claim(control, phase, tasks)
@@ -294,13 +258,13 @@ def _after_heads(control, phase, layer, qkv_size, factors, sites, slots, pieces,
             break
         if task < products:
             _product_task(
-                task, layer, layer[D_QKV], qkv_size, layer[TURNED_QKV], hidden, layer[D_NORMED], hidden * 4, SITE_QKV,
+                task, layer, layer.d_qkv, qkv_size, layer.transposed_qkv, hidden, layer.d_normed, hidden * 4, SITE_QKV,
                 pieces, factors, sites, sample,
             )  # fmt: skip
         else:
             gradient_task(
-                task - products, factors, sites, SITE_QKV, runs, bounds, slots, layer[INDEX], layer[NORMED],
-                hidden * 4, layer[D_QKV], qkv_size * 4, layer[S], layer[DS],
+                task - products, factors, sites, SITE_QKV, runs, bounds, slots, layer.index, layer.normed,
+                hidden * 4, layer.d_qkv, qkv_size * 4, layer.s, layer.ds,
             )  # fmt: skip
         complete(control, phase)
     join(control, phase, tasks)
@@ -313,7 +277,7 @@ def _finish(control, phase, layer, pieces, eps):
         task = claim(control, phase, tasks)
         if task < 0:
             break
-        _norm_slopes(layer, pieces[task], layer[X], layer[INPUT_NORM], layer[D_MID], layer[DX], eps)
+        _norm_slopes(layer, pieces[task], layer.x, layer.input_norm, layer.d_mid, layer.dx, eps)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -327,28 +291,29 @@ def backward_layer(
 
     Args:
         control: the team's.
-        layer, attention, sequences, places, factors, sites, packs, slots, pieces: as in `layer_forward.forward_layer`.
+        layer: `layer_arguments.BACKWARD`.
+        attention, sequences, places, factors, sites, packs, slots, pieces: as in `layer_forward.forward_layer`.
         members, families: int64 [sequences], [n + 1]: family i is members[families[i]:families[i + 1]].
         runs, bounds: see `factors.gradient_task`.
         eps, scale, sample: as in `layer_forward.forward_layer`.
     """
-    member = max(0, claim(control, 0, layer[MEMBERS]))
-    hidden, mlp, q_size = layer[HIDDEN], layer[MLP], layer[HEAD_COUNT] * attention[DIM]
-    qkv_size = q_size + 2 * attention[KV_HEADS] * attention[DIM]
+    member = max(0, claim(control, 0, layer.members))
+    hidden, mlp, q_size = layer.hidden, layer.mlp, layer.head_count * attention.dim
+    qkv_size = q_size + 2 * attention.kv_heads * attention.dim
     _prepare(control, 1, layer, attention, places, factors, sites, packs, slots, pieces, member, eps, scale, sample)
     _shrink_down(control, 2, layer, factors, sites, packs, pieces)
     _product(
-        control, 3, layer, layer[D_OUT], hidden, layer[TURNED_DOWN], mlp, layer[D_GATE_UP], 2 * mlp * 4, SITE_DOWN,
+        control, 3, layer, layer.d_out, hidden, layer.transposed_down, mlp, layer.d_gate_up, 2 * mlp * 4, SITE_DOWN,
         pieces, factors, sites, sample,
     )  # fmt: skip
     _after_active(control, 4, layer, factors, sites, packs, slots, pieces, runs, bounds)
     _product(
-        control, 5, layer, layer[D_GATE_UP], 2 * mlp, layer[TURNED_GATE_UP], hidden, layer[D_NORMED], hidden * 4,
+        control, 5, layer, layer.d_gate_up, 2 * mlp, layer.transposed_gate_up, hidden, layer.d_normed, hidden * 4,
         SITE_GATE_UP, pieces, factors, sites, sample,
     )  # fmt: skip
     _after_mlp(control, 6, layer, factors, sites, packs, slots, pieces, runs, bounds, eps)
     _product(
-        control, 7, layer, layer[D_MID], hidden, layer[TURNED_O], q_size, layer[D_ATTENDED], q_size * 4, SITE_O,
+        control, 7, layer, layer.d_mid, hidden, layer.transposed_o, q_size, layer.d_attended, q_size * 4, SITE_O,
         pieces, factors, sites, sample,
     )  # fmt: skip
     _attend_back(
@@ -357,5 +322,5 @@ def backward_layer(
     )  # fmt: skip
     _join_heads(control, 9, layer, attention, factors, sites, packs, pieces, member, eps)
     _after_heads(control, 10, layer, qkv_size, factors, sites, slots, pieces, runs, bounds, sample)
-    if layer[DX] != 0:
+    if layer.dx != 0:
         _finish(control, 11, layer, pieces, eps)

@@ -10,23 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenora_kernels.cpu.attention import sequences as attention
 from tenora_kernels.cpu.attention.attention import Rope
-from tenora_kernels.cpu.attention.sequences import QUERIES
-from tenora_kernels.cpu.decoder import layer_record as record
-from tenora_kernels.cpu.decoder import step
+from tenora_kernels.cpu.attention.sequences import ATTENTION, BACKWARD_ONLY, FORWARD_ONLY, QUERIES
 from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
+from tenora_kernels.cpu.decoder.layer_arguments import BACKWARD, FORWARD
 from tenora_kernels.cpu.decoder.layer_backward import BACKWARD_PHASES, backward_layer
 from tenora_kernels.cpu.decoder.layer_forward import FORWARD_PHASES, forward_layer
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.decoder.stream import lay_out_rows, lay_out_sequences
-from tenora_kernels.cpu.lowrank import factors as low_rank
+from tenora_kernels.cpu.lowrank.factors import FACTORS
 from tenora_kernels.cpu.products.gemm import NARROW, WIDE
 from tenora_kernels.cpu.products.strided import WIDTH, times_address
+from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
 from tenora_kernels.layout import LoraBatch
 
-__all__ = ["Kept", "StreamLayers", "takes", "warm_up"]
+__all__ = ["Kept", "StreamLayers", "supports", "warm_up"]
 
 
 class Kept:
@@ -36,7 +35,7 @@ class Kept:
         hidden: the layer's input, float32 [T, hidden].
     """
 
-    def __init__(self, hidden: Tensor, block: Tensor, places: dict[int, int], workspace: Workspace) -> None:
+    def __init__(self, hidden: Tensor, block: Tensor, places: dict[str, int], workspace: Workspace) -> None:
         self.hidden = hidden
         self.places = places
         self._block: Tensor | None = block
@@ -49,7 +48,7 @@ class Kept:
             self._block = None
 
 
-def takes(stack: PackedStack, lora: LoraBatch | None) -> bool:
+def supports(stack: PackedStack, lora: LoraBatch | None) -> bool:
     """Whether the compiled layers take a decoder and the adapters of a stream."""
     if stack.head_dim % WIDTH or 3 * stack.head_dim > QUERIES * 2 * WIDTH:
         return False
@@ -76,7 +75,7 @@ class StreamLayers:
         stack: the decoder.
         cu_seqlens, prefixes: its sequences, see `stream.lay_out_sequences`. No window may be shorter than one of them.
         rope: cos and sin of its tokens, float32 [T, D].
-        lora: the adapters of its rows, as `takes` wants them; must not change between the two passes.
+        lora: the adapters of its rows, as `supports` wants them; must not change between the two passes.
     """
 
     def __init__(
@@ -93,11 +92,11 @@ class StreamLayers:
         self._tokens = int(cu_seqlens[-1])
         self._hidden = stack.table.in_features
         q, kv = stack.heads * stack.head_dim, stack.kv_heads * stack.head_dim
-        self._q, self._qkv = q, q + 2 * kv
+        self._q, self._kv, self._qkv = q, kv, q + 2 * kv
         widths = ((q, kv, kv), (self._hidden,), (stack.mlp, stack.mlp), (self._hidden,))
         self._sequences = lay_out_sequences(cu_seqlens, prefixes)
         self._rows = lay_out_rows(self._tokens, lora, widths, (self._hidden, q, self._hidden, stack.mlp))
-        self._factors = self._factor_record()
+        self._factors = self._factor_arguments()
         self._scale = np.float32(1 / sqrt(stack.head_dim))
         self._sample = NARROW if stack.table.narrow else WIDE
 
@@ -106,109 +105,100 @@ class StreamLayers:
 
         The output is valid until `give_back` of the second.
         """
-        tokens = self._tokens
+        tokens, mlp = self._tokens, self._stack.mlp
         hidden = hidden.contiguous()
         sizes = {
-            record.OUT: tokens * self._hidden, record.QKV: tokens * self._qkv, record.ATTENDED: tokens * self._q,
-            record.MID: tokens * self._hidden, record.GATE_UP: tokens * 2 * self._stack.mlp,
-            record.S: tokens * self._rows.columns, -1: self._stack.heads * tokens,
+            "out": tokens * self._hidden, "qkv": tokens * self._qkv, "attended": tokens * self._q,
+            "mid": tokens * self._hidden, "gate_up": tokens * 2 * mlp, "s": tokens * self._rows.columns,
+            "log_sum": self._stack.heads * tokens,
         }  # fmt: skip
         block, places = cut(sizes, self._workspace.take)
-        places[record.X] = hidden.data_ptr()
-        kept = Kept(hidden, block, places, self._workspace)
+        kept = Kept(hidden, block, places | {"x": hidden.data_ptr()}, self._workspace)
         if tokens:
-            layer, heads, packs = self._records(index, kept, backward=False)
+            scratch = self._scratch(values=tokens * self._kv)
+            layer = arguments(FORWARD, self._sizes(index), kept.places, scratch, self._weights(index))
+            heads = self._heads(index, kept, scratch, dict.fromkeys(BACKWARD_ONLY, 0))
             self._stack.team.run(
                 forward_layer, FORWARD_PHASES, layer, heads, self._sequences.table, self._sequences.items,
-                self._sequences.places, self._factors, self._rows.sites, packs, self._rows.slots, self._rows.pieces,
-                np.float32(self._stack.eps), self._scale, self._sample,
+                self._sequences.places, self._factors, self._rows.sites, self._packs(scratch), self._rows.slots,
+                self._rows.pieces, np.float32(self._stack.eps), self._scale, self._sample,
             )  # fmt: skip
         return block[: tokens * self._hidden].view(tokens, self._hidden), kept
 
     def backward(self, index: int, kept: Kept, d_out: Tensor, *, need_dx: bool) -> Tensor | None:
         """Add dA and dBᵀ of layer `index` to `tables.grad`; the gradient of its input if `need_dx`."""
         d_out = d_out.contiguous()
-        dx = torch.empty(self._tokens, self._hidden) if need_dx else None
-        if self._tokens:
-            layer, heads, packs = self._records(index, kept, backward=True)
-            layer[record.D_OUT] = d_out.data_ptr()
-            layer[record.DX] = 0 if dx is None else dx.data_ptr()
-            rows, sequences = self._rows, self._sequences
+        tokens, mlp, hidden = self._tokens, self._stack.mlp, self._hidden
+        dx = torch.empty(tokens, hidden) if need_dx else None
+        if tokens:
+            q = tokens * self._q
+            scratch = self._scratch(
+                transposed_values=self._transposed, keys=tokens * self._kv, dq=q, dk=q, dv=q, d_attended=q,
+                d_qkv=tokens * self._qkv, d_mid=tokens * hidden, d_normed=tokens * hidden, d_gate_up=tokens * 2 * mlp,
+                ds=tokens * self._rows.columns, transposed_qkv=self._qkv * hidden, transposed_o=self._q * hidden,
+                transposed_gate_up=2 * mlp * hidden, transposed_down=hidden * mlp,
+            )  # fmt: skip
+            layer = arguments(
+                BACKWARD, self._sizes(index), kept.places, scratch, self._weights(index),
+                d_out=d_out.data_ptr(), dx=0 if dx is None else dx.data_ptr(),
+            )  # fmt: skip
+            given = {"d_out": scratch["d_attended"], **dict.fromkeys(FORWARD_ONLY, 0)}
+            heads, rows, sequences = self._heads(index, kept, scratch, given), self._rows, self._sequences
             self._stack.team.run(
                 backward_layer, BACKWARD_PHASES, layer, heads, sequences.table, sequences.members, sequences.families,
-                sequences.places, self._factors, rows.sites, packs, rows.slots, rows.pieces, rows.runs, rows.bounds,
-                np.float32(self._stack.eps), self._scale, self._sample,
+                sequences.places, self._factors, rows.sites, self._packs(scratch), rows.slots, rows.pieces, rows.runs,
+                rows.bounds, np.float32(self._stack.eps), self._scale, self._sample,
             )  # fmt: skip
         return dx
 
-    def _factor_record(self) -> NDArray[np.int64]:
-        values = np.zeros(low_rank.FACTORS_SIZE, np.int64)
-        if self._lora is not None:
-            tables = self._lora.tables
-            ranks, scaling, a_offset, b_offset, _, slots = tables.record.values
-            grad = 0 if tables.grad is None else tables.grad.data_ptr()
-            values[:7] = ranks, scaling, a_offset, b_offset, slots, tables.arena.data_ptr(), grad
-        values[low_rank.S_STEP], values[low_rank.TIMES] = 4 * self._rows.columns, times_address()
-        return values
-
-    def _records(
-        self, index: int, kept: Kept, *, backward: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The arrays `layer`, `attention` and `packs` of a job."""
-        stack, tokens, sequences = self._stack, self._tokens, self._sequences
-        q, kv, mlp, hidden = tokens * self._q, tokens * stack.kv_heads * stack.head_dim, stack.mlp, self._hidden
-        turned = sequences.panels * WIDTH * stack.kv_heads * stack.head_dim
-        scores = 2 * QUERIES * sequences.score_columns * stack.team.size
-        normed, active, packs_at, own = record.NORMED, record.ACTIVE, -2, -100
-        sizes = {normed: tokens * hidden, active: tokens * mlp, packs_at: self._rows.packed}
-        heads = {attention.Q: q, attention.KEYS_TURNED: turned, attention.SCORES: scores}
-        if backward:
-            sizes |= {
-                record.D_MID: tokens * hidden, record.D_NORMED: tokens * hidden, record.D_GATE_UP: tokens * 2 * mlp,
-                record.D_ATTENDED: q, record.D_QKV: tokens * self._qkv, record.DS: tokens * self._rows.columns,
-                record.TURNED_QKV: self._qkv * hidden, record.TURNED_O: self._q * hidden,
-                record.TURNED_GATE_UP: 2 * mlp * hidden, record.TURNED_DOWN: hidden * mlp,
-            }  # fmt: skip
-            heads |= {attention.VALUES_TURNED: turned, attention.KEYS: kv, attention.DQ: q}
-            heads |= {attention.DK: q, attention.DV: q}
-        else:
-            heads |= {attention.VALUES: kv}
-        _, places = cut(sizes | {own - key: size for key, size in heads.items()}, self._workspace.scratch)
-        layer = self._layer_record(index)
-        for key, place in (places | kept.places).items():
-            if key >= 0:
-                layer[key] = place
-        call = self._attention_record(index, kept)
-        for key in heads:
-            call[key] = places[own - key]
-        if backward:
-            call[attention.D_OUT], call[attention.D_QKV] = layer[record.D_ATTENDED], layer[record.D_QKV]
-        return layer, call, self._rows.offsets * 4 + places[packs_at]
-
-    def _layer_record(self, index: int) -> NDArray[np.int64]:
-        layer = np.zeros(record.RECORD_SIZE, np.int64)
-        stack = self._stack
-        layer[: record.X] = (
-            self._tokens, self._hidden, stack.mlp, ACTIVATIONS[stack.activation], index, len(self._rows.slots),
-            stack.team.size, stack.heads,
+    def _factor_arguments(self) -> np.void:
+        tables = None if self._lora is None else self._lora.tables
+        nothing = dict.fromkeys(FACTORS.names or (), 0)
+        return arguments(
+            FACTORS, nothing if tables is None else tables.addresses._asdict(),
+            arena=0 if tables is None else tables.arena.data_ptr(),
+            grad=0 if tables is None or tables.grad is None else tables.grad.data_ptr(),
+            s_step=4 * self._rows.columns, times=times_address(),
         )  # fmt: skip
-        weights = stack.records[index]
-        layer[record.INPUT_NORM : record.RECORD_SIZE] = weights[
-            [
-                step.INPUT_NORM, step.QKV_WEIGHT, step.QKV_BIAS, step.O_WEIGHT, step.O_BIAS, step.MLP_NORM,
-                step.GATE_UP_WEIGHT, step.GATE_UP_BIAS, step.DOWN_WEIGHT, step.DOWN_BIAS,
-            ]
-        ]  # fmt: skip
-        return layer
 
-    def _attention_record(self, index: int, kept: Kept) -> NDArray[np.int64]:
-        call, stack = np.zeros(attention.ATTENTION_SIZE, np.int64), self._stack
-        call[attention.TOKENS], call[attention.DIM] = self._tokens, stack.head_dim
-        call[attention.HEADS], call[attention.KV_HEADS] = stack.heads, stack.kv_heads
-        call[attention.PANELS] = self._sequences.panels
-        call[attention.QKV], call[attention.OUT] = kept.places[record.QKV], kept.places[record.ATTENDED]
-        call[attention.LOG_SUM] = kept.places[-1]
-        call[attention.COS], call[attention.SIN] = self._rope.cos.data_ptr(), self._rope.sin.data_ptr()
-        call[attention.NORM] = stack.records[index][step.QK_NORM]
-        call[attention.SCORES_ROW], call[attention.TIMES] = self._sequences.score_columns, times_address()
-        return call
+    @property
+    def _transposed(self) -> int:
+        """Floats of the keys, or the values, of all sequences in panels."""
+        return self._sequences.panels * WIDTH * self._kv
+
+    def _scratch(self, **sizes: int) -> dict[str, int]:
+        """Addresses of buffers that are free again after the job: those of either direction, and `sizes` floats."""
+        tokens, stack = self._tokens, self._stack
+        both = {
+            "normed": tokens * self._hidden, "active": tokens * stack.mlp, "packs": self._rows.packed,
+            "q": tokens * self._q, "transposed_keys": self._transposed,
+            "scores": 2 * QUERIES * self._sequences.score_columns * stack.team.size,
+        }  # fmt: skip
+        return cut(both | sizes, self._workspace.scratch)[1]
+
+    def _packs(self, scratch: dict[str, int]) -> NDArray[np.int64]:
+        """The array `packs` of `factors`."""
+        return self._rows.offsets * 4 + scratch["packs"]
+
+    def _sizes(self, index: int) -> dict[str, int]:
+        stack = self._stack
+        return {
+            "rows": self._tokens, "hidden": self._hidden, "mlp": stack.mlp, "activation": ACTIVATIONS[stack.activation],
+            "index": index, "slots": len(self._rows.slots), "members": stack.team.size, "head_count": stack.heads,
+        }  # fmt: skip
+
+    def _weights(self, index: int) -> dict[str, int]:
+        names = self._stack.layer_arguments.dtype.names or ()
+        return dict(zip(names, self._stack.layer_arguments[index], strict=True))
+
+    def _heads(self, index: int, kept: Kept, scratch: dict[str, int], given: dict[str, int]) -> np.void:
+        """The argument `attention` of a job; `given` comes first."""
+        stack = self._stack
+        return arguments(
+            ATTENTION, given, scratch,
+            tokens=self._tokens, dim=stack.head_dim, heads=stack.heads, kv_heads=stack.kv_heads,
+            panels=self._sequences.panels, qkv=kept.places["qkv"], out=kept.places["attended"],
+            log_sum=kept.places["log_sum"], cos=self._rope.cos.data_ptr(), sin=self._rope.sin.data_ptr(),
+            norm=stack.layer_arguments[index]["qk_norm"], scores_row=self._sequences.score_columns,
+            times=times_address(),
+        )  # fmt: skip

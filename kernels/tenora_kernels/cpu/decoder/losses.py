@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenora_kernels.cpu.decoder import loss as record
 from tenora_kernels.cpu.decoder.loss import (
     BLOCK_PANELS,
-    LOSS_SIZE,
+    LOSS,
     finish_job,
     gather_job,
     gradient_job,
@@ -20,6 +19,7 @@ from tenora_kernels.cpu.decoder.loss import (
 )
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE
+from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import cut
 
 __all__ = ["StreamLosses", "warm_up"]
@@ -71,19 +71,18 @@ class StreamLosses:
         rows, depth, panels = span.stop - span.start, head.in_features, len(head.panels)
         blocks = -(-panels // BLOCK_PANELS)
         sizes = {
-            record.NORMED: rows * depth, record.SCORES: rows * head.padded, record.PARTS: 2 * rows * blocks,
-            record.TARGET_SCORES: rows, record.LOG_SUMS: rows, record.D_NORMED: rows * depth,
-            record.TURNED: 2 * BLOCK_PANELS * PANEL * depth,
+            "normed": rows * depth, "scores": rows * head.padded, "parts": 2 * rows * blocks, "target_scores": rows,
+            "log_sums": rows, "d_normed": rows * depth, "transposed": 2 * BLOCK_PANELS * PANEL * depth,
         }  # fmt: skip
         block, places = cut(sizes, stack.workspace.take)
-        call = np.zeros(LOSS_SIZE, np.int64)
-        for key, place in places.items():
-            call[key] = place
-        call[record.ROWS], call[record.VOCABULARY], call[record.PANELS] = rows, head.out_features, panels
-        call[record.HIDDEN_SIZE], call[record.WEIGHT] = depth, head.panels.data_ptr()
-        call[record.HIDDEN], call[record.NORM] = self._hidden.data_ptr(), stack.final_norm.data_ptr()
-        call[record.AT], call[record.TARGETS] = self._at[span].data_ptr(), self._targets[span].data_ptr()
-        call[record.LOSS], call[record.RIGHT] = losses[span].data_ptr(), right[span].data_ptr()
+        given = None if coefficients is None else coefficients[span].float().contiguous()
+        call = arguments(
+            LOSS, **places, rows=rows, vocabulary=head.out_features, panels=panels, hidden_size=depth,
+            weight=head.panels.data_ptr(), hidden=self._hidden.data_ptr(), norm=stack.final_norm.data_ptr(),
+            at=self._at[span].data_ptr(), targets=self._targets[span].data_ptr(), loss=losses[span].data_ptr(),
+            right=right[span].data_ptr(), coefficients=0 if given is None else given.data_ptr(),
+            d_hidden=0 if d_hidden is None else d_hidden.data_ptr(),
+        )  # fmt: skip
         sample, eps, team = NARROW if head.narrow else WIDE, np.float32(stack.eps), stack.team
         step = max(1, int(_PRODUCTS / (rows * depth * BLOCK_PANELS * PANEL)))
         try:
@@ -92,10 +91,8 @@ class StreamLosses:
                 team.run(score_job, 1, call, first, min(blocks, first + step), sample)
                 yield
             team.run(loss_job, 1, call, blocks)
-            if coefficients is None or d_hidden is None:
+            if given is None or d_hidden is None:
                 return
-            given = coefficients[span].float().contiguous()
-            call[record.COEFFICIENTS], call[record.D_HIDDEN] = given.data_ptr(), d_hidden.data_ptr()
             for first in range(0, blocks, step):
                 last = min(blocks, first + step)
                 team.run(gradient_job, last - first + 1, call, first, last, sample)

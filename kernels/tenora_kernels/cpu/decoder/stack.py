@@ -10,20 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenora_kernels.cpu.attention import paged
-from tenora_kernels.cpu.attention.attention import UNLIMITED, PagedStep, Rope, allocate_cache, takes
+from tenora_kernels.cpu.attention.attention import UNLIMITED, PagedStep, Rope, allocate_cache, supports
 from tenora_kernels.cpu.decoder import step
 from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
 from tenora_kernels.cpu.lowrank import lowrank
 from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul, unpack
+from tenora_kernels.cpu.runtime.arguments import arguments, assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.workspace import Workspace
-from tenora_kernels.layout import LoraBatch
+from tenora_kernels.layout import LoraBatch, LoraTables
 
-__all__ = ["PackedLayer", "PackedStack", "packable"]
+__all__ = ["PackedLayer", "PackedStack", "supports_sizes"]
 
 _Integers = NDArray[np.int64]
 _NO_PIECES: _Integers = np.zeros((0, 3), np.int64)
+_NO_ADAPTERS: np.void = np.zeros(1, lowrank.LORA)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +52,24 @@ class PackedLayer:
     qk_norm: Tensor | None = None
     window: int | None = None
 
-    def record(self) -> list[int]:
-        """The layer's row of the array `layers`, without a cache."""
-        row = [0] * step.LAYER_SIZE
-        places = {
-            step.INPUT_NORM: self.input_norm, step.MLP_NORM: self.mlp_norm, step.QK_NORM: self.qk_norm,
-            step.QKV_WEIGHT: self.qkv.panels, step.QKV_BIAS: self.qkv_bias,
-            step.O_WEIGHT: self.o.panels, step.O_BIAS: self.o_bias,
-            step.GATE_UP_WEIGHT: self.gate_up.panels, step.GATE_UP_BIAS: self.gate_up_bias,
-            step.DOWN_WEIGHT: self.down.panels, step.DOWN_BIAS: self.down_bias,
+    def arguments(self) -> np.void:
+        """The layer's entry of the array `layers`, without a cache."""
+        tensors = {
+            "input_norm": self.input_norm, "mlp_norm": self.mlp_norm, "qk_norm": self.qk_norm,
+            "qkv_weight": self.qkv.panels, "qkv_bias": self.qkv_bias,
+            "o_weight": self.o.panels, "o_bias": self.o_bias,
+            "gate_up_weight": self.gate_up.panels, "gate_up_bias": self.gate_up_bias,
+            "down_weight": self.down.panels, "down_bias": self.down_bias,
         }  # fmt: skip
-        for place, tensor in places.items():
-            row[place] = 0 if tensor is None else tensor.data_ptr()
-        row[step.WINDOW] = UNLIMITED if self.window is None else self.window
-        return row
+        addresses = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+        window = UNLIMITED if self.window is None else self.window
+        return arguments(step.LAYER, **addresses, keys=0, values=0, window=window)
 
 
-def packable(*, hidden: int, q_size: int, kv_size: int, mlp: int, head_dim: int, activation: str) -> bool:
+def supports_sizes(*, hidden: int, q_size: int, kv_size: int, mlp: int, head_dim: int, activation: str) -> bool:
     """Whether `PackedStack` takes a decoder of these sizes: every module has whole panels of PANEL columns."""
     whole = all(size % PANEL == 0 for size in (hidden, q_size, kv_size, mlp))
-    return whole and takes(torch.float32, head_dim) and activation in ACTIVATIONS
+    return whole and supports(torch.float32, head_dim) and activation in ACTIVATIONS
 
 
 @dataclass(slots=True)
@@ -101,7 +100,7 @@ class PackedStack:
     final_norm: Tensor
     team: Team
     workspace: Workspace = field(default_factory=Workspace, repr=False)
-    _layers: _Integers = field(init=False, repr=False)
+    _layers: NDArray[np.void] = field(init=False, repr=False)
     _slices: tuple[_Integers, _Integers, _Integers] = field(init=False, repr=False)
     _keys: Sequence[Tensor] | None = field(init=False, repr=False, default=None)  # whose addresses `_layers` holds
 
@@ -109,7 +108,7 @@ class PackedStack:
         matrices = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         if any(matrix.narrow != self.table.narrow for matrix in [*matrices, self.head]):
             raise ValueError("the matrices of a decoder must be packed alike, all of them bfloat16 or all float32.")
-        self._layers = np.array([layer.record() for layer in self.layers], dtype=np.int64)
+        self._layers = np.array([layer.arguments() for layer in self.layers], step.LAYER)
         q, kv, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.table.in_features
         self._slices = (
             np.array([(0, q), (q, kv), (q + kv, kv)]),
@@ -132,10 +131,10 @@ class PackedStack:
             rope: cos and sin of the tokens, float32.
             attention: which tokens belong together.
             caches: keys and values of every layer, from `attention.allocate_cache`, float32; changed in place.
-            lora: adapters of the rows. Its rows must be as `takes` wants them.
+            lora: adapters of the rows, which lie with those of the base first, then slot after slot; see `supports`.
 
         Raises:
-            ValueError: `takes(lora)` is false.
+            ValueError: the rows or the tables lie otherwise.
         """
         rows, hidden = ids.shape[0], self.table.in_features
         if rows == 0:
@@ -148,36 +147,37 @@ class PackedStack:
         buffer_size = lowrank.ITEM_ROWS * rank
         buffers = torch.empty(self.team.size, buffer_size)
         numbers = np.arange(rows)
-        record = np.array(
-            (
-                rows, base_rows, len(self.layers), hidden, self.heads, self.kv_heads, self.head_dim, self.mlp,
-                ACTIVATIONS[self.activation], ids.data_ptr(), self.table.panels.data_ptr(), len(self.table.panels),
-                x.data_ptr(), normed.data_ptr(), qkv.data_ptr(), attended.data_ptr(), gate_up.data_ptr(),
-                buffers.data_ptr(), buffer_size * 4, self.final_norm.data_ptr(), len(pieces), numbers.ctypes.data,
-            ),
-            dtype=np.int64,
+        whole = arguments(
+            step.STEP,
+            rows=rows, base_rows=base_rows, layers=len(self.layers), hidden=hidden, heads=self.heads,
+            kv_heads=self.kv_heads, head_dim=self.head_dim, mlp=self.mlp, activation=ACTIVATIONS[self.activation],
+            ids=ids.data_ptr(), table=self.table.panels.data_ptr(), x=x.data_ptr(), normed=normed.data_ptr(),
+            qkv=qkv.data_ptr(), attended=attended.data_ptr(), gate_up=gate_up.data_ptr(), buffers=buffers.data_ptr(),
+            buffer_step=buffer_size * 4, final_norm=self.final_norm.data_ptr(), items=len(pieces),
+            numbers=numbers.ctypes.data,
         )  # fmt: skip
         if caches[0] is not self._keys:
-            self._layers[:, step.KEYS] = [keys.data_ptr() for keys in caches[0]]
-            self._layers[:, step.VALUES] = [values.data_ptr() for values in caches[1]]
+            self._layers["keys"] = [keys.data_ptr() for keys in caches[0]]
+            self._layers["values"] = [values.data_ptr() for values in caches[1]]
             self._keys = caches[0]
         plan = attention.plan(self.heads, self.kv_heads, self.head_dim, self.team)
         q, item = qkv.data_ptr(), 4 * self.head_dim
-        plan.call[: paged.NORM] = (
-            q, q + self.heads * item, q + (self.heads + self.kv_heads) * item, qkv_size * 4, attended.data_ptr(),
-            rope.cos.data_ptr(), rope.sin.data_ptr(),
+        assign(
+            plan.call,
+            q=q, k=q + self.heads * item, v=q + (self.heads + self.kv_heads) * item, stride=qkv_size * 4,
+            out=attended.data_ptr(), cos=rope.cos.data_ptr(), sin=rope.sin.data_ptr(),
+            block_size=caches[0][0].shape[1],
         )  # fmt: skip
-        plan.call[paged.BLOCK_SIZE] = caches[0][0].shape[1]
         self.team.run(
-            step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, record, self._layers, tables,
+            step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers, tables,
             pieces, *self._slices, plan.call, attention.slots, attention.tables, plan.items, plan.panels,
             self.team.size, plan.scale, np.float32(self.eps), NARROW if self.table.narrow else WIDE,
         )  # fmt: skip
         return normed
 
     @property
-    def records(self) -> _Integers:
-        """int64 [layers, step.LAYER_SIZE]: addresses of the layers' weights, for other jobs of the team."""
+    def layer_arguments(self) -> NDArray[np.void]:
+        """`step.LAYER` [layers]: addresses of the layers' weights, for other jobs of the team."""
         return self._layers
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -201,25 +201,21 @@ class PackedStack:
             unpack(self.layers[0].o, self.team)
 
     @staticmethod
-    def takes(lora: LoraBatch | None) -> bool:
-        """Whether the adapters' rows lie as a step needs them: base rows first, then slot after slot, in float32."""
-        if lora is None or not lora.segments.adapted:
-            return True
-        segments = lora.segments
-        whole = segments.first is not None and segments.first + segments.adapted == segments.rows
-        return whole and lora.tables.arena.dtype == torch.float32
+    def supports(tables: LoraTables) -> bool:
+        """Whether a step can read adapters from such tables."""
+        return tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"
 
-    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[_Integers, _Integers, int, int]:
-        """The array `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
+    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[np.void, _Integers, int, int]:
+        """The argument `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
         if lora is None or not lora.segments.adapted:
-            return np.zeros(lowrank.LORA_SIZE, np.int64), _NO_PIECES, rows, 0
-        if not self.takes(lora):
-            raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
+            return _NO_ADAPTERS, _NO_PIECES, rows, 0
         segments, tables = lora.segments, lora.tables
-        record = np.append(tables.record.values, tables.arena.data_ptr())
-        first = segments.first or 0
+        first = segments.first
+        if first is None or first + segments.adapted != segments.rows or not self.supports(tables):
+            raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
+        found = arguments(lowrank.LORA, **tables.addresses._asdict(), arena=tables.arena.data_ptr())
         slots = segments.arrays.seg_slot
-        return record, _pieces(segments.arrays.seg_ptr + first, slots), first, int(tables.arrays.ranks[:, slots].max())
+        return found, _pieces(segments.arrays.seg_ptr + first, slots), first, int(tables.arrays.ranks[:, slots].max())
 
 
 def _pieces(bounds: _Integers, slots: _Integers) -> _Integers:

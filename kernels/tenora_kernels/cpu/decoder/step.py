@@ -17,29 +17,29 @@ from tenora_kernels.cpu.decoder.activation import activate
 from tenora_kernels.cpu.lowrank.lowrank import factor_of, low_rank
 from tenora_kernels.cpu.products.gemm import PANEL, group_of, multiply_rows, product_phase, tile_count, tile_of
 from tenora_kernels.cpu.products.product import packed_entry
+from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled, job
 from tenora_kernels.cpu.runtime.team import claim, complete, join
 from tenora_kernels.cpu.runtime.values import FAST, load, peek, store
 
-__all__ = ["LAYER_SIZE", "MORE_PHASES", "PHASES_PER_LAYER", "STEP_SIZE", "run_step"]
+__all__ = ["LAYER", "MORE_PHASES", "PHASES_PER_LAYER", "STEP", "run_step"]
 
-# Places in the array `step`. Addresses in bytes; buffers are float32 with rows of the sizes in brackets.
-(
-    ROWS, BASE_ROWS, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, ACTIVATION,
-    IDS, TABLE, TABLE_PANELS, X, NORMED, QKV, ATTENDED, GATE_UP, BUFFERS, BUFFER_STEP, FINAL_NORM, ITEMS,
-    NUMBERS, STEP_SIZE,
-) = range(23)  # fmt: skip
-"""X [hidden], NORMED [hidden], QKV, ATTENDED [q], GATE_UP [2 · mlp]; BUFFERS: one for each member.
+STEP = declare(
+    "rows", "base_rows", "layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "activation", "ids", "table", "x",
+    "normed", "qkv", "attended", "gate_up", "buffers", "buffer_step", "final_norm", "items", "numbers",
+)  # fmt: skip
+"""Addresses in bytes; float32 with rows of the sizes in brackets: x, normed [hidden], qkv, attended [q], gate_up
+[2 · mlp]; buffers: one for each member.
 
-BASE_ROWS: rows before the first one that has an adapter; the rows from there on all have one. ITEMS: how many entries
-the array `adapted` has. NUMBERS: int64 0, 1, … ROWS - 1.
+base_rows: rows before the first one that has an adapter; the rows from there on all have one. items: how many entries
+the array `adapted` has. numbers: int64 0, 1, … rows - 1.
 """
 
-# Places in a row of the array `layers`. A bias or a norm that does not exist is 0.
-(
-    INPUT_NORM, QKV_WEIGHT, QKV_BIAS, QK_NORM, O_WEIGHT, O_BIAS, MLP_NORM, GATE_UP_WEIGHT, GATE_UP_BIAS, DOWN_WEIGHT,
-    DOWN_BIAS, KEYS, VALUES, WINDOW, LAYER_SIZE,
-) = range(15)  # fmt: skip
+LAYER = declare(
+    "input_norm", "qkv_weight", "qkv_bias", "qk_norm", "o_weight", "o_bias", "mlp_norm", "gate_up_weight",
+    "gate_up_bias", "down_weight", "down_bias", "keys", "values", "window",
+)  # fmt: skip
+"""A bias or a norm that does not exist is 0."""
 
 PHASES_PER_LAYER = 12
 _FIRST_PHASES = 2
@@ -69,7 +69,7 @@ def _norm_row(x, weight, columns, eps, out):
 @compiled()
 def _norm(control, phase, step, weight, eps):
     """NORMED = the norm of X."""
-    rows, columns = step[ROWS], step[HIDDEN]
+    rows, columns = step.rows, step.hidden
     tasks = (rows + _NORM_ROWS - 1) // _NORM_ROWS
     while True:
         task = claim(control, phase, tasks)
@@ -77,7 +77,7 @@ def _norm(control, phase, step, weight, eps):
             break
         for row in range(task * _NORM_ROWS, min(rows, (task + 1) * _NORM_ROWS)):
             at = row * columns * 4
-            _norm_row(step[X] + at, weight, columns, eps, step[NORMED] + at)
+            _norm_row(step.x + at, weight, columns, eps, step.normed + at)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -85,18 +85,18 @@ def _norm(control, phase, step, weight, eps):
 @compiled()
 def _embed(control, step, sample):
     """X = the rows of the packed table that the tokens name."""
-    rows, columns = step[ROWS], step[HIDDEN]
+    rows, columns = step.rows, step.hidden
     tasks = (rows + _NORM_ROWS - 1) // _NORM_ROWS
     while True:
         task = claim(control, 1, tasks)
         if task < 0:
             break
         for row in range(task * _NORM_ROWS, min(rows, (task + 1) * _NORM_ROWS)):
-            token = peek(step[IDS], row, np.int64(0))
+            token = peek(step.ids, row, np.int64(0))
             panel, column = token // PANEL, token % PANEL
-            out = step[X] + row * columns * 4
+            out = step.x + row * columns * 4
             for i in range(columns):
-                store(out, i, packed_entry(step[TABLE], panel * columns + i, column, sample), float32(0))
+                store(out, i, packed_entry(step.table, panel * columns + i, column, sample), float32(0))
         complete(control, 1)
     join(control, 1, tasks)
 
@@ -108,7 +108,7 @@ def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, de
     A member claims its next task before it does the one at hand, whose arithmetic hides the fetching of that one's A.
     """
     count = slices.shape[0]
-    tasks = step[ITEMS] * count
+    tasks = step.items * count
     task = claim(control, phase, tasks)
     while task >= 0:
         following = claim(control, phase, tasks)
@@ -119,7 +119,7 @@ def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, de
         slot, first, rows = adapted[task // count]
         column, width = slices[task % count]
         low_rank(
-            lora, module + task % count, slot, x, x_step, step[NUMBERS] + 8 * first, rows, depth, out + column * 4,
+            lora, module + task % count, slot, x, x_step, step.numbers + 8 * first, rows, depth, out + column * 4,
             out_step, width, add, buffer, ahead, ahead_size,
         )  # fmt: skip
         complete(control, phase)
@@ -130,7 +130,7 @@ def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, de
 @compiled()
 def _gate_up(control, phase, step, w, bias, sample):
     """The gate's half of GATE_UP = act(gate) · up; a task makes the same columns of both."""
-    rows, hidden, mlp = step[ROWS], step[HIDDEN], step[MLP]
+    rows, hidden, mlp = step.rows, step.hidden, step.mlp
     panels = mlp // PANEL
     group = max(2, group_of(panels) // 2)
     tasks, out_step, x_step = tile_count(rows, panels, group), 2 * mlp * 4, hidden * 4
@@ -141,83 +141,83 @@ def _gate_up(control, phase, step, w, bias, sample):
         start, stop, first, last = tile_of(task, rows, panels, group)
         for half in range(2):
             multiply_rows(
-                start, stop, step[BASE_ROWS], step[NORMED], x_step, w, half * panels + first, half * panels + last,
-                2 * panels, hidden, step[GATE_UP], out_step, bias, sample,
+                start, stop, step.base_rows, step.normed, x_step, w, half * panels + first, half * panels + last,
+                2 * panels, hidden, step.gate_up, out_step, bias, sample,
             )  # fmt: skip
         for row in range(start, stop):
-            gate = step[GATE_UP] + row * out_step + first * PANEL * 4
-            activate(gate, gate + mlp * 4, (last - first) * PANEL, step[ACTIVATION])
+            gate = step.gate_up + row * out_step + first * PANEL * 4
+            activate(gate, gate + mlp * 4, (last - first) * PANEL, step.activation)
         complete(control, phase)
     join(control, phase, tasks)
 
 
 @job()
 def run_step(
-    control, step, layers, lora, adapted, qkv_slices, o_slices, gate_up_slices, call, slots, tables, items, panels,
+    control, step, layers, lora, adapted, qkv_slices, o_slices, gate_up_slices, calls, slots, tables, items, panels,
     members, scale, eps, sample,
 ):  # fmt: skip
     """The job. Afterwards NORMED holds the hidden states after the final norm.
 
     Args:
         control: the team's.
-        step: int64 [STEP_SIZE].
-        layers: int64 [L, LAYER_SIZE].
-        lora: int64 [lowrank.LORA_SIZE].
+        step: STEP.
+        layers: LAYER [L].
+        lora: `lowrank.LORA`.
         adapted: int64 [n, 3]: slot, first row and number of rows (at most ITEM_ROWS) of a piece of the batch.
         qkv_slices, o_slices, gate_up_slices: int64 [modules, 2], first column and width. down has those of o.
-        call, slots, tables, items, panels: attention's, as `paged.attend_phases` takes them; `call` is copied.
+        calls, slots, tables, items, panels: attention's, as `paged.attend_job` takes them; `calls` is copied.
         members: how many threads share the work.
         scale: of the scores.
         eps: of the norms.
         sample: of the weights, see `gemm`.
     """
     member = max(0, claim(control, 0, members))
-    hidden, q_size, mlp = step[HIDDEN], step[HEADS] * step[HEAD_DIM], step[MLP]
-    qkv_size = (step[HEADS] + 2 * step[KV_HEADS]) * step[HEAD_DIM]
-    buffer = step[BUFFERS] + member * step[BUFFER_STEP]
-    adapts = step[ITEMS] > 0
-    own = call.copy()
+    hidden, q_size, mlp = step.hidden, step.heads * step.head_dim, step.mlp
+    qkv_size = (step.heads + 2 * step.kv_heads) * step.head_dim
+    buffer = step.buffers + member * step.buffer_step
+    adapts = step.items > 0
+    own = calls.copy()
     _embed(control, step, sample)
-    for index in range(step[LAYERS]):
+    for index in range(step.layers):
         layer, module = layers[index], index * _MODULES
         phase = _FIRST_PHASES + index * PHASES_PER_LAYER
-        normed, gate_up, attended = step[NORMED], step[GATE_UP], step[ATTENDED]
-        _norm(control, phase, step, layer[INPUT_NORM], eps)
+        normed, gate_up, attended = step.normed, step.gate_up, step.attended
+        _norm(control, phase, step, layer.input_norm, eps)
         if adapts:
             _adapters(
-                control, phase + 1, step, lora, adapted, module, qkv_slices, normed, hidden * 4, hidden, step[QKV],
+                control, phase + 1, step, lora, adapted, module, qkv_slices, normed, hidden * 4, hidden, step.qkv,
                 qkv_size * 4, False, buffer,
             )  # fmt: skip
         product_phase(
-            control, phase + 2, step[ROWS], step[BASE_ROWS], normed, hidden * 4, layer[QKV_WEIGHT], qkv_size // PANEL,
-            hidden, step[QKV], qkv_size * 4, layer[QKV_BIAS], sample,
+            control, phase + 2, step.rows, step.base_rows, normed, hidden * 4, layer.qkv_weight, qkv_size // PANEL,
+            hidden, step.qkv, qkv_size * 4, layer.qkv_bias, sample,
         )  # fmt: skip
-        own[paged.NORM], own[paged.WINDOW] = layer[QK_NORM], layer[WINDOW]
-        own[paged.KEYS], own[paged.VALUES] = layer[KEYS], layer[VALUES]
-        paged.attend_phases(control, phase + 3, member, panels, slots, tables, items, own, scale, eps, float32(0))
+        call = own[0]
+        call.norm, call.window, call.keys, call.values = layer.qk_norm, layer.window, layer.keys, layer.values
+        paged.attend_phases(control, phase + 3, member, panels, slots, tables, items, call, scale, eps, float32(0))
         if adapts:
             _adapters(
-                control, phase + 5, step, lora, adapted, module + 3, o_slices, attended, q_size * 4, q_size, step[X],
+                control, phase + 5, step, lora, adapted, module + 3, o_slices, attended, q_size * 4, q_size, step.x,
                 hidden * 4, True, buffer,
             )  # fmt: skip
         product_phase(
-            control, phase + 6, step[ROWS], 0, attended, q_size * 4, layer[O_WEIGHT], hidden // PANEL, q_size, step[X],
-            hidden * 4, layer[O_BIAS], sample,
+            control, phase + 6, step.rows, 0, attended, q_size * 4, layer.o_weight, hidden // PANEL, q_size, step.x,
+            hidden * 4, layer.o_bias, sample,
         )  # fmt: skip
-        _norm(control, phase + 7, step, layer[MLP_NORM], eps)
+        _norm(control, phase + 7, step, layer.mlp_norm, eps)
         if adapts:
             _adapters(
                 control, phase + 8, step, lora, adapted, module + 4, gate_up_slices, normed, hidden * 4, hidden,
                 gate_up, 2 * mlp * 4, False, buffer,
             )  # fmt: skip
-        _gate_up(control, phase + 9, step, layer[GATE_UP_WEIGHT], layer[GATE_UP_BIAS], sample)
+        _gate_up(control, phase + 9, step, layer.gate_up_weight, layer.gate_up_bias, sample)
         if adapts:
             _adapters(
-                control, phase + 10, step, lora, adapted, module + 6, o_slices, gate_up, 2 * mlp * 4, mlp, step[X],
+                control, phase + 10, step, lora, adapted, module + 6, o_slices, gate_up, 2 * mlp * 4, mlp, step.x,
                 hidden * 4, True, buffer,
             )  # fmt: skip
         product_phase(
-            control, phase + 11, step[ROWS], 0, gate_up, 2 * mlp * 4, layer[DOWN_WEIGHT], hidden // PANEL, mlp, step[X],
-            hidden * 4, layer[DOWN_BIAS], sample,
+            control, phase + 11, step.rows, 0, gate_up, 2 * mlp * 4, layer.down_weight, hidden // PANEL, mlp, step.x,
+            hidden * 4, layer.down_bias, sample,
         )  # fmt: skip
-    _norm(control, _FIRST_PHASES + step[LAYERS] * PHASES_PER_LAYER, step, step[FINAL_NORM], eps)
+    _norm(control, _FIRST_PHASES + step.layers * PHASES_PER_LAYER, step, step.final_norm, eps)

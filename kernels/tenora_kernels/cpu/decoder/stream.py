@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tenora_kernels.cpu.attention.sequences import QUERIES, SEQUENCE_SIZE, score_columns
+from tenora_kernels.cpu.attention.sequences import QUERIES, SEQUENCE, score_columns
 from tenora_kernels.cpu.lowrank import factors
 from tenora_kernels.cpu.products.strided import WIDTH
+from tenora_kernels.cpu.runtime.arguments import assign
 from tenora_kernels.cpu.runtime.vectors import LANES
 from tenora_kernels.layout import LoraBatch
 
@@ -28,7 +29,7 @@ class Sequences(NamedTuple):
     """Sequences of a stream, for `sequences`.
 
     Attributes:
-        table: int64 [n, SEQUENCE_SIZE].
+        table: SEQUENCE [n].
         items: int64 [items, 3], the longest first.
         places: int64 [T].
         members, families: int64; see `layer_backward.backward_layer`. The largest family comes first.
@@ -36,7 +37,7 @@ class Sequences(NamedTuple):
         score_columns: of a block of scores.
     """
 
-    table: Integers
+    table: NDArray[np.void]
     items: Integers
     places: Integers
     members: Integers
@@ -78,31 +79,38 @@ def lay_out_sequences(cu_seqlens: Sequence[int], prefixes: Sequence[tuple[int, i
     """
     starts = np.asarray(cu_seqlens, np.int64)
     counts = np.diff(starts)
-    table = np.zeros((len(counts), SEQUENCE_SIZE), np.int64)
+    table = np.zeros(len(counts), SEQUENCE)
     panels = -(-counts // WIDTH)
-    table[:, 0], table[:, 1], table[:, 2], table[:, 3] = starts[:-1], counts, np.cumsum(panels) - panels, -1
+    assign(table, start=starts[:-1], count=counts, panel=np.cumsum(panels) - panels, shared=-1)
     for number, prefix in enumerate(prefixes or ()):
         if prefix is not None and prefix[1] > 0:
             owner, shared = prefix
-            if not (0 <= owner < len(counts)) or owner == number or shared > counts[owner] or table[owner, 3] >= 0:
+            if (
+                not (0 <= owner < len(counts))
+                or owner == number
+                or shared > counts[owner]
+                or table["shared"][owner] >= 0
+            ):
                 raise ValueError(f"sequence {number} cannot begin with {shared} tokens of sequence {owner}.")
-            table[number, 3:] = prefix
-    owners = table[table[:, 3] >= 0, 3]
-    if (table[owners, 3] >= 0).any():
+            assign(table[number], shared=owner, shared_count=shared)
+    sharing = table["shared"] >= 0
+    if sharing[table["shared"][sharing]].any():
         raise ValueError("a sequence whose beginning others share cannot share another one's.")
-    heads = np.where(table[:, 3] >= 0, table[:, 3], np.arange(len(counts)))  # who each one's family is named after
-    order = np.lexsort((np.arange(len(counts)), table[:, 3] >= 0, heads))  # the one that is shared comes first
+    heads = np.where(sharing, table["shared"], np.arange(len(counts)))  # who each one's family is named after
+    order = np.lexsort((np.arange(len(counts)), sharing, heads))  # the one that is shared comes first
     found, first = np.unique(heads[order], return_index=True)
     groups = np.split(order, first[1:]) if len(found) else []
-    work = counts * (counts + 2 * table[:, 4])
+    work = counts * (counts + 2 * table["shared_count"])
     groups.sort(key=lambda group: -int(work[group].sum()))
     families = np.cumsum([0, *(len(group) for group in groups)])
     position = np.arange(int(starts[-1])) - np.repeat(starts[:-1], counts)
-    columns = [score_columns(int(count), int(shared)) for count, shared in zip(counts, table[:, 4], strict=True)]
+    columns = [
+        score_columns(int(count), int(shared)) for count, shared in zip(counts, table["shared_count"], strict=True)
+    ]
     return Sequences(
         table=table,
-        items=_items(counts, table[:, 4]),
-        places=np.repeat(table[:, 2] * WIDTH, counts) + position,
+        items=_items(counts, table["shared_count"]),
+        places=np.repeat(table["panel"] * WIDTH, counts) + position,
         members=np.ascontiguousarray(np.concatenate(groups) if groups else order, np.int64),
         families=families.astype(np.int64),
         panels=int(panels.sum()),

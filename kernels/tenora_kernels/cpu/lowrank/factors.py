@@ -11,17 +11,19 @@ import numpy as np
 from numba import float32
 
 from tenora_kernels.cpu.products.strided import ADD, SET, padded, times
+from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import load, peek, store
 
 __all__ = [
-    "FACTORS_SIZE", "PACKS", "SITE_SIZE", "expand", "expand_back", "gradient_task", "gradient_tasks", "pack_inputs",
+    "FACTORS", "PACKS", "SITE_SIZE", "expand", "expand_back", "gradient_task", "gradient_tasks", "pack_inputs",
     "pack_outputs", "shrink", "shrink_back",
 ]  # fmt: skip
 
-# Places in the array `factors`. Addresses in bytes; S_STEP: bytes from row to row of S and of dS. TIMES:
-# `times_address()`.
-RANKS, SCALING, A_OFFSET, B_OFFSET, SLOTS, ARENA, GRAD, S_STEP, TIMES, FACTORS_SIZE = range(10)
+FACTORS = declare("ranks", "scaling", "a_offset", "b_offset", "slots", "arena", "grad", "s_step", "times")
+"""The tables of the stream's adapters, addresses in bytes; s_step: bytes from row to row of S and of dS. times:
+`times_address()`.
+"""
 
 # Places in a row of the array `sites`: first module of the layer's seven, columns of x, how many modules, the site's
 # first column in S, then first column and width in y of each module.
@@ -43,18 +45,18 @@ _I64, _I32 = np.int64(0), np.int32(0)
 
 @compiled()
 def _rank(factors, layer, module, slot):
-    return np.int64(peek(factors[RANKS], (layer * _MODULES + module) * factors[SLOTS] + slot, _I32))
+    return np.int64(peek(factors.ranks, (layer * _MODULES + module) * factors.slots + slot, _I32))
 
 
 @compiled()
 def _scale(factors, layer, module, slot):
-    return peek(factors[SCALING], (layer * _MODULES + module) * factors[SLOTS] + slot, float32(0))
+    return peek(factors.scaling, (layer * _MODULES + module) * factors.slots + slot, float32(0))
 
 
 @compiled()
 def _element(factors, table, layer, module, slot):
-    """Bytes from the start of the arena to a matrix; table is A_OFFSET or B_OFFSET."""
-    return 4 * peek(factors[table], (layer * _MODULES + module) * factors[SLOTS] + slot, _I64)
+    """Bytes from the start of the arena to a matrix; table is a_offset or b_offset."""
+    return 4 * peek(table, (layer * _MODULES + module) * factors.slots + slot, _I64)
 
 
 @compiled()
@@ -67,7 +69,7 @@ def _width(factors, site, layer, slot):
 
 
 @compiled()
-def _turned(source, rows, columns, out, out_step, whole):
+def _transpose(source, rows, columns, out, out_step, whole):
     """out[c, r] = source[r, c], with zeros for the r from `rows` up to `whole`."""
     for c in range(columns):
         place = out + c * out_step
@@ -87,8 +89,8 @@ def pack_inputs(task, factors, sites, packs, slots, layer):
         rank = _rank(factors, layer, site[MODULE] + j, slot)
         if rank == 0:
             continue
-        a = factors[ARENA] + _element(factors, A_OFFSET, layer, site[MODULE] + j, slot)
-        _turned(a, rank, site[DEPTH], packs[number, task % _SITES] + 4 * column, step, padded(rank))
+        a = factors.arena + _element(factors, factors.a_offset, layer, site[MODULE] + j, slot)
+        _transpose(a, rank, site[DEPTH], packs[number, task % _SITES] + 4 * column, step, padded(rank))
         column += padded(rank)
 
 
@@ -101,9 +103,9 @@ def pack_outputs(task, factors, sites, packs, slots, layer):
         module = site[MODULE] + j
         rank = _rank(factors, layer, module, slot)
         if rank > 0:
-            bt = factors[ARENA] + _element(factors, B_OFFSET, layer, module, slot)
+            bt = factors.arena + _element(factors, factors.b_offset, layer, module, slot)
             width = site[SLICES + 2 * j + 1]
-            _turned(bt, rank, width, packs[number, _SITES + module], 4 * padded(rank), padded(rank))
+            _transpose(bt, rank, width, packs[number, _SITES + module], 4 * padded(rank), padded(rank))
 
 
 @compiled()
@@ -113,10 +115,10 @@ def shrink(piece, factors, sites, number, packs, layer, x, x_step, s):
     site = sites[number]
     width = _width(factors, site, layer, slot) if slot >= 0 else 0
     if width:
-        out = s + first * factors[S_STEP] + 4 * site[S_COLUMN]
+        out = s + first * factors.s_step + 4 * site[S_COLUMN]
         times(
-            factors[TIMES], rows, width, x + first * x_step, x_step, 4, packs[ordinal, number], 4 * width, site[DEPTH],
-            out, factors[S_STEP], SET, 1.0,
+            factors.times, rows, width, x + first * x_step, x_step, 4, packs[ordinal, number], 4 * width, site[DEPTH],
+            out, factors.s_step, SET, 1.0,
         )  # fmt: skip
 
 
@@ -133,9 +135,9 @@ def shrink_back(piece, factors, sites, number, packs, layer, dy, dy_step, ds):
         if rank > 0:
             start, width, whole = site[SLICES + 2 * j], site[SLICES + 2 * j + 1], padded(rank)
             times(
-                factors[TIMES], rows, whole, dy + first * dy_step + 4 * start, dy_step, 4,
-                packs[ordinal, _SITES + module], 4 * whole, width, ds + first * factors[S_STEP] + 4 * column,
-                factors[S_STEP], SET, _scale(factors, layer, module, slot),
+                factors.times, rows, whole, dy + first * dy_step + 4 * start, dy_step, 4,
+                packs[ordinal, _SITES + module], 4 * whole, width, ds + first * factors.s_step + 4 * column,
+                factors.s_step, SET, _scale(factors, layer, module, slot),
             )  # fmt: skip
             column += whole
 
@@ -158,10 +160,10 @@ def expand(pieces, start, stop, low, high, factors, sites, number, layer, s, out
             begin, width = site[SLICES + 2 * j], site[SLICES + 2 * j + 1]
             left, right = max(low, begin), min(high, begin + width)
             if left < right:
-                bt = factors[ARENA] + _element(factors, B_OFFSET, layer, module, slot)
+                bt = factors.arena + _element(factors, factors.b_offset, layer, module, slot)
                 times(
-                    factors[TIMES], last - first, right - left, s + first * factors[S_STEP] + 4 * column,
-                    factors[S_STEP], 4, bt + 4 * (left - begin), 4 * width, rank, out + first * out_step + 4 * left,
+                    factors.times, last - first, right - left, s + first * factors.s_step + 4 * column,
+                    factors.s_step, 4, bt + 4 * (left - begin), 4 * width, rank, out + first * out_step + 4 * left,
                     out_step, ADD, _scale(factors, layer, module, slot),
                 )  # fmt: skip
             column += padded(rank)
@@ -181,9 +183,9 @@ def expand_back(pieces, start, stop, low, high, factors, sites, number, layer, d
             rank = _rank(factors, layer, site[MODULE] + j, slot)
             if rank == 0:
                 continue
-            a = factors[ARENA] + _element(factors, A_OFFSET, layer, site[MODULE] + j, slot)
+            a = factors.arena + _element(factors, factors.a_offset, layer, site[MODULE] + j, slot)
             times(
-                factors[TIMES], last - first, high - low, ds + first * factors[S_STEP] + 4 * column, factors[S_STEP], 4,
+                factors.times, last - first, high - low, ds + first * factors.s_step + 4 * column, factors.s_step, 4,
                 a + 4 * low, 4 * site[DEPTH], rank, out + first * out_step + 4 * low, out_step, ADD, 1.0,
             )  # fmt: skip
             column += padded(rank)
@@ -238,15 +240,15 @@ def gradient_task(task, factors, sites, number, runs, bounds, slots, layer, x, x
                 low = left * SUM_COLUMNS
                 size = min(SUM_COLUMNS, columns - low)
                 if side == 0:
-                    out = factors[GRAD] + _element(factors, A_OFFSET, layer, module, slot) + 4 * low
+                    out = factors.grad + _element(factors, factors.a_offset, layer, module, slot) + 4 * low
                     _sum_rows(
-                        factors[TIMES], runs, begin, end, rank, size, ds + 4 * column, factors[S_STEP], x + 4 * low,
+                        factors.times, runs, begin, end, rank, size, ds + 4 * column, factors.s_step, x + 4 * low,
                         x_step, out, 4 * columns, 1.0,
                     )  # fmt: skip
                 else:
-                    out = factors[GRAD] + _element(factors, B_OFFSET, layer, module, slot) + 4 * low
+                    out = factors.grad + _element(factors, factors.b_offset, layer, module, slot) + 4 * low
                     _sum_rows(
-                        factors[TIMES], runs, begin, end, rank, size, s + 4 * column, factors[S_STEP],
+                        factors.times, runs, begin, end, rank, size, s + 4 * column, factors.s_step,
                         dy + 4 * (start + low), dy_step, out, 4 * columns, _scale(factors, layer, module, slot),
                     )  # fmt: skip
             return

@@ -6,25 +6,26 @@ import numpy as np
 from numba import float32, uint16
 
 from tenora_kernels.cpu.lowrank.lora_blocks import expand_rows, shrink_rows
+from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import peek, size_of, store
 
-__all__ = ["ITEM_ROWS", "LORA_SIZE", "factor_of", "low_rank"]
+__all__ = ["ITEM_ROWS", "LORA", "factor_of", "low_rank"]
 
 ITEM_ROWS = 24
 """Rows of one call at most: as many as read A and Bᵀ once from the cache."""
 
-# Places in the array `lora`: where the tables of `layout.LoraTables` lie. Addresses in bytes.
-RANKS, SCALING, A_OFFSET, B_OFFSET, NARROW, SLOTS, ARENA, LORA_SIZE = range(8)
+LORA = declare("ranks", "scaling", "a_offset", "b_offset", "is_bf16", "slots", "arena")
+"""Where the tables of `layout.LoraTables` lie, addresses in bytes, and how many slots they have."""
 
 
 @compiled()
 def factor_of(lora, row, slot):
     """Rank of a module in a slot, bytes of an element of its matrices, and the address of A."""
-    at = row * lora[SLOTS] + slot
-    size = 2 if peek(lora[NARROW], slot, np.uint8(0)) else 4
-    rank = np.int64(peek(lora[RANKS], at, np.int32(0)))
-    return rank, size, lora[ARENA] + size * peek(lora[A_OFFSET], at, np.int64(0))
+    at = row * lora.slots + slot
+    size = 2 if peek(lora.is_bf16, slot, np.uint8(0)) else 4
+    rank = np.int64(peek(lora.ranks, at, np.int32(0)))
+    return rank, size, lora.arena + size * peek(lora.a_offset, at, np.int64(0))
 
 
 @compiled()
@@ -53,7 +54,7 @@ def low_rank(lora, row, slot, x, x_step, index, rows, depth, out, out_step, widt
     Without `add`, `out` is written even where the slot does not adapt the module. Steps in bytes; x and out float32.
 
     Args:
-        lora: int64 [LORA_SIZE].
+        lora: LORA.
         row: of the module in the tables.
         slot: column of the tables.
         index: address of int64 numbers, which follow one another: the rows i of x and out.
@@ -66,9 +67,9 @@ def low_rank(lora, row, slot, x, x_step, index, rows, depth, out, out_step, widt
         _zero(out + peek(index, 0, np.int64(0)) * out_step, out_step, rows, width)
     if rank == 0:
         return
-    at = row * lora[SLOTS] + slot
-    scale = peek(lora[SCALING], at, float32(0))
-    b = lora[ARENA] + size * peek(lora[B_OFFSET], at, np.int64(0))
+    at = row * lora.slots + slot
+    scale = peek(lora.scaling, at, float32(0))
+    b = lora.arena + size * peek(lora.b_offset, at, np.int64(0))
     if size == 2:
         _apply(x, x_step, index, rows, depth, a, b, rank, scale, out, out_step, width, buffer, ahead, ahead_size,
                uint16(0))  # fmt: skip

@@ -17,7 +17,7 @@ from tenora_kernels.cpu.products.product import MAX_ROWS, PANEL, bytes_of, multi
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.vectors import LANES, Vectors, integer
 
-__all__ = ["multiply_turned", "transpose_task", "transpose_tasks"]
+__all__ = ["multiply_transposed", "transpose_task", "transpose_tasks"]
 
 DEPTH_BLOCK = 384
 """Lines of a panel that are used at once: with the rows beside them they stay in the first-level cache."""
@@ -54,7 +54,10 @@ def _turn(typing: Any, source: Any, target: Any, sample: Any) -> Any:
         def columns(first: int, offset: int) -> list[Any]:
             """Columns of LANES lines from `first` on, as integers."""
             places = [builder.add(args[0], integer((first + i) * line + offset)) for i in range(LANES)]
-            return [builder.bitcast(turned, code.integers) for turned in _transpose(builder, [*map(code.load, places)])]
+            return [
+                builder.bitcast(transposed, code.integers)
+                for transposed in _transpose(builder, [*map(code.load, places)])
+            ]
 
         def write(values: list[Any], first: int, offset: int) -> None:
             for j, value in enumerate(values):
@@ -69,7 +72,7 @@ def _turn(typing: Any, source: Any, target: Any, sample: Any) -> Any:
                 for part in range(2):
                     write(columns(part * LANES, half * LANES * 4), half * LANES, part * LANES * 4)
             return context.get_dummy_value()
-        # A pair holds columns j and j + LANES; turned, it has to hold lines i and i + LANES.
+        # A pair holds columns j and j + LANES; transposed, it has to hold lines i and i + LANES.
         upper, lower = columns(0, 0), columns(LANES, 0)
         low, high, shift = constant(0xFFFF), constant(0xFFFF0000), constant(16)
         pairs = list(zip(upper, lower, strict=True))
@@ -95,7 +98,7 @@ def transpose_task(task, w, first, panels, depth, out, sample):
         w: address of panel 0 of the packed matrix, each [depth] lines.
         first, panels: which of them.
         depth: a multiple of PANEL.
-        out: address of [depth / PANEL, panels · PANEL] lines: panels as `multiply_turned` reads them.
+        out: address of [depth / PANEL, panels · PANEL] lines: panels as `multiply_transposed` reads them.
         sample: of the packed matrix.
     """
     lines, line = panels * PANEL, PANEL * bytes_of(sample)
@@ -106,8 +109,8 @@ def transpose_task(task, w, first, panels, depth, out, sample):
 
 
 @compiled()
-def multiply_turned(x, x_step, rows, w, first, last, depth, out, out_step, add, sample):
-    """out[0:rows, panels first … last - 1] (+)= x · w for turned panels of `depth` lines, block by block of lines."""
+def multiply_transposed(x, x_step, rows, w, first, last, depth, out, out_step, add, sample):
+    """out[0:rows, panels first … last - 1] (+)= x · w for transposed panels of `depth` lines, some lines at a time."""
     blocks, line = (rows + MAX_ROWS - 1) // MAX_ROWS, PANEL * bytes_of(sample)
     for begin in range(0, depth, DEPTH_BLOCK):
         size, adds = min(DEPTH_BLOCK, depth - begin), 1 if begin > 0 else add

@@ -51,7 +51,7 @@ class Workspace:
         self._scratch = torch.empty(0)
 
 
-def cut(sizes: Mapping[int, int], take: Callable[[int], Tensor]) -> tuple[Tensor, dict[int, int]]:
+def cut(sizes: Mapping[str, int], take: Callable[[int], Tensor]) -> tuple[Tensor, dict[str, int]]:
     """A block with room for buffers of so many floats each, and the address of each."""
     whole = {key: -(-size // _LINE) * _LINE for key, size in sizes.items()}
     block = take(sum(whole.values()))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tenora.adapters.ref import AdapterRef
-from tenora.engine.decode_graphs import DecodeGraphs
 from tenora.model import attention, cache, pages
+from tenora.model.executors.cuda_graphs import GraphExecutor
+from tenora.model.executors.decode_graphs import DecodeGraphs
 from tenora.model.loading import load_decoder
 from tenora_kernels import ops
 from tenora_kernels.gpu import backend, paged
@@ -28,14 +29,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Driver]]:
     made: list[Driver] = []
 
     def make(directory: Path, **settings: Any) -> Driver:
-        monkeypatch.setattr(cache, "takes", lambda *given: False)  # blocks as they lie on a gpu
+        monkeypatch.setattr(cache, "supports", lambda *given: False)  # blocks as they lie on a gpu
         monkeypatch.setattr(attention, "GatheredAttention", pages.SplitAttention)
         monkeypatch.setattr(pages, "_kernels_for", lambda device: paged)
         monkeypatch.setattr(ops, "select_backend", lambda *given: backend)
         made.append(Driver(load_decoder(directory), **settings))
-        runner = made[-1].engine.runner
-        lora = GpuLora(runner.tables, max_rows=64, max_rank=16)
-        runner.graphs = DecodeGraphs(runner.decoder, runner.cache, lora, Rerun, max_rows=4, max_context=64)
+        engine, runner = made[-1].engine, made[-1].engine.runner
+        lora = GpuLora(engine.pool.tables, max_rows=64, max_rank=16)
+        graphs = DecodeGraphs(runner.decoder, runner.cache, lora, Rerun, max_rows=4, max_context=64)
+        runner.executor = GraphExecutor(runner.decoder, runner.cache, graphs)
         return made[-1]
 
     yield make

@@ -8,43 +8,22 @@ no context, so attention gives it zeros, and a negative cache slot, so that noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tenora.model.attention import PagedAttention
+from tenora.model.attention import paged_attention
 from tenora.model.cache import KVCache
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora_kernels.layout import BASE, LoraBatch, LoraTables
+from tenora.model.executors.adapters import AdapterRows
+from tenora.model.executors.base import Batch
+from tenora_kernels.layout import BASE
 
 _PADDING = (0, 0, -1, 0, BASE)  # of token, position, cache slot, context and adapter
 _ALIGNED = 4  # int32 numbers: every field begins at a multiple of 16 bytes, for which kernels are compiled
-
-
-class AdapterRows(Protocol):
-    """Tells a step's rows which adapters are theirs; `tenora_kernels.gpu.context.GpuLora`.
-
-    Attributes:
-        bounds: ranks up to which a step can be prepared, ascending; lower ones take faster kernels.
-    """
-
-    bounds: tuple[int, ...]
-
-    def refresh(self) -> bool:
-        """Make what changed in the pool's tables visible to the device; between steps."""
-        ...
-
-    def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
-        """The lowest of `bounds` that fits the adapters of a step's rows [n]; 0 if none has one."""
-        ...
-
-    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None) -> LoraBatch:
-        """Group the rows of a step on the device, for ranks up to one of `bounds`; part of a captured graph."""
-        ...
 
 
 class Captured(Protocol):
@@ -74,14 +53,14 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
 
     def __call__(self, work: Callable[[], Tensor]) -> Captured:
-        """Run once, which compiles kernels and gives cuBLAS its workspace on that stream; then record."""
+        """Do the work once unrecorded, which compiles kernels and gives cuBLAS its workspace there; then record it."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Of this thread only: the thread that reads adapters allocates pinned memory whenever it wants.
+        # Calls of other threads do not end the capture: the one that reads adapters pins memory at any time.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = work()
         return _CudaGraph(graph, output)
@@ -94,26 +73,6 @@ class _CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-class DecodeRows(NamedTuple):
-    """A step with one new token per sequence, on the host.
-
-    Attributes:
-        token_ids: [n].
-        positions: [n], of each token in its sequence: the tokens before it.
-        cache_slots: [n], where its keys and values go.
-        adapters: [n], slots; -1 for a row of the base.
-        block_tables: [n, width]; what lies behind a context is not read.
-        lengths: [n], what each token is rotated for; None if the model does not care.
-    """
-
-    token_ids: npt.ArrayLike
-    positions: npt.NDArray[np.integer]
-    cache_slots: npt.NDArray[np.integer]
-    adapters: npt.NDArray[np.integer]
-    block_tables: npt.NDArray[np.integer]
-    lengths: npt.NDArray[np.integer] | None
 
 
 class _Inputs(NamedTuple):
@@ -173,38 +132,6 @@ class DecodeGraphs:
             self._rope = (next(zeros), next(zeros))
         self._graphs: dict[tuple[int, int], Captured] = {}
 
-    @classmethod
-    def on_card(
-        cls,
-        decoder: Decoder,
-        cache: KVCache,
-        tables: LoraTables,
-        *,
-        max_rows: int,
-        max_tokens: int,
-        max_context: int,
-        max_rank: int,
-    ) -> DecodeGraphs | None:
-        """Those of a decoder on a card; None for any other, whose steps gain nothing from it.
-
-        Args:
-            decoder: the base.
-            cache: its blocks.
-            tables: of the pool of adapters, on the same device.
-            max_rows: most sequences of a step.
-            max_tokens: most tokens of a step, chunks of prompts included.
-            max_context: most tokens of a sequence.
-            max_rank: highest rank that an adapter may have.
-        """
-        if decoder.device.type != "cuda":
-            return None
-        # Imported when it is needed: Triton takes a second, and a machine without a card may lack it.
-        from tenora_kernels.gpu.context import GpuLora  # noqa: PLC0415  # see above
-
-        lora = GpuLora(tables, max_rows=max_tokens, max_rank=max_rank)
-        capture = CudaCapture(decoder.device)
-        return cls(decoder, cache, lora, capture, max_rows=max_rows, max_context=max_context)
-
     @torch.no_grad()
     def warm_up(self) -> None:
         """Capture everything, the largest first, so that the others find their memory in the pool."""
@@ -214,7 +141,7 @@ class DecodeGraphs:
                 self._graph(rows, max_rank)
 
     @torch.no_grad()
-    def run(self, step: DecodeRows) -> Tensor:
+    def run(self, step: Batch) -> Tensor:
         """Hidden states [n, H] of a step, valid until the next call. ValueError beyond `sizes[-1]` rows."""
         count = len(step.positions)
         if count > self.sizes[-1]:
@@ -225,7 +152,7 @@ class DecodeGraphs:
         graph.replay()
         return graph.output[:count]
 
-    def _fill(self, rows: int, step: DecodeRows) -> None:
+    def _fill(self, rows: int, step: Batch) -> None:
         """Bring a step to the device, padded to `rows`: one copy, which nobody waits for.
 
         Tables lie with the blocks of one place side by side. Those that no sequence has come last and are not copied.
@@ -267,13 +194,13 @@ class DecodeGraphs:
         lora = self.lora.batch(inputs.adapters, max_rank=max_rank) if max_rank else None
         positions = inputs.positions.long()
         rope = self._decoder.rope(positions) if self._rope is None else (self._rope[0][:rows], self._rope[1][:rows])
-        attention = PagedAttention(self._cache, inputs.cache_slots, None, inputs.contexts, inputs.block_tables)
+        attention = paged_attention(self._cache, inputs.cache_slots, None, inputs.contexts, inputs.block_tables)
         hidden: Tensor = self._decoder(inputs.token_ids, ForwardContext(positions, rope, attention, lora))
         return hidden
 
 
 _NONE = np.zeros(0, dtype=np.int64)
-_NOTHING = DecodeRows(_NONE, _NONE, _NONE, _NONE, np.zeros((0, 0), dtype=np.int64), None)
+_NOTHING = Batch(_NONE, _NONE, _NONE, _NONE, np.zeros((0, 0), dtype=np.int64))
 
 
 def decode_sizes(most: int) -> tuple[int, ...]:

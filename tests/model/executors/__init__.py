@@ -1,0 +1,1 @@
+"""Tests of `tenora.model.executors`."""
