@@ -26,7 +26,8 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, layer_pass
+from tenora.model.executors.choice import layer_pass
+from tenora.model.executors.layers import Keep
 from tenora.model.loading import load_decoder
 from tenora.model.readouts.tokens import TokenReadout
 from tenora.model.spec import target_modules

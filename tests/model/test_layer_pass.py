@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenora.model import layer_pass as passes
 from tenora.model.attention import PackedAttention
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, kept_bytes_per_token, layer_pass, release_buffers
+from tenora.model.executors.choice import kept_bytes_per_token, layer_pass, release_buffers
+from tenora.model.executors.compiled_layers import CompiledPass
+from tenora.model.executors.layers import Keep
+from tenora.model.executors.module_layers import ModuleLayers
 from tenora.model.loading import load_decoder
 from tenora.model.readouts.tokens import TokenReadout
 from tenora.model.spec import target_modules
@@ -47,7 +49,7 @@ COLUMNS = {0: 0, 1: 1, 2: 2}
 
 
 def is_compiled(decoder: Decoder, stream: Stream) -> bool:
-    return isinstance(layer_pass(decoder, stream.context, Keep.NOTHING), passes._CompiledPass)
+    return isinstance(layer_pass(decoder, stream.context, Keep.NOTHING), CompiledPass)
 
 
 def assert_close(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
@@ -303,7 +305,7 @@ def test_kept_bytes_are_what_a_pass_keeps(tiny: Callable[..., Path]) -> None:
     assert told <= kept <= 1.15 * told
     assert kept_bytes_per_token(decoder, 16, Keep.INPUTS) == 3 * 48 * 4
     assert kept_bytes_per_token(decoder, 16, Keep.NOTHING) == 0
-    assert kept_bytes_per_token(decoder, 16, Keep.ALL, compiled=False) > 3 * kept_bytes_per_token(decoder, 16, Keep.ALL)
+    assert ModuleLayers(decoder).kept_bytes_per_token(16) > 3 * kept_bytes_per_token(decoder, 16, Keep.ALL)
 
 
 def test_another_rows_nan_stays_there(tiny: Callable[..., Path]) -> None:

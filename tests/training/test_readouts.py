@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tenora.data.dataset import TokenizedDataset
-from tenora.model.layer_pass import Keep
+from tenora.model.executors.layers import Keep
 from tenora.model.loading import load_decoder
 from tenora.model.readouts.labels import LabelReadout
 from tenora.training.arena import TrainedAdapter

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep
+from tenora.model.executors.layers import Keep
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainedAdapter, TrainingArena

@@ -17,7 +17,8 @@ import torch
 
 from tenora.model.decoder import Decoder
 from tenora.model.device import survive
-from tenora.model.layer_pass import Keep, release_buffers
+from tenora.model.executors.choice import release_buffers
+from tenora.model.executors.layers import Keep
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.commands import Refused, RunCommand

@@ -6,7 +6,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, kept_bytes_per_token
+from tenora.model.executors.choice import kept_bytes_per_token
+from tenora.model.executors.layers import Keep
 from tenora.model.sampling import SamplingParams
 from tenora.training.arena import TrainedAdapter, TrainingArena
 from tenora.training.commands import SampledSequence

@@ -19,7 +19,8 @@ from torch import Tensor
 from tenora.model.attention import PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep, LayerPass, layer_pass
+from tenora.model.executors.choice import layer_pass
+from tenora.model.executors.layers import Keep, LayerPass
 from tenora.model.readouts.base import Readout
 from tenora.model.readouts.tokens import TokenReadout
 from tenora.training.arena import TrainedAdapter

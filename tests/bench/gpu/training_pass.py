@@ -11,7 +11,7 @@ import torch
 
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
-from tenora.model.layer_pass import Keep
+from tenora.model.executors.layers import Keep
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.packing import pack
