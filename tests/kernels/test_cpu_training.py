@@ -20,7 +20,7 @@ from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix
 from tenora_kernels.cpu.products.strided import ADD, SET, WIDTH, times_address
 from tenora_kernels.cpu.runtime.vectors import LANES
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
-from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
+from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
 EPSILON = np.float32(1e-6)
 
@@ -187,9 +187,9 @@ def test_rows_are_laid_out_by_slot_in_stream_order() -> None:
     for slot, row in enumerate(ranks):
         offset += tables.place(slot, offset, row, [1.0] * 7)
     slots = [1] * 30 + [-1] * 3 + [0] * 5 + [1] * 2 + [2]
-    laid = lay_out_rows(
-        len(slots), LoraBatch(tables, build_segments(slots)), ((16, 16, 16), (16,), (16, 16), (16,)), (16,) * 4
-    )
+    slices = ((0, 16), (16, 32), (32, 48))
+    sites = [LoraSite(row, 16, slices[:count]) for row, count in ((0, 3), (3, 1), (4, 2), (6, 1))]
+    laid = lay_out_rows(len(slots), LoraBatch(tables, build_segments(slots)), sites)
     assert laid.slots.tolist() == [0, 1, 2]
     assert laid.runs.tolist() == [[0, 33, 5], [1, 0, 30], [1, 38, 2], [2, 40, 1]]
     assert laid.bounds.tolist() == [0, 1, 3, 4]

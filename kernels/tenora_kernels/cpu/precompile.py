@@ -33,6 +33,7 @@ from tenora_kernels.cpu.runtime.levels import LEVELS
 from tenora_kernels.cpu.runtime.team import Team, noting
 from tenora_kernels.cpu.runtime.values import SAMPLES
 from tenora_kernels.cpu.runtime.watch import reachable, watching
+from tenora_kernels.layout import LoraSite
 
 __all__ = ["Wanted", "plan", "precompile", "wait_for_others"]
 
@@ -96,12 +97,12 @@ def _smallest(wanted: Wanted) -> PackedStack:
         return PackedMatrix.pack(torch.zeros(rows, columns, dtype=weight_type))
 
     table, norm = matrix(PANEL, PANEL), torch.ones(PANEL)
-    layer = PackedLayer(
-        matrix(3 * size, PANEL), matrix(PANEL, size), matrix(2 * PANEL, PANEL), matrix(PANEL, PANEL), norm, norm
-    )
+    matrices = matrix(3 * size, PANEL), matrix(PANEL, size), matrix(2 * PANEL, PANEL), matrix(PANEL, PANEL)
+    layer = PackedLayer(*matrices, norm, norm)
+    sites = [LoraSite(number, each.in_features, ((0, each.out_features),)) for number, each in enumerate(matrices)]
     return PackedStack(
         heads=PANEL, kv_heads=PANEL, head_dim=dim, mlp=PANEL, activation="silu", eps=1e-5, table=table, head=table,
-        layers=[layer], final_norm=norm, team=Team(1),
+        layers=[layer], sites=sites, final_norm=norm, team=Team(1),
     )  # fmt: skip
 
 

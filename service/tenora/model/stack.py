@@ -37,6 +37,8 @@ def can_pack(spec: ModelSpec) -> bool:
 def pack_stack(decoder: Decoder, team: Team) -> PackedStack:
     """The whole decoder for `PackedStack.run`; its weights must be packed, its shape one that `can_pack` takes."""
     spec = decoder.spec
+    layers: list[Any] = list(decoder.layers)
+    attention, mlp = layers[0].blocks
     return PackedStack(
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
@@ -46,7 +48,8 @@ def pack_stack(decoder: Decoder, team: Team) -> PackedStack:
         eps=spec.rms_norm_eps,
         table=_matrix(decoder.embed_tokens),
         head=_matrix(decoder.lm_head),
-        layers=[_layer(layer, spec.sliding_window[index]) for index, layer in enumerate(decoder.layers)],
+        layers=[_layer(layer, spec.sliding_window[index]) for index, layer in enumerate(layers)],
+        sites=[product.site for product in (attention.qkv, attention.o, mlp.gate_up, mlp.down)],
         final_norm=decoder.norm.weight,
         team=team,
     )

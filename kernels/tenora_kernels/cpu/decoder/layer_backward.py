@@ -40,7 +40,7 @@ def _prepare(
     gate_up = down + transpose_tasks(2 * mlp // PANEL)
     o = gate_up + transpose_tasks(hidden // PANEL)
     qkv = o + transpose_tasks(qkv_panels)
-    factor = qkv + 4 * layer.slots
+    factor = qkv + sites.shape[0] * layer.slots
     token_tasks = (tokens + TOKENS_OF_A_TASK - 1) // TOKENS_OF_A_TASK
     heads = factor + token_tasks
     tasks = heads + pieces.shape[0]

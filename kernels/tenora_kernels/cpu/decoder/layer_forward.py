@@ -149,7 +149,7 @@ def _attend(control, phase, layer, attention, sequences, items, member):
 
 @compiled()
 def _pack(control, phase, layer, factors, sites, packs, slots):
-    tasks = 4 * layer.slots
+    tasks = sites.shape[0] * layer.slots
     while True:
         task = claim(control, phase, tasks)
         if task < 0:

@@ -18,7 +18,7 @@ from tenora_kernels.cpu.decoder.layer_backward import BACKWARD_PHASES, backward_
 from tenora_kernels.cpu.decoder.layer_forward import FORWARD_PHASES, forward_layer
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.decoder.stream import lay_out_rows, lay_out_sequences
-from tenora_kernels.cpu.lowrank.factors import FACTORS
+from tenora_kernels.cpu.lowrank.factors import COUNT, FACTORS
 from tenora_kernels.cpu.products.gemm import NARROW, WIDE
 from tenora_kernels.cpu.products.strided import WIDTH, times_address
 from tenora_kernels.cpu.runtime.arguments import arguments
@@ -93,9 +93,8 @@ class StreamLayers:
         self._hidden = stack.table.in_features
         q, kv = stack.heads * stack.head_dim, stack.kv_heads * stack.head_dim
         self._q, self._kv, self._qkv = q, kv, q + 2 * kv
-        widths = ((q, kv, kv), (self._hidden,), (stack.mlp, stack.mlp), (self._hidden,))
         self._sequences = lay_out_sequences(cu_seqlens, prefixes)
-        self._rows = lay_out_rows(self._tokens, lora, widths, (self._hidden, q, self._hidden, stack.mlp))
+        self._rows = lay_out_rows(self._tokens, lora, stack.sites)
         self._factors = self._factor_arguments()
         self._scale = np.float32(1 / sqrt(stack.head_dim))
         self._sample = NARROW if stack.table.narrow else WIDE
@@ -158,7 +157,7 @@ class StreamLayers:
             FACTORS, nothing if tables is None else tables.addresses._asdict(),
             arena=0 if tables is None else tables.arena.data_ptr(),
             grad=0 if tables is None or tables.grad is None else tables.grad.data_ptr(),
-            s_step=4 * self._rows.columns, times=times_address(),
+            s_step=4 * self._rows.columns, times=times_address(), modules=int(self._rows.sites[:, COUNT].sum()),
         )  # fmt: skip
 
     @property

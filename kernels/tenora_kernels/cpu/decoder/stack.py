@@ -14,11 +14,12 @@ from tenora_kernels.cpu.attention.attention import UNLIMITED, PagedStep, Rope, a
 from tenora_kernels.cpu.decoder import step
 from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
 from tenora_kernels.cpu.lowrank import lowrank
+from tenora_kernels.cpu.lowrank.factors import COUNT, site_table
 from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul, unpack
 from tenora_kernels.cpu.runtime.arguments import arguments, assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.workspace import Workspace
-from tenora_kernels.layout import LoraBatch, LoraTables
+from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables
 
 __all__ = ["PackedLayer", "PackedStack", "supports_sizes"]
 
@@ -83,6 +84,7 @@ class PackedStack:
         table: the embedding.
         head: the output projection; the table itself where the two are tied.
         layers: in order.
+        sites: of the first layer: qkv, o, gate_up and down.
         final_norm: float32 [hidden].
         team: who computes.
         workspace: buffers of training passes.
@@ -97,11 +99,12 @@ class PackedStack:
     table: PackedMatrix
     head: PackedMatrix
     layers: Sequence[PackedLayer]
+    sites: Sequence[LoraSite]
     final_norm: Tensor
     team: Team
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     _layers: NDArray[np.void] = field(init=False, repr=False)
-    _slices: tuple[_Integers, _Integers, _Integers] = field(init=False, repr=False)
+    _sites: _Integers = field(init=False, repr=False)
     _keys: Sequence[Tensor] | None = field(init=False, repr=False, default=None)  # whose addresses `_layers` holds
 
     def __post_init__(self) -> None:
@@ -109,12 +112,11 @@ class PackedStack:
         if any(matrix.narrow != self.table.narrow for matrix in [*matrices, self.head]):
             raise ValueError("the matrices of a decoder must be packed alike, all of them bfloat16 or all float32.")
         self._layers = np.array([layer.arguments() for layer in self.layers], step.LAYER)
-        q, kv, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.table.in_features
-        self._slices = (
-            np.array([(0, q), (q, kv), (q + kv, kv)]),
-            np.array([(0, hidden)]),
-            np.array([(0, self.mlp), (self.mlp, self.mlp)]),
-        )
+        first = self.layers[0]
+        for site, matrix in zip(self.sites, (first.qkv, first.o, first.gate_up, first.down), strict=True):
+            if (site.in_features, site.slices[-1][1]) != (matrix.in_features, matrix.out_features):
+                raise ValueError("a layer's sites must have the columns of its matrices.")
+        self._sites = site_table(self.sites)
 
     def run(
         self,
@@ -154,7 +156,7 @@ class PackedStack:
             ids=ids.data_ptr(), table=self.table.panels.data_ptr(), x=x.data_ptr(), normed=normed.data_ptr(),
             qkv=qkv.data_ptr(), attended=attended.data_ptr(), gate_up=gate_up.data_ptr(), buffers=buffers.data_ptr(),
             buffer_step=buffer_size * 4, final_norm=self.final_norm.data_ptr(), items=len(pieces),
-            numbers=numbers.ctypes.data,
+            numbers=numbers.ctypes.data, modules=int(self._sites[:, COUNT].sum()),
         )  # fmt: skip
         if caches[0] is not self._keys:
             self._layers["keys"] = [keys.data_ptr() for keys in caches[0]]
@@ -170,8 +172,8 @@ class PackedStack:
         )  # fmt: skip
         self.team.run(
             step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers, tables,
-            pieces, *self._slices, plan.call, attention.slots, attention.tables, plan.items, plan.panels,
-            self.team.size, plan.scale, np.float32(self.eps), NARROW if self.table.narrow else WIDE,
+            pieces, self._sites, plan.call, attention.slots, attention.tables, plan.items, plan.panels, self.team.size,
+            plan.scale, np.float32(self.eps), NARROW if self.table.narrow else WIDE,
         )  # fmt: skip
         return normed
 

@@ -14,6 +14,7 @@ from numba import float32
 
 from tenora_kernels.cpu.attention import paged
 from tenora_kernels.cpu.decoder.activation import activate
+from tenora_kernels.cpu.lowrank.factors import COUNT, DEPTH, MODULE, SLICES
 from tenora_kernels.cpu.lowrank.lowrank import factor_of, low_rank
 from tenora_kernels.cpu.products.gemm import PANEL, group_of, multiply_rows, product_phase, tile_count, tile_of
 from tenora_kernels.cpu.products.product import packed_entry
@@ -26,13 +27,13 @@ __all__ = ["LAYER", "MORE_PHASES", "PHASES_PER_LAYER", "STEP", "run_step"]
 
 STEP = declare(
     "rows", "base_rows", "layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "activation", "ids", "table", "x",
-    "normed", "qkv", "attended", "gate_up", "buffers", "buffer_step", "final_norm", "items", "numbers",
+    "normed", "qkv", "attended", "gate_up", "buffers", "buffer_step", "final_norm", "items", "numbers", "modules",
 )  # fmt: skip
 """Addresses in bytes; float32 with rows of the sizes in brackets: x, normed [hidden], qkv, attended [q], gate_up
 [2 · mlp]; buffers: one for each member.
 
 base_rows: rows before the first one that has an adapter; the rows from there on all have one. items: how many entries
-the array `adapted` has. numbers: int64 0, 1, … rows - 1.
+the array `adapted` has. numbers: int64 0, 1, … rows - 1. modules: of a layer.
 """
 
 LAYER = declare(
@@ -46,7 +47,6 @@ _FIRST_PHASES = 2
 MORE_PHASES = 3
 """Beside those of the layers: who is who, the embedding, the final norm."""
 _NORM_ROWS = 8
-_MODULES = 7  # of a layer in the tables: q, k, v, o, gate, up, down
 
 
 @compiled(fastmath=FAST)
@@ -102,12 +102,12 @@ def _embed(control, step, sample):
 
 
 @compiled()
-def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, depth, out, out_step, add, buffer):
-    """Every adapted row's low-rank term for the modules of a group; `slices` int64 [n, 2]: first column and width.
+def _adapters(control, phase, step, lora, adapted, before, site, x, x_step, out, out_step, add, buffer):
+    """Every adapted row's low-rank term for the modules of a site; `before`: modules of the layers below.
 
     A member claims its next task before it does the one at hand, whose arithmetic hides the fetching of that one's A.
     """
-    count = slices.shape[0]
+    module, count, depth = before + site[MODULE], site[COUNT], site[DEPTH]
     tasks = step.items * count
     task = claim(control, phase, tasks)
     while task >= 0:
@@ -117,7 +117,7 @@ def _adapters(control, phase, step, lora, adapted, module, slices, x, x_step, de
             rank, size, ahead = factor_of(lora, module + following % count, adapted[following // count, 0])
             ahead_size = rank * size * depth
         slot, first, rows = adapted[task // count]
-        column, width = slices[task % count]
+        column, width = site[SLICES + 2 * (task % count)], site[SLICES + 2 * (task % count) + 1]
         low_rank(
             lora, module + task % count, slot, x, x_step, step.numbers + 8 * first, rows, depth, out + column * 4,
             out_step, width, add, buffer, ahead, ahead_size,
@@ -153,8 +153,7 @@ def _gate_up(control, phase, step, w, bias, sample):
 
 @job()
 def run_step(
-    control, step, layers, lora, adapted, qkv_slices, o_slices, gate_up_slices, calls, slots, tables, items, panels,
-    members, scale, eps, sample,
+    control, step, layers, lora, adapted, sites, calls, slots, tables, items, panels, members, scale, eps, sample,
 ):  # fmt: skip
     """The job. Afterwards NORMED holds the hidden states after the final norm.
 
@@ -164,7 +163,7 @@ def run_step(
         layers: LAYER [L].
         lora: `lowrank.LORA`.
         adapted: int64 [n, 3]: slot, first row and number of rows (at most ITEM_ROWS) of a piece of the batch.
-        qkv_slices, o_slices, gate_up_slices: int64 [modules, 2], first column and width. down has those of o.
+        sites: qkv, o, gate_up and down, see `lowrank.factors`.
         calls, slots, tables, items, panels: attention's, as `paged.attend_job` takes them; `calls` is copied.
         members: how many threads share the work.
         scale: of the scores.
@@ -179,14 +178,14 @@ def run_step(
     own = calls.copy()
     _embed(control, step, sample)
     for index in range(step.layers):
-        layer, module = layers[index], index * _MODULES
+        layer, before = layers[index], index * step.modules
         phase = _FIRST_PHASES + index * PHASES_PER_LAYER
         normed, gate_up, attended = step.normed, step.gate_up, step.attended
         _norm(control, phase, step, layer.input_norm, eps)
         if adapts:
             _adapters(
-                control, phase + 1, step, lora, adapted, module, qkv_slices, normed, hidden * 4, hidden, step.qkv,
-                qkv_size * 4, False, buffer,
+                control, phase + 1, step, lora, adapted, before, sites[0], normed, hidden * 4, step.qkv, qkv_size * 4,
+                False, buffer,
             )  # fmt: skip
         product_phase(
             control, phase + 2, step.rows, step.base_rows, normed, hidden * 4, layer.qkv_weight, qkv_size // PANEL,
@@ -197,8 +196,8 @@ def run_step(
         paged.attend_phases(control, phase + 3, member, panels, slots, tables, items, call, scale, eps, float32(0))
         if adapts:
             _adapters(
-                control, phase + 5, step, lora, adapted, module + 3, o_slices, attended, q_size * 4, q_size, step.x,
-                hidden * 4, True, buffer,
+                control, phase + 5, step, lora, adapted, before, sites[1], attended, q_size * 4, step.x, hidden * 4,
+                True, buffer,
             )  # fmt: skip
         product_phase(
             control, phase + 6, step.rows, 0, attended, q_size * 4, layer.o_weight, hidden // PANEL, q_size, step.x,
@@ -207,14 +206,14 @@ def run_step(
         _norm(control, phase + 7, step, layer.mlp_norm, eps)
         if adapts:
             _adapters(
-                control, phase + 8, step, lora, adapted, module + 4, gate_up_slices, normed, hidden * 4, hidden,
-                gate_up, 2 * mlp * 4, False, buffer,
+                control, phase + 8, step, lora, adapted, before, sites[2], normed, hidden * 4, gate_up, 2 * mlp * 4,
+                False, buffer,
             )  # fmt: skip
         _gate_up(control, phase + 9, step, layer.gate_up_weight, layer.gate_up_bias, sample)
         if adapts:
             _adapters(
-                control, phase + 10, step, lora, adapted, module + 6, o_slices, gate_up, 2 * mlp * 4, mlp, step.x,
-                hidden * 4, True, buffer,
+                control, phase + 10, step, lora, adapted, before, sites[3], gate_up, 2 * mlp * 4, step.x, hidden * 4,
+                True, buffer,
             )  # fmt: skip
         product_phase(
             control, phase + 11, step.rows, 0, gate_up, 2 * mlp * 4, layer.down_weight, hidden // PANEL, mlp, step.x,

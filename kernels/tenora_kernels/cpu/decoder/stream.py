@@ -13,7 +13,7 @@ from tenora_kernels.cpu.lowrank import factors
 from tenora_kernels.cpu.products.strided import WIDTH
 from tenora_kernels.cpu.runtime.arguments import assign
 from tenora_kernels.cpu.runtime.vectors import LANES
-from tenora_kernels.layout import LoraBatch
+from tenora_kernels.layout import LoraBatch, LoraSite
 
 __all__ = ["Rows", "Sequences", "lay_out_rows", "lay_out_sequences"]
 
@@ -21,8 +21,6 @@ Integers = NDArray[np.int64]
 
 PIECE_ROWS = 24
 """Rows of one small task: whole tiles, and enough tasks to share."""
-
-_MODULES, _SITES = 7, ((0, 3), (3, 1), (4, 2), (6, 1))  # first module of a site, and how many it has
 
 
 class Sequences(NamedTuple):
@@ -51,7 +49,7 @@ class Rows(NamedTuple):
 
     Attributes:
         pieces, runs, bounds, slots, sites: int64 arrays as the jobs take them.
-        offsets: int64 [slots, PACKS], where each packed matrix lies, in floats from the start of the packs.
+        offsets: int64 [slots, sites + modules], where each packed matrix lies, in floats from the start of the packs.
         packed: floats of all packs.
         columns: of S.
     """
@@ -128,37 +126,35 @@ def _items(counts: Integers, shared: Integers) -> Integers:
     return np.ascontiguousarray(np.stack((sequence, first, size), axis=1)[np.argsort(-work, kind="stable")])
 
 
-def lay_out_rows(rows: int, lora: LoraBatch | None, widths: Sequence[tuple[int, ...]], depths: Sequence[int]) -> Rows:
+def lay_out_rows(rows: int, lora: LoraBatch | None, of_layer: Sequence[LoraSite]) -> Rows:
     """Describe whose rows are whose.
 
     Args:
         rows: T.
         lora: tables and segments; None if every row is the base's.
-        widths: per site (qkv, o, gate_up, down) the columns of each module's output.
-        depths: per site the columns of its input.
+        of_layer: the first layer's sites.
     """
     slot_of_row = np.full(rows, -1, np.int64)
     slots: Integers = np.zeros(0, np.int64)
-    ranks = np.zeros((_MODULES, 0), np.int64)
+    sites = factors.site_table(of_layer)
+    modules = int(sites[:, factors.COUNT].sum())
+    ranks = np.zeros((modules, 0), np.int64)
     if lora is not None:
         perm, ends, slots = (np.ascontiguousarray(part, np.int64) for part in lora.segments.arrays)
         slot_of_row[perm] = np.repeat(slots, np.diff(ends))
         # The largest rank of any layer: places are the same in all of them.
-        ranks = lora.tables.arrays.ranks[:, slots].reshape(-1, _MODULES, len(slots)).max(axis=0).astype(np.int64)
+        ranks = lora.tables.arrays.ranks[:, slots].reshape(-1, modules, len(slots)).max(axis=0).astype(np.int64)
     whole = -(-ranks // LANES) * LANES
-    sites = np.zeros((len(_SITES), factors.SITE_SIZE), np.int64)
-    offsets = np.zeros((len(slots), factors.PACKS), np.int64)
+    offsets = np.zeros((len(slots), len(sites) + modules), np.int64)
     columns, packed = 0, np.int64(0)
     sizes = []
-    for number, (module, count) in enumerate(_SITES):
-        of_site = whole[module : module + count].sum(axis=0)
-        sites[number, :4] = module, depths[number], count, columns
-        begins = np.cumsum((0, *widths[number][:-1]))
-        sites[number, 4 : 4 + 2 * count] = np.stack((begins, widths[number]), axis=1).ravel()
+    for site in sites:
+        of_site = whole[site[factors.MODULE] : site[factors.MODULE] + site[factors.COUNT]].sum(axis=0)
+        site[factors.S_COLUMN] = columns
         columns += int(of_site.max(initial=0))
-        sizes.append(of_site * depths[number])
-    outputs = [width for of_site in widths for width in of_site]
-    sizes += [whole[module] * outputs[module] for module in range(_MODULES)]
+        sizes.append(of_site * site[factors.DEPTH])
+    outputs = [stop - start for site in of_layer for start, stop in site.slices]
+    sizes += [ranks_of * width for ranks_of, width in zip(whole, outputs, strict=True)]
     if len(slots):
         flat = np.stack(sizes, axis=1)
         offsets = (np.cumsum(flat) - flat.ravel()).reshape(flat.shape)

@@ -7,31 +7,32 @@ stream: what a slot gets depends on its own rows alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numba import float32
+from numpy.typing import NDArray
 
 from tenora_kernels.cpu.products.strided import ADD, SET, padded, times
 from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import load, peek, store
+from tenora_kernels.layout import LoraSite
 
 __all__ = [
-    "FACTORS", "PACKS", "SITE_SIZE", "expand", "expand_back", "gradient_task", "gradient_tasks", "pack_inputs",
-    "pack_outputs", "shrink", "shrink_back",
+    "COUNT", "DEPTH", "FACTORS", "MODULE", "SLICES", "S_COLUMN", "expand", "expand_back", "gradient_task",
+    "gradient_tasks", "pack_inputs", "pack_outputs", "shrink", "shrink_back", "site_table",
 ]  # fmt: skip
 
-FACTORS = declare("ranks", "scaling", "a_offset", "b_offset", "slots", "arena", "grad", "s_step", "times")
+FACTORS = declare("ranks", "scaling", "a_offset", "b_offset", "slots", "arena", "grad", "s_step", "times", "modules")
 """The tables of the stream's adapters, addresses in bytes; s_step: bytes from row to row of S and of dS. times:
-`times_address()`.
+`times_address()`. modules: of a layer.
 """
 
-# Places in a row of the array `sites`: first module of the layer's seven, columns of x, how many modules, the site's
-# first column in S, then first column and width in y of each module.
+# Places in a row of the array `sites`: first module of those of a layer, columns of x, how many modules, the site's
+# first column in S, then first column and width in y of each module. A row of the array `packs` holds addresses: of A
+# of every site, then of B of every module.
 MODULE, DEPTH, COUNT, S_COLUMN, SLICES = range(5)
-SITE_SIZE = SLICES + 2 * 3
-
-PACKS = 11
-"""Addresses in a row of the array `packs`: A of the 4 sites, then B of the 7 modules."""
 
 SUM_ROWS = 96
 """Rows that are summed in registers before they are added to the gradient; their lines stay in the first cache."""
@@ -39,24 +40,32 @@ SUM_ROWS = 96
 SUM_COLUMNS = 192
 """Columns of the gradient that one task makes."""
 
-_SITES, _MODULES = 4, 7
 _I64, _I32 = np.int64(0), np.int32(0)
+
+
+def site_table(sites: Sequence[LoraSite]) -> NDArray[np.int64]:
+    """The array `sites` of a layer's sites, whose first column in S is 0 yet."""
+    table = np.zeros((len(sites), SLICES + 2 * max(len(site.slices) for site in sites)), np.int64)
+    for row, site in zip(table, sites, strict=True):
+        row[[MODULE, DEPTH, COUNT]] = site.row - sites[0].row, site.in_features, len(site.slices)
+        row[SLICES : SLICES + 2 * len(site.slices)] = [n for start, stop in site.slices for n in (start, stop - start)]
+    return table
 
 
 @compiled()
 def _rank(factors, layer, module, slot):
-    return np.int64(peek(factors.ranks, (layer * _MODULES + module) * factors.slots + slot, _I32))
+    return np.int64(peek(factors.ranks, (layer * factors.modules + module) * factors.slots + slot, _I32))
 
 
 @compiled()
 def _scale(factors, layer, module, slot):
-    return peek(factors.scaling, (layer * _MODULES + module) * factors.slots + slot, float32(0))
+    return peek(factors.scaling, (layer * factors.modules + module) * factors.slots + slot, float32(0))
 
 
 @compiled()
 def _element(factors, table, layer, module, slot):
     """Bytes from the start of the arena to a matrix; table is a_offset or b_offset."""
-    return 4 * peek(table, (layer * _MODULES + module) * factors.slots + slot, _I64)
+    return 4 * peek(table, (layer * factors.modules + module) * factors.slots + slot, _I64)
 
 
 @compiled()
@@ -81,8 +90,8 @@ def _transpose(source, rows, columns, out, out_step, whole):
 
 @compiled()
 def pack_inputs(task, factors, sites, packs, slots, layer):
-    """Task 4 · i + s: A of slot number i at site s, all modules side by side, with its rows as columns."""
-    number, site = task // _SITES, sites[task % _SITES]
+    """Task sites · i + s: A of slot number i at site s, all modules side by side, with its rows as columns."""
+    number, site = task // sites.shape[0], sites[task % sites.shape[0]]
     slot = slots[number]
     step, column = 4 * _width(factors, site, layer, slot), 0
     for j in range(site[COUNT]):
@@ -90,14 +99,14 @@ def pack_inputs(task, factors, sites, packs, slots, layer):
         if rank == 0:
             continue
         a = factors.arena + _element(factors, factors.a_offset, layer, site[MODULE] + j, slot)
-        _transpose(a, rank, site[DEPTH], packs[number, task % _SITES] + 4 * column, step, padded(rank))
+        _transpose(a, rank, site[DEPTH], packs[number, task % sites.shape[0]] + 4 * column, step, padded(rank))
         column += padded(rank)
 
 
 @compiled()
 def pack_outputs(task, factors, sites, packs, slots, layer):
-    """Task 4 · i + s: B of slot number i at site s, module by module, each [width, padded rank]."""
-    number, site = task // _SITES, sites[task % _SITES]
+    """Task sites · i + s: B of slot number i at site s, module by module, each [width, padded rank]."""
+    number, site = task // sites.shape[0], sites[task % sites.shape[0]]
     slot = slots[number]
     for j in range(site[COUNT]):
         module = site[MODULE] + j
@@ -105,7 +114,7 @@ def pack_outputs(task, factors, sites, packs, slots, layer):
         if rank > 0:
             bt = factors.arena + _element(factors, factors.b_offset, layer, module, slot)
             width = site[SLICES + 2 * j + 1]
-            _transpose(bt, rank, width, packs[number, _SITES + module], 4 * padded(rank), padded(rank))
+            _transpose(bt, rank, width, packs[number, sites.shape[0] + module], 4 * padded(rank), padded(rank))
 
 
 @compiled()
@@ -136,7 +145,7 @@ def shrink_back(piece, factors, sites, number, packs, layer, dy, dy_step, ds):
             start, width, whole = site[SLICES + 2 * j], site[SLICES + 2 * j + 1], padded(rank)
             times(
                 factors.times, rows, whole, dy + first * dy_step + 4 * start, dy_step, 4,
-                packs[ordinal, _SITES + module], 4 * whole, width, ds + first * factors.s_step + 4 * column,
+                packs[ordinal, sites.shape[0] + module], 4 * whole, width, ds + first * factors.s_step + 4 * column,
                 factors.s_step, SET, _scale(factors, layer, module, slot),
             )  # fmt: skip
             column += whole

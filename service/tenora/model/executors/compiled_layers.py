@@ -51,7 +51,8 @@ class CompiledLayers:
         """See `LayerExecutor`."""
         spec = self._spec
         columns = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
-        return 4 * spec.num_layers * (columns + spec.num_heads + 7 * (-(-rank // 8) * 8))
+        low_rank = len(spec.layout.modules) * (-(-rank // 8) * 8)
+        return 4 * spec.num_layers * (columns + spec.num_heads + low_rank)
 
     def release(self) -> None:
         """See `LayerExecutor`."""
