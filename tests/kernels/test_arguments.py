@@ -23,8 +23,8 @@ def reading() -> Any:
     """A kernel that reads two arguments by name."""
 
     @job()
-    def read(call, out):  # type: ignore[no-untyped-def]  # compiled
-        out[0], out[1] = call.first, call.second
+    def read(calls, out):  # type: ignore[no-untyped-def]  # compiled
+        out[0], out[1] = calls[0].first, calls[0].second
 
     return read
 
@@ -52,7 +52,7 @@ def test_a_name_that_is_missing_or_that_nobody_reads_is_an_error() -> None:
 
 
 def test_what_is_given_by_name_comes_before_what_is_known() -> None:
-    call = arguments(declare("first", "second"), {"second": 2, "unused": 9}, {"first": 5, "second": 7}, first=1)
+    (call,) = arguments(declare("first", "second"), {"second": 2, "unused": 9}, {"first": 5, "second": 7}, first=1)
     assert (call["first"], call["second"]) == (1, 2)
 
 

@@ -291,12 +291,13 @@ def backward_layer(
 
     Args:
         control: the team's.
-        layer: `layer_arguments.BACKWARD`.
+        layer: `layer_arguments.BACKWARD` [1].
         attention, sequences, places, factors, sites, packs, slots, pieces: as in `layer_forward.forward_layer`.
         members, families: int64 [sequences], [n + 1]: family i is members[families[i]:families[i + 1]].
         runs, bounds: see `factors.gradient_task`.
         eps, scale, sample: as in `layer_forward.forward_layer`.
     """
+    layer, attention, factors = layer[0], attention[0], factors[0]
     member = max(0, claim(control, 0, layer.members))
     hidden, mlp, q_size = layer.hidden, layer.mlp, layer.head_count * attention.dim
     qkv_size = q_size + 2 * attention.kv_heads * attention.dim

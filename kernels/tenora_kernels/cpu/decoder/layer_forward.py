@@ -167,16 +167,17 @@ def forward_layer(
 
     Args:
         control: the team's.
-        layer: `layer_arguments.FORWARD`.
-        attention, sequences: see `sequences`.
+        layer: `layer_arguments.FORWARD` [1].
+        attention, sequences: see `sequences`; attention [1].
         items: int64 [n, 3]: sequence, first token, number of tokens (at most QUERIES), the longest first.
         places: int64 [T], panel · WIDTH + column of each token's keys.
-        factors, sites, packs, slots: see `factors`.
+        factors, sites, packs, slots: see `factors`; factors [1].
         pieces: int64 [n, 4]: slot (-1: the base), first row, rows, number of the slot in `slots`; all rows, in order.
         eps: of the norms.
         scale: of the scores.
         sample: of the weights, see `gemm`.
     """
+    layer, attention, factors = layer[0], attention[0], factors[0]
     member = max(0, claim(control, 0, layer.members))
     hidden, mlp, q_size = layer.hidden, layer.mlp, layer.head_count * attention.dim
     qkv_size = q_size + 2 * attention.kv_heads * attention.dim

@@ -150,7 +150,7 @@ class StreamLayers:
             )  # fmt: skip
         return dx
 
-    def _factor_arguments(self) -> np.void:
+    def _factor_arguments(self) -> NDArray[np.void]:
         tables = None if self._lora is None else self._lora.tables
         nothing = dict.fromkeys(FACTORS.names or (), 0)
         return arguments(
@@ -190,7 +190,7 @@ class StreamLayers:
         names = self._stack.layer_arguments.dtype.names or ()
         return dict(zip(names, self._stack.layer_arguments[index], strict=True))
 
-    def _heads(self, index: int, kept: Kept, scratch: dict[str, int], given: dict[str, int]) -> np.void:
+    def _heads(self, index: int, kept: Kept, scratch: dict[str, int], given: dict[str, int]) -> NDArray[np.void]:
         """The argument `attention` of a job; `given` comes first."""
         stack = self._stack
         return arguments(

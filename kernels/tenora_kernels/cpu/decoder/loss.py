@@ -46,8 +46,9 @@ _I64 = np.int64(0)
 
 
 @job()
-def gather_job(control, call, eps):
+def gather_job(control, calls, eps):
     """NORMED = the final norm of the rows of HIDDEN that AT names. One phase."""
+    call = calls[0]
     columns, rows = call.hidden_size, call.rows
     tasks = (rows + _ROWS_OF_A_TASK - 1) // _ROWS_OF_A_TASK
     while True:
@@ -69,8 +70,9 @@ def _columns(call, block):
 
 
 @job()
-def score_job(control, call, first_block, last_block, sample):
+def score_job(control, calls, first_block, last_block, sample):
     """SCORES, PARTS and TARGET_SCORES of some blocks. One phase."""
+    call = calls[0]
     rows, panels, depth = call.rows, call.panels, call.hidden_size
     pieces, step = row_blocks(rows), call.panels * PANEL * 4
     tasks = (last_block - first_block) * pieces
@@ -101,8 +103,9 @@ def score_job(control, call, first_block, last_block, sample):
 
 
 @job()
-def loss_job(control, call, blocks):
+def loss_job(control, calls, blocks):
     """LOG_SUMS, LOSS and RIGHT from the parts of all blocks. One phase of one task."""
+    call = calls[0]
     if claim(control, 0, 1) == 0:
         rows = call.rows
         for row in range(rows):
@@ -148,11 +151,12 @@ def _turn(call, block, task, sample):
 
 
 @job()
-def gradient_job(control, call, first_block, last_block, sample):
+def gradient_job(control, calls, first_block, last_block, sample):
     """D_NORMED (+)= the gradient of some blocks' scores times their weights; block 0 overwrites. blocks + 1 phases.
 
     A phase multiplies one block while it prepares the next one.
     """
+    call = calls[0]
     rows, depth, step = call.rows, call.hidden_size, call.panels * PANEL * 4
     out_panels, pieces = depth // PANEL, row_blocks(rows)
     group = group_of(out_panels)
@@ -186,8 +190,9 @@ def gradient_job(control, call, first_block, last_block, sample):
 
 
 @job()
-def finish_job(control, call, eps):
+def finish_job(control, calls, eps):
     """D_HIDDEN of the rows that AT names += the gradient through the final norm. One phase of one task, row by row."""
+    call = calls[0]
     if claim(control, 0, 1) == 0:
         columns = call.hidden_size
         for row in range(call.rows):

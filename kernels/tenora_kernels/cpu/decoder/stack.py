@@ -25,7 +25,7 @@ __all__ = ["PackedLayer", "PackedStack", "supports_sizes"]
 
 _Integers = NDArray[np.int64]
 _NO_PIECES: _Integers = np.zeros((0, 3), np.int64)
-_NO_ADAPTERS: np.void = np.zeros(1, lowrank.LORA)[0]
+_NO_ADAPTERS = np.zeros(1, lowrank.LORA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class PackedLayer:
     qk_norm: Tensor | None = None
     window: int | None = None
 
-    def arguments(self) -> np.void:
-        """The layer's entry of the array `layers`, without a cache."""
+    def arguments(self) -> NDArray[np.void]:
+        """The layer's entry of the array `layers` as an array [1], without a cache."""
         tensors = {
             "input_norm": self.input_norm, "mlp_norm": self.mlp_norm, "qk_norm": self.qk_norm,
             "qkv_weight": self.qkv.panels, "qkv_bias": self.qkv_bias,
@@ -111,7 +111,7 @@ class PackedStack:
         matrices = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         if any(matrix.narrow != self.table.narrow for matrix in [*matrices, self.head]):
             raise ValueError("the matrices of a decoder must be packed alike, all of them bfloat16 or all float32.")
-        self._layers = np.array([layer.arguments() for layer in self.layers], step.LAYER)
+        self._layers = np.concatenate([layer.arguments() for layer in self.layers])
         first = self.layers[0]
         for site, matrix in zip(self.sites, (first.qkv, first.o, first.gate_up, first.down), strict=True):
             if (site.in_features, site.slices[-1][1]) != (matrix.in_features, matrix.out_features):
@@ -207,7 +207,7 @@ class PackedStack:
         """Whether a step can read adapters from such tables."""
         return tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"
 
-    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[np.void, _Integers, int, int]:
+    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[NDArray[np.void], _Integers, int, int]:
         """The argument `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
         if lora is None or not lora.segments.adapted:
             return _NO_ADAPTERS, _NO_PIECES, rows, 0

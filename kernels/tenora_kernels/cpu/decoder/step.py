@@ -159,9 +159,9 @@ def run_step(
 
     Args:
         control: the team's.
-        step: STEP.
+        step: STEP [1].
         layers: LAYER [L].
-        lora: `lowrank.LORA`.
+        lora: `lowrank.LORA` [1].
         adapted: int64 [n, 3]: slot, first row and number of rows (at most ITEM_ROWS) of a piece of the batch.
         sites: qkv, o, gate_up and down, see `lowrank.factors`.
         calls, slots, tables, items, panels: attention's, as `paged.attend_job` takes them; `calls` is copied.
@@ -170,6 +170,7 @@ def run_step(
         eps: of the norms.
         sample: of the weights, see `gemm`.
     """
+    step, lora = step[0], lora[0]
     member = max(0, claim(control, 0, members))
     hidden, q_size, mlp = step.hidden, step.heads * step.head_dim, step.mlp
     qkv_size = (step.heads + 2 * step.kv_heads) * step.head_dim

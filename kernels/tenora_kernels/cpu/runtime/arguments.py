@@ -6,11 +6,11 @@ where one lies: a name that only one of the two knows is an error when it is wri
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Declaration", "arguments", "assign", "declare"]
 
@@ -22,8 +22,8 @@ def declare(*names: str) -> Declaration:
     return np.dtype([(name, np.int64) for name in names], align=True)
 
 
-def arguments(declaration: Declaration, *known: Mapping[str, Any], **values: Any) -> np.void:
-    """The arguments of one call.
+def arguments(declaration: Declaration, *known: Mapping[str, Any], **values: Any) -> NDArray[np.void]:
+    """The arguments of one call, as an array [1]: Numba takes 3 µs to find out the type of a scalar, 0.2 of an array.
 
     Args:
         declaration: their names.
@@ -33,11 +33,15 @@ def arguments(declaration: Declaration, *known: Mapping[str, Any], **values: Any
     Raises:
         TypeError: a name is missing, or one of `values` is not declared.
     """
-    found, names = ChainMap(values, *map(dict, known)), declaration.names or ()
-    missing, unknown = [name for name in names if name not in found], sorted(values.keys() - set(names))
-    if missing or unknown:
+    found: dict[str, Any] = {}
+    for part in (*reversed(known), values):
+        found.update(part)
+    names, declared = declaration.names or (), (declaration.fields or {}).keys()
+    if not declared <= found.keys() or not values.keys() <= declared:
+        missing, unknown = [name for name in names if name not in found], sorted(values.keys() - declared)
         raise TypeError(f"a kernel's arguments lack {missing} and have {unknown}, which nobody reads.")
-    filled: np.void = np.array([tuple(found[name] for name in names)], declaration)[0]
+    filled = np.empty(1, declaration)
+    filled[0] = tuple(map(found.__getitem__, names))
     return filled
 
 
