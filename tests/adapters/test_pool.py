@@ -318,7 +318,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = make_pool(elements=20 * ROW, slots=3)
         self.references: dict[str, int] = {}
         self.pinned: set[str] = set()
-        self.doomed: set[str] = set()
+        self.pending_eviction: set[str] = set()
         self.weights: dict[str, AdapterWeights] = {}
 
     digests = st.sampled_from([f"d{i}" for i in range(6)])
@@ -328,7 +328,7 @@ class PoolMachine(RuleBasedStateMachine):
         for digest in gone:
             assert self.references.pop(digest) == 0
             assert digest not in self.pinned
-            self.doomed.discard(digest)
+            self.pending_eviction.discard(digest)
 
     @rule(
         digest=digests,
@@ -360,7 +360,7 @@ class PoolMachine(RuleBasedStateMachine):
         digest = data.draw(st.sampled_from([d for d, count in self.references.items() if count]))
         self.pool.release(digest)
         self.references[digest] -= 1
-        if digest in self.doomed and not self.references[digest]:
+        if digest in self.pending_eviction and not self.references[digest]:
             assert digest not in self.pool.resident()
         self.forget_the_gone()
 
@@ -368,7 +368,7 @@ class PoolMachine(RuleBasedStateMachine):
     def evict(self, digest: str) -> None:
         idle = self.references.get(digest) == 0
         if digest in self.references and not idle:
-            self.doomed.add(digest)
+            self.pending_eviction.add(digest)
         self.pinned.discard(digest)
         assert self.pool.evict(digest) == idle
         self.forget_the_gone()
@@ -378,7 +378,7 @@ class PoolMachine(RuleBasedStateMachine):
         if digest in self.references:
             self.pool.pin(digest)
             self.pinned.add(digest)
-            self.doomed.discard(digest)
+            self.pending_eviction.discard(digest)
 
     @rule(digest=digests)
     def unpin(self, digest: str) -> None:

@@ -32,7 +32,7 @@ def readme(repo_root: Path) -> str:
 
 def test_the_file_and_the_card_are_named(readme: str, measured: dict[str, Any]) -> None:
     assert f"(../{RESULT})" in readme
-    assert measured["card"] in readme
+    assert measured["gpu"] in readme
     assert f"{measured['copy_gb_per_s']:,.0f} GB/s" in readme
 
 

@@ -35,7 +35,7 @@ class _Resident:
     narrow: bool
     references: int = 0
     pinned: bool = False
-    doomed: bool = False  # evicted while in use: goes with its last reference
+    pending_eviction: bool = False  # evicted while in use: goes with its last reference
     upload: Upload | None = None  # under way, and holding a reference; its slot adapts nothing until then
 
     @property
@@ -149,7 +149,7 @@ class SlotPool:
             raise ValueError(f"no reference to adapter {digest} is held.")
         resident.references -= 1
         self._residents.move_to_end(digest)
-        if resident.doomed and resident.evictable:
+        if resident.pending_eviction and resident.evictable:
             self._remove(digest)
 
     def insert(self, digest: str, adapter: PreparedAdapter) -> int:
@@ -220,7 +220,7 @@ class SlotPool:
             return False
         resident.pinned = False
         if resident.references:
-            resident.doomed = True
+            resident.pending_eviction = True
             return False
         self._remove(digest)
         return True
@@ -230,7 +230,7 @@ class SlotPool:
         resident = self._residents.get(digest)
         if resident is None:
             raise ValueError(f"adapter {digest} is not resident; insert it before pinning it.")
-        resident.pinned, resident.doomed = True, False
+        resident.pinned, resident.pending_eviction = True, False
 
     def unpin(self, digest: str) -> None:
         """No longer keep an adapter; nothing happens if it is not resident or not pinned."""
@@ -251,7 +251,7 @@ class SlotPool:
         if slots != list(range(self.tables.slots)):
             raise RuntimeError(f"the slots in use and the free ones are {slots}, not each slot once.")
         for digest, r in self._residents.items():
-            if r.references < 0 or (r.doomed and r.evictable):
+            if r.references < 0 or (r.pending_eviction and r.evictable):
                 raise RuntimeError(f"adapter {digest} should be gone; it has {r.references} references.")
             if r.upload is None:
                 self._check_tables(digest, r)
@@ -365,7 +365,7 @@ class SlotPool:
         self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, narrow=resident.narrow)
 
     def _write(self, offset: int, values: Tensor) -> None:
-        """Copy prepared values to element `offset` of the arena; on a card in the order of what it computes."""
+        """Copy prepared values to element `offset` of the arena; on a GPU in the order of what it computes."""
         start = offset * self._itemsize
         if self._bytes is not None:
             # One thread reaches the speed of the memory; torch would wake its pool for this.

@@ -1,6 +1,6 @@
-"""Adapters on their way to a card: copied by a thread and a stream of their own, past the steps that run meanwhile.
+"""Adapters on their way to a GPU: copied by a thread and a stream of their own, past the steps that run meanwhile.
 
-An adapter of an 8B base is 84 MB. It goes through a ring of pinned blocks that are allocated once: a card copies from
+An adapter of an 8B base is 84 MB. It goes through a ring of pinned blocks that are allocated once: a GPU copies from
 pinned memory by itself, and to pin memory anew for each adapter would stop it.
 """
 
@@ -50,7 +50,7 @@ class Streams(Protocol):
 
 
 class CudaStreams:
-    """`Streams` of a card; the computing one is the default stream, on which the step loop works."""
+    """`Streams` of a GPU; the computing one is the default stream, on which the step loop works."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -142,5 +142,5 @@ class Uploader:
 
 
 def uploader_for(device: torch.device, wake: Callable[[], None]) -> Uploader | None:
-    """That of a card; None for a CPU, where an adapter is copied before the call returns."""
+    """That of a GPU; None for a CPU, where an adapter is copied before the call returns."""
     return Uploader(CudaStreams(device), wake) if device.type == "cuda" else None

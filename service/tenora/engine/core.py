@@ -378,7 +378,7 @@ class Engine:
 
 
 def _share_out(decoder: Decoder, settings: Settings) -> Resources:
-    """What the engine takes of its device; on a card after the largest step was run once."""
+    """What the engine takes of its device; on a GPU after the largest step was run once."""
     facts = Facts.of(decoder)
     found = resources(facts, decoder.spec, settings, dtype=decoder.dtype)
     if facts.type == "cuda":

@@ -49,7 +49,7 @@ def rehearse(decoder: Decoder, *, tokens: int, seqs: int, block_size: int) -> Ca
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Most bytes of a card that `work` takes beside what is taken already."""
+    """Most bytes of a GPU that `work` takes beside what is taken already."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
 """How much of a device the engine takes. What an operator has not set follows from the device and the base.
 
 On a GPU keys and values get nine tenths of the free memory, less everything else that has to live there. On a CPU the
-memory is the whole machine's, and the defaults are those of a laptop. A card that is tight for its base gets a laptop's
+memory is the whole machine's, and the defaults are those of a laptop. A GPU that is tight for its base gets a laptop's
 sequences and adapter slots before it is refused.
 """
 
@@ -20,7 +20,7 @@ from tenora.model.spec import ModelSpec
 from tenora_kernels.gpu.configs import rank_bounds, splits_of
 
 GPU_SEQS, GPU_TOKENS, LARGE_GPU_TOKENS = 256, 2048, 8192
-LARGE_GPU_BYTES = 80 * 10**9  # of the whole card: from there on a step of so many tokens leaves room enough
+LARGE_GPU_BYTES = 80 * 10**9  # of the whole GPU: from there on a step of so many tokens leaves room enough
 
 _USED = 0.9  # of what is free: the allocator's slack and what others may take in between
 _TRAINED = 0.1  # of what is free: adapters in training, their moments, and what a pass keeps

@@ -1,4 +1,4 @@
-"""Paged attention on a card: rows with one new token read the cache in place, chunks of a prompt take flash attention.
+"""Paged attention on a GPU: rows with one new token read the cache in place, chunks of a prompt take flash attention.
 
 Which way a row goes depends on its own number of new tokens, never on what else is in the step.
 """
@@ -35,7 +35,7 @@ class _Kernels(Protocol):
 def _kernels_for(device: torch.device) -> _Kernels:
     if device.type != "cuda":
         return reference
-    # Imported when it is needed: Triton takes a second, and a machine without a card may lack it.
+    # Imported when it is needed: Triton takes a second, and a machine without a GPU may lack it.
     from tenora_kernels.gpu import paged  # noqa: PLC0415  # see above
 
     return paged

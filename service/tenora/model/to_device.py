@@ -9,7 +9,7 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`; itself if it is there already.
 
-    A card copies from pinned memory by itself, so that nobody waits: neither for the copy nor for what the card has to
+    A GPU copies from pinned memory by itself, so that nobody waits: neither for the copy nor for what the GPU has to
     do before it. torch keeps the pinned memory until the copy is done.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -53,7 +53,7 @@ def supports(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def activate(device: torch.device) -> str:
-    """Have torch take flash attention 3 where there are a card and a package for it; the name of what it takes now.
+    """Have torch take flash attention 3 where there are a GPU and a package for it; the name of what it takes now.
 
     It reads pages where they lie. A package that does not load leaves everything as it is, and says why in the log.
     """
@@ -97,7 +97,7 @@ class VarlenAttention:
 
     @staticmethod
     def supports(cache: KVCache) -> bool:
-        """Whether the cache lies on a card, in a type and with heads that flash attention takes."""
+        """Whether the cache lies on a GPU, in a type and with heads that flash attention takes."""
         keys = cache.k[0]
         if keys.device.type != "cuda" or not supports(keys.dtype, keys.shape[3]):
             return False

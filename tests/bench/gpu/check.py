@@ -1,4 +1,4 @@
-"""`python -m tests.bench.gpu.check`: tests on the device, then the benchmark; a JSON file with the card's name.
+"""`python -m tests.bench.gpu.check`: tests on the device, then the benchmark; a JSON file with the GPU's name.
 
 Exit status: 0 when everything ran, 1 when a test failed (nothing is then measured), 3 without a GPU.
 """
@@ -36,22 +36,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU on this machine: nothing was tested and nothing measured.")
         return NO_GPU
-    card = torch.cuda.get_device_name()
-    print(f"Testing on {card}.", flush=True)
+    gpu = torch.cuda.get_device_name()
+    print(f"Testing on {gpu}.", flush=True)
     if not options.skip_tests:
         command = [sys.executable, "-m", "pytest", "-q", *TESTS]
         if subprocess.run(command, cwd=REPO, check=False).returncode:
             print("The tests failed; nothing is measured.")
             return 1
-    path = options.out or Path(f"gpu-{slug(card)}.json")
-    for report in measured(card, seconds=options.seconds):
+    path = options.out or Path(f"gpu-{slug(gpu)}.json")
+    for report in measured(gpu, seconds=options.seconds):
         path.write_text(json.dumps(report, indent=1) + "\n")
     print(summary(report))
     print(f"Written to {path}.")
     return 0
 
 
-def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
+def measured(gpu: str, *, seconds: float) -> Iterator[dict[str, Any]]:
     """The report as it grows, in order of importance, until `seconds` have passed; yielded after every case."""
     from tests.bench.gpu import decode_loop, groups, service, timing
     from tests.bench.gpu.protocol import decode_cases, prefill_cases
@@ -59,7 +59,7 @@ def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
     started = time.monotonic()
     bandwidth = timing.copy_bandwidth()
     report: dict[str, Any] = {
-        "card": card,
+        "gpu": gpu,
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -88,7 +88,7 @@ def measured(card: str, *, seconds: float) -> Iterator[dict[str, Any]]:
 
 def summary(report: dict[str, Any]) -> str:
     """The two loops as tables in Markdown, then the other items as they are."""
-    lines = [f"{report['card']}, copy {report['copy_gb_per_s']} GB/s"]
+    lines = [f"{report['gpu']}, copy {report['copy_gb_per_s']} GB/s"]
     columns = ("ratio", "adapters_ms", "base_ms")
     for name, shown in (
         ("decode_loop", columns),
@@ -106,14 +106,14 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def slug(card: str) -> str:
-    """A card's name for a file."""
-    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+def slug(gpu: str) -> str:
+    """A GPU's name for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu.check", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="the file to write; default gpu-CARD.json")
+    parser.add_argument("--out", type=Path, help="the file to write; default gpu-NAME.json")
     parser.add_argument("--skip-tests", action="store_true", help="measure only")
     parser.add_argument("--seconds", type=float, default=1500, help="begin no case after this time; default 1500")
     return parser

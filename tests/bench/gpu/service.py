@@ -1,4 +1,4 @@
-"""What the service does on a card, item by item: the engine's steps, a training pass, streams, a profile."""
+"""What the service does on a GPU, item by item: the engine's steps, a training pass, streams, a profile."""
 
 from __future__ import annotations
 

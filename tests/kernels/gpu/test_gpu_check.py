@@ -116,7 +116,7 @@ def test_it_measures_only_what_passed_the_tests(
     }
     engine = {**loop, "any_rank_ms": 5.4, "launched_ms": 20.5, "tokens_per_s": 196.1}
     report = {
-        "card": "NVIDIA H100 80GB",
+        "gpu": "NVIDIA H100 80GB",
         "copy_gb_per_s": 3000.0,
         "decode_loop": [loop],
         "engine_loop": [engine, {"skipped": "16 GB do not fit."}],
@@ -131,7 +131,7 @@ def test_it_measures_only_what_passed_the_tests(
     written = tmp_path / "gpu-nvidia-h100-80gb.json"
     assert written.exists() == (status == 0)
     if status == 0:
-        assert json.loads(written.read_text())["card"] == "NVIDIA H100 80GB"
+        assert json.loads(written.read_text())["gpu"] == "NVIDIA H100 80GB"
         out = capsys.readouterr().out
         assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 |\n" in out
         assert "| 1 | 1 (distinct) | 1.02 | 5.1 | 5.0 | 5.4 | 20.5 | 196.1 |\n16 GB do not fit." in out

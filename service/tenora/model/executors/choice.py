@@ -44,7 +44,7 @@ def executor_for(
         max_rank: highest rank that an adapter may have.
     """
     if decoder.device.type == "cuda":
-        # Imported when it is needed: Triton takes a second, and a machine without a card may lack it.
+        # Imported when it is needed: Triton takes a second, and a machine without a GPU may lack it.
         from tenora_kernels.gpu.context import GpuLora  # noqa: PLC0415  # see above
 
         lora = GpuLora(tables, max_rows=max_tokens, max_rank=max_rank)

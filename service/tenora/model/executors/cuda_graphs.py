@@ -1,4 +1,4 @@
-"""Steps on a card: those with one new token per sequence are replayed as graphs, the others launched one by one."""
+"""Steps on a GPU: those with one new token per sequence are replayed as graphs, the others launched one by one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tenora.model.executors.modules import ModulesExecutor
 
 __all__ = ["GraphExecutor"]
 
-_FEW_ROWS = 256  # steps of up to so many tokens, and those of more, take other kernels on a card
+_FEW_ROWS = 256  # steps of up to so many tokens, and those of more, take other kernels on a GPU
 
 
 class GraphExecutor:
-    """See `Executor`. Nothing of a step waits for the card until its tokens are read.
+    """See `Executor`. Nothing of a step waits for the GPU until its tokens are read.
 
     Attributes:
         graphs: of the steps that only decode.

@@ -1,4 +1,4 @@
-"""Decode steps of a card as CUDA graphs: a few batch sizes, captured at the start, replayed with whatever runs.
+"""Decode steps of a GPU as CUDA graphs: a few batch sizes, captured at the start, replayed with whatever runs.
 
 A step with one new token per sequence is some hundreds of launches; replayed as a graph they cost the host one. What
 changes from step to step lies in one buffer that is filled by one copy. Steps are padded to the next size: padding has
