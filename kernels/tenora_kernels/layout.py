@@ -98,7 +98,7 @@ class LoraTables:
         out_features: per row, columns of Bᵀ.
         grad: like the arena, but float32 (float64 for a float64 arena): `add_lora` adds dA and dBᵀ here. None when
             serving.
-        narrow: uint8 [slots]; 1 if the slot's matrices lie as bfloat16 in a float32 arena. Its offsets then count
+        is_bf16: uint8 [slots]; 1 if the slot's matrices lie as bfloat16 in a float32 arena. Its offsets then count
             bfloat16 elements of the arena viewed as bfloat16. An adapter whose file is bfloat16 has the same values
             in half the bytes, and bytes are what a decode step is made of.
         version: grows with every `place` and `clear`, so that a mirror on a device knows when to copy. Whoever writes
@@ -119,7 +119,7 @@ class LoraTables:
     in_features: tuple[int, ...]
     out_features: tuple[int, ...]
     grad: Tensor | None = None
-    narrow: npt.NDArray[np.uint8] = field(init=False, repr=False)
+    is_bf16: npt.NDArray[np.uint8] = field(init=False, repr=False)
     _highest: tuple[int, npt.NDArray[np.int32]] | None = field(init=False, repr=False, default=None)
     version: int = field(init=False, default=0)
     arrays: TableArrays = field(init=False, repr=False)
@@ -141,11 +141,11 @@ class LoraTables:
         wanted = accumulation_dtype(self.arena.dtype)
         if self.grad is not None and (self.grad.shape != self.arena.shape or self.grad.dtype != wanted):
             raise ValueError(f"grad must have the arena's shape {tuple(self.arena.shape)}, in {wanted}.")
-        self.narrow = np.zeros(self.ranks.shape[1], dtype=np.uint8)
+        self.is_bf16 = np.zeros(self.ranks.shape[1], dtype=np.uint8)
         self.arrays = TableArrays(
             self.ranks.numpy(), self.scaling.numpy(), self.a_offset.numpy(), self.b_offset.numpy()
         )
-        self.record = HostRecord.of(*self.arrays, self.narrow, self.ranks.shape[1])
+        self.record = HostRecord.of(*self.arrays, self.is_bf16, self.ranks.shape[1])
         self.addresses = TableAddresses(*self.record.values.tolist())
 
     @classmethod
@@ -197,11 +197,11 @@ class LoraTables:
         return float(self.arrays.scaling[row, slot])
 
     def a(self, row: int, slot: int) -> Tensor:
-        """View of A, [r, in], in the arena's dtype; bfloat16 for a narrow slot."""
+        """View of A, [r, in], in the arena's dtype, or bfloat16 where `is_bf16`."""
         return self._matrix(self._weights(slot), self.arrays.a_offset, self.in_features, row, slot)
 
     def bt(self, row: int, slot: int) -> Tensor:
-        """View of Bᵀ, [r, out], in the arena's dtype; bfloat16 for a narrow slot."""
+        """View of Bᵀ, [r, out], in the arena's dtype, or bfloat16 where `is_bf16`."""
         return self._matrix(self._weights(slot), self.arrays.b_offset, self.out_features, row, slot)
 
     def grad_a(self, row: int, slot: int) -> Tensor:
@@ -212,49 +212,49 @@ class LoraTables:
         """View of dBᵀ, [r, out]. ValueError if these tables serve."""
         return self._matrix(self._gradient(), self.arrays.b_offset, self.out_features, row, slot)
 
-    def numel(self, ranks: Sequence[int], *, narrow: bool = False) -> int:
+    def numel(self, ranks: Sequence[int], *, is_bf16: bool = False) -> int:
         """Elements of the arena that an adapter takes.
 
         Args:
             ranks: one per row, 0 for a module that it skips.
-            narrow: its matrices lie as bfloat16 in a float32 arena, two to an element, an odd last one rounded up.
+            is_bf16: its matrices lie as bfloat16 in a float32 arena, two to an element, an odd last one rounded up.
         """
         values = sum(r * (i + o) for r, i, o in zip(ranks, self.in_features, self.out_features, strict=True))
-        return (values + 1) // 2 if narrow else values
+        return (values + 1) // 2 if is_bf16 else values
 
     def place(
-        self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float], *, narrow: bool = False
+        self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float], *, is_bf16: bool = False
     ) -> int:
         """Point `slot` at an adapter whose modules lie back to back from `offset`: A then Bᵀ, row by row.
 
         Args:
             slot: column to write.
-            offset: first element in the arena, counted in the arena's own type for a narrow slot too.
+            offset: first element in the arena, counted in the arena's own type for either type of slot.
             ranks: one per row; 0 for a module that the adapter skips.
             scaling: one per row; ignored where the rank is 0.
-            narrow: the matrices lie as bfloat16.
+            is_bf16: the matrices lie as bfloat16.
 
         Returns:
-            The number of elements taken, `numel(ranks, narrow=narrow)`.
+            The number of elements taken, `numel(ranks, is_bf16=is_bf16)`.
 
         Raises:
-            ValueError: if a rank is negative, the adapter does not lie inside the arena, or narrow matrices are asked
+            ValueError: if a rank is negative, the adapter does not lie inside the arena, or bfloat16 matrices are asked
                 for in an arena that is not float32 or has gradients. The slot is then unchanged.
         """
         rank = np.asarray(ranks, dtype=np.int64)
-        size, capacity = self.numel(ranks, narrow=narrow), self.arena.numel()
-        if narrow and (self.arena.dtype != torch.float32 or self.grad is not None):
+        size, capacity = self.numel(ranks, is_bf16=is_bf16), self.arena.numel()
+        if is_bf16 and (self.arena.dtype != torch.float32 or self.grad is not None):
             raise ValueError("bfloat16 matrices need a float32 arena without gradients.")
         if rank.min(initial=0) < 0 or offset < 0 or offset + size > capacity:
             raise ValueError(f"{size} elements at {offset} do not fit an arena of {capacity} elements.")
         a_size, b_size = rank * np.asarray(self.in_features), rank * np.asarray(self.out_features)
-        start = offset * (2 if narrow else 1) + np.cumsum(a_size + b_size) - (a_size + b_size)
+        start = offset * (2 if is_bf16 else 1) + np.cumsum(a_size + b_size) - (a_size + b_size)
         tables = self.arrays
         tables.ranks[:, slot] = rank
         tables.scaling[:, slot] = np.where(rank > 0, np.asarray(scaling, dtype=np.float32), np.float32(0))
         tables.a_offset[:, slot] = np.where(rank > 0, start, 0)
         tables.b_offset[:, slot] = np.where(rank > 0, start + a_size, 0)
-        self.narrow[slot] = narrow
+        self.is_bf16[slot] = is_bf16
         self.version += 1
         return size
 
@@ -262,12 +262,12 @@ class LoraTables:
         """Make `slot` adapt nothing. Its elements in the arena are left as they are."""
         for table in self.arrays:
             table[:, slot] = 0
-        self.narrow[slot] = 0
+        self.is_bf16[slot] = 0
         self.version += 1
 
     def _weights(self, slot: int) -> Tensor:
         """The arena as the slot's matrices lie in it."""
-        return self.arena.view(torch.bfloat16) if self.narrow[slot] else self.arena
+        return self.arena.view(torch.bfloat16) if self.is_bf16[slot] else self.arena
 
     def _gradient(self) -> Tensor:
         if self.grad is None:

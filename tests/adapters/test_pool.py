@@ -183,7 +183,7 @@ def test_bfloat16_stays_bfloat16_in_an_arena_of_float32() -> None:
     pool = make_pool()
     narrow, wide = adapter((3, 0, 1), 1, "bfloat16"), adapter((3, 0, 1), 2)
     slots = [put(pool, "narrow", narrow), put(pool, "wide", wide)]
-    assert pool.tables.narrow[slots].tolist() == [1, 0]
+    assert pool.tables.is_bf16[slots].tolist() == [1, 0]
     assert pool.tables.a(0, slots[0]).dtype == torch.bfloat16
     assert pool.tables.a(0, slots[1]).dtype == torch.float32
     elements = 3 * 10 + 16
@@ -289,7 +289,7 @@ def test_the_proof_notices_a_slot_of_the_wrong_type() -> None:
     pool = make_pool()
     slot = put(pool, "a", adapter((2, 2, 2), dtype="bfloat16"))
     pool.check_integrity()
-    pool.tables.narrow[slot] = 0
+    pool.tables.is_bf16[slot] = 0
     with pytest.raises(RuntimeError, match="differ about the type"):
         pool.check_integrity()
 

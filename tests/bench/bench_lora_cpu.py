@@ -63,27 +63,29 @@ def median(run: Callable[[], object], repeats: int) -> float:
     return sorted(times)[repeats // 2] * 1e6
 
 
-def make_tables(columns: int, widths: Sequence[int], slots: int, rank: int, *, narrow: bool, train: bool) -> LoraTables:
+def make_tables(
+    columns: int, widths: Sequence[int], slots: int, rank: int, *, is_bf16: bool, train: bool
+) -> LoraTables:
     """Every slot with random weights in every layer; one layer for training, which is not short of bytes."""
     layers = 1 if train else LAYERS
     inputs, outputs = [columns] * len(widths) * layers, list(widths) * layers
-    size = rank * sum(inputs + outputs) // (2 if narrow else 1)
+    size = rank * sum(inputs + outputs) // (2 if is_bf16 else 1)
     arena = memory.empty(size * slots, torch.float32)
-    (arena.view(torch.bfloat16) if narrow else arena).normal_(std=0.05)
+    (arena.view(torch.bfloat16) if is_bf16 else arena).normal_(std=0.05)
     grad = torch.zeros_like(arena) if train else None
     tables = LoraTables.empty(arena, in_features=inputs, out_features=outputs, slots=slots, grad=grad)
     for slot in range(slots):
-        tables.place(slot, slot * size, [rank] * len(inputs), [1.0] * len(inputs), narrow=narrow)
+        tables.place(slot, slot * size, [rank] * len(inputs), [1.0] * len(inputs), is_bf16=is_bf16)
     return tables
 
 
-def measure(group: str, batch: Batch, rank: int, dtype: torch.dtype, *, narrow: bool, repeats: int) -> str:
+def measure(group: str, batch: Batch, rank: int, dtype: torch.dtype, *, is_bf16: bool, repeats: int) -> str:
     """One line of the table."""
     columns, widths = GROUPS[group]
     ends = np.cumsum(widths).tolist()
     slices = tuple((end - width, end) for end, width in zip(ends, widths, strict=True))
-    narrow = narrow and not batch.train
-    tables = make_tables(columns, widths, max(batch.slots) + 1, rank, narrow=narrow, train=batch.train)
+    is_bf16 = is_bf16 and not batch.train
+    tables = make_tables(columns, widths, max(batch.slots) + 1, rank, is_bf16=is_bf16, train=batch.train)
     sites = [LoraSite(row, columns, slices) for row in range(0, tables.rows, len(widths))]
     step = LoraBatch(tables, build_segments(batch.slots))
     x = torch.randn(len(batch.slots), columns, dtype=dtype)
@@ -106,7 +108,7 @@ def measure(group: str, batch: Batch, rank: int, dtype: torch.dtype, *, narrow: 
     product = median(lambda: [F.linear(x, weight) for _ in sites], repeats) / len(sites)
     numbers = rank * (columns * len(widths) + ends[-1])
     adapted = [slot for slot in batch.slots if slot >= 0]
-    size = len(set(adapted)) * numbers * (2 if narrow else 4)
+    size = len(set(adapted)) * numbers * (2 if is_bf16 else 4)
     flops = 2 * len(adapted) * numbers * (3 if batch.train else 1)
     return (
         f"{batch.name:22} {group:8} {ours:9.1f} {size / ours / 1e3:7.1f} {flops / ours / 1e3:8.1f} {plain:10.1f} "
@@ -137,7 +139,7 @@ def main() -> None:
                 for group in GROUPS:
                     print(
                         measure(
-                            group, batch, arguments.rank, dtype, narrow=not arguments.wide, repeats=arguments.repeats
+                            group, batch, arguments.rank, dtype, is_bf16=not arguments.wide, repeats=arguments.repeats
                         ),
                         flush=True,
                     )

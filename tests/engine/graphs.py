@@ -44,7 +44,7 @@ class HostRows:
         given = self._tables
         copies = (table.clone() for table in (given.ranks, given.scaling, given.a_offset, given.b_offset))
         self._mirror = LoraTables(given.arena, *copies, given.in_features, given.out_features)
-        self._mirror.narrow[:] = given.narrow
+        self._mirror.is_bf16[:] = given.is_bf16
         return True
 
     def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:

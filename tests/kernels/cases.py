@@ -73,11 +73,11 @@ class Case:
 
 
 def make_tables(
-    ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, train: bool = False, seed: int = 0, narrow: bool = False
+    ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, train: bool = False, seed: int = 0, is_bf16: bool = False
 ) -> LoraTables:
     """Tables with `ranks[slot][row]`, random weights that keep y of order one, a scaling per module.
 
-    With `narrow`, every other slot of a float32 arena holds bfloat16.
+    With `is_bf16`, every other slot of a float32 arena holds bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
     size = sum(r * (i + o) for slot in ranks for r, i, o in zip(slot, IN, OUT, strict=True))
@@ -88,8 +88,8 @@ def make_tables(
     offset = 32  # nothing may rely on an adapter that starts at 0
     for slot, slot_ranks in enumerate(ranks):
         scaling = [0.5 + 0.25 * ((slot + row) % 4) for row in range(len(IN))]
-        offset += tables.place(slot, offset, slot_ranks, scaling, narrow=narrow and slot % 2 == 0)
-        if tables.narrow[slot]:
+        offset += tables.place(slot, offset, slot_ranks, scaling, is_bf16=is_bf16 and slot % 2 == 0)
+        if tables.is_bf16[slot]:
             for row in range(len(IN)):
                 for matrix in (tables.a(row, slot), tables.bt(row, slot)):
                     values = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
@@ -105,7 +105,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     train: bool = False,
     seed: int = 0,
-    narrow: bool = False,
+    is_bf16: bool = False,
     weights: torch.dtype | None = None,
 ) -> Case:
     """Random x and y of `dtype` for rows in `slots`; the adapters too, unless `weights` is another type."""
@@ -113,7 +113,7 @@ def make_case(
     rows, width = len(slots), site.slices[-1][1]
     x = torch.randn(rows, site.in_features, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
-    tables = make_tables(ranks, weights or dtype, train=train, seed=seed, narrow=narrow)
+    tables = make_tables(ranks, weights or dtype, train=train, seed=seed, is_bf16=is_bf16)
     return Case(y, x, site, tables, list(slots))
 
 

@@ -122,14 +122,14 @@ def test_writes_through_a_view(dtype: torch.dtype) -> None:
     assert (wide[:, 140:] == 7).all()
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["arena", "slots"])
+@pytest.mark.parametrize("is_bf16", [False, True], ids=["arena", "slots"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_weights_sum_in_float32(backend: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_weights_sum_in_float32(backend: str, is_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bf16 pool, or bf16 slots, under a float32 model: the weights are rounded, the sums are not."""
     monkeypatch.setattr(ops, "select_backend", lambda *_: BACKENDS[backend])
     slots, ranks = LAYOUTS["mixed, a quarter base"]
     case = make_case(slots, ranks)
-    case.tables = make_tables(ranks, torch.float32 if narrow else torch.bfloat16, narrow=narrow)
+    case.tables = make_tables(ranks, torch.float32 if is_bf16 else torch.bfloat16, is_bf16=is_bf16)
     wanted = reference(case)
     assert worst(add_lora(case.y, case.x, QKV, case.batch), wanted) <= TOLERANCE[torch.float32]
 

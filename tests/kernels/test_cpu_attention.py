@@ -51,9 +51,9 @@ def _wake_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_near(actual: list[Tensor], expected: list[Tensor]) -> None:
     for rows, wanted in zip(actual, expected, strict=True):
-        narrow = rows.dtype == torch.bfloat16
+        is_bf16 = rows.dtype == torch.bfloat16
         torch.testing.assert_close(
-            rows.double(), wanted, atol=1e-5 if narrow else 5e-6, rtol=2**-8 if narrow else 0.0, equal_nan=False
+            rows.double(), wanted, atol=1e-5 if is_bf16 else 5e-6, rtol=2**-8 if is_bf16 else 0.0, equal_nan=False
         )
 
 

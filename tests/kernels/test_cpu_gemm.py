@@ -60,7 +60,7 @@ def test_packing_loses_nothing(n: int, k: int, dtype: torch.dtype, seed: int) ->
 def test_float16_weights_are_exact_in_float32(team: Team) -> None:
     weight = matrix(PANEL, 8, torch.float16)
     packed = PackedMatrix.pack(weight)
-    assert not packed.narrow
+    assert not packed.is_bf16
     assert torch.equal(unpack(packed, team), weight.float())
 
 

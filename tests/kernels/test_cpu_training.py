@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
 from tenora_kernels.cpu.decoder.stream import lay_out_rows, lay_out_sequences
 from tenora_kernels.cpu.products import rowwise, strided, transposed
-from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix
+from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS, PANEL, PackedMatrix
 from tenora_kernels.cpu.products.strided import ADD, SET, WIDTH, times_address
 from tenora_kernels.cpu.runtime.vectors import LANES
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
@@ -76,7 +76,10 @@ def test_products_of_any_strides_are_those_of_float64(rows: int, columns: int, t
 def test_the_same_panels_give_the_product_with_the_matrix_turned(dtype: torch.dtype, n: int, k: int, rows: int) -> None:
     weight = numbers(n, k).to(dtype)
     packed = PackedMatrix.pack(weight)
-    turned, sample = PackedMatrix.pack(torch.zeros(k, n, dtype=dtype)), NARROW if packed.narrow else WIDE
+    turned, sample = (
+        PackedMatrix.pack(torch.zeros(k, n, dtype=dtype)),
+        BF16_PANELS if packed.is_bf16 else FLOAT32_PANELS,
+    )
     dy, dx = numbers(rows, n, seed=1), torch.full((rows, k), 7.0)
     for task in range(transpose_tasks(n // PANEL)):
         transpose_task(task, packed.panels.data_ptr(), 0, n // PANEL, k, turned.panels.data_ptr(), sample)

@@ -59,7 +59,7 @@ def test_adapters_never_overlap(ranks: list[list[int]]) -> None:
 
 
 @given(rank_lists, st.integers(1, 6))
-def test_narrow_and_wide_slots_never_overlap(ranks: list[list[int]], alignment: int) -> None:
+def test_bfloat16_and_float32_slots_never_overlap(ranks: list[list[int]], alignment: int) -> None:
     """Every other slot holds bfloat16; what is written to each matrix is what is read, whatever its neighbours are."""
     room = sum(r * (i + o) for slot in ranks for r, i, o in zip(slot, IN, OUT, strict=True)) + 10 * len(ranks)
     whole = torch.zeros(room + 3)
@@ -67,9 +67,9 @@ def test_narrow_and_wide_slots_never_overlap(ranks: list[list[int]], alignment: 
     offset, taken, expected = 0, 0, {}
     for slot, slot_ranks in enumerate(ranks):
         offset += -offset % alignment
-        size = tables.place(slot, offset, slot_ranks, [1.0] * len(IN), narrow=slot % 2 == 0)
+        size = tables.place(slot, offset, slot_ranks, [1.0] * len(IN), is_bf16=slot % 2 == 0)
         values = sum(r * (i + o) for r, i, o in zip(slot_ranks, IN, OUT, strict=True))
-        assert size == tables.numel(slot_ranks, narrow=slot % 2 == 0) == (-(-values // 2) if slot % 2 == 0 else values)
+        assert size == tables.numel(slot_ranks, is_bf16=slot % 2 == 0) == (-(-values // 2) if slot % 2 == 0 else values)
         offset, taken = offset + size, taken + size
         for row in range(len(IN)):
             for name in ("a", "bt"):
@@ -83,23 +83,23 @@ def test_narrow_and_wide_slots_never_overlap(ranks: list[list[int]], alignment: 
     assert (whole[:3] == 0).all()
 
 
-def test_narrow_slots_need_a_float32_arena_that_serves() -> None:
+def test_bfloat16_slots_need_a_float32_arena_that_serves() -> None:
     for arena, grad in ((torch.zeros(100, dtype=torch.bfloat16), None), (torch.zeros(100), torch.zeros(100))):
         tables = LoraTables.empty(arena, in_features=(3,), out_features=(2,), slots=1, grad=grad)
         with pytest.raises(ValueError, match="need a float32 arena without gradients"):
-            tables.place(0, 0, [2], [1.0], narrow=True)
-        assert (tables.rank(0, 0), tables.narrow[0], tables.version) == (0, 0, 0)
+            tables.place(0, 0, [2], [1.0], is_bf16=True)
+        assert (tables.rank(0, 0), tables.is_bf16[0], tables.version) == (0, 0, 0)
 
 
 def test_a_slot_becomes_wide_again() -> None:
     tables = LoraTables.empty(torch.zeros(100), in_features=(3,), out_features=(2,), slots=1)
-    assert tables.place(0, 4, [3], [1.0], narrow=True) == 8
-    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.narrow[0]) == (8, 17, 1)
+    assert tables.place(0, 4, [3], [1.0], is_bf16=True) == 8
+    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.is_bf16[0]) == (8, 17, 1)
     assert tables.place(0, 4, [3], [1.0]) == 15
-    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.narrow[0]) == (4, 13, 0)
-    tables.place(0, 4, [3], [1.0], narrow=True)
+    assert (tables.a_offset[0, 0], tables.b_offset[0, 0], tables.is_bf16[0]) == (4, 13, 0)
+    tables.place(0, 4, [3], [1.0], is_bf16=True)
     tables.clear(0)
-    assert tables.narrow[0] == 0
+    assert tables.is_bf16[0] == 0
 
 
 def test_every_change_raises_the_version() -> None:

@@ -137,7 +137,7 @@ def test_a_role_that_never_trains_plans_no_training_kernel() -> None:
 
 def test_planning_computes_nothing_and_is_over_with_its_block() -> None:
     with team.noting() as noted:
-        team.Team(1).run(gemm._unpack_job, 1, 0, 10, 10, 10, 0, gemm.NARROW)  # would write at address 0
+        team.Team(1).run(gemm._unpack_job, 1, 0, 10, 10, 10, 0, gemm.BF16_PANELS)  # would write at address 0
     assert [kernel for kernel, _ in noted] == [gemm._unpack_job]
     weight = gemm.PackedMatrix.pack(torch.ones(gemm.PANEL, 4))
     assert torch.equal(gemm.unpack(weight, team.Team(1)), torch.ones(gemm.PANEL, 4))

@@ -255,7 +255,7 @@ def test_what_the_compiled_layers_do_not_take_runs_on_the_modules(tiny: Callable
     assert not is_compiled(decoder, stream)
     assert stream.context.lora is not None
     stream.context.lora_dropout = None
-    stream.context.lora.tables.narrow[1] = 1
+    stream.context.lora.tables.is_bf16[1] = 1
     assert not is_compiled(decoder, stream)
 
 

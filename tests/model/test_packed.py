@@ -34,16 +34,16 @@ RANKS: list[dict[str, int]] = [
 ]
 
 
-def tables_of(decoder: Decoder, *, narrow: bool) -> LoraTables:
-    """Random adapters of RANKS, every other one bfloat16 if `narrow`, with room between them."""
+def tables_of(decoder: Decoder, *, is_bf16: bool) -> LoraTables:
+    """Random adapters of RANKS, every other one bfloat16 if `is_bf16`, with room between them."""
     modules = target_modules(decoder.spec)
     inputs, outputs = [m.in_features for m in modules], [m.out_features for m in modules]
     ranks = [[of.get(module.name, 0) for module in modules] for of in RANKS]
     tables = LoraTables.empty(torch.zeros(2**20), in_features=inputs, out_features=outputs, slots=len(ranks))
     generator, offset = torch.Generator().manual_seed(5), 3
     for slot, row in enumerate(ranks):
-        is_narrow = narrow and slot % 2 == 0
-        offset += tables.place(slot, offset, row, [0.5 + slot] * len(row), narrow=is_narrow) + 1
+        as_bf16 = is_bf16 and slot % 2 == 0
+        offset += tables.place(slot, offset, row, [0.5 + slot] * len(row), is_bf16=as_bf16) + 1
         for module in modules:
             for matrix in (tables.a(module.row, slot), tables.bt(module.row, slot)):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
@@ -105,12 +105,12 @@ def _family(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Path:
     return tiny(request.param)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_adapters_on_packed_weights_equal_those_on_modules(family: Path, narrow: bool) -> None:
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_adapters_on_packed_weights_equal_those_on_modules(family: Path, is_bf16: bool) -> None:
     packed, modules = load_decoder(family, team=Team(2)), load_decoder(family)
     assert packed.stack is not None
     assert modules.stack is None
-    tables = tables_of(packed, narrow=narrow)
+    tables = tables_of(packed, is_bf16=is_bf16)
     steps = [dict.fromkeys(range(8), LENGTH - 2), dict.fromkeys(range(8), 1), dict.fromkeys((1, 3, 7), 1)]
     streams = [Stream(decoder, tables, SLOTS, LENGTH) for decoder in (packed, modules)]
     assert [type(stream.executor) for stream in streams] == [CompiledExecutor, ModulesExecutor]
@@ -121,7 +121,7 @@ def test_adapters_on_packed_weights_equal_those_on_modules(family: Path, narrow:
 
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(family: Path) -> None:
     decoder = load_decoder(family, team=Team(2))
-    tables = tables_of(decoder, narrow=True)
+    tables = tables_of(decoder, is_bf16=True)
     whole = Stream(decoder, tables, SLOTS, LENGTH).run(
         dict.fromkeys(range(8), LENGTH - 3), *[dict.fromkeys(range(8), 1)] * 3
     )
@@ -134,14 +134,14 @@ def test_one_member_or_several_give_the_same_bits(family: Path) -> None:
     results = []
     for size in (1, 3):
         decoder = load_decoder(family, team=Team(size))
-        stream = Stream(decoder, tables_of(decoder, narrow=True), SLOTS, LENGTH)
+        stream = Stream(decoder, tables_of(decoder, is_bf16=True), SLOTS, LENGTH)
         results.append(stream.run(dict.fromkeys(range(8), LENGTH)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_base_rows_are_those_of_a_batch_without_adapters(family: Path) -> None:
     decoder = load_decoder(family, team=Team(2))
-    tables = tables_of(decoder, narrow=False)
+    tables = tables_of(decoder, is_bf16=False)
     mixed = Stream(decoder, tables, SLOTS, LENGTH).run(dict.fromkeys(range(8), LENGTH))
     plain = Stream(decoder, tables, [-1] * 8, LENGTH).run(dict.fromkeys(range(8), LENGTH))
     for row, slot in enumerate(SLOTS):
@@ -157,8 +157,8 @@ def test_bfloat16_weights_stay_bfloat16_and_compute_as_float32(tiny: Callable[..
     model.save_pretrained(tmp_path)
     packed, modules = load_decoder(tmp_path, team=Team(2)), load_decoder(tmp_path)
     assert packed.stack is not None
-    assert packed.stack.table.narrow
-    tables = tables_of(packed, narrow=True)
+    assert packed.stack.table.is_bf16
+    tables = tables_of(packed, is_bf16=True)
     steps = [dict.fromkeys(range(8), LENGTH - 1), dict.fromkeys(range(8), 1)]
     ours, theirs = (Stream(decoder, tables, SLOTS, LENGTH).run(*steps) for decoder in (packed, modules))
     for one, other in zip(ours, theirs, strict=True):

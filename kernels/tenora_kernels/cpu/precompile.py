@@ -48,14 +48,14 @@ class Wanted(NamedTuple):
 
     Attributes:
         dtype: that it computes in.
-        packed: whether its matrices are; narrow: as bfloat16.
+        packed: whether its matrices are; is_bf16: as bfloat16.
         head_dim: of its attention.
         train: whether adapters are trained on it, too.
     """
 
     dtype: torch.dtype
     packed: bool
-    narrow: bool
+    is_bf16: bool
     head_dim: int
     train: bool
 
@@ -91,7 +91,7 @@ def plan(wanted: Wanted) -> list[Job]:
 def _smallest(wanted: Wanted) -> PackedStack:
     """A decoder of one layer with the kinds of weights that the base has."""
     dim, size = wanted.head_dim, PANEL * wanted.head_dim
-    weight_type = torch.bfloat16 if wanted.narrow else torch.float32
+    weight_type = torch.bfloat16 if wanted.is_bf16 else torch.float32
 
     def matrix(rows: int, columns: int) -> PackedMatrix:
         return PackedMatrix.pack(torch.zeros(rows, columns, dtype=weight_type))

@@ -66,7 +66,7 @@ class DeviceTables:
             raise ValueError(f"an adapter has rank {max_rank}; these kernels were prepared for {self._wanted[0]}.")
         if align < (self._wanted[1] or align):
             raise ValueError(f"an adapter does not lie at a multiple of {_ALIGNED} elements, as these kernels expect.")
-        if tables.narrow.any():
+        if tables.is_bf16.any():
             raise ValueError("bfloat16 matrices in a float32 arena are for the CPU.")
         for name in ("ranks", "scaling", "a_offset", "b_offset"):
             source: Tensor = getattr(tables, name)

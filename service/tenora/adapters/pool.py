@@ -32,7 +32,7 @@ class _Resident:
     size: int
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
-    narrow: bool
+    is_bf16: bool
     references: int = 0
     pinned: bool = False
     pending_eviction: bool = False  # evicted while in use: goes with its last reference
@@ -168,17 +168,17 @@ class SlotPool:
         """
         if (resident := self._residents.get(digest)) is not None:
             return resident.slot
-        narrow = adapter.values.dtype != self.tables.arena.dtype
+        is_bf16 = adapter.values.dtype != self.tables.arena.dtype
         fits = len(adapter.ranks) == self.tables.rows and adapter.values.numel() == self.tables.numel(adapter.ranks)
-        if not fits or (narrow and (adapter.values.dtype, self._itemsize) != (torch.bfloat16, 4)):
+        if not fits or (is_bf16 and (adapter.values.dtype, self._itemsize) != (torch.bfloat16, 4)):
             raise ValueError(f"the adapter was not prepared for this pool: {adapter.values.dtype}, {adapter.ranks}.")
-        size = self.tables.numel(adapter.ranks, narrow=narrow)
+        size = self.tables.numel(adapter.ranks, is_bf16=is_bf16)
         self._make_room(size)
         offset = self._free.allocate(size)
         if offset is None:
             raise RuntimeError(f"no room for {size} elements although it was made; holes are {self._free.holes}.")
         slot = self._free_slots.pop()
-        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, narrow)
+        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, is_bf16)
         self._residents[digest] = resident
         if self._uploader is None or adapter.values.device.type != "cpu":
             self._write(offset, adapter.values)
@@ -258,15 +258,15 @@ class SlotPool:
             elif self.tables.ranks[:, r.slot].any() or r.references != 1:
                 raise RuntimeError(f"adapter {digest} is on its way, and its slot {r.slot} is in use already.")
         for slot in self._free_slots:
-            if self.tables.ranks[:, slot].any() or self.tables.narrow[slot]:
+            if self.tables.ranks[:, slot].any() or self.tables.is_bf16[slot]:
                 raise RuntimeError(f"slot {slot} is free but has ranks.")
 
     def _check_tables(self, digest: str, resident: _Resident) -> None:
         if self.tables.ranks[:, resident.slot].tolist() != list(resident.ranks):
             raise RuntimeError(f"the ranks of adapter {digest} are not those of its slot {resident.slot}.")
-        if bool(self.tables.narrow[resident.slot]) != resident.narrow:
+        if bool(self.tables.is_bf16[resident.slot]) != resident.is_bf16:
             raise RuntimeError(f"adapter {digest} and its slot {resident.slot} differ about the type of its weights.")
-        end = resident.offset * (2 if resident.narrow else 1)
+        end = resident.offset * (2 if resident.is_bf16 else 1)
         for row, rank in enumerate(resident.ranks):
             if rank:
                 a, b = int(self.tables.a_offset[row, resident.slot]), int(self.tables.b_offset[row, resident.slot])
@@ -274,7 +274,7 @@ class SlotPool:
                     raise RuntimeError(f"row {row} of adapter {digest} does not lie where it must.")
                 end = b + rank * self._targets[row].out_features
         last = resident.offset + resident.size
-        if (end + 1 if resident.narrow else end * 2) // 2 != last:
+        if (end + 1 if resident.is_bf16 else end * 2) // 2 != last:
             raise RuntimeError(f"adapter {digest} ends at {end}, which is not where its range ends, at {last}.")
 
     def _make_room(self, size: int) -> None:
@@ -362,7 +362,7 @@ class SlotPool:
 
     def _place(self, resident: _Resident) -> None:
         """Let the tables point at an adapter that lies in the arena."""
-        self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, narrow=resident.narrow)
+        self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, is_bf16=resident.is_bf16)
 
     def _write(self, offset: int, values: Tensor) -> None:
         """Copy prepared values to element `offset` of the arena; on a GPU in the order of what it computes."""

@@ -23,8 +23,8 @@ class PreparedAdapter:
 
     Attributes:
         values: 1-D on the host, or on the device if it comes from there: per module, in the order of the base's rows,
-            A [r, in] and then Bᵀ [r, out]. Its type is the arena's, or bfloat16 for an arena of float32 (a narrow slot
-            of `LoraTables`).
+            A [r, in] and then Bᵀ [r, out]. Its type is the arena's, or bfloat16 for an arena of float32 (`is_bf16` of
+            `LoraTables`).
         ranks: one per row of the base, 0 for a module that the adapter skips.
         scaling: one per row; 0 where the rank is 0.
     """

@@ -73,13 +73,13 @@ def _make_score(width: int) -> Any:
         bytes that are fetched into the cache meanwhile. Keys hold the sample's type; q and s float32.
         """
         del typing, rows, q, q_stride, panels, key_stride, depth, s, s_stride
-        narrow = sample == uint16
+        is_bf16 = sample == uint16
         signature = types.void(*[types.intp] * 8, sample)
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             count, q_at, q_step, table, key_step, depth_value, s_at, s_step = args[:8]
             vectors = Vectors(builder)
-            item = 2 if narrow else 4
+            item = 2 if is_bf16 else 4
             per_panel = PANEL // LANES
 
             def emit(rows: int) -> None:
@@ -94,7 +94,7 @@ def _make_score(width: int) -> Any:
                         prefetch(builder, builder.add(fetched, builder.mul(loop.index, integer(PANEL * item))))
                         at = builder.add(panel, moved)
                         lanes = [_after(builder, at, c * LANES * item) for c in range(per_panel)]
-                        weights += [vectors.load(lane, narrow) for lane in lanes]
+                        weights += [vectors.load(lane, is_bf16) for lane in lanes]
                     offset = builder.mul(loop.index, integer(4))
                     for start, row in zip(starts, sums, strict=True):
                         multiply_add(vectors, builder.add(start, offset), weights, row)
@@ -134,11 +134,11 @@ def _make_weigh(width: int) -> Any:
         and shrink float32. Only `keys` values are read.
         """
         del typing, rows, p, p_stride, shrink, panels, keys, column, value_stride, o, o_stride
-        narrow = sample == uint16
+        is_bf16 = sample == uint16
         signature = types.void(*[types.intp] * 10, sample)
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit = _Weighing(Vectors(builder, lanes), width // lanes, narrow, args)
+            emit = _Weighing(Vectors(builder, lanes), width // lanes, is_bf16, args)
             switch(builder, args[0], range(1, _rows_with(max(2, width // 8)) + 1), emit)
             return context.get_dummy_value()
 
@@ -150,9 +150,9 @@ def _make_weigh(width: int) -> Any:
 class _Weighing:
     """Writes `weigh` for one number of rows."""
 
-    def __init__(self, vectors: Vectors, columns: int, narrow: bool, args: Any) -> None:
-        self._vectors, self._columns, self._narrow = vectors, columns, narrow
-        self._item = 2 if narrow else 4
+    def __init__(self, vectors: Vectors, columns: int, is_bf16: bool, args: Any) -> None:
+        self._vectors, self._columns, self._is_bf16 = vectors, columns, is_bf16
+        self._item = 2 if is_bf16 else 4
         self._args = args
 
     def __call__(self, rows: int) -> None:
@@ -193,7 +193,7 @@ class _Weighing:
             for number_of_line in range(lines):
                 prefetch(builder, _after(builder, fetched, number_of_line * PANEL * line))
             at = builder.add(values, builder.mul(key.index, value_step))
-            weights = [vectors.load(_after(builder, at, c * lane_bytes), self._narrow) for c in range(self._columns)]
+            weights = [vectors.load(_after(builder, at, c * lane_bytes), self._is_bf16) for c in range(self._columns)]
             moved = builder.mul(builder.add(done, key.index), integer(4))
             for start, row in zip(starts, sums, strict=True):
                 multiply_add(vectors, builder.add(start, moved), weights, row)

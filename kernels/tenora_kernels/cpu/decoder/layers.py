@@ -19,7 +19,7 @@ from tenora_kernels.cpu.decoder.layer_forward import FORWARD_PHASES, forward_lay
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.decoder.stream import lay_out_rows, lay_out_sequences
 from tenora_kernels.cpu.lowrank.factors import COUNT, FACTORS
-from tenora_kernels.cpu.products.gemm import NARROW, WIDE
+from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS
 from tenora_kernels.cpu.products.strided import WIDTH, times_address
 from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
@@ -56,7 +56,7 @@ def supports(stack: PackedStack, lora: LoraBatch | None) -> bool:
         return True
     tables, slots = lora.tables, lora.segments.arrays.seg_slot
     floats = tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"
-    return floats and not tables.narrow[slots].any()
+    return floats and not tables.is_bf16[slots].any()
 
 
 def warm_up(stack: PackedStack) -> None:
@@ -97,7 +97,7 @@ class StreamLayers:
         self._rows = lay_out_rows(self._tokens, lora, stack.sites)
         self._factors = self._factor_arguments()
         self._scale = np.float32(1 / sqrt(stack.head_dim))
-        self._sample = NARROW if stack.table.narrow else WIDE
+        self._sample = BF16_PANELS if stack.table.is_bf16 else FLOAT32_PANELS
 
     def forward(self, index: int, hidden: Tensor) -> tuple[Tensor, Kept]:
         """Layer `index`: its output float32 [T, hidden], and what its backward pass needs.

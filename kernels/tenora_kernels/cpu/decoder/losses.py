@@ -18,7 +18,7 @@ from tenora_kernels.cpu.decoder.loss import (
     score_job,
 )
 from tenora_kernels.cpu.decoder.stack import PackedStack
-from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE
+from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS, PANEL
 from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import cut
 
@@ -83,7 +83,7 @@ class StreamLosses:
             right=right[span].data_ptr(), coefficients=0 if given is None else given.data_ptr(),
             d_hidden=0 if d_hidden is None else d_hidden.data_ptr(),
         )  # fmt: skip
-        sample, eps, team = NARROW if head.narrow else WIDE, np.float32(stack.eps), stack.team
+        sample, eps, team = BF16_PANELS if head.is_bf16 else FLOAT32_PANELS, np.float32(stack.eps), stack.team
         step = max(1, int(_PRODUCTS / (rows * depth * BLOCK_PANELS * PANEL)))
         try:
             team.run(gather_job, 1, call, eps)

@@ -15,7 +15,7 @@ from tenora_kernels.cpu.decoder import step
 from tenora_kernels.cpu.decoder.activation import ACTIVATIONS
 from tenora_kernels.cpu.lowrank import lowrank
 from tenora_kernels.cpu.lowrank.factors import COUNT, site_table
-from tenora_kernels.cpu.products.gemm import NARROW, PANEL, WIDE, PackedMatrix, matmul, unpack
+from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS, PANEL, PackedMatrix, matmul, unpack
 from tenora_kernels.cpu.runtime.arguments import arguments, assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.workspace import Workspace
@@ -109,7 +109,7 @@ class PackedStack:
 
     def __post_init__(self) -> None:
         matrices = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        if any(matrix.narrow != self.table.narrow for matrix in [*matrices, self.head]):
+        if any(matrix.is_bf16 != self.table.is_bf16 for matrix in [*matrices, self.head]):
             raise ValueError("the matrices of a decoder must be packed alike, all of them bfloat16 or all float32.")
         self._layers = np.concatenate([layer.arguments() for layer in self.layers])
         first = self.layers[0]
@@ -173,7 +173,7 @@ class PackedStack:
         self.team.run(
             step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers, tables,
             pieces, self._sites, plan.call, attention.slots, attention.tables, plan.items, plan.panels, self.team.size,
-            plan.scale, np.float32(self.eps), NARROW if self.table.narrow else WIDE,
+            plan.scale, np.float32(self.eps), BF16_PANELS if self.table.is_bf16 else FLOAT32_PANELS,
         )  # fmt: skip
         return normed
 

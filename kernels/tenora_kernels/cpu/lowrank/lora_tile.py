@@ -43,28 +43,28 @@ def _switch(builder: Any, rows: Any, columns: Any, tiles: Iterable[tuple[int, in
 class _Memory:
     """Addresses, and scalars and vectors of one element type, float32 or bfloat16."""
 
-    def __init__(self, builder: Any, narrow: bool, lanes: int = LANES) -> None:
+    def __init__(self, builder: Any, is_bf16: bool, lanes: int = LANES) -> None:
         self.vectors = Vectors(builder, lanes)
         self.builder = builder
-        self.narrow = narrow
-        self.size = 2 if narrow else 4
+        self.is_bf16 = is_bf16
+        self.size = 2 if is_bf16 else 4
 
     def at(self, start: Any, index: Any) -> Any:
         """The address of element `index`."""
         return self.builder.add(start, self.builder.mul(index, integer(self.size)))
 
     def load(self, address: Any) -> Any:
-        return self.vectors.load(address, self.narrow)
+        return self.vectors.load(address, self.is_bf16)
 
     def first_lane(self, address: Any) -> Any:
         """A vector with one element in its first lane and zeros behind it."""
-        kind = _HALF if self.narrow else _FLOAT
+        kind = _HALF if self.is_bf16 else _FLOAT
         place = self.builder.inttoptr(address, kind.as_pointer())
         value = to_float(self.builder, self.builder.load(place))
         return self.builder.insert_element(ir.Constant(self.vectors.kind, None), value, ir.Constant(_WORD, 0))
 
     def store(self, value: Any, address: Any) -> None:
-        self.vectors.store(value, address, self.narrow)
+        self.vectors.store(value, address, self.is_bf16)
 
 
 def _rows(builder: Any, start: Any, stride: Any, index: Any, count: int) -> list[Any]:

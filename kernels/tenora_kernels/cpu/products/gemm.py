@@ -31,9 +31,9 @@ from tenora_kernels.cpu.runtime.values import load, store
 from tenora_kernels.cpu.runtime.vectors import LANES
 
 __all__ = [
-    "NARROW",
+    "BF16_PANELS",
+    "FLOAT32_PANELS",
     "PANEL",
-    "WIDE",
     "PackedMatrix",
     "add_bias",
     "group_of",
@@ -50,7 +50,7 @@ __all__ = [
 ROW_BLOCK = 96
 """Rows that share one pass over the weights: their inputs (K = 576: 216 KiB) stay in the second-level cache."""
 
-NARROW, WIDE = np.uint32(0), np.float32(0)
+BF16_PANELS, FLOAT32_PANELS = np.uint32(0), np.float32(0)
 """Samples of the two element types; see `values`."""
 
 
@@ -74,11 +74,11 @@ class PackedMatrix:
         """Pack a float32, float16 or bfloat16 matrix [N, K] on the CPU. bfloat16 stays so, the others are float32."""
         n, k = weight.shape
         count = -(-n // PANEL)
-        narrow = weight.dtype == torch.bfloat16
-        source = weight.detach() if narrow else weight.detach().float()
+        is_bf16 = weight.dtype == torch.bfloat16
+        source = weight.detach() if is_bf16 else weight.detach().float()
         if n % PANEL:
             source = torch.cat((source, source.new_zeros(count * PANEL - n, k)))
-        if not narrow:
+        if not is_bf16:
             panels = memory.empty(count * k * PANEL, torch.float32).view(count, k, PANEL)
             return cls(panels.copy_(source.view(count, PANEL, k).transpose(1, 2)), n, k)
         # [count, 2, LANES, K] → [count, K, LANES, 2]: the two halves of an int32 lie next to each other, low one first.
@@ -87,7 +87,7 @@ class PackedMatrix:
         return cls(pairs.view(torch.int32).view(count, k, LANES), n, k)
 
     @property
-    def narrow(self) -> bool:
+    def is_bf16(self) -> bool:
         """Whether the weights are bfloat16."""
         return self.panels.dtype == torch.int32
 
@@ -99,7 +99,7 @@ class PackedMatrix:
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` (int64 [T]) of W, float32 [T, K]: the lookup of an embedding that is also the head."""
         panel, column = index // PANEL, index % PANEL
-        if not self.narrow:
+        if not self.is_bf16:
             return self.panels[panel, :, column]
         halves = self.panels.view(torch.int16).view(-1, self.in_features, LANES, 2)
         chosen = halves[panel, :, column % LANES, column // LANES]
@@ -197,7 +197,7 @@ def product_phase(control, phase, rows, fresh, x, x_step, w, panels, depth, out,
         w: address of the first of `panels` packed panels.
         out, out_step: of float32 [T, panels · PANEL].
         bias: address of float32 [panels · PANEL]; 0 for none.
-        sample: NARROW or WIDE.
+        sample: BF16_PANELS or FLOAT32_PANELS.
     """
     group = group_of(panels)
     tasks = tile_count(rows, panels, group)
@@ -227,7 +227,7 @@ def matmul(x: Tensor, weight: PackedMatrix, team: Team) -> Tensor:
     rows = x.shape[0]
     out = torch.empty(rows, weight.padded)
     if rows:
-        sample = NARROW if weight.narrow else WIDE
+        sample = BF16_PANELS if weight.is_bf16 else FLOAT32_PANELS
         x = x if x.stride(1) == 1 else x.contiguous()
         count = weight.panels.shape[0]
         team.run(
@@ -256,6 +256,6 @@ def unpack(weight: PackedMatrix, team: Team) -> Tensor:
     out = torch.empty(weight.out_features, weight.in_features)
     team.run(
         _unpack_job, 1, weight.panels.data_ptr(), weight.panels.shape[0], weight.in_features, weight.out_features,
-        out.data_ptr(), NARROW if weight.narrow else WIDE,
+        out.data_ptr(), BF16_PANELS if weight.is_bf16 else FLOAT32_PANELS,
     )  # fmt: skip
     return out

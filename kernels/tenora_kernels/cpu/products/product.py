@@ -83,14 +83,14 @@ class _Loop:
             found.append(self.builder.add(found[-1], step))
         return found[:count]
 
-    def packed(self, place: Any, narrow: bool) -> list[Any]:
+    def packed(self, place: Any, is_bf16: bool) -> list[Any]:
         """The two vectors of a panel at one k.
 
-        Narrow ones are pairs of bfloat16, each the upper half of a float32: the low one moves up, the high one only
-        loses its neighbour.
+        Those of bfloat16 come in pairs, each number the upper half of a float32: the low one moves up, the high one
+        only loses its neighbour.
         """
         builder, vectors = self.builder, self.vectors
-        if not narrow:
+        if not is_bf16:
             return [vectors.load(place), vectors.load(builder.add(place, integer(4 * LANES)))]
         pairs = builder.load(builder.inttoptr(place, vectors.integers.as_pointer()), align=4)
         low = builder.shl(pairs, ir.Constant(vectors.integers, [16] * LANES))
@@ -115,12 +115,12 @@ def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
     @intrinsic
     def multiply(typing, rows, x, x_step, w, depth, ahead, out, out_step, add, sample):
         del typing
-        narrow = sample == uint32
+        is_bf16 = sample == uint32
         signature = types.void(*[types.int64] * 9, sample)
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             count, x_at, x_step_value, w_at, depth_value, ahead_at, out_at, out_step_value, add_value = args[:9]
-            line = integer(PANEL * (2 if narrow else 4))
+            line = integer(PANEL * (2 if is_bf16 else 4))
 
             def emit(rows: int) -> None:
                 loop_code = _Loop(builder, rows, 2 * panels_of(rows))
@@ -129,7 +129,7 @@ def _make_multiply(cases: range, panels_of: Callable[[int], int]) -> Any:
                 with cgutils.for_range(builder, depth_value) as loop:
                     offset = builder.mul(loop.index, line)
                     prefetch(builder, builder.add(ahead_at, offset))
-                    weights = [v for panel in panels for v in loop_code.packed(builder.add(panel, offset), narrow)]
+                    weights = [v for panel in panels for v in loop_code.packed(builder.add(panel, offset), is_bf16)]
                     here = builder.mul(loop.index, integer(4))
                     for start, sums in zip(starts, loop_code.sums, strict=True):
                         multiply_add(loop_code.vectors, builder.add(start, here), weights, sums)

@@ -44,12 +44,12 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
 @intrinsic
 def _turn(typing: Any, source: Any, target: Any, sample: Any) -> Any:
     """Turn PANEL lines of a panel at `source`: line j of the panel at `target` is column j of those lines."""
-    narrow = sample == uint32
+    is_bf16 = sample == uint32
     signature = types.void(types.int64, types.int64, sample)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         code = Vectors(builder)
-        line = PANEL * (2 if narrow else 4)
+        line = PANEL * (2 if is_bf16 else 4)
 
         def columns(first: int, offset: int) -> list[Any]:
             """Columns of LANES lines from `first` on, as integers."""
@@ -67,7 +67,7 @@ def _turn(typing: Any, source: Any, target: Any, sample: Any) -> Any:
         def constant(value: int) -> Any:
             return ir.Constant(code.integers, [value] * LANES)
 
-        if not narrow:
+        if not is_bf16:
             for half in range(2):
                 for part in range(2):
                     write(columns(part * LANES, half * LANES * 4), half * LANES, part * LANES * 4)

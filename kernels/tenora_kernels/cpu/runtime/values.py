@@ -83,9 +83,9 @@ def store(typing: Any, address: Any, index: Any, value: Any, sample: Any) -> Any
     """Write a float32 as element `index` of the sample's type at `address`, rounded to nearest even."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        narrow = signature.args[3] == uint16
-        value = to_bfloat16(builder, args[2]) if narrow else args[2]
-        builder.store(value, _element(builder, args[0], args[1], _HALF if narrow else _FLOAT))
+        is_bf16 = signature.args[3] == uint16
+        value = to_bfloat16(builder, args[2]) if is_bf16 else args[2]
+        builder.store(value, _element(builder, args[0], args[1], _HALF if is_bf16 else _FLOAT))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, float32, sample), codegen

@@ -32,18 +32,18 @@ class Vectors:
         self.kind = ir.VectorType(_FLOAT, lanes)
         self.integers = ir.VectorType(_WORD, lanes)
 
-    def load(self, address: Any, narrow: bool = False) -> Any:
+    def load(self, address: Any, is_bf16: bool = False) -> Any:
         """A vector from an address that need not be aligned to it."""
-        kind = ir.VectorType(_HALF, self.lanes) if narrow else self.kind
+        kind = ir.VectorType(_HALF, self.lanes) if is_bf16 else self.kind
         place = self.builder.inttoptr(address, kind.as_pointer())
-        return to_float(self.builder, self.builder.load(place, align=2 if narrow else 4))
+        return to_float(self.builder, self.builder.load(place, align=2 if is_bf16 else 4))
 
-    def store(self, value: Any, address: Any, narrow: bool = False) -> None:
+    def store(self, value: Any, address: Any, is_bf16: bool = False) -> None:
         """A vector to an address that need not be aligned to it; rounded to nearest even for bfloat16."""
-        if narrow:
+        if is_bf16:
             value = to_bfloat16(self.builder, value)
         place = self.builder.inttoptr(address, value.type.as_pointer())
-        self.builder.store(value, place, align=2 if narrow else 4)
+        self.builder.store(value, place, align=2 if is_bf16 else 4)
 
     def constant(self, value: float) -> Any:
         """One number in every lane, known now."""

@@ -64,12 +64,12 @@ class Bench:
         """Random tensors; adapters lie as bfloat16, as files do, wherever the base does not compute in float16."""
         slots = max(1, case.rows)
         ranks = [case.ranks[slot % len(case.ranks)] for slot in range(slots)]
-        narrow = dtype == torch.float32 and device.type == "cpu"
+        is_bf16 = dtype == torch.float32 and device.type == "cpu"
         total = site.output
         width = site.input * len(site.modules) + total
-        size = 2 if narrow else dtype.itemsize
+        size = 2 if is_bf16 else dtype.itemsize
         layers = _layers(min(sum(ranks) * width * size, site.output * site.input * dtype.itemsize))
-        tables = _tables(site, layers, ranks, device, dtype, narrow=narrow)
+        tables = _tables(site, layers, ranks, device, dtype, is_bf16=is_bf16)
         segments = build_segments(_slots(case), device=device)
         used = sum(ranks[slot] for slot in segments.seg_slot)
         return cls(
@@ -103,18 +103,18 @@ def _sites(site: Site, layers: int) -> Iterator[LoraSite]:
 
 
 def _tables(
-    site: Site, layers: int, ranks: Sequence[int], device: torch.device, dtype: torch.dtype, *, narrow: bool
+    site: Site, layers: int, ranks: Sequence[int], device: torch.device, dtype: torch.dtype, *, is_bf16: bool
 ) -> LoraTables:
     inputs = [site.input] * len(site.modules) * layers
     outputs = [module.output for module in site.modules] * layers
     per_rank = sum(inputs) + sum(outputs)
-    elements = sum((rank * per_rank + 1) // 2 if narrow else rank * per_rank for rank in ranks)
+    elements = sum((rank * per_rank + 1) // 2 if is_bf16 else rank * per_rank for rank in ranks)
     arena = torch.zeros(elements, device=device, dtype=dtype)
-    (arena.view(torch.bfloat16) if narrow else arena).normal_(std=0.02)
+    (arena.view(torch.bfloat16) if is_bf16 else arena).normal_(std=0.02)
     tables = LoraTables.empty(arena, in_features=inputs, out_features=outputs, slots=len(ranks))
     offset = 0
     for slot, rank in enumerate(ranks):
-        offset += tables.place(slot, offset, [rank] * tables.rows, [2.0] * tables.rows, narrow=narrow)
+        offset += tables.place(slot, offset, [rank] * tables.rows, [2.0] * tables.rows, is_bf16=is_bf16)
     return tables
 
 

@@ -104,7 +104,7 @@ def test_a_broken_promise_is_refused_and_leaves_the_mirror() -> None:
     with pytest.raises(ValueError, match="does not lie at a multiple of 16"):
         mirror.refresh(tables)
     assert not mirror.ranks.any()
-    tables.place(0, 0, [4], [1.0], narrow=True)
+    tables.place(0, 0, [4], [1.0], is_bf16=True)
     with pytest.raises(ValueError, match="are for the CPU"):
         mirror.refresh(tables)
     tables.place(0, 16, [8], [1.0])
