@@ -14,15 +14,13 @@ from tenora_kernels.cpu.runtime.team import Team
 
 __all__ = ["can_pack", "pack_stack"]
 
-_BLOCKS, _MODULES = ("attention", "gated_mlp"), (3, 1, 2, 1)
-"""What the kernels compute in a layer, and how many modules they take at each site."""
+_BLOCKS = ("attention", "gated_mlp")
+"""What the kernels compute in a layer, whatever the modules of its sites."""
 
 
 def can_pack(spec: ModelSpec) -> bool:
     """Whether the kernels take a base of this shape and these sizes."""
-    layout = spec.layout
-    modules = tuple(len(site.modules) for site in layout.sites)
-    if (tuple(block.kind for block in layout.blocks), modules) != (_BLOCKS, _MODULES):
+    if tuple(block.kind for block in spec.layout.blocks) != _BLOCKS:
         return False
     return supports_sizes(
         hidden=spec.hidden_size,
