@@ -43,15 +43,15 @@ def add_lora_reference(
     return out
 
 
-def write_pages(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+def write_pages(keys: Tensor, values: Tensor, kv_slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store new keys and values in a paged cache, row by row; a row with a negative slot stores nothing.
 
     Args:
         keys, values: [blocks, block_size, Hkv, D]; changed in place.
-        slots: int [rows], block · block_size + offset.
+        kv_slots: int [rows], block · block_size + offset.
         k, v: [rows, Hkv, D].
     """
-    for row, slot in enumerate(slots.tolist()):
+    for row, slot in enumerate(kv_slots.tolist()):
         if slot >= 0:
             block, offset = divmod(slot, keys.shape[1])
             keys[block, offset], values[block, offset] = k[row], v[row]

@@ -137,7 +137,7 @@ def test_a_cpu_has_the_hosts_clock() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_card_a_slice_of_matrix_products_is_as_long_as_it_was_told() -> None:
+def test_on_a_gpu_a_slice_of_matrix_products_is_as_long_as_it_was_told() -> None:
     device = torch.device("cuda")
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
 

@@ -277,7 +277,7 @@ def test_a_step_that_no_graph_holds_is_an_error(driver: MakeDriver) -> None:
 @pytest.mark.parametrize(
     "family", ["smollm2", "llama", "mistral", "qwen2", "qwen3", "dynamic_rope", "llama3_rope", "yarn_rope"]
 )
-def test_on_a_card_tokens_equal_those_of_the_cpu(
+def test_on_a_gpu_tokens_equal_those_of_the_cpu(
     family: str, make_tiny: Callable[[str], Path], adapters: list[AdapterRef], driver: MakeDriver
 ) -> None:
     """float32, so that the two differ by rounding only. The adapters are made for smollm2; others run without."""
@@ -295,7 +295,7 @@ def test_on_a_card_tokens_equal_those_of_the_cpu(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_card_nothing_waits_before_the_tokens(
+def test_on_a_gpu_nothing_waits_before_the_tokens(
     make_tiny: Callable[[str], Path], driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decode steps, chunks, and both in one step: the hidden states are there without a synchronisation."""

@@ -94,7 +94,7 @@ def test_a_tight_card_gets_fewer_sequences_and_slots_before_it_is_refused() -> N
     assert on(gpu(24), max_num_seqs=200, role="serve").max_num_seqs == 200
 
 
-def test_more_than_the_card_has_is_refused_before_it_is_allocated() -> None:
+def test_more_than_the_gpu_has_is_refused_before_it_is_allocated() -> None:
     with pytest.raises(ConfigurationError, match=r"TENORA_KV_CACHE_BYTES .* 70\.0 GB, but of 78\.8 GB .*16\.1 GB"):
         on(gpu(80), kv_cache_bytes=70 * 10**9, adapter_pool_bytes=2**20)
 

@@ -111,7 +111,7 @@ class OnCard(Tensor):
         return True
 
 
-def test_what_lies_on_a_card_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_on_a_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step()
     made: list[type] = []
     for kind in (SplitAttention, GatheredAttention):

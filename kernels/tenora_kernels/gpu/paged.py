@@ -15,12 +15,12 @@ from tenora_kernels.gpu.paged_kernel import write_pages as write_kernel
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
 
-def write_pages(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+def write_pages(keys: Tensor, values: Tensor, kv_slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store one layer's new keys and values in its cache. One launch.
 
     Args:
         keys, values: [blocks, block_size, Hkv, D], contiguous; changed in place.
-        slots: int32 or int64 [rows], block · block_size + offset; a negative one (padding) stores nothing.
+        kv_slots: int32 or int64 [rows], block · block_size + offset; a negative one (padding) stores nothing.
         k, v: [rows, Hkv, D], in the type of the cache.
     """
     rows, size = k.shape[0], keys.shape[2] * keys.shape[3]
@@ -29,7 +29,7 @@ def write_pages(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tenso
     k, v = _rows(k), _rows(v)
     block = _power_of_two(size)
     with on(k):
-        write_kernel[(rows,)](keys, values, slots, k, v, k.stride(0), v.stride(0), size=size, block=block)
+        write_kernel[(rows,)](keys, values, kv_slots, k, v, k.stride(0), v.stride(0), size=size, block=block)
 
 
 def attend_pages(

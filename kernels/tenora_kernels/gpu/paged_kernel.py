@@ -165,7 +165,7 @@ def combine_decode(
 def write_pages(
     k_cache: tl.tensor,
     v_cache: tl.tensor,
-    slots: tl.tensor,
+    kv_slots: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     k_stride: tl.tensor,
@@ -179,12 +179,12 @@ def write_pages(
 
     Args:
         k_cache, v_cache: [slots, size], contiguous.
-        slots: int [rows].
+        kv_slots: int [rows].
         k, v: [rows, size], rows k_stride and v_stride apart.
         block: a power of two not below `size`.
     """
     row = tl.program_id(0)
-    slot = tl.load(slots + row).to(tl.int64)
+    slot = tl.load(kv_slots + row).to(tl.int64)
     if slot >= 0:
         n = tl.arange(0, block)
         inside = n < size

@@ -101,13 +101,13 @@ class ModelRunner:
         positions = np.arange(len(row)) - query_start[row] + starts[row]
         block_tables = self._block_tables.update([sequence.block_table for sequence in sequences])
         block, offset = np.divmod(positions, self.cache.block_size)
-        cache_slots = block_tables[row, block] * np.int64(self.cache.block_size) + offset
+        kv_slots = block_tables[row, block] * np.int64(self.cache.block_size) + offset
         lengths = self._lengths(sequences, row, positions)
         token_ids: list[int] = []
         for item in items:
             token_ids += item.sequence.token_ids[item.start : item.start + item.count]
         adapters = np.array([sequence.slot for sequence in sequences])
-        return Batch(token_ids, positions, cache_slots, adapters, block_tables, lengths, query_start)
+        return Batch(token_ids, positions, kv_slots, adapters, block_tables, lengths, query_start)
 
     def _lengths(self, sequences: Sequence[SequenceState], row: Integers, positions: Integers) -> Integers | None:
         """What each token is rotated for (see `Rotary.table`): the prompt as a whole, then one more with each token."""

@@ -112,7 +112,7 @@ class CompiledAttention:
 
 def paged_attention(
     cache: KVCache,
-    slot_mapping: Tensor,
+    kv_slots: Tensor,
     query_start: Sequence[int] | Tensor | None,
     context_lens: Sequence[int] | Tensor,
     block_tables: Tensor,
@@ -126,7 +126,7 @@ def paged_attention(
 
     Args:
         cache: the blocks.
-        slot_mapping: int64 [T], the cache slot of each token of the step.
+        kv_slots: int64 [T], the KV slot of each token of the step.
         query_start: [B + 1] ascending from 0 to T; sequence b's new tokens are query_start[b] … query_start[b + 1].
             None: one new token per sequence, and the host need not know more. The other arguments may then be buffers
             that a CUDA graph is captured over, with padding in them: see `DecodeAttention`.
@@ -138,14 +138,14 @@ def paged_attention(
     query_start and context_lens are wanted on the host: Python integers avoid a synchronisation on an accelerator.
     """
     if query_start is None:
-        contexts = torch.as_tensor(context_lens, dtype=torch.int32, device=slot_mapping.device)
-        return DecodeAttention(cache, slot_mapping, contexts, block_tables)
+        contexts = torch.as_tensor(context_lens, dtype=torch.int32, device=kv_slots.device)
+        return DecodeAttention(cache, kv_slots, contexts, block_tables)
     starts, lengths = _host(query_start), _host(context_lens)
     if cache.panelled:
-        step = PagedStep(slot_mapping.numpy(), starts, lengths, block_tables.numpy(), team=team)
+        step = PagedStep(kv_slots.numpy(), starts, lengths, block_tables.numpy(), team=team)
         return CompiledAttention(cache, step)
     kind = SplitAttention if cache.k[0].is_cuda else GatheredAttention
-    return kind(cache, slot_mapping, starts, lengths, block_tables)
+    return kind(cache, kv_slots, starts, lengths, block_tables)
 
 
 def _host(values: Sequence[int] | Tensor) -> list[int]:

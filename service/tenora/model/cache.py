@@ -16,7 +16,7 @@ class KVCache:
     """Keys and values of every layer.
 
     Position p of a sequence lies in block `block_tables[sequence, p // block_size]` at offset `p % block_size`; its
-    *slot* is block · block_size + offset. Who owns which block is the engine's business. Content of a block that
+    *KV slot* is block · block_size + offset. Who owns which block is the engine's business. Content of a block that
     nobody wrote is undefined.
 
     Attributes:
@@ -65,20 +65,20 @@ class KVCache:
         """Whether the compiled attention of the CPU takes it."""
         return self.k[0].device.type == "cpu" and not self.k[0].is_contiguous()
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v [T, kv_heads, head_dim] of one layer at `slots` int64 [T]."""
+    def write(self, layer: int, kv_slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v [T, kv_heads, head_dim] of one layer at `kv_slots` int64 [T]."""
         for cached, new in ((self.k[layer], k), (self.v[layer], v)):
             if cached.is_contiguous():
-                cached.flatten(0, 1).index_copy_(0, slots, new)
+                cached.flatten(0, 1).index_copy_(0, kv_slots, new)
             else:
-                cached[slots // self.block_size, slots % self.block_size] = new
+                cached[kv_slots // self.block_size, kv_slots % self.block_size] = new
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of k and v at `slots` int64 [n]: two tensors [n, kv_heads, head_dim]."""
-        return self._rows(self.k[layer], slots), self._rows(self.v[layer], slots)
+    def read(self, layer: int, kv_slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of k and v at `kv_slots` int64 [n]: two tensors [n, kv_heads, head_dim]."""
+        return self._rows(self.k[layer], kv_slots), self._rows(self.v[layer], kv_slots)
 
-    def _rows(self, cached: Tensor, slots: Tensor) -> Tensor:
+    def _rows(self, cached: Tensor, kv_slots: Tensor) -> Tensor:
         if cached.is_contiguous():
             # index_select copies whole rows; advanced indexing took 3 to 4 times as long.
-            return cached.flatten(0, 1).index_select(0, slots)
-        return cached[slots // self.block_size, slots % self.block_size]
+            return cached.flatten(0, 1).index_select(0, kv_slots)
+        return cached[kv_slots // self.block_size, kv_slots % self.block_size]

@@ -25,13 +25,13 @@ class GatheredAttention(TorchHeads):
     def __init__(
         self,
         cache: KVCache,
-        slot_mapping: Tensor,
+        kv_slots: Tensor,
         query_start: Sequence[int],
         context_lens: Sequence[int],
         block_tables: Tensor,
     ) -> None:
         self._cache = cache
-        self._slot_mapping = slot_mapping
+        self._kv_slots = kv_slots
         self._block_tables = block_tables.long()
         self._contexts = context_lens
         self._chunks: list[tuple[int, int, int]] = []  # sequence, first token, one past its last token
@@ -47,7 +47,7 @@ class GatheredAttention(TorchHeads):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Attention.attend`. The cache of `layer` is changed in place."""
-        self._cache.write(layer, self._slot_mapping, k, v)
+        self._cache.write(layer, self._kv_slots, k, v)
         if window not in self._decode_plans:
             self._decode_plans[window] = [self._plan_decode(bucket, window) for bucket in self._decode]
             self._chunk_plans[window] = [self._plan_chunk(*chunk, window) for chunk in self._chunks]
@@ -56,10 +56,10 @@ class GatheredAttention(TorchHeads):
             out[plan.rows] = self._attend_decode(layer, q[plan.rows], plan)
         for chunk in self._chunk_plans[window]:
             rows = slice(chunk.start, chunk.stop)
-            if chunk.slots is None:
+            if chunk.kv_slots is None:
                 keys, values = k[rows], v[rows]
             else:
-                keys, values = self._cache.read(layer, chunk.slots)
+                keys, values = self._cache.read(layer, chunk.kv_slots)
             out[rows] = attend_one(q[rows], keys, values, chunk.mask)
         return out.flatten(1)
 
@@ -71,8 +71,8 @@ class GatheredAttention(TorchHeads):
             buckets.setdefault(blocks.bit_length(), []).append((sequence, token))
         return list(buckets.values())
 
-    def _slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Cache slots of `positions` [n, S] of `sequences` [n]."""
+    def _slots_of(self, sequences: Tensor, positions: Tensor) -> Tensor:
+        """KV slots of `positions` [n, S] of `sequences` [n]."""
         size = self._cache.block_size
         blocks = self._block_tables[sequences].gather(1, positions // size)
         return blocks * size + positions % size
@@ -86,11 +86,11 @@ class GatheredAttention(TorchHeads):
         positions = torch.arange(-span, 0, device=device) + torch.tensor(contexts, device=device)[:, None]
         mask = None if min(contexts) >= span else (positions >= 0)[:, None, None, :]
         # Padding reads position 0, which is written, so that no undefined memory (a NaN, say) meets the softmax.
-        slots = self._slots(sequences, positions.clamp(min=0))
+        kv_slots = self._slots_of(sequences, positions.clamp(min=0))
         tokens = [token for _, token in bucket]
         contiguous = tokens == list(range(tokens[0], tokens[-1] + 1))
         rows = slice(tokens[0], tokens[-1] + 1) if contiguous else torch.tensor(tokens, device=device)
-        return _DecodePlan(rows, slots, mask)
+        return _DecodePlan(rows, kv_slots, mask)
 
     def _plan_chunk(self, sequence: int, start: int, stop: int, window: int | None) -> _ChunkPlan:
         device = self._block_tables.device
@@ -103,13 +103,13 @@ class GatheredAttention(TorchHeads):
         if length == context:
             return _ChunkPlan(start, stop, None, mask)
         positions = torch.arange(first, context, device=device)[None]
-        return _ChunkPlan(start, stop, self._slots(torch.tensor([sequence], device=device), positions)[0], mask)
+        return _ChunkPlan(start, stop, self._slots_of(torch.tensor([sequence], device=device), positions)[0], mask)
 
     def _attend_decode(self, layer: int, q: Tensor, plan: _DecodePlan) -> Tensor:
         """q [n, Hq, D] against the n contexts of the plan; the query heads of a group are rows of one product."""
         n, heads, dim = q.shape
-        keys, values = self._cache.read(layer, plan.slots.view(-1))
-        keys, values = (x.view(n, plan.slots.shape[1], -1, dim).transpose(1, 2) for x in (keys, values))
+        keys, values = self._cache.read(layer, plan.kv_slots.view(-1))
+        keys, values = (x.view(n, plan.kv_slots.shape[1], -1, dim).transpose(1, 2) for x in (keys, values))
         grouped = q.reshape(n, keys.shape[1], heads // keys.shape[1], dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask)
         return out.reshape(n, heads, dim)
@@ -117,20 +117,20 @@ class GatheredAttention(TorchHeads):
 
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
-    """One call for n decode rows: `rows` of the stream, cache `slots` [n, S], `mask` [n, 1, 1, S] or None."""
+    """One call for n decode rows: `rows` of the stream, `kv_slots` [n, S], `mask` [n, 1, 1, S] or None."""
 
     rows: slice | Tensor
-    slots: Tensor
+    kv_slots: Tensor
     mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class _ChunkPlan:
-    """A prefill chunk; `slots` None: all its keys are in the step itself; `mask` None: plain causal."""
+    """A prefill chunk; `kv_slots` None: all its keys are in the step itself; `mask` None: plain causal."""
 
     start: int
     stop: int
-    slots: Tensor | None
+    kv_slots: Tensor | None
     mask: Tensor | None
 
 

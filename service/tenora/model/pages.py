@@ -25,7 +25,7 @@ __all__ = ["DecodeAttention", "SplitAttention"]
 class _Kernels(Protocol):
     """What `tenora_kernels.gpu.paged` and, in plain torch, `tenora_kernels.reference` offer."""
 
-    def write_pages(self, keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None: ...
+    def write_pages(self, keys: Tensor, values: Tensor, kv_slots: Tensor, k: Tensor, v: Tensor) -> None: ...
 
     def attend_pages(
         self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, window: int | None
@@ -46,20 +46,20 @@ class DecodeAttention(TorchHeads):
 
     Args:
         cache: the blocks.
-        slot_mapping: int32 [B], the cache slot of each new token; a negative one (padding) is not written.
+        kv_slots: int32 [B], the KV slot of each new token; a negative one (padding) is not written.
         contexts: int32 [B], tokens of each sequence, the new one included; 0 (padding) gives zeros.
         block_tables: int32 [B, max_blocks] with any strides; entries beyond a context are not read.
     """
 
-    def __init__(self, cache: KVCache, slot_mapping: Tensor, contexts: Tensor, block_tables: Tensor) -> None:
+    def __init__(self, cache: KVCache, kv_slots: Tensor, contexts: Tensor, block_tables: Tensor) -> None:
         self._cache = cache
-        self._slot_mapping, self._contexts, self._block_tables = slot_mapping, contexts, block_tables
-        self._kernels = _kernels_for(slot_mapping.device)
+        self._kv_slots, self._contexts, self._block_tables = kv_slots, contexts, block_tables
+        self._kernels = _kernels_for(kv_slots.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Attention.attend`. The cache of `layer` is changed in place."""
         keys, values = self._cache.k[layer], self._cache.v[layer]
-        self._kernels.write_pages(keys, values, self._slot_mapping, k, v)
+        self._kernels.write_pages(keys, values, self._kv_slots, k, v)
         return self._kernels.attend_pages(q, keys, values, self._block_tables, self._contexts, window)
 
 
@@ -72,13 +72,13 @@ class SplitAttention(TorchHeads):
     def __init__(
         self,
         cache: KVCache,
-        slot_mapping: Tensor,
+        kv_slots: Tensor,
         query_start: Sequence[int],
         context_lens: Sequence[int],
         block_tables: Tensor,
     ) -> None:
         self._parts: list[tuple[Tensor, GatheredAttention | VarlenAttention | DecodeAttention]] = []
-        device = slot_mapping.device
+        device = kv_slots.device
         counts = [stop - start for start, stop in pairwise(query_start)]
         for single in (True, False):
             chosen = [index for index, count in enumerate(counts) if (count == 1 if single else count > 1)]
@@ -87,15 +87,15 @@ class SplitAttention(TorchHeads):
             tokens = [torch.arange(query_start[index], query_start[index + 1]) for index in chosen]
             rows = to_device(torch.cat(tokens), device)
             contexts = [context_lens[index] for index in chosen]
-            slots = slot_mapping[rows]
+            chosen_slots = kv_slots[rows]
             tables = block_tables[to_device(torch.tensor(chosen), device)]
             if single:
                 lengths = to_device(torch.tensor(contexts, dtype=torch.int32), device)
-                self._parts.append((rows, DecodeAttention(cache, slots.int(), lengths, tables.int())))
+                self._parts.append((rows, DecodeAttention(cache, chosen_slots.int(), lengths, tables.int())))
                 continue
             kind = VarlenAttention if VarlenAttention.supports(cache) else GatheredAttention
             starts = [0, *torch.tensor([counts[index] for index in chosen]).cumsum(0).tolist()]
-            self._parts.append((rows, kind(cache, slots, starts, contexts, tables)))
+            self._parts.append((rows, kind(cache, chosen_slots, starts, contexts, tables)))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Attention.attend`. The cache of `layer` is changed in place."""

@@ -77,17 +77,17 @@ class VarlenAttention:
     def __init__(
         self,
         cache: KVCache,
-        slot_mapping: Tensor,
+        kv_slots: Tensor,
         query_start: Sequence[int],
         context_lens: Sequence[int],
         block_tables: Tensor,
     ) -> None:
         self._cache = cache
-        self._slot_mapping = slot_mapping
+        self._kv_slots = kv_slots
         self._longest_query = max((stop - start for start, stop in pairwise(query_start)), default=0)
         self._longest_context = max(context_lens, default=0)
-        self._query_start = to_device(torch.tensor(query_start, dtype=torch.int32), slot_mapping.device)
-        self._contexts = to_device(torch.tensor(context_lens, dtype=torch.int32), slot_mapping.device)
+        self._query_start = to_device(torch.tensor(query_start, dtype=torch.int32), kv_slots.device)
+        self._contexts = to_device(torch.tensor(context_lens, dtype=torch.int32), kv_slots.device)
         self._block_tables = block_tables.int()
         self._paged = flash.current_flash_attention_impl() in _PAGED
         self._gathered: Tensor | None = None
@@ -105,7 +105,7 @@ class VarlenAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Attention.attend`. The cache of `layer` is changed in place."""
-        self._cache.write(layer, self._slot_mapping, k, v)
+        self._cache.write(layer, self._kv_slots, k, v)
         reach = (-1 if window is None else window - 1, 0)
         if self._gathered is None:
             out = varlen_attn(
@@ -122,8 +122,8 @@ class VarlenAttention:
         return _rows(out)
 
     def _plan_gather(self, context_lens: Sequence[int]) -> None:
-        """Cache slots of every cached position of the step, one sequence after the other."""
-        device, size = self._slot_mapping.device, self._cache.block_size
+        """KV slots of every cached position of the step, one sequence after the other."""
+        device, size = self._kv_slots.device, self._cache.block_size
         contexts = torch.tensor(context_lens, dtype=torch.int64)
         ends = contexts.cumsum(0)
         sequence = torch.arange(len(contexts)).repeat_interleave(contexts)

@@ -75,8 +75,8 @@ class EngineLoop:
         count = len(slots)
         tables = np.arange(count * self.blocks, dtype=np.int32).reshape(count, self.blocks)
         positions = np.full(count, self.context - 1)
-        cache_slots = tables[:, -1] * BLOCK + (self.context - 1) % BLOCK
-        rows = Batch(np.arange(count), positions, cache_slots, np.array(slots), tables, None)
+        kv_slots = tables[:, -1] * BLOCK + (self.context - 1) % BLOCK
+        rows = Batch(np.arange(count), positions, kv_slots, np.array(slots), tables, None)
         return self.decoder.logits(graphs.run(rows)).argmax(dim=-1).tolist()  # type: ignore[no-any-return]  # torch
 
 

@@ -39,10 +39,10 @@ def items() -> Iterator[tuple[str, Any]]:
 def profile(engine: Engine, seconds: float = 2.0, **sizes: int) -> list[str]:
     """The kernels that a few seconds of streams spend their time in."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    on_card = engine.decoder.device.type == "cuda"
-    if on_card:
+    on_gpu = engine.decoder.device.type == "cuda"
+    if on_gpu:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as found:
         stream_loop.stream(engine, seconds, **sizes)
-    order = "self_device_time_total" if on_card else "self_cpu_time_total"
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return str(found.key_averages().table(sort_by=order, row_limit=LINES)).splitlines()

@@ -83,27 +83,27 @@ class PagedStep:
     """What the layers of one step share. Build it once per step; it holds buffers, so one thread uses it at a time.
 
     Args:
-        slots: int64 [T], the cache slot (block · block_size + offset) of each token of the step.
+        kv_slots: int64 [T], the KV slot (block · block_size + offset) of each token of the step.
         query_start: [B + 1] ascending from 0 to T; sequence b's new tokens are query_start[b] … query_start[b + 1] - 1.
         context_lens: [B], tokens of each sequence including the new ones, which are its last.
         block_tables: [B, max_blocks]; entries beyond a sequence's context are not read.
         team: who computes `attend`; None is the calling thread. A small step does not wake the others.
 
     Attributes:
-        slots: int64 [T].
+        kv_slots: int64 [T].
         tables: int32 [B, max_blocks].
     """
 
     def __init__(
         self,
-        slots: ArrayLike,
+        kv_slots: ArrayLike,
         query_start: ArrayLike,
         context_lens: ArrayLike,
         block_tables: ArrayLike,
         *,
         team: Team | None = None,
     ) -> None:
-        self.slots: NDArray[np.int64] = np.ascontiguousarray(slots, np.int64)
+        self.kv_slots: NDArray[np.int64] = np.ascontiguousarray(kv_slots, np.int64)
         self.tables: NDArray[np.int32] = np.ascontiguousarray(block_tables, np.int32)
         starts = np.asarray(query_start, np.int64)
         self._starts, self._counts = starts[:-1], np.diff(starts)
@@ -161,7 +161,7 @@ class PagedStep:
             block_size=cache[0].shape[1], window=UNLIMITED if window is None else window,
         )  # fmt: skip
         team.run(
-            paged.attend_job, paged.PHASES, plan.panels, self.slots, self.tables, plan.items, plan.call, plan.scale,
+            paged.attend_job, paged.PHASES, plan.panels, self.kv_slots, self.tables, plan.items, plan.call, plan.scale,
             np.float32(eps), SAMPLES[q.dtype],
         )  # fmt: skip
         return out

@@ -221,13 +221,13 @@ def _attend_block(item, table, head, base, call, at, panels, packed, sample):
 
 
 @compiled()
-def _attend_item(item, table, head, slots, call, scale, eps, at, panels, packed, sample):
+def _attend_item(item, table, head, kv_slots, call, scale, eps, at, panels, packed, sample):
     """One key head of a run of queries of one sequence."""
     q, o, _, state, _ = at
     start, count, position = item
     size, dim, group = size_of(sample), call.dim, call.heads // call.kv_heads
     if call.writes_first == 0:
-        _write(start, head, slots[start], call, eps, q, sample)
+        _write(start, head, kv_slots[start], call, eps, q, sample)
     rows = count * group
     for row in range(rows):
         token, query_head = start + row // group, head * group + row % group
@@ -248,9 +248,9 @@ def _attend_item(item, table, head, slots, call, scale, eps, at, panels, packed,
 
 
 @compiled()
-def _write_tokens(control, phase, slots, call, eps, buffer, sample):
+def _write_tokens(control, phase, kv_slots, call, eps, buffer, sample):
     """Keys and values of every token of the step."""
-    tokens = slots.shape[0]
+    tokens = kv_slots.shape[0]
     tasks = (tokens + WRITE_TOKENS - 1) // WRITE_TOKENS
     while True:
         task = claim(control, phase, tasks)
@@ -258,13 +258,13 @@ def _write_tokens(control, phase, slots, call, eps, buffer, sample):
             break
         for token in range(task * WRITE_TOKENS, min(tokens, (task + 1) * WRITE_TOKENS)):
             for head in range(call.kv_heads):
-                _write(token, head, slots[token], call, eps, buffer, sample)
+                _write(token, head, kv_slots[token], call, eps, buffer, sample)
         complete(control, phase)
     join(control, phase, tasks)
 
 
 @compiled()
-def attend_phases(control, phase, member, panels, slots, tables, items, call, scale, eps, sample):
+def attend_phases(control, phase, member, panels, kv_slots, tables, items, call, scale, eps, sample):
     """One layer of a step as the phases `phase` and `phase + 1` of a team's job.
 
     Args:
@@ -272,7 +272,7 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
         phase: the first of the two.
         member: number of the calling member, from 0 on.
         panels: int64 [members, 3, PANELS], overwritten.
-        slots: int64 [T], the cache slot of each token.
+        kv_slots: int64 [T], the KV slot of each token.
         tables: int32 [B, max_blocks].
         items: int64 [n, 4], the longest first: sequence, first token, number of tokens, position of the first.
         call: CALL.
@@ -287,7 +287,7 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
     state = s + rows * KEY_BLOCK * 4
     shrink = state + rows * 8
     if call.writes_first != 0:
-        _write_tokens(control, phase, slots, call, eps, q, sample)
+        _write_tokens(control, phase, kv_slots, call, eps, q, sample)
     tasks = items.shape[0] * kv_heads
     while True:
         task = claim(control, phase + 1, tasks)
@@ -295,7 +295,7 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
             break
         row = items[task // kv_heads]
         _attend_item(
-            (row[1], row[2], row[3]), tables[row[0]], task % kv_heads, slots, call, scale, eps,
+            (row[1], row[2], row[3]), tables[row[0]], task % kv_heads, kv_slots, call, scale, eps,
             (q, o, s, state, shrink), panels[member], shrink + rows * 4, sample,
         )  # fmt: skip
         complete(control, phase + 1)
@@ -303,12 +303,12 @@ def attend_phases(control, phase, member, panels, slots, tables, items, call, sc
 
 
 @job()
-def attend_job(control, panels, slots, tables, items, calls, scale, eps, sample):
+def attend_job(control, panels, kv_slots, tables, items, calls, scale, eps, sample):
     """`attend_phases` as a job of its own, for `Team.run` with PHASES phases; the first numbers the members.
 
     Args:
-        control, panels, slots, tables, items, scale, eps, sample: as in `attend_phases`.
+        control, panels, kv_slots, tables, items, scale, eps, sample: as in `attend_phases`.
         calls: CALL [1].
     """
     member = claim(control, 0, panels.shape[0])
-    attend_phases(control, 1, member, panels, slots, tables, items, calls[0], scale, eps, sample)
+    attend_phases(control, 1, member, panels, kv_slots, tables, items, calls[0], scale, eps, sample)

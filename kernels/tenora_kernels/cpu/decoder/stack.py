@@ -172,8 +172,8 @@ class PackedStack:
         )  # fmt: skip
         self.team.run(
             step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers, tables,
-            pieces, self._sites, plan.call, attention.slots, attention.tables, plan.items, plan.panels, self.team.size,
-            plan.scale, np.float32(self.eps), BF16_PANELS if self.table.is_bf16 else FLOAT32_PANELS,
+            pieces, self._sites, plan.call, attention.kv_slots, attention.tables, plan.items, plan.panels,
+            self.team.size, plan.scale, np.float32(self.eps), BF16_PANELS if self.table.is_bf16 else FLOAT32_PANELS,
         )  # fmt: skip
         return normed
 

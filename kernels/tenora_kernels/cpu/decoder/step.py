@@ -153,7 +153,7 @@ def _gate_up(control, phase, step, w, bias, sample):
 
 @job()
 def run_step(
-    control, step, layers, lora, adapted, sites, calls, slots, tables, items, panels, members, scale, eps, sample,
+    control, step, layers, lora, adapted, sites, calls, kv_slots, tables, items, panels, members, scale, eps, sample,
 ):  # fmt: skip
     """The job. Afterwards NORMED holds the hidden states after the final norm.
 
@@ -164,7 +164,7 @@ def run_step(
         lora: `lowrank.LORA` [1].
         adapted: int64 [n, 3]: slot, first row and number of rows (at most ITEM_ROWS) of a piece of the batch.
         sites: qkv, o, gate_up and down, see `lowrank.factors`.
-        calls, slots, tables, items, panels: attention's, as `paged.attend_job` takes them; `calls` is copied.
+        calls, kv_slots, tables, items, panels: attention's, as `paged.attend_job` takes them; `calls` is copied.
         members: how many threads share the work.
         scale: of the scores.
         eps: of the norms.
@@ -194,7 +194,7 @@ def run_step(
         )  # fmt: skip
         call = own[0]
         call.norm, call.window, call.keys, call.values = layer.qk_norm, layer.window, layer.keys, layer.values
-        paged.attend_phases(control, phase + 3, member, panels, slots, tables, items, call, scale, eps, float32(0))
+        paged.attend_phases(control, phase + 3, member, panels, kv_slots, tables, items, call, scale, eps, float32(0))
         if adapts:
             _adapters(
                 control, phase + 5, step, lora, adapted, before, sites[1], attended, q_size * 4, step.x, hidden * 4,

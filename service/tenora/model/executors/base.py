@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     token_ids: npt.ArrayLike
     positions: Integers
-    cache_slots: Integers
+    kv_slots: Integers
     adapters: Integers
     block_tables: Integers
     lengths: Integers | None = None

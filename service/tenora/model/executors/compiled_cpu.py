@@ -35,7 +35,7 @@ class CompiledExecutor:
         """See `Executor`."""
         lengths = None if batch.lengths is None else torch.from_numpy(batch.lengths)
         rope = self._decoder.rope(torch.from_numpy(batch.positions), lengths)
-        step = PagedStep(batch.cache_slots, batch.starts, batch.contexts, batch.block_tables)
+        step = PagedStep(batch.kv_slots, batch.starts, batch.contexts, batch.block_tables)
         ids = torch.from_numpy(np.asarray(batch.token_ids, np.int64))
         return self._stack.run(ids, Rope(*rope), step, (self._cache.k, self._cache.v), self._adapters.of(batch))
 

@@ -2,7 +2,7 @@
 
 A step with one new token per sequence is some hundreds of launches; replayed as a graph they cost the host one. What
 changes from step to step lies in one buffer that is filled by one copy. Steps are padded to the next size: padding has
-no context, so attention gives it zeros, and a negative cache slot, so that nothing of it is stored.
+no context, so attention gives it zeros, and a negative KV slot, so that nothing of it is stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tenora.model.executors.adapters import AdapterRows
 from tenora.model.executors.base import Batch
 from tenora_kernels.layout import BASE
 
-_PADDING = (0, 0, -1, 0, BASE)  # of token, position, cache slot, context and adapter
+_PADDING = (0, 0, -1, 0, BASE)  # of token, position, KV slot, context and adapter
 _ALIGNED = 4  # int32 numbers: every field begins at a multiple of 16 bytes, for which kernels are compiled
 
 
@@ -80,7 +80,7 @@ class _Inputs(NamedTuple):
 
     token_ids: Tensor
     positions: Tensor
-    cache_slots: Tensor
+    kv_slots: Tensor
     contexts: Tensor
     adapters: Tensor
     block_tables: Tensor
@@ -165,7 +165,7 @@ class DecodeGraphs:
         values = host.numpy()
         values[:fields] = np.array(_PADDING)[:, None]
         values[fields:, count:] = 0
-        per_row = (step.token_ids, step.positions, step.cache_slots, step.positions + 1, step.adapters)
+        per_row = (step.token_ids, step.positions, step.kv_slots, step.positions + 1, step.adapters)
         for field, numbers in enumerate(per_row):
             values[field, :count] = numbers
         values[fields:, :count] = step.block_tables[:, :width].T
@@ -177,9 +177,9 @@ class DecodeGraphs:
 
     def _inputs(self, rows: int) -> _Inputs:
         table = self._buffer[: (len(_PADDING) + self._blocks) * _stride(rows)].view(-1, _stride(rows))
-        token_ids, positions, cache_slots, contexts, adapters = table[: len(_PADDING), :rows].unbind()
+        token_ids, positions, kv_slots, contexts, adapters = table[: len(_PADDING), :rows].unbind()
         block_tables = table[len(_PADDING) :, :rows].t()
-        return _Inputs(token_ids, positions, cache_slots, contexts, adapters, block_tables)
+        return _Inputs(token_ids, positions, kv_slots, contexts, adapters, block_tables)
 
     def _graph(self, rows: int, max_rank: int) -> Captured:
         """The graph of a size and a bound; captured now if nobody warmed up. Its inputs must have been filled."""
@@ -194,7 +194,7 @@ class DecodeGraphs:
         lora = self.lora.batch(inputs.adapters, max_rank=max_rank) if max_rank else None
         positions = inputs.positions.long()
         rope = self._decoder.rope(positions) if self._rope is None else (self._rope[0][:rows], self._rope[1][:rows])
-        attention = paged_attention(self._cache, inputs.cache_slots, None, inputs.contexts, inputs.block_tables)
+        attention = paged_attention(self._cache, inputs.kv_slots, None, inputs.contexts, inputs.block_tables)
         hidden: Tensor = self._decoder(inputs.token_ids, ForwardContext(positions, rope, attention, lora))
         return hidden
 

@@ -28,7 +28,7 @@ class ModulesExecutor:
         positions = self._tensor(batch.positions)
         attention = paged_attention(
             self._cache,
-            self._tensor(batch.cache_slots),
+            self._tensor(batch.kv_slots),
             batch.starts.tolist(),
             batch.contexts.tolist(),
             self._tensor(batch.block_tables),
