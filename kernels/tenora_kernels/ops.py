@@ -52,7 +52,7 @@ def add_lora(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch | None) -> T
     Args:
         y: [T, out], the frozen projection's output. Changed in place, unless a gradient is needed.
         x: [T, in], the projection's input, on the device of y. Must not alias y.
-        site: the projection group that y belongs to.
+        site: that y belongs to.
         batch: the step's tables and segments; None if no row has an adapter.
 
     Returns:

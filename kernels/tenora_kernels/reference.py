@@ -24,7 +24,7 @@ def add_lora_reference(
     Args:
         y: [T, out].
         x: [T, in].
-        site: the projection group.
+        site: whose modules adapt y.
         tables: where the weights lie. An arena that requires a gradient gets dA and dBᵀ in its `.grad`.
         slot_of_row: [T], -1 for a row of the base.
         dtype: every operand is cast to it first.

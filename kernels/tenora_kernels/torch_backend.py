@@ -15,7 +15,7 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     Args:
         y: [T, out] with unit column stride; only adapted rows are written.
         x: [T, in], not aliasing y.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and segments of this step.
     """
     tables, segments = batch.tables, batch.segments
@@ -48,7 +48,7 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
     Args:
         dy: [T, out], the gradient of y.
         x: [T, in], the input of the forward pass.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and segments of the forward pass, unchanged since.
         dx: [T, in] in the accumulation dtype; only adapted rows are written. None if nobody wants it.
     """

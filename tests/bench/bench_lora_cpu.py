@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tenora_kernels import memory, torch_backend
+from tenora_kernels import huge_pages, torch_backend
 from tenora_kernels.cpu.lowrank import lora
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, build_segments
 
@@ -70,7 +70,7 @@ def make_tables(
     layers = 1 if train else LAYERS
     inputs, outputs = [columns] * len(widths) * layers, list(widths) * layers
     size = rank * sum(inputs + outputs) // (2 if is_bf16 else 1)
-    arena = memory.empty(size * slots, torch.float32)
+    arena = huge_pages.empty(size * slots, torch.float32)
     (arena.view(torch.bfloat16) if is_bf16 else arena).normal_(std=0.05)
     grad = torch.zeros_like(arena) if train else None
     tables = LoraTables.empty(arena, in_features=inputs, out_features=outputs, slots=slots, grad=grad)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenora.engine.runner import BlockTables
+from tenora.engine.block_tables import BlockTables
 
 
 def expected(tables: list[list[int]]) -> list[list[int]]:

@@ -9,9 +9,9 @@ import torch
 
 from tenora.config import Settings
 from tenora.engine.core import Engine
+from tenora.engine.model_runner import ModelRunner
 from tenora.engine.rehearsal import rehearse
 from tenora.engine.resources import Facts, Resources, activation_bytes, graph_bytes, resources
-from tenora.engine.runner import ModelRunner
 from tenora.errors import ConfigurationError
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder

@@ -29,7 +29,7 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     Args:
         y: [T, out].
         x: [T, in], not aliasing y.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and rows of this step.
 
     Raises:
@@ -57,7 +57,7 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
     Args:
         dy: [T, out], the gradient of y.
         x: [T, in], the input of the forward pass.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and rows of the forward pass, unchanged since.
         dx: float32 [T, in], contiguous; only adapted rows are written. None if nobody wants it.
 

@@ -96,7 +96,7 @@ def launch_forward(y: Tensor, x: Tensor, site: LoraSite, step: Step) -> None:
     Args:
         y: [T, out], unit column stride.
         x: [T, in], unit column stride, not aliasing y.
-        site: the projection group.
+        site: whose modules adapt y.
         step: tables, metadata and scratch memory.
     """
     splits = launch_shrink(x, site, step, backward=False)
@@ -108,7 +108,7 @@ def launch_shrink(source: Tensor, site: LoraSite, step: Step, *, backward: bool)
 
     Args:
         source: x [T, in], or dY [T, out]; unit column stride.
-        site: the projection group.
+        site: whose modules adapt y.
         step: tables, metadata and scratch memory.
         backward: which.
 
@@ -158,7 +158,7 @@ def launch_expand(y: Tensor, site: LoraSite, step: Step, *, splits: int) -> None
 
     Args:
         y: [T, out]; unit column stride, changed in place.
-        site: the projection group.
+        site: whose modules adapt y.
         step: tables, metadata and scratch memory.
         splits: number of planes.
     """
@@ -215,7 +215,7 @@ def launch_expand_joint(dx: Tensor, site: LoraSite, step: Step, *, splits: int) 
 
     Args:
         dx: float32 [T, in]; unit column stride, changed in place.
-        site: the projection group.
+        site: whose modules adapt y.
         step: tables, metadata and scratch memory.
         splits: number of planes.
     """
@@ -255,7 +255,7 @@ def launch_wgrad(grad: Tensor, dense: Tensor, site: LoraSite, step: Step, *, spl
     Args:
         grad: float32, like the arena; changed in place.
         dense: x [T, in] or dY [T, out]; unit column stride.
-        site: the projection group.
+        site: whose modules adapt y.
         step: tables, metadata and scratch memory.
         splits: number of planes.
         of_b: which.

@@ -17,7 +17,7 @@ from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.upload import Upload, Uploader
 from tenora.errors import PoolFullError
-from tenora_kernels import memory
+from tenora_kernels import huge_pages
 from tenora_kernels.layout import LoraTables
 
 _MAX_MOVED_BYTES = 32 * 2**20  # moving this much takes about 10 ms, a third of a step
@@ -93,7 +93,7 @@ class SlotPool:
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self.tables = LoraTables(
-            arena=memory.empty(self._free.capacity, dtype)
+            arena=huge_pages.empty(self._free.capacity, dtype)
             if device.type == "cpu"
             else torch.empty(self._free.capacity, dtype=dtype, device=device),
             ranks=_zeros(len(targets), max_slots, np.int32),

@@ -40,12 +40,12 @@ from tenora.engine.messages import (
     StartTraining,
     StopTraining,
 )
+from tenora.engine.model_runner import ModelRunner
 from tenora.engine.outputs import Item, advance, failed, is_final, step_failure
 from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
 from tenora.engine.resources import Facts, Resources, resources
 from tenora.engine.rollouts import Rollouts
-from tenora.engine.runner import ModelRunner
 from tenora.engine.scheduler import Scheduled, Scheduler
 from tenora.engine.sequence import SequenceState
 from tenora.engine.trainer import Trainer

@@ -7,9 +7,9 @@ import math
 import torch
 
 from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
-from tenora.engine.runner import Result
+from tenora.engine.model_runner import Result
 from tenora.engine.sequence import SequenceState
-from tenora.model.memory import is_out_of_memory
+from tenora.model.out_of_memory import is_out_of_memory
 
 Item = SequenceOutput | SequenceFailed
 

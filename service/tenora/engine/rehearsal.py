@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tenora.engine.messages import Generate, SamplingParams
-from tenora.engine.runner import ModelRunner
+from tenora.engine.model_runner import ModelRunner
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
 from tenora.model.cache import KVCache

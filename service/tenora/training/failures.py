@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from tenora.errors import TenoraError
-from tenora.model.memory import is_out_of_memory
+from tenora.model.out_of_memory import is_out_of_memory
 
 
 def explain(error: Exception, step: int) -> tuple[str, str]:

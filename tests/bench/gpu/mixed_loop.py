@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tenora.engine.messages import Generate, SamplingParams
-from tenora.engine.runner import ModelRunner
+from tenora.engine.model_runner import ModelRunner
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
 from tenora.model.executors.adapters import AdapterRows

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from tenora.adapters.ref import AdapterRef
+from tenora.engine.block_tables import BlockTables
 from tenora.engine.blocks import BlockManager
-from tenora.engine.runner import BlockTables
 from tenora.engine.scheduler import Blocked, Scheduler
 from tenora.engine.sequence import SequenceState
 from tests.bench.host.timing import median

@@ -45,7 +45,7 @@ def forward(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     Args:
         y: [T, out], float32 or bfloat16, with unit column stride.
         x: [T, in], of the same type, with unit column stride.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and segments of this step; an arena of float32 or bfloat16.
     """
     record = _record(y, x, site, batch)
@@ -62,7 +62,7 @@ def backward(dy: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, dx: Tensor
     Args:
         dy: [T, out], float32 or bfloat16, with unit column stride.
         x: [T, in], of the same type, with unit column stride.
-        site: the projection group.
+        site: whose modules adapt y.
         batch: tables and segments of the forward pass, unchanged since.
         dx: float32 [T, in] with unit column stride; None if nobody wants it.
     """

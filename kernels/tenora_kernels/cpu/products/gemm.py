@@ -15,7 +15,7 @@ import torch
 from numba import float32
 from torch import Tensor
 
-from tenora_kernels import memory
+from tenora_kernels import huge_pages
 from tenora_kernels.cpu.products.product import (
     FEW_PANELS,
     MAX_ROWS,
@@ -79,10 +79,10 @@ class PackedMatrix:
         if n % PANEL:
             source = torch.cat((source, source.new_zeros(count * PANEL - n, k)))
         if not is_bf16:
-            panels = memory.empty(count * k * PANEL, torch.float32).view(count, k, PANEL)
+            panels = huge_pages.empty(count * k * PANEL, torch.float32).view(count, k, PANEL)
             return cls(panels.copy_(source.view(count, PANEL, k).transpose(1, 2)), n, k)
         # [count, 2, LANES, K] → [count, K, LANES, 2]: the two halves of an int32 lie next to each other, low one first.
-        pairs = memory.empty(count * k * PANEL, torch.int16).view(count, k, LANES, 2)
+        pairs = huge_pages.empty(count * k * PANEL, torch.int16).view(count, k, LANES, 2)
         pairs.copy_(source.view(torch.int16).view(count, 2, LANES, k).permute(0, 3, 2, 1))
         return cls(pairs.view(torch.int32).view(count, k, LANES), n, k)
 

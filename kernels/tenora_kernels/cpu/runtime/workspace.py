@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tenora_kernels import memory
+from tenora_kernels import huge_pages
 
 __all__ = ["Workspace", "cut"]
 
@@ -28,7 +28,7 @@ class Workspace:
         """At least so many float32, whatever they hold. The next call gives the same ones."""
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(0)  # the old one goes before the new one comes
-            self._scratch = memory.empty(floats + floats // 8, torch.float32)
+            self._scratch = huge_pages.empty(floats + floats // 8, torch.float32)
         return self._scratch
 
     def take(self, floats: int) -> Tensor:
@@ -36,7 +36,7 @@ class Workspace:
         fitting = [block for block in self._free if block.numel() >= floats]
         if not fitting:
             self._free.clear()
-            return memory.empty(floats + floats // 8, torch.float32)
+            return huge_pages.empty(floats + floats // 8, torch.float32)
         block = min(fitting, key=torch.Tensor.numel)
         self._free = [other for other in self._free if other is not block]
         return block
