@@ -53,7 +53,7 @@ class HostRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraSite:
-    """One projection group of one layer: modules that share their input x and write column slices of one output y.
+    """One site of one layer: modules that share their input x and write column slices of one output y.
 
     Attributes:
         row: row of the first slice in the tables; slice j is row `row + j`.

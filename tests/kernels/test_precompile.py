@@ -29,13 +29,13 @@ import torch
 from numba import types
 from tenora_kernels.cpu.products import gemm
 from tenora_kernels.cpu.runtime import team
-from tenora_kernels.cpu.products.gemm import NARROW
+from tenora_kernels.cpu.products.gemm import BF16_PANELS
 from tenora_kernels.cpu.precompile import Job, precompile
 from numba import typeof
 torch.set_num_threads(1)
 jobs = [Job(kernel, (types.int64,)) for kernel in team.JOBS]
 if sys.argv[1] == "more":
-    jobs.append(Job(gemm._unpack_job, (*[types.int64] * 6, typeof(NARROW))))
+    jobs.append(Job(gemm._unpack_job, (*[types.int64] * 6, typeof(BF16_PANELS))))
 told = []
 precompile(jobs, 2, told.append)
 print(json.dumps([told[0], told[-1]]))

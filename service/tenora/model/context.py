@@ -20,8 +20,8 @@ class ForwardContext:
         rope: `Decoder.rope(positions, …)`: cos and sin, [T, head_dim], in the compute type.
         attention: `paged_attention` (serving) or `PackedAttention` (training).
         lora: the adapters of the T rows; None if every row is a base row.
-        lora_dropout: training only: maps the input [T, in] of a projection group to what its adapters see; the frozen
-            product sees the input itself. Called once per group, in layer order, so a seeded callable is reproducible.
+        lora_dropout: training only: maps the input [T, in] of a site to what its adapters see; the frozen
+            product sees the input itself. Called once per site, in layer order, so a seeded callable is reproducible.
     """
 
     positions: Tensor

@@ -2,7 +2,7 @@
 
 SGMV with a maximum rank: weights padded to the pool's highest rank in `[slots, rank, in]` and `[slots, out, rank]`; one
 program per (block of rows of the largest segment, split of K) · slot, most of them without work; partial sums through
-float32 atomics into a buffer that is cleared first. Three launches per projection group, 12 per layer.
+float32 atomics into a buffer that is cleared first. Three launches per site, 12 per layer.
 """
 
 from __future__ import annotations

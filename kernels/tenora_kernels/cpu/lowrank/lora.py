@@ -1,4 +1,4 @@
-"""The low-rank op on a CPU: one compiled call per projection group, whatever adapters its rows have.
+"""The low-rank op on a CPU: one compiled call per site, whatever adapters its rows have.
 
 Weights are read as they lie, float32 or bfloat16, at true ranks, once per block of rows; sums are float32. Rows without
 an adapter cost nothing. A row's result depends on the row and its adapter alone, to the bit: neither the other rows of
