@@ -151,7 +151,7 @@ class Engine:
             commands_wait=commands_wait,
             clock=clock_of(decoder.device),
         )
-        self._doomed: set[str] = set()  # deleted versions that a sequence may still use
+        self._pending_eviction: set[str] = set()  # deleted versions that a sequence may still use
         self._rejected: list[Item] = []
         self._arrivals = 0
         self._worked = False
@@ -219,7 +219,7 @@ class Engine:
         match command:
             case Generate():
                 if command.adapter is not None:
-                    self._doomed.discard(command.adapter.digest)  # its content was stored again meanwhile
+                    self._pending_eviction.discard(command.adapter.digest)  # its content was stored again meanwhile
                 self._add_sequence(command)
             case Abort(request_id=request_id):
                 if (sequence := self.scheduler.get(request_id)) is not None:
@@ -234,10 +234,10 @@ class Engine:
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):
                 if pinned:
-                    self._doomed.discard(ref.digest)
+                    self._pending_eviction.discard(ref.digest)
                 self.loader.pin(ref, pinned)
             case EvictAdapter(digest=digest):
-                self._doomed.add(digest)
+                self._pending_eviction.add(digest)
 
     def step(self) -> list[Event]:
         """Schedule, run, emit; then train if it is training's turn, or for a moment if there was nothing to do.
@@ -371,8 +371,8 @@ class Engine:
         """Free what only ended sequences used."""
         in_use = self.scheduler.adapter_use
         self.loader.drop_unwanted(in_use)
-        for digest in [digest for digest in self._doomed if digest not in in_use]:
-            self._doomed.discard(digest)
+        for digest in [digest for digest in self._pending_eviction if digest not in in_use]:
+            self._pending_eviction.discard(digest)
             self.loader.forget(digest)
             self.blocks.forget(digest)
 

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     Attributes:
         token_ids: [T].
         positions: [T], of each token in its sequence: the tokens before it.
-        cache_slots: [T], where its keys and values go.
+        kv_slots: [T], where its keys and values go.
         adapters: [B], adapter slots, ascending; -1 for a sequence of the base.
         block_tables: [B, width]; what lies behind a context is not read.
         lengths: [T], what each token is rotated for; None if the model does not care.
