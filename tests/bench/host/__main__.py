@@ -23,7 +23,7 @@ CASES = {
     "decoding": "scheduling",
     "tables": "scheduling",
     "streaming": "streaming",
-    "loading": "adapters",
+    "adapters": "adapters",
 }
 """By name the module whose `CASES` holds it: another checkout may have what some of them import under other names."""
 HERE = Path(__file__).parents[3]
