@@ -22,8 +22,8 @@ from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
-from tests.api.engine import Script, ScriptedEngine
 from tests.support.patience import PATIENCE
+from tests.support.scripted_engine import Script, ScriptedEngine
 
 SPEECH = "The quick brown fox jumps over the lazy dog."
 TRAINING_ROWS = "".join(

@@ -25,7 +25,7 @@ from tenora.model.catalog import resolve_model
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tests.api.conftest import TRAINING_ROWS, Service, import_adapter, upload
-from tests.api.engine import Script, ScriptedEngine
+from tests.support.scripted_engine import Script, ScriptedEngine
 
 PAGE = 4096
 

@@ -15,7 +15,7 @@ import pytest
 from tenora.control import control as control_module
 from tenora.training.spec import CheckpointEvent, EvalEvent, FinishedEvent, StepEvent, TrainEvent, TrainSpec
 from tests.api.conftest import SPEECH, TRAINING_ROWS, Service, import_adapter
-from tests.api.engine import Script
+from tests.support.scripted_engine import Script
 
 PAIRS = "".join(
     '{"input": {"messages": [{"role": "user", "content": "Define: fox."}]}, '

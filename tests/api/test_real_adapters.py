@@ -17,9 +17,9 @@ from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tenora.engine.messages import Event
 from tests.api.conftest import Service, import_adapter, running
-from tests.api.engine import Script
 from tests.control.conftest import until_true
 from tests.support.patience import PATIENCE
+from tests.support.scripted_engine import Script
 
 Make = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from tenora.config import Settings
 from tenora.engine.client.client import AsyncEngine
 from tenora.engine.core import Engine
 from tests.api.conftest import Service, import_adapter, running
-from tests.api.engine import Script
+from tests.support.scripted_engine import Script
 
 
 @pytest.fixture

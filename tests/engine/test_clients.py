@@ -24,9 +24,9 @@ from tenora.engine.messages import Acknowledge, Event, EvictAdapter, PinAdapter,
 from tenora.errors import UnavailableError
 from tenora.training.spec import StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tenora.unix_socket import MAX_MESSAGE, Unpacker, connect, pack
-from tests.engine.fake import SILENT, FakeEngine
 from tests.engine.requests import generate, sampling
 from tests.support.patience import PATIENCE
+from tests.support.scripted_engine import SILENT, Script, ScriptedEngine
 
 
 class Owned:
@@ -41,7 +41,7 @@ class Owned:
         address = f"ipc://{place / 'owner'}"
         self.owner.bind(address)
         self.channel = SocketChannel(address, self.door)
-        self.engine = FakeEngine(self.channel.wake)
+        self.engine = ScriptedEngine(Script.counting(), self.channel.wake)
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -109,7 +109,7 @@ async def test_a_client_that_leaves_a_stream_ends_its_own_sequence_alone(
     first = [await anext(stream) for stream in streams]
     assert len(first) == 2
     await streams[0].aclose()
-    await until(lambda: len(owned.engine.requests) == 1)
+    await until(lambda: len(owned.engine.running) == 1)
     assert (await anext(streams[1])).token_ids
     await streams[1].aclose()
 
@@ -125,8 +125,10 @@ async def test_a_client_that_goes_away_ends_its_sequences_and_its_runs(
     await clients[0].close(0)
     with pytest.raises(UnavailableError):
         await silent
-    await until(lambda: bool(owned.engine.aborted) and not owned.engine.runs)
-    assert owned.engine.stopped == [("a", False)], "given up: what was said since its last saved state is said again"
+    await until(lambda: bool(owned.engine.script.aborted) and not owned.engine.runs)
+    assert owned.engine.script.stopped == [("a", False)], (
+        "given up: what was said since its last saved state is said again"
+    )
     assert (await anext(stays)).token_ids, "the other client's stream goes on"
     await stays.aclose()
     await run.aclose()
@@ -138,7 +140,7 @@ async def test_a_client_stops_no_run_of_another(clients: list[AsyncEngine], owne
         await clients[1].stop_training("a")
         events = clients[1].train(spec("b"))
         await anext(events)  # so the engine has seen what came before it
-        assert owned.engine.stopped == []
+        assert owned.engine.script.stopped == []
         assert isinstance(await anext(run), StepEvent)
         await events.aclose()
 
@@ -154,10 +156,10 @@ async def test_what_a_client_has_recorded_is_added_up_and_no_other_acknowledges_
         await clients[1].acknowledge("a", 7)
         with connect(owned.door) as rude:
             rude.sendall(pack(encode(Acknowledge("a", 9))))
-            await until(lambda: owned.engine.acknowledged.get("a") == 5)
+            await until(lambda: owned.engine.script.acknowledged.get("a") == 5)
         await clients[1].acknowledge("b", 1)
-        await until(lambda: "b" in owned.engine.acknowledged)
-    assert owned.engine.acknowledged == {"a": 5, "b": 1}
+        await until(lambda: "b" in owned.engine.script.acknowledged)
+    assert owned.engine.script.acknowledged == {"a": 5, "b": 1}
 
 
 async def test_a_run_that_another_client_holds_begins_when_that_one_has_ended(
@@ -173,7 +175,7 @@ async def test_a_run_that_another_client_holds_begins_when_that_one_has_ended(
     (event,) = await second
     assert isinstance(event, StepEvent)
     assert event.step == 1, "it was started anew"
-    assert owned.engine.stopped[0] == ("a", False)
+    assert owned.engine.script.stopped[0] == ("a", False)
     await other.aclose()
     await first.aclose()
 
@@ -185,7 +187,7 @@ async def test_a_run_that_waits_for_another_clients_can_be_stopped(clients: list
         await asyncio.sleep(0)
         await clients[1].stop_training("a", pause=True)
         assert await second == [StoppedEvent(run_id="a", step=0, paused=True)]
-        assert owned.engine.stopped == []
+        assert owned.engine.script.stopped == []
         assert isinstance(await anext(first), StepEvent)
 
 
@@ -199,8 +201,8 @@ async def test_the_owner_hears_what_another_client_pins_and_evicts(clients: list
     assert owned.heard(PinAdapter) == PinAdapter(ref)
     await clients[0].evict(ref.digest)
     assert owned.heard(EvictAdapter) == EvictAdapter(ref.digest)
-    assert owned.engine.pins == [(ref, True)]
-    assert owned.engine.evicted == [ref.digest]
+    assert owned.engine.script.pins == [(ref, True)]
+    assert owned.engine.script.evicted == [ref.digest]
 
 
 async def test_only_the_owner_ends_the_engine(clients: list[AsyncEngine], owned: Owned) -> None:
@@ -229,7 +231,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody(
     lazy = connect(owned.door)
     lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
     lazy.sendall(pack(encode(generate([7], sampling(max_tokens=10**9), request_id="lazy"))))
-    await until(lambda: len(owned.engine.aborted) == 1)
+    await until(lambda: len(owned.engine.script.aborted) == 1)
     assert [output async for output in clients[0].generate(generate([7], sampling(max_tokens=2)))]
     lazy.close()
 

@@ -18,8 +18,8 @@ from tenora.model.decoder import Decoder
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tests.engine.driver import MakeDriver
-from tests.engine.fake import _step_event
 from tests.engine.requests import generate, prompt, sampling
+from tests.support.scripted_engine import step_event
 
 
 class FakeRun:
@@ -42,7 +42,7 @@ class FakeRun:
                     return
             if self.spec.run_id == "bad":
                 raise ValueError("diverged")
-            yield _step_event(self.spec.run_id, step)
+            yield step_event(self.spec.run_id, step)
         yield StoppedEvent(run_id=self.spec.run_id, step=self.steps, paused=False)
 
 

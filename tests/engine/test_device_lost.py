@@ -23,9 +23,9 @@ from tenora.model.decoder import Decoder
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import FailedEvent, FinishedEvent, TrainSpec
 from tests.engine.driver import Driver, MakeDriver
-from tests.engine.fake import READY
 from tests.engine.requests import generate, sampling
 from tests.support.errors import OUT_OF_MEMORY
+from tests.support.scripted_engine import READY
 from tests.training.runs import default_spec, write_rows
 
 ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")

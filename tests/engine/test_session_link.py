@@ -32,9 +32,9 @@ from tenora.training.commands import (
     Stepped,
 )
 from tenora.training.spec import LoraSpec, SessionSpec, TrainEvent
-from tests.engine.fake import FakeEngine
 from tests.engine.requests import sampling
 from tests.support.patience import PATIENCE
+from tests.support.scripted_engine import Script, ScriptedEngine
 
 SETTINGS = Settings(
     threads=1, dtype="float32", device="cpu", kv_cache_bytes=2**20, adapter_pool_bytes=2**20, log_level="warning"
@@ -94,7 +94,7 @@ async def test_a_session_goes_on_from_its_saved_state_when_the_engine_was_killed
 
 
 def test_a_client_commands_no_run_of_another() -> None:
-    engine = FakeEngine(lambda: None)
+    engine = ScriptedEngine(Script.counting(), lambda: None)
     clients = Clients(engine)
     clients.joined("guest")
     spec = SessionSpec(run_id="session", group="", workdir="", base_model="")

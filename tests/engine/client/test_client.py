@@ -26,22 +26,22 @@ from tenora.errors import (
     UnsupportedModelError,
 )
 from tenora.training.spec import StepEvent, StoppedEvent, TrainSpec
-from tests.engine.fake import CRASH, FAIL, READY, SILENT, FakeEngine
 from tests.engine.requests import generate, sampling
 from tests.support.patience import PATIENCE
+from tests.support.scripted_engine import CRASH, FAIL, READY, SILENT, Script, ScriptedEngine
 
 
 class Fakes:
-    """Builds fake engines and keeps them for inspection."""
+    """Builds scripted engines and keeps them for inspection."""
 
     def __init__(self) -> None:
-        self.made: list[FakeEngine] = []
+        self.made: list[ScriptedEngine] = []
         self.error: Exception | None = None
 
-    def __call__(self, wake: Callable[[], None]) -> FakeEngine:
+    def __call__(self, wake: Callable[[], None]) -> ScriptedEngine:
         if self.error is not None:
             raise self.error
-        self.made.append(FakeEngine(wake))
+        self.made.append(ScriptedEngine(Script.counting(), wake))
         return self.made[-1]
 
 
@@ -88,7 +88,7 @@ async def test_closing_the_iterator_aborts(engine: AsyncEngine, fakes: Fakes) ->
     async with aclosing(engine.generate(request)) as outputs:
         async for _ in outputs:
             break
-    await until(lambda: fakes.made[0].aborted == [request.request_id])
+    await until(lambda: fakes.made[0].script.aborted == [request.request_id])
     assert engine.queued == 0
 
 
@@ -99,13 +99,13 @@ async def test_cancelling_the_consumer_aborts(engine: AsyncEngine, fakes: Fakes)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
-    await until(lambda: fakes.made[0].aborted == [request.request_id])
+    await until(lambda: fakes.made[0].script.aborted == [request.request_id])
 
 
 async def test_a_finished_request_is_not_aborted(engine: AsyncEngine, fakes: Fakes) -> None:
     await tokens_of(engine, generate([1], sampling(max_tokens=2)))
     await tokens_of(engine, generate([1], sampling(max_tokens=2)))
-    assert fakes.made[0].aborted == []
+    assert fakes.made[0].script.aborted == []
 
 
 async def test_too_many_waiting_requests_are_turned_away(engine: AsyncEngine) -> None:
@@ -171,7 +171,7 @@ async def test_a_dead_engine_fails_what_is_open_and_comes_back(engine: AsyncEngi
     assert engine.healthy
     assert engine.restarts == 1
     assert await tokens_of(engine, generate([1], sampling(max_tokens=1))) == [2]
-    assert fakes.made[1].pins == [(ref, True)]
+    assert fakes.made[1].script.pins == [(ref, True)]
 
 
 async def test_while_it_restarts_requests_are_refused_at_once(engine: AsyncEngine, fakes: Fakes) -> None:
@@ -202,7 +202,7 @@ async def test_nobody_waits_for_a_loop_that_hangs(fakes: Fakes) -> None:
     waiting = asyncio.create_task(tokens_of(engine, generate([SILENT])))
     training = asyncio.create_task(_events(engine, "run"))
     await until(lambda: bool(fakes.made[-1].runs))
-    hanging = fakes.made[-1]
+    hanging = fakes.made[-1].script
     hanging.hang.set()
     with pytest.raises(UnavailableError) as caught:
         await waiting
@@ -212,7 +212,7 @@ async def test_nobody_waits_for_a_loop_that_hangs(fakes: Fakes) -> None:
     with pytest.raises(UnavailableError, match="starting"):
         await tokens_of(engine, generate([1]))
     assert engine.trouble == "engine hangs"  # a thread cannot be killed
-    hanging.resume.set()
+    hanging.released.set()
     await until(lambda: engine.healthy)
     assert engine.trouble is None
     assert engine.restarts >= 1
@@ -227,7 +227,7 @@ async def test_a_reader_that_stops_reading_is_cut_off(
     request = generate([1], sampling(max_tokens=10**9))
     outputs = engine.generate(request)
     assert (await anext(outputs)).token_ids[0] == 2
-    await until(lambda: fakes.made[0].aborted == [request.request_id])
+    await until(lambda: fakes.made[0].script.aborted == [request.request_id])
     assert await tokens_of(engine, generate([5], sampling(max_tokens=2))) == [6, 7]
     with pytest.raises(UnavailableError) as caught:
         async for _ in outputs:
@@ -255,7 +255,7 @@ async def test_leaving_a_run_pauses_it_and_it_can_be_taken_up_again(engine: Asyn
             first = await anext(events)
             assert isinstance(first, StepEvent)
             assert first.step == 1  # not the StoppedEvent of the time before
-        await until(partial(eq, fakes.made[0].stopped, expected))
+        await until(partial(eq, fakes.made[0].script.stopped, expected))
 
 
 async def test_what_another_client_pins_is_pinned_again_at_the_engines_successor(
@@ -263,13 +263,13 @@ async def test_what_another_client_pins_is_pinned_again_at_the_engines_successor
 ) -> None:
     mine, others = (AdapterRef(digest=letter * 64, path=f"/{letter}") for letter in "ab")
     await engine.pin(mine)
-    fakes.made[0].events += [PinAdapter(others), EvictAdapter(mine.digest)]
+    fakes.made[0].pending += [PinAdapter(others), EvictAdapter(mine.digest)]
     fakes.made[0].wake()
     assert await tokens_of(engine, generate([5], sampling(max_tokens=2))) == [6, 7]
     with pytest.raises(UnavailableError):
         await tokens_of(engine, generate([CRASH]))
-    await until(lambda: engine.alive and len(fakes.made) > 1 and bool(fakes.made[1].pins))
-    assert fakes.made[1].pins == [(others, True)]
+    await until(lambda: engine.alive and len(fakes.made) > 1 and bool(fakes.made[1].script.pins))
+    assert fakes.made[1].script.pins == [(others, True)]
 
 
 async def test_close_lets_requests_finish_within_the_grace(fakes: Fakes) -> None:

@@ -17,7 +17,7 @@ from tenora.engine.client.link import Link
 from tenora.engine.client.supervisor import EngineSupervisor
 from tenora.engine.messages import Command, EngineStats, Event, Heartbeat, Ready
 from tenora.errors import UnavailableError
-from tests.engine.fake import READY
+from tests.support.scripted_engine import READY
 
 PATIENCE = 300.0
 HANG = 60.0
