@@ -31,7 +31,7 @@ from tenora.cli.fetching import fetch_model
 from tenora.cli.kernel_cache import kernels_in_use
 from tenora.cli.places import ENGINE_SOCKET
 from tenora.cli.progress import StartProgress
-from tenora.cli.starting_worker import WorkerBeside
+from tenora.cli.worker_beside import WorkerBeside
 from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.storage.directory import claim

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from tenora.backoff import Backoff, is_set_within
 from tenora.control.worker.line import ServiceEnd
 from tenora.environment import for_child
 from tenora.processes import describe_exit, hand_over
@@ -75,7 +76,7 @@ class WorkerSupervisor:
             self._process.kill()
 
     async def _keep(self) -> None:
-        pause, longest = BACKOFF_SECONDS
+        backoff = Backoff(*BACKOFF_SECONDS, STABLE_SECONDS)
         while True:
             await self._wait_for_a_dead_services_worker()
             if self._closing.is_set():
@@ -84,12 +85,10 @@ class WorkerSupervisor:
             reason = await self._live_once()
             if self._closing.is_set():
                 return
-            if time.monotonic() - started > STABLE_SECONDS:
-                pause = BACKOFF_SECONDS[0]
+            pause = backoff.after(time.monotonic() - started)
             _log.error("the worker ended; restarting it", extra={"reason": reason, "seconds": pause})
-            if await self._closes_within(pause):
+            if await is_set_within(self._closing, pause):
                 return
-            pause = min(pause * 2, longest)
             self.restarts += 1
 
     async def _wait_for_a_dead_services_worker(self) -> None:
@@ -98,7 +97,7 @@ class WorkerSupervisor:
             if not told:
                 _log.info("the worker of a service that is gone finishes what it prepares; another one starts then")
                 told = True
-            if await self._closes_within(LOOK_SECONDS):
+            if await is_set_within(self._closing, LOOK_SECONDS):
                 return
 
     async def _live_once(self) -> str:
@@ -121,10 +120,3 @@ class WorkerSupervisor:
             if process.returncode is None:
                 process.kill()
         return describe_exit(code)
-
-    async def _closes_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._closing.wait()
-        except TimeoutError:
-            return False

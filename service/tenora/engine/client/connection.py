@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from tenora.backoff import Backoff
 from tenora.engine.client.link import decode_event, encode
 from tenora.engine.messages import Command, Event, Loading, Ready, Shutdown
 from tenora.unix_socket import connect, pack, read_message
@@ -67,18 +68,22 @@ class EngineConnection:
             self._writer.write(pack(encode(command)))
 
     async def _keep(self) -> None:
-        pause, longest = PAUSE_SECONDS
+        backoff, told = Backoff(*PAUSE_SECONDS, stable=0.0), False
         while True:
+            lived, began = 0.0, time.monotonic()
             try:
                 await self._live_once()
-            except OSError:
-                pass  # nobody listens: the owner is starting one, or is gone
+            except OSError as error:
+                if not told:  # once, however often it is tried
+                    _log.info(
+                        "no engine lets this process in: its owner starts one, or is gone", extra={"reason": str(error)}
+                    )
+                told = True
             else:
-                pause = PAUSE_SECONDS[0]
+                lived, told = time.monotonic() - began, False
                 self.restarts += 1
                 _log.warning("the connection to the engine was lost; connecting again")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+            await asyncio.sleep(backoff.after(lived))
 
     async def _live_once(self) -> None:
         """One connection from its beginning to its end. Raises OSError if there is nobody to connect to."""

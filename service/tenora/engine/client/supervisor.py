@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 
+from tenora.backoff import Backoff, is_set_within
 from tenora.engine.client.link import Link
 from tenora.engine.messages import Command, Event, Loading, Ready, Shutdown, StartFailed
 from tenora.errors import ConfigurationError, TenoraError, UnavailableError, UnsupportedModelError
@@ -121,7 +122,7 @@ class EngineSupervisor:
             self.link.send(command)
 
     async def _keep(self) -> None:
-        pause, longest = BACKOFF_SECONDS
+        backoff = Backoff(*BACKOFF_SECONDS, STABLE_SECONDS)
         while True:
             started = time.monotonic()
             reason = await self._live_once()
@@ -131,12 +132,10 @@ class EngineSupervisor:
             if self._first is not None and not self._first.done():
                 self._first.set_exception(UnavailableError(f"The engine ended while starting: {reason}. See its log."))
                 return
-            if lived > STABLE_SECONDS:
-                pause = BACKOFF_SECONDS[0]
+            pause = backoff.after(lived)
             _log.error("engine ended; restarting it", extra={"reason": reason, "seconds": pause})
-            if await self._closes_within(pause):
+            if await is_set_within(self.closing, pause):
                 return
-            pause = min(pause * 2, longest)
             self.restarts += 1
 
     async def _live_once(self) -> str:
@@ -202,13 +201,6 @@ class EngineSupervisor:
         """What an engine that is not loaded said last."""
         step = self.loading
         return "before its first word" if step is None else f"at {step.phase}, {step.done} of {step.total}"
-
-    async def _closes_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                return await self.closing.wait()
-        except TimeoutError:
-            return False
 
     def _receive(self, event: Event) -> None:
         if self._given_up is not None:
