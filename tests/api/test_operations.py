@@ -47,6 +47,7 @@ NAMES = {
     "tenora_jobs",
     "tenora_train_tokens_total",
     "tenora_job_lease_lost_total",
+    "tenora_worker_up",
     "tenora_draining",
 }
 

@@ -69,6 +69,7 @@ def build_metrics(control: Control) -> Metrics:
         stats=lambda: engine.stats,
         last_step=last_step,
         leases_lost=lambda: control.jobs.leases_lost,
+        worker_up=lambda: control.jobs.worker_up,
         cache=lambda: engine.ready.memory,
     )
 

@@ -73,6 +73,7 @@ class Metrics:
         stats: gives the engine's latest statistics.
         last_step: gives the Unix time of the engine's last heartbeat.
         leases_lost: gives the number of jobs that another process took from this one.
+        worker_up: gives whether a worker is there; None where none is meant to be, which has no such metric.
         cache: gives how the KV cache is laid out and what else the engine settled at its start, by name.
     """
 
@@ -83,13 +84,14 @@ class Metrics:
         stats: Callable[[], Stats],
         last_step: Callable[[], float],
         leases_lost: Callable[[], int],
+        worker_up: Callable[[], bool | None],
         cache: Callable[[], Mapping[str, int]],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library does not annotate it
         self.registry = CollectorRegistry()
         self._model = model
         self.registry.register(_EngineCollector(model, stats, last_step, cache))
-        self.registry.register(_JobCollector(leases_lost))
+        self.registry.register(_JobCollector(leases_lost, worker_up))
         ProcessCollector(registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -241,14 +243,17 @@ class _EngineCollector(Collector):
 
 @dataclass(slots=True, eq=False)
 class _JobCollector(Collector):
-    """Reads what the job runner counts at each scrape."""
+    """Reads at each scrape what the jobs' worker has counted, and whether it is there."""
 
     leases_lost: Callable[[], int]
+    worker_up: Callable[[], bool | None]
 
     def collect(self) -> Iterator[Metric]:
         yield _counter(
             "tenora_job_lease_lost", "Jobs that another process took, their lease having run out.", self.leases_lost()
         )
+        if (up := self.worker_up()) is not None:
+            yield _gauge("tenora_worker_up", "1 while a worker is there to take jobs.", up)
 
 
 def _gauge(name: str, text: str, value: float, labels: Mapping[str, str] | None = None) -> Metric:

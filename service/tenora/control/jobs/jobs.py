@@ -97,6 +97,11 @@ class Jobs:
             return await count_jobs(session)
 
     @property
+    def worker_up(self) -> bool | None:
+        """Whether a worker is there to take jobs; None where none is meant to be."""
+        return self._queue.worker_up
+
+    @property
     def leases_lost(self) -> int:
         """Jobs that another process took from this one since its start, because it had let their lease run out."""
         return self._queue.leases_lost

@@ -13,6 +13,11 @@ class JobQueue(Protocol):
         """Jobs that another process took because this one had let their lease run out."""
         ...
 
+    @property
+    def worker_up(self) -> bool | None:
+        """Whether a worker is there; None where none is meant to be."""
+        ...
+
     def wake(self) -> None:
         """There may be something to claim."""
         ...

@@ -120,6 +120,11 @@ class ServiceEnd:
         """Jobs that another process took because a worker of this service had let their lease run out."""
         return self._leases_lost + self._leases_lost_now
 
+    @property
+    def worker_up(self) -> bool | None:
+        """Whether a worker is at the other end; None where none shall ever come."""
+        return None if self._listener is None else self.connected.is_set()
+
     def wake(self) -> None:
         """There may be something to claim; a worker that is not there yet looks when it comes."""
         self._send(Wake())

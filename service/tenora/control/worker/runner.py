@@ -90,6 +90,11 @@ class JobRunner:
             with contextlib.suppress(RegistryBusyError):  # the lease lasts for another try
                 await self._renew()
 
+    @property
+    def worker_up(self) -> bool | None:
+        """Whether it claims jobs; None where the role is not to train."""
+        return None if self._context.settings.role == "serve" else self._loop is not None and not self._loop.done()
+
     def wake(self) -> None:
         """There may be something to claim."""
         self._wake.set()
