@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from tenora.control import control as control_module
+from tenora.control.worker import membership
 from tenora.training.spec import CheckpointEvent, EvalEvent, FinishedEvent, StepEvent, TrainEvent, TrainSpec
 from tests.api.conftest import SPEECH, TRAINING_ROWS, Service, import_adapter
 from tests.support.scripted_engine import Script
@@ -183,10 +183,8 @@ async def test_a_file_expires_while_the_service_runs(
     assert path.exists()
     later = file.created_at + 3601
     monkeypatch.setattr("tenora.control.files.files.unix_now", lambda: later)
-    monkeypatch.setattr(control_module, "HOUSEKEEPING_SECONDS", 0.05)
-    housekeeper, *_ = service.control._background
-    housekeeper.cancel()
-    keeper = asyncio.create_task(service.control._keep_house())
+    monkeypatch.setattr(membership, "SWEEP_SECONDS", 0.05)
+    keeper = asyncio.create_task(service.control._membership._sweep())
     while path.exists():  # noqa: ASYNC110  # the state of a directory
         await asyncio.sleep(0.02)
     keeper.cancel()

@@ -35,11 +35,14 @@ asyncio.run(working._run(Settings()))
 
 def test_a_second_signal_ends_a_worker_that_saves_at_once() -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "at work\n"
-        worker.send_signal(signal.SIGTERM)
-        assert worker.stdout.readline() == "saving\n"
-        assert worker.poll() is None
-        worker.send_signal(signal.SIGTERM)
-        assert worker.wait(PATIENCE) == 128 + signal.SIGTERM
-        assert worker.stdout.read() == "", "it ends there and then"
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "at work\n"
+            worker.send_signal(signal.SIGTERM)
+            assert worker.stdout.readline() == "saving\n"
+            assert worker.poll() is None
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(PATIENCE) == 128 + signal.SIGTERM
+            assert worker.stdout.read() == "", "it ends there and then"
+        finally:
+            worker.kill()

@@ -26,8 +26,9 @@ from tenora.control.tenancy.access import Access
 from tenora.control.tenancy.bootstrap import Bootstrap, Registry
 from tenora.control.tenancy.erasure import Erasure
 from tenora.control.tenancy.idempotency import Idempotency
+from tenora.control.worker.membership import Membership
 from tenora.control.worker.runner import JobRunner
-from tenora.errors import TenoraError, UnavailableError
+from tenora.errors import UnavailableError
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Bootstrap", "Control", "Registry"]
 
 _log = logging.getLogger(__name__)
-
-HOUSEKEEPING_SECONDS = 600.0
 
 
 class Control:
@@ -75,12 +74,10 @@ class Control:
         self.tenants = registry.tenants
         self.idempotency = Idempotency(database, presence)
         self._registry = registry
-        self._presence = presence
         self._lock = lock
-        self._background: list[asyncio.Task[None]] = []
         context = JobContext.of(registry, engine, tokenizer, model, targets)
         self._blobs = blobs = context.blobs
-        self._tokenizing = tokenizing = context.tokenizing
+        tokenizing = context.tokenizing
         storage, limits = context.storage, context.limits
         self.files = Files(settings, database, storage, tokenizing, context.failpoints)
         self.previews = Previews(settings, database, storage, tokenizing, limits)
@@ -91,6 +88,7 @@ class Control:
         self._runner: JobRunner | None = None
         if queue is None:
             queue = self._runner = JobRunner(context, Leases(database, presence))
+        self._membership = Membership(registry, presence, context, self._runner)
         self.jobs = Jobs(database, blobs, queue, limits, self._admit, context.failpoints)
         self.erasure = Erasure(database, self.tenants, self.keys, [self.jobs], [self.adapters, self.files])
 
@@ -140,30 +138,12 @@ class Control:
     async def start(self) -> None:
         """Pin what is pinned, and begin to work on jobs if no other process does. The engine has started."""
         await self.adapters.pins.restore()
-        if self._runner is not None:
-            await self._runner.start()
-        self._background = [
-            asyncio.create_task(self._keep_house(), name="control-housekeeping"),
-            asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
-            asyncio.create_task(self._presence.keep(), name="presence"),
-        ]
+        await self._membership.start(self.files.delete_expired)
 
     async def close(self) -> None:
         """Pause what runs, so that the next start goes on, and let go of the state directory."""
         self.begin_drain()
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        try:
-            if self._runner is not None:
-                await self._runner.stop()
-            await self._presence.end()
-        except TenoraError as error:
-            # A full disk, or a damaged registry: the leases run out by themselves.
-            _log.warning("that the jobs pause was not recorded: %s", error.message)
-        self._tokenizing.close()
-        await self._blobs.settle()
-        await self._registry.close()
+        await self._membership.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -193,12 +173,3 @@ class Control:
         await self.idempotency.forget_dead()
         if staged or files or adapters:
             _log.info("swept %d staged uploads, %d files and %d adapters without a row", staged, files, adapters)
-
-    async def _keep_house(self) -> None:
-        while True:
-            try:
-                await self.files.delete_expired()
-                await self._blobs.release_postponed()
-            except TenoraError:
-                _log.exception("expired files could not be removed; trying again later")
-            await asyncio.sleep(HOUSEKEEPING_SECONDS)

@@ -47,13 +47,17 @@ class Presence:
         """Be one of them, in place of whoever had this seat."""
         async with self._database.write() as session:
             await session.execute(delete(ProcessRow).where(ProcessRow.seat == self._seat))
-            await session.execute(delete(ProcessRow).where(ProcessRow.alive_until < unix_time() - _KEPT_SECONDS))
             await self._beat(session)
 
     async def vacate(self, seat: str) -> None:
         """Whoever had this seat is known to be dead."""
         async with self._database.write(alone=False) as session:
             await session.execute(delete(ProcessRow).where(ProcessRow.seat == seat))
+
+    async def forget_dead(self) -> None:
+        """Remove those that died long ago."""
+        async with self._database.write(alone=False) as session:
+            await session.execute(delete(ProcessRow).where(ProcessRow.alive_until < unix_time() - _KEPT_SECONDS))
 
     async def beat(self) -> None:
         """Stay alive for `ALIVE_SECONDS` from now."""

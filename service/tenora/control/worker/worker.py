@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,17 +14,13 @@ from tenora.control.jobs.queue import JobQueue
 from tenora.control.registry.presence import Presence
 from tenora.control.storage.directory import WORKER_LOCK, seat
 from tenora.control.tenancy.bootstrap import Registry
+from tenora.control.worker.membership import Membership
 from tenora.control.worker.runner import JobRunner
-from tenora.errors import TenoraError
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
     from tenora.model.catalog import ResolvedModel
     from tenora.model.tokenizer import Tokenizer
-
-_log = logging.getLogger(__name__)
-
-HOUSEKEEPING_SECONDS = 60.0
 
 
 class Worker:
@@ -38,11 +33,8 @@ class Worker:
     def __init__(
         self, registry: Registry, presence: Presence, context: JobContext, tell_lost: Callable[[int], None]
     ) -> None:
-        self._registry = registry
-        self._presence = presence
-        self._context = context
         self._runner = JobRunner(context, Leases(registry.database, presence), tell_lost)
-        self._background: list[asyncio.Task[None]] = []
+        self._membership = Membership(registry, presence, context, self._runner)
 
     @classmethod
     async def open(
@@ -78,12 +70,7 @@ class Worker:
 
     async def start(self) -> None:
         """Take over the jobs of a dead worker and begin. An engine has been there."""
-        await self._runner.start()
-        self._background = [
-            asyncio.create_task(self._keep_house(), name="worker-housekeeping"),
-            asyncio.create_task(self._registry.database.watch(), name="registry-watch"),
-            asyncio.create_task(self._presence.keep(), name="presence"),
-        ]
+        await self._membership.start()
 
     async def retire(self) -> None:
         """The service is gone: finish what is being prepared, and nothing else."""
@@ -91,23 +78,4 @@ class Worker:
 
     async def close(self) -> None:
         """Pause what runs, so that the next worker goes on."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        try:
-            await self._runner.stop()
-            await self._presence.end()
-        except TenoraError as error:
-            # A full disk, or a damaged registry: the leases run out by themselves.
-            _log.warning("that the jobs pause was not recorded: %s", error.message)
-        self._context.tokenizing.close()
-        await self._context.blobs.settle()
-        await self._registry.close()
-
-    async def _keep_house(self) -> None:
-        while True:
-            await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            try:
-                await self._context.blobs.release_postponed()
-            except TenoraError:
-                _log.exception("adapters that nobody names could not be removed; trying again later")
+        await self._membership.close()
