@@ -38,6 +38,11 @@ class Queue:
             raise RuntimeError("defect")
 
 
+@pytest.fixture(autouse=True)
+def _an_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "ANSWER_SECONDS", PATIENCE)
+
+
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[ServiceEnd]:
     end = ServiceEnd(listen(tmp_path / "worker.sock"), WELCOME)

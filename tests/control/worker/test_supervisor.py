@@ -114,6 +114,8 @@ async def test_it_ends_while_it_waits_for_a_dead_services_worker(make: Make) -> 
     keeper.start()
     async with asyncio.timeout(PATIENCE):
         await keeper.close()
+    assert keeper._task is not None
+    assert keeper._task.exception() is None
     assert (keeper.pid, keeper.restarts) == (None, 0)
 
 
