@@ -171,7 +171,7 @@ async def test_the_estimate_is_of_what_is_run(
     if not unused:
         assert found.read_tokens == pytest.approx(learned, rel=0.02 if "max_steps" in fields else 0)
     # The general text is measured under the result only where that is the best so far.
-    text = len(general_text(control._tokenizing.tokenizer, 256)) - 1
+    text = len(general_text(control.files._tokenizing.tokenizer, 256)) - 1
     spared = found.measured_tokens - measured
     assert 0 <= spared <= found.evaluations * text
     assert spared % text == 0
