@@ -157,6 +157,7 @@ MANY = [
     [f"(x{i}|y)*z" for i in range(3000)],
     ["(a|b)*" * 30 + f"c{i}" for i in range(4000)],
     [f"(q{{900}}|k{{900}}){i}" for i in range(4000)],
+    ["(a|b)" * 400 + f"c{i}" for i in range(6)],  # few, and long
 ]
 
 
@@ -168,6 +169,7 @@ def test_expressions_are_counted_before_they_are_compiled(keys: list[str], monke
     with pytest.raises(AdapterFormatError, match="list the module names instead"):
         KeyTable("rank_pattern", dict.fromkeys(keys, 2), Expressions())
     assert len(compiled) <= MAX_EXPRESSIONS
+    assert sum(len(text) for text, *_ in compiled) <= matching.MAX_CHARACTERS
 
 
 KEYS = [

@@ -20,10 +20,13 @@ ALPHABET = "ab eé🙂\n\t\u212a\U0001d400\uff46한\u1112\u1161\u11ab\u0301\u00a
 TEXTS = st.lists(st.sampled_from([*ALPHABET, "the ", "<s>", "</s>", " " * 40]), max_size=60).map("".join)
 
 
-def byte_level(*, normalizer: Any = None, strip: bool = False, merges: bool = True, lacking: str = "") -> Tokenizer:
+def byte_level(
+    *, normalizer: Any = None, strip: bool = False, merges: bool = True, lacking: str = "", letters: bool = False
+) -> Tokenizer:
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(lacking))
     pairs = [("t", "h"), ("th", "e"), ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("Ġ", "the")] if merges else []
+    pairs += [("a", "a"), ("aa", "aa"), ("aaaa", "aaaa")] if letters else []
     pieces = ["</s>", *alphabet, *("".join(pair) for pair in pairs)]
     backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, pairs))
     backend.pre_tokenizer, backend.decoder = level, decoders.ByteLevel()
@@ -78,6 +81,26 @@ def test_no_text_has_fewer_tokens_than_its_bound(kind: str, data: st.DataObject)
         patch.setattr(tokenizer_module, "_LONG_TOKEN", 1)
         for enough in {0, 3, tokens - 1, tokens}:
             assert tokenizer.least_tokens(text, max(0, enough)) <= tokens
+
+
+WORST: dict[str, tuple[Tokenizer, str]] = {
+    "bold letters become plain ones": (byte_level(normalizer=normalizers.NFKC(), letters=True), "\U0001d41a"),
+    "and capitals small ones": (
+        byte_level(normalizer=normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()]), letters=True),
+        "\U0001d400",
+    ),
+    "what a special token swallows": (byte_level(strip=True), "</s>" + " " * 40),
+    "what is stripped": (byte_level(normalizer=normalizers.Strip()), " "),
+    "what has no token": (byte_level(lacking="bĊé"), "b\n"),
+}
+
+
+@pytest.mark.parametrize("case", WORST)
+def test_the_bound_holds_where_a_text_has_the_fewest_tokens(case: str) -> None:
+    tokenizer, piece = WORST[case]
+    text = piece * 4000
+    assert tokenizer.text_bound is not None
+    assert tokenizer.text_bound.least_tokens(text) <= len(tokenizer.encode(text))
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
