@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tenora.cli.bench.figures import median
+from tenora.model.spec import ModelSpec
+from tenora.model.stack import can_pack
+from tenora_kernels.cpu.runtime.levels import LEVELS, target_features
 from tests.bench.checkouts.fixed_set import ROWS, TERMINAL, FixedSet
 from tests.bench.serving.fixture import Base, Served, default_threads, end_in_order, interleaved, pair_ratio, serve
 from tests.bench.serving.quiet import NOISY, Quiet
@@ -45,7 +48,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before, after = (
-            serve(stack, base, home / name, options.threads, PYTHONPATH=paths(checkout))
+            serve(stack, base, home / name, options.threads, PYTHONPATH=paths(checkout), **level(options.model))
             for name, checkout in (("before", options.against.resolve()), ("after", HERE))
         )
         if "bits" in options.cases:
@@ -60,6 +63,16 @@ def main() -> int:
 def paths(checkout: Path) -> str:
     """PYTHONPATH under which the installed command runs the code of `checkout`."""
     return os.pathsep.join(str(checkout / package) for package in PACKAGES)
+
+
+def level(model: Path) -> dict[str, str]:
+    """What servers are told of their processor: no AVX-512 for a base of which it makes no whole panels.
+
+    The tiny bases are such. Its vectors would leave them to the modules, and nothing would be said of compiled layers.
+    """
+    if can_pack(ModelSpec.from_directory(model)) or not target_features().get("avx512f"):
+        return {}
+    return {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": LEVELS["x86-64-v3"]}
 
 
 def bits(before: Served, after: Served) -> dict[str, Any]:
