@@ -74,4 +74,4 @@ def _bfloat16(random: np.random.Generator, *shape: int) -> Array:
     return (random.normal(0, 0.01, shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-CASES: dict[str, Callable[[], Iterator[tuple[str, float]]]] = {"loading": loading}
+CASES: dict[str, Callable[[], Iterator[tuple[str, float]]]] = {"adapters": loading}
