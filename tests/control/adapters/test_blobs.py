@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.digest import WEIGHTS_NAME, damaged
 from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.adapters import blobs as blobs_module
@@ -19,6 +19,7 @@ from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.control import Control
 from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
+from tenora.engine.messages import Generate, SequenceOutput
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,
@@ -29,7 +30,8 @@ from tenora.errors import (
 from tests.control.adapters.test_adapters import blobs
 from tests.control.adapters.test_pins import limit
 from tests.control.conftest import BASE, ImportAdapter, adapter_files, create_job, until, until_true, upload
-from tests.control.scripted import ScriptedEngine
+from tests.control.gate.test_takeover import train, warnings
+from tests.control.scripted import ScriptedEngine, scores
 from tests.support.patience import PATIENCE
 
 
@@ -304,3 +306,20 @@ async def test_nobody_waits_for_the_check_of_a_pin(
     assert (await control.adapters.pin(acme, "desk", True)).pinned
     assert (await control.adapters.rollback(acme, "desk", 1)).version == 1
     assert len(checked) == 2
+
+
+async def test_a_damaged_version_keeps_its_name_and_the_log_says_how_to_move_it(
+    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+) -> None:
+    broken = await import_adapter(control, acme, "desk", seed=9)
+
+    def score(request: Generate) -> list[SequenceOutput]:
+        if request.adapter is not None and request.adapter.digest == broken.digest:
+            raise damaged(broken.digest)
+        return scores(request)
+
+    engine.score = score
+    (warning,) = await warnings(control, acme, await train(control, acme))
+    assert "version 1 could not be scored: The stored files" in warning
+    assert 'POST /v1/adapters/desk/rollback {"version": 2}' in warning
+    assert (await control.adapters.get(acme, "desk")).version == 1
