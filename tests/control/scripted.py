@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from tenora.adapters.peft_format import write_adapter
@@ -34,6 +33,7 @@ from tenora.training.spec import (
     TrainEvent,
     TrainSpec,
     TrialEvent,
+    trial_of,
 )
 
 REWARDS = {"rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0}
@@ -237,10 +237,7 @@ class ScriptedEngine:
         ]
 
     def write(self, path: Path, spec: TrainSpec) -> None:
-        lora = spec.lora
-        if spec.trials:
-            won = spec.trials[self.winner]
-            lora = msgspec.structs.replace(lora, rank=won.rank, alpha=won.alpha)
+        lora = (trial_of(spec, self.winner) if spec.trials else spec).lora
         modules = random_modules(
             self.targets, lora.target_modules, lora.rank, spec.seed + round(spec.learning_rate * 1e9)
         )

@@ -27,7 +27,6 @@ from tenora.training.spec import (
     TrainEvent,
     TrainSpec,
     TrialEvent,
-    TrialSpec,
 )
 
 from .runs import Items, MakeSpec, TrainingRun, assert_same_bits, comparable, events_of, weights_of
@@ -194,9 +193,7 @@ def several(make_spec: MakeSpec, directory: Path, kind: str) -> TrainSpec:
             acknowledged=True, folds=3, tasks=(msgspec.structs.replace(task, valid_path=""),), lora=lora, n_epochs=2
         )
     shape = {"alpha": 8.0, "n_epochs": 2, "batch_size": 4}
-    trials = tuple(
-        TrialSpec(rank=rank, learning_rate=rate, **shape) for rank, rate in ((2, 1e-2), (4, 1e-2), (4, 1e-3))
-    )
+    trials = tuple({"rank": rank, "learning_rate": rate, **shape} for rank, rate in ((2, 1e-2), (4, 1e-2), (4, 1e-3)))
     return make_spec(acknowledged=True, trials=trials, lora=lora)
 
 

@@ -29,8 +29,9 @@ from tenora.training.spec import (
     TaskSpec,
     TrainEvent,
     TrainSpec,
+    Trial,
     TrialEvent,
-    TrialSpec,
+    trial_of,
 )
 from tests.data.rows import random_rows
 from tests.support.full import full_but
@@ -38,8 +39,8 @@ from tests.support.full import full_but
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of, weights_of
 
 RATES = (1e-4, 3e-3, 1e-2, 2e-2, 5e-3, 1e-5)
-TRIALS = tuple(
-    TrialSpec(rank=rank, alpha=2.0 * rank, learning_rate=rate, n_epochs=3, batch_size=4)
+TRIALS: tuple[Trial, ...] = tuple(
+    {"rank": rank, "alpha": 2.0 * rank, "learning_rate": rate, "n_epochs": 3, "batch_size": 4}
     for rank, rate in zip((2, 4, 8, 3, 16, 4), RATES, strict=True)
 )
 
@@ -67,21 +68,22 @@ class TestSweep:
         assert all(event.step < event.total_steps for event in last.values() if event.status == "stopped")
         # What was stopped was no better where it was compared.
         assert all(event.valid_loss >= finished.valid_loss for event in last.values() if event.valid_loss is not None)
-        trial = TRIALS[finished.trial]
-        solo = learnable(make_spec, tmp_path, n_epochs=3, learning_rate=trial.learning_rate)
-        solo = msgspec.structs.replace(solo, lora=LoraSpec(rank=trial.rank, alpha=trial.alpha), batch_size=4)
+        trial: dict[str, Any] = TRIALS[finished.trial]
+        solo = learnable(make_spec, tmp_path, n_epochs=3, learning_rate=trial["learning_rate"])
+        shape = LoraSpec(rank=trial["rank"], alpha=trial["alpha"])
+        solo = msgspec.structs.replace(solo, lora=shape, batch_size=4)
         theirs = events_of(TrainingRun(decoder, solo))[-1]
         assert_same_bits(weights_of(finished), weights_of(theirs))
 
     def test_trials_with_other_batch_sizes_get_what_they_would_get_alone(
         self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path
     ) -> None:
-        trials = tuple(msgspec.structs.replace(TRIALS[1], batch_size=size) for size in (4, 5, 12))
-        events = events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=trials, eval_interval=1)))
-        for number, trial in enumerate(trials):
+        trials = tuple(TRIALS[1] | {"batch_size": size} for size in (4, 5, 12))
+        spec = learnable(make_spec, tmp_path, trials=trials, eval_interval=1)
+        events = events_of(TrainingRun(decoder, spec))
+        for number in range(len(trials)):
             told = [event for event in events if isinstance(event, TrialEvent) and event.trial == number]
-            alone = learnable(make_spec, tmp_path, n_epochs=3, learning_rate=trial.learning_rate, eval_interval=1)
-            alone = msgspec.structs.replace(alone, batch_size=trial.batch_size)
+            alone = trial_of(learnable(make_spec, tmp_path, trials=trials, eval_interval=1), number)
             theirs = [event for event in events_of(TrainingRun(decoder, alone)) if isinstance(event, EvalEvent)]
             best = list(accumulate((event.valid_loss for event in theirs[1:]), min))
             assert told
@@ -129,10 +131,10 @@ class TestSweep:
         assert all(event.valid_loss is not None for event in events if isinstance(event, TrialEvent))
 
     def test_a_trial_that_fails_does_so_alone(self, decoder: Decoder, make_spec: MakeSpec, tmp_path: Path) -> None:
-        trials = (*TRIALS[:3], msgspec.structs.replace(TRIALS[3], rank=0))
+        trials = (*TRIALS[:3], TRIALS[3] | {"rank": 0})
         failed = events_of(TrainingRun(decoder, learnable(make_spec, tmp_path, trials=trials)))[-1]
         assert isinstance(failed, FailedEvent)  # what cannot even begin is the request's fault
-        wild = (*TRIALS[:3], msgspec.structs.replace(TRIALS[3], learning_rate=1e30, n_epochs=30))
+        wild = (*TRIALS[:3], TRIALS[3] | {"learning_rate": 1e30, "n_epochs": 30})
         spec = learnable(make_spec, tmp_path, trials=wild, max_grad_norm=0.0, warmup_ratio=0.0)
         events = events_of(TrainingRun(decoder, spec))
         last = {event.trial: event for event in events if isinstance(event, TrialEvent)}

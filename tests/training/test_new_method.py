@@ -61,3 +61,17 @@ def test_a_setting_of_a_method_has_a_name_of_its_own() -> None:
     with pytest.raises(ValueError, match="name of one that all methods have"):
         register(Clashing())  # type: ignore[abstract]
     assert "clashing" not in METHODS
+
+
+def test_a_setting_that_says_that_it_can_be_swept_is_swept(tiny_base: Path, tmp_path: Path, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "tests.training.new_swept_setting", str(tiny_base), str(tmp_path)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["refused"] == "sweep.warmup_ratio must be a number, at least 0 and at most 1."
+    assert told["trials"] == told["lineage"] == [0.0, 0.9]
+    assert "warmup_ratio" not in told["shown"], "the sweep has yet to choose it"
+    assert told["fields"][-1] == "warmup_ratio"
+    assert told["csv"].startswith("trial,rank,alpha,learning_rate,n_epochs,batch_size,warmup_ratio,status,")
+    assert told["losses"]["0"] != told["losses"]["1"], "each trial trains with its own"
+    assert told["finished"]

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tenora.training.methods.table import METHODS
-from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, RUN, SETTINGS, Setting
-from tenora.training.spec import LORA, TrialSpec
+from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS, Setting
+from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL
 
 TARGET = Path(__file__).parents[1] / "src/tenora_client/settings.py"
 
@@ -24,55 +24,91 @@ def literal(words: Iterable[str]) -> str:
 
 def kind_of(setting: Setting) -> str:
     """The type of a value in a request."""
-    kind = setting.kind.__name__
-    if setting.choices:
-        return literal(setting.choices)
+    kind = plain(setting)
     if setting.auto:
         return f'{kind} | Literal["auto"]'
+    if setting.every:
+        return f"{kind} | {literal([setting.every])}"
     return f"bool | {kind}" if setting.true else kind
+
+
+def plain(setting: Setting) -> str:
+    """The type of a value that is no word for others."""
+    if setting.kind is tuple:
+        return "Sequence[str]"
+    return literal(setting.choices) if setting.choices else setting.kind.__name__
 
 
 def text() -> str:
     """The module."""
-    fields = {name: HYPERPARAMETERS[name] for name in HYPERPARAMETERS if name in BY_THEMSELVES} | dict(SETTINGS)
-    own = {name: [setting.name for setting in method.settings] for name, method in METHODS.items()}
     lines = [
         '"""Settings of a job. Written by `clients/python/scripts/settings.py`, from the service\'s: do not edit."""',
         "",
         "from __future__ import annotations",
         "",
-        "from typing import Literal, TypedDict",
+        "from collections.abc import Sequence",
+        "from typing import Literal, Required, TypedDict",
         "",
         "from tenora_client.api_object import Part",
+        "from tenora_client.ranges import Range, RangeParams",
         "",
         f"MethodName = {literal(METHODS)}",
-        *(
-            f"# Of {name} alone, among the hyperparameters of its method: {', '.join(names)}."
-            for name, names in own.items()
-            if names
-        ),
-        "",
-        "",
-        "class Settings(TypedDict, total=False):",
-        '    """How a job trains; absent means the server\'s default, which is meant to work."""',
-        "",
     ]
-    for name, setting in fields.items():
-        sentence = f"{setting.help.split('. ')[0].rstrip('.')}; {setting.words}."
-        lines += [f"    {name}: {kind_of(setting)}", *wrapped(sentence)]
-    return "\n".join([*lines, *answers()]) + "\n"
+    return "\n".join([*lines, *questions(), *answers()]) + "\n"
+
+
+def questions() -> Iterator[str]:
+    """What a job may be asked for."""
+    told = "absent means the server's default, which is meant to work"
+    by_themselves = {name: HYPERPARAMETERS[name] for name in HYPERPARAMETERS if name in BY_THEMSELVES}
+    yield from asked("Settings", f"How a job trains; {told}.", by_themselves | dict(SETTINGS))
+    yield from asked("SharedHyperparameters", "Those that all methods have.", HYPERPARAMETERS)
+    for name, method in METHODS.items():
+        options = {"hyperparameters": "SharedHyperparameters"}
+        if method.settings:
+            own, shared = f"{title(name)}Hyperparameters", options["hyperparameters"]
+            settings = {one.name: one for one in method.settings}
+            yield from asked(own, f"Those of a job that {method.summary}.", settings, base=shared)
+            options = {"hyperparameters": own}
+        yield from asked(f"{title(name)}Params", f"Options of the method {name}.", options)
+    options = {name: f"{title(name)}Params" for name in METHODS}
+    yield from asked(
+        "MethodParams", "How to train: a type, and its options.", {"type": "Required[MethodName]", **options}
+    )
+    yield from asked("LoraParams", f"The adapter; {told}.", LORA_ASKED)
+    values = {name: f"Sequence[{setting.kind.__name__}] | RangeParams" for name, setting in SWEPT.items()}
+    yield from asked("SweptParams", "Values to try, one by one or as a range.", values)
+
+
+def asked(
+    name: str, summary: str, fields: Mapping[str, Setting] | Mapping[str, str], *, base: str = "TypedDict"
+) -> Iterator[str]:
+    """A class of a request, every field of which may be absent."""
+    yield from ("", "", f"class {name}({base}, total=False):", f'    """{summary}"""', "")
+    for field, setting in fields.items():
+        if isinstance(setting, str):
+            yield f"    {field}: {setting}"
+        else:
+            yield f"    {field}: {kind_of(setting)}"
+            yield from wrapped(f"{setting.help.split('. ')[0].rstrip('.')}; {setting.words}.")
+
+
+def title(name: str) -> str:
+    """A method's name as the beginning of a class's."""
+    return name.replace("_", " ").title().replace(" ", "")
 
 
 def answers() -> Iterator[str]:
     """The parts of a job's answer."""
     every = {one.name: one for method in METHODS.values() for one in method.hyperparameters.values()}
-    trial = {name: (LORA | RUN)[name] for name in TrialSpec.__struct_fields__}
     yield from part("Hyperparameters", 'Of a job\'s method; "auto" until the files have been read.', every, auto=True)
     yield from part("MethodOptions", "Of one method.", {"hyperparameters": "Hyperparameters"})
     options = dict.fromkeys(METHODS, "MethodOptions")
     yield from part("Method", "How a job trains: the options of its type are there.", options, "    type: str")
-    yield from part("LoraShape", "Of an adapter to train.", LORA)
-    yield from part("TrialSettings", "Of a trial of a sweep.", trial)
+    shape = "The adapter; whole once the files have been read, but for what a sweep still chooses."
+    yield from part("Lora", shape, LORA_ASKED)
+    yield from part("SweptValues", "The values to try.", dict.fromkeys(SWEPT, "Sequence[float] | Range"))
+    yield from part("TrialSettings", "Of a trial of a sweep.", TRIAL)
 
 
 def part(
@@ -81,7 +117,9 @@ def part(
     """A class of an answer, with None where the server says nothing."""
     yield from ("", "", f"class {name}(Part):", f'    """{summary}"""', "", *first)
     for field, setting in fields.items():
-        kind = setting if isinstance(setting, str) else "str" if setting.choices else setting.kind.__name__
+        kind = setting if isinstance(setting, str) else "str" if setting.choices else plain(setting)
+        if not isinstance(setting, str) and setting.every:
+            kind += " | str"
         words = ' | Literal["auto"]' if auto else ""
         yield f"    {field}: {kind}{words} | None = None"
 

@@ -14,11 +14,11 @@ from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import JOB, RUN, Publish
-from tenora.training.spec import LORA
+from tenora.training.spec import LORA_ASKED, SWEPT
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
-_TABLE = ("trial", "rank", "learning_rate", "n_epochs", "batch_size", "status", "step", "valid_loss", "winner")
+_TABLE = ("trial", *SWEPT, "status", "step", "valid_loss", "winner")
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
 
 
@@ -28,7 +28,7 @@ def option(name: str, *, switch: bool = False) -> Any:
     Args:
         switch: the flag takes no value.
     """
-    setting = {**RUN, **JOB, **LORA}[name]
+    setting = {**RUN, **JOB, **LORA_ASKED}[name]
     bounded = setting.kind in {int, float} and not switch
     least = max(setting.least, setting.above)
     return typer.Option(setting.flag, help=setting.help, **({"min": setting.kind(least)} if bounded else {}))
@@ -48,7 +48,7 @@ def train(
         str | None, typer.Option("--validation", help="A file or id to measure on; rows are held out if absent.")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help=METHODS_HELP)] = None,
-    init_from: Annotated[str | None, typer.Option("--init-from", help="An adapter of yours to start from.")] = None,
+    init_from: Annotated[str | None, option("init_from")] = None,
     epochs: Annotated[int | None, option("n_epochs")] = None,
     batch_size: Annotated[int | None, option("batch_size")] = None,
     learning_rate: Annotated[float | None, option("learning_rate")] = None,

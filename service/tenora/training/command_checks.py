@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+import msgspec
+
 from tenora.errors import TrainingError
 from tenora.model.spec import ModelSpec
 from tenora.training.commands import (
@@ -59,12 +61,11 @@ def _check_row(number: int, row: Row, spec: ModelSpec) -> None:
 
 def _check_settings(settings: AdamWSettings) -> None:
     """The bounds of `torch.optim.AdamW`."""
-    for name in ("learning_rate", "weight_decay", "epsilon"):
-        value: float = getattr(settings, name)
-        _require(math.isfinite(value) and value >= 0, f"{name} is {value} and must be 0 or more.")
-    for name in ("beta1", "beta2"):
-        value = getattr(settings, name)
-        _require(0 <= value < 1, f"{name} is {value} and must be at least 0 and below 1.")
+    for name, value in msgspec.structs.asdict(settings).items():
+        if name in {"beta1", "beta2"}:
+            _require(0 <= value < 1, f"{name} is {value} and must be at least 0 and below 1.")
+        else:
+            _require(math.isfinite(value) and value >= 0, f"{name} is {value} and must be 0 or more.")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -30,11 +30,18 @@ class Setting:
 
     Attributes:
         help: what it does, as a sentence.
-        least, above, most: bounds of a number, `above` without the bound itself.
+        least, above, most: bounds of a number, `above` without the bound itself; of the length of a text; of a list's
+            and its items'.
         auto: how "auto" is settled; empty if a request may not say so. Absent is "auto" then.
         true: what true stands for where a number may be given as true or false; 0 if it may not.
+        noun: what a text is, or the items of a list are.
+        every: the word for a list of all that there are; empty if there is none.
+        swept: its place among the dimensions of a sweep, whose trials are drawn in that order; 0 if none tries it.
+        log: a range of it is even in the logarithm, unless a sweep says otherwise.
+        follows: the setting that its default is made from; a sweep of that one gives each trial its own.
         flag: of `tenora train`; empty if it has none.
-        name, kind, choices, default: from the field that it stands at. `kind` is int, float, bool or str.
+        name, kind, choices, default: from the field that it stands at. `kind` is int, float, bool, str or tuple, a list
+            of texts; what may stand in such a list, if not anything, are its `choices`.
     """
 
     help: str
@@ -43,6 +50,11 @@ class Setting:
     most: float = math.inf
     auto: str = ""
     true: int = 0
+    noun: str = ""
+    every: str = ""
+    swept: int = 0
+    log: bool = False
+    follows: str = ""
     flag: str = ""
     name: str = ""
     kind: type = float
@@ -52,6 +64,11 @@ class Setting:
     @property
     def words(self) -> str:
         """What a value must be."""
+        if self.kind is tuple:
+            whole = f'"{self.every}" or ' if self.every else ""
+            return f"{whole}a list of {', '.join(self.choices) or self.noun}"
+        if self.noun:
+            return self.noun
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind is bool:
@@ -80,17 +97,26 @@ class Setting:
             return self.true if value else 0
         if not self.holds(value):
             raise InvalidRequestError(f"{param or self.name} must be {self.words}.", param=param or self.name)
-        return self.kind(value)
+        return value if self.every and value == self.every else self.kind(value)
 
     def holds(self, value: Any) -> bool:
         """Whether it is a value of this kind and within the bounds; a whole number may be written as 8.0."""
-        if self.choices:
-            return isinstance(value, str) and value in self.choices
+        if self.kind is tuple:
+            if isinstance(value, str):
+                return value == self.every != ""
+            return isinstance(value, list | tuple) and 0 < len(value) <= self.most and all(map(self._is_text, value))
+        if self.kind is str:
+            return self._is_text(value)
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
         if not isinstance(value, int | float) or not (self.least <= value <= self.most and value > self.above):
             return False
         return self.kind is float or value == int(value)
+
+    def _is_text(self, value: Any) -> bool:
+        if self.choices:
+            return isinstance(value, str) and value in self.choices
+        return isinstance(value, str) and self.least <= len(value) <= self.most
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +124,14 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     n_epochs: Annotated[
         int,
-        Setting("Passes over the rows.", least=1, most=50, auto="fewer for more rows and tokens", flag="--epochs"),
+        Setting(
+            "Passes over the rows.",
+            least=1,
+            most=50,
+            auto="fewer for more rows and tokens",
+            swept=3,
+            flag="--epochs",
+        ),
     ] = 3
     max_steps: Annotated[
         int, Setting("Optimizer steps, instead of epochs; 0 lets the epochs decide.", least=0, most=1_000_000)
@@ -110,11 +143,15 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
             least=1,
             most=256,
             auto="grows as the root of the rows",
+            swept=4,
             flag="--batch-size",
         ),
     ] = 8
     learning_rate: Annotated[
-        float, Setting("Peak of the schedule, instead of a multiplier.", above=0, most=1, flag="--learning-rate")
+        float,
+        Setting(
+            "Peak of the schedule, instead of a multiplier.", above=0, most=1, swept=2, log=True, flag="--learning-rate"
+        ),
     ] = 5e-4
     scheduler: Annotated[Scheduler, Setting("Course of the learning rate after its warm-up.")] = "cosine"
     warmup_ratio: Annotated[float, Setting("Share of the steps in which the rate rises.", least=0, most=1)] = 0.05
@@ -138,13 +175,18 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = True
 
 
-class JobSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of a job's rows and of its name; the run knows nothing of it."""
+class RowSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of a job's rows, before there is a run."""
 
     max_seq_length: Annotated[
         int, Setting("Tokens of a row; longer ones are refused, or cut with truncate.", least=8, most=2**31 - 1)
     ] = 0
     truncate: Annotated[bool, Setting("Cut rows that are too long, do not refuse them.")] = False
+
+
+class PublishSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of a job's name; the run knows nothing of it."""
+
     publish: Annotated[
         Publish,
         Setting(
@@ -171,7 +213,14 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's, beside those of `RunSettings` that stand among them in a request."""
 
     learning_rate_multiplier: Annotated[
-        float, Setting("Scales the method's usual rate.", least=1e-4, most=100, auto="1, the method's usual rate")
+        float,
+        Setting(
+            "Scales the method's usual rate.",
+            least=1e-4,
+            most=100,
+            auto="1, the method's usual rate",
+            follows="learning_rate",
+        ),
     ] = 1.0
 
 
@@ -188,14 +237,15 @@ def declared(struct: type[msgspec.Struct]) -> Mapping[str, Setting]:
                 found[name] = replace(
                     setting,
                     name=name,
-                    kind=str if choices else kind,
+                    kind=str if choices else get_origin(kind) or kind,
                     choices=choices,
                     default=defaults[name],
                 )
     return found
 
 
-RUN, JOB = declared(RunSettings), declared(JobSettings)
+RUN, ROWS, PUBLISHING = declared(RunSettings), declared(RowSettings), declared(PublishSettings)
+JOB: Mapping[str, Setting] = {**ROWS, **PUBLISHING}
 HYPERPARAMETERS: Mapping[str, Setting] = {
     **{name: setting for name, setting in RUN.items() if setting.auto},
     **declared(Hyperparameters),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tenora.training.commands import Answer
-from tenora.training.settings import USUAL_METHOD, RunSettings, Setting, declared
+from tenora.training.settings import RUN, USUAL_METHOD, RunSettings, Setting, declared
 
 TrialStatus = Literal["running", "stopped", "finished", "failed"]
 PROBE_ROWS = 4
@@ -19,18 +19,45 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shape of the adapter to train (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
 
     Attributes:
-        target_modules: last parts of the paths of what it adapts; empty: every module of the base's layout.
+        target_modules: here every module of the base's layout if empty.
     """
 
-    rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, flag="--rank")] = 16
-    alpha: Annotated[float, Setting("Scales the adapter by alpha / rank; twice the rank.", above=0, most=4096)] = 32.0
+    rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, swept=1, flag="--rank")] = 16
+    alpha: Annotated[
+        float, Setting("Scales the adapter by alpha / rank; twice the rank.", above=0, most=4096, follows="rank")
+    ] = 32.0
     dropout: Annotated[float, Setting("Of the adapter's inputs.", least=0, most=0.9)] = 0.0
-    target_modules: tuple[str, ...] = ()
+    target_modules: Annotated[
+        tuple[str, ...],
+        Setting("Last parts of the paths of what it adapts.", most=64, noun="module names", every="all-linear"),
+    ] = ()
     use_rslora: Annotated[bool, Setting("Scale by alpha / root of rank.")] = False
 
 
-LORA = declared(LoraSpec)
-"""The settings of its shape."""
+class LoraSettings(LoraSpec, frozen=True, kw_only=True):
+    """What is asked of an adapter: its shape, and where it begins."""
+
+    init_from: Annotated[
+        str,
+        Setting(
+            "An adapter of yours to start from.", least=1, most=600, noun="the name of an adapter", flag="--init-from"
+        ),
+    ] = ""
+
+
+LORA, LORA_ASKED = declared(LoraSpec), declared(LoraSettings)
+"""The settings of its shape, and all that may be asked of it."""
+_NUMBERS = {**LORA, **RUN}
+SWEPT = {one.name: one for one in sorted(_NUMBERS.values(), key=lambda one: one.swept) if one.swept}
+"""The dimensions of a sweep, in the order in which trials are drawn."""
+TRIAL = {
+    one.name: one
+    for swept in SWEPT.values()
+    for one in (swept, *(other for other in _NUMBERS.values() if other.follows == swept.name))
+}
+"""The settings that each trial of a sweep has of its own."""
+Trial = dict[str, int | float]
+"""One point of a sweep: the values of `TRIAL`."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,16 +75,6 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     train_path: str
     valid_path: str = ""
     weight: float = 1.0
-
-
-class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One point of a sweep: what differs from the run's own settings."""
-
-    rank: int
-    alpha: float
-    learning_rate: float
-    n_epochs: int
-    batch_size: int
 
 
 class TrainSpec(RunSettings, frozen=True, kw_only=True):
@@ -97,13 +114,21 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
     init_path: str = ""
     lora: LoraSpec = LoraSpec()
     folds: int = 0
-    trials: tuple[TrialSpec, ...] = ()
+    trials: tuple[Trial, ...] = ()
     tokens_per_microbatch: int = 2048
     recompute_activations: bool | None = None
     seed: int = 0
     split_seed: int = 0
     general_text: tuple[int, ...] = ()
     acknowledged: bool = False
+
+
+def trial_of(spec: TrainSpec, number: int) -> TrainSpec:
+    """The run of one trial of a sweep, by itself."""
+    point: dict[str, Any] = spec.trials[number]
+    lora = {name: value for name, value in point.items() if name in LORA}
+    others = {name: value for name, value in point.items() if name in RUN}
+    return msgspec.structs.replace(spec, trials=(), lora=msgspec.structs.replace(spec.lora, **lora), **others)
 
 
 class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):

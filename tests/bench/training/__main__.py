@@ -22,7 +22,6 @@ from tenora.data.dataset import TokenizedDataset, tokenize_file
 from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.recipes import resolve_hyperparameters
-from tenora.training.spec import TrialSpec
 from tests.bench.serving.fixture import default_threads, end_in_order
 from tests.bench.serving.quiet import NOISY, Quiet
 from tests.bench.training import ours
@@ -126,7 +125,7 @@ def sweep(setting: Setting, peft: PeftLoop) -> dict[str, Any]:
     name = setting.longest
     train, valid = setting.rows_of(f"{name}_train", 0, count), setting.rows_of(f"{name}_valid", 0, 8)
     trials = tuple(
-        TrialSpec(rank=rank, alpha=2.0 * rank, learning_rate=rate, n_epochs=3, batch_size=8)
+        {"rank": rank, "alpha": 2.0 * rank, "learning_rate": rate, "n_epochs": 3, "batch_size": 8}
         for rank in (4, 8, 16)
         for rate in (1e-4, 3e-4, 5e-4, 1e-3)
     )

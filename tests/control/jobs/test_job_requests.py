@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from tenora.api.schemas.fine_tuning import JobCreateRequest
 from tenora.control.control import Control
 from tenora.control.jobs.records import JobRequest
+from tenora.control.jobs.requests import check_request
+from tenora.control.jobs.shape import Limits
 from tenora.control.tenancy.records import Principal
 from tenora.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
 )
+from tenora.training.settings import SETTINGS, Setting
+from tenora.training.spec import LORA
 from tests.control.conftest import (
     BASE,
     ROWS,
@@ -178,3 +186,33 @@ async def test_another_tenants_job_is_a_missing_one(control: Control, acme: Prin
             await control.inference.resolve(acme, name, None)
     with pytest.raises(NotFoundError):
         await control.files.get(acme, theirs.result_files[0])
+
+
+def edges(setting: Setting) -> Iterator[float]:
+    """The bounds of a number, and what lies next to them."""
+    for bound in (setting.least, setting.above, setting.most):
+        if math.isfinite(bound):
+            if setting.kind is int:
+                yield from (int(bound) - 1, int(bound), int(bound) + 1)
+            else:
+                yield from (math.nextafter(bound, -math.inf), bound, math.nextafter(bound, math.inf))
+
+
+def takes(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except (ValidationError, InvalidRequestError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [name for name, one in {**SETTINGS, **LORA}.items() if one.kind in {int, float}])
+def test_a_number_has_the_same_bounds_in_the_schema_and_in_the_check(name: str) -> None:
+    setting = {**SETTINGS, **LORA}[name]
+    limits = Limits(base_id=BASE, max_rank=256, max_model_len=2**31 - 1, target_modules=("q_proj",))
+    for value in edges(setting):
+        fields = {name: value} if name in SETTINGS else {"lora": {name: value}}
+        sent: dict[str, Any] = {"model": BASE, "training_file": "file-1", **fields}
+        by_schema = takes(lambda sent=sent: JobCreateRequest.model_validate(sent))  # type: ignore[misc]
+        by_check = takes(lambda sent=sent: check_request(JobRequest(**sent), limits))  # type: ignore[misc]
+        assert (value, by_schema, by_check) == (value, setting.holds(value), setting.holds(value))

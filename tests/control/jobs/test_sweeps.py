@@ -118,13 +118,13 @@ async def test_a_sweep_ends_in_a_table_and_the_winners_settings(
     job = await until(control, acme, made.id)
     assert job.status == "succeeded", job.error
     (spec,) = engine.specs
-    assert [(trial.rank, trial.alpha, trial.learning_rate, trial.batch_size) for trial in spec.trials] == [
+    assert [(trial["rank"], trial["alpha"], trial["learning_rate"], trial["batch_size"]) for trial in spec.trials] == [
         (4, 8.0, 1e-3, 2),
         (4, 8.0, 2e-3, 2),
         (8, 16.0, 1e-3, 2),
         (8, 16.0, 2e-3, 2),
     ]
-    assert {trial.n_epochs for trial in spec.trials} == {3}
+    assert {trial["n_epochs"] for trial in spec.trials} == {3}
     assert spec.folds == 0
     assert job.sweep_results is not None
     assert [(one["status"], one["winner"], one["valid_loss"]) for one in job.sweep_results] == [

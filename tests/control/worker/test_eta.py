@@ -12,8 +12,8 @@ from tenora.training.spec import (
     StepEvent,
     TaskSpec,
     TrainSpec,
+    Trial,
     TrialEvent,
-    TrialSpec,
     TrialStatus,
 )
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 def spec(trials: int = 0, *, n_epochs: int = 2, eval_interval: int = 0, folds: int = 0) -> TrainSpec:
-    point = TrialSpec(rank=4, alpha=8.0, learning_rate=1e-3, n_epochs=2, batch_size=4)
+    point: Trial = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3, "n_epochs": 2, "batch_size": 4}
     return TrainSpec(
         run_id="run",
         group="group",

@@ -43,7 +43,7 @@ from tenora_client.evaluation import (
     Replaced,
     TaskResult,
 )
-from tenora_client.job_parts import Lora, Sweep, Trial
+from tenora_client.job_parts import CheckpointMetrics, Sweep, Trial
 from tenora_client.jobs import Job
 from tenora_client.models import (
     Adapter,
@@ -64,9 +64,11 @@ from tenora_client.models import (
     Usage,
 )
 from tenora_client.paging import Pages
+from tenora_client.params import SweepParams, TrainingFileParams
 from tenora_client.progress import Bar, JobBar
+from tenora_client.ranges import Range, RangeParams
 from tenora_client.retry import RetryPolicy
-from tenora_client.settings import Hyperparameters, Method
+from tenora_client.settings import Hyperparameters, Lora, LoraParams, Method, MethodParams
 from tenora_client.streams import Stream
 from tenora_client.version import __version__
 
@@ -83,6 +85,7 @@ __all__ = [
     "ChatChunk",
     "ChatCompletion",
     "Checkpoint",
+    "CheckpointMetrics",
     "Client",
     "Comparison",
     "Completion",
@@ -101,7 +104,9 @@ __all__ = [
     "JobState",
     "Judgement",
     "Lora",
+    "LoraParams",
     "Method",
+    "MethodParams",
     "Model",
     "NewApiKey",
     "NotFoundError",
@@ -110,6 +115,8 @@ __all__ = [
     "PermissionDeniedError",
     "Preview",
     "Published",
+    "Range",
+    "RangeParams",
     "RateLimitedError",
     "Replaced",
     "RequestTimeoutError",
@@ -121,9 +128,11 @@ __all__ = [
     "Stream",
     "StreamError",
     "Sweep",
+    "SweepParams",
     "TaskResult",
     "Tenant",
     "TenoraError",
+    "TrainingFileParams",
     "TransportError",
     "Trial",
     "UnavailableError",

@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tenora_client.api_object import Part
-from tenora_client.settings import LoraShape, TrialSettings
-
-
-class Lora(LoraShape):
-    """Shape of the adapter; whole once the files have been read, but for what a sweep still chooses.
-
-    Attributes:
-        target_modules: names of modules, or "all-linear".
-        init_from: the adapter to start from.
-    """
-
-    target_modules: Sequence[str] | str | None = None
-    init_from: str | None = None
+from tenora_client.settings import SweptValues, TrialSettings
 
 
 class TrainingFile(Part):
@@ -28,21 +16,9 @@ class TrainingFile(Part):
     name: str | None = None
 
 
-class Range(Part):
-    """Values of a sweep between two bounds."""
-
-    min: float
-    max: float
-    log: bool | None = None
-
-
-class Sweep(Part):
+class Sweep(SweptValues):
     """The values to try, as they were asked for."""
 
-    rank: Sequence[float] | Range | None = None
-    learning_rate: Sequence[float] | Range | None = None
-    n_epochs: Sequence[float] | Range | None = None
-    batch_size: Sequence[float] | Range | None = None
     sampler: str | None = None
     trials: int | None = None
 
@@ -64,6 +40,23 @@ class Trial(TrialSettings):
     valid_loss: float | None = None
     winner: bool = False
     reason: str | None = None
+
+
+class CheckpointMetrics(Part):
+    """What a checkpoint came to; what was not a number is absent.
+
+    Attributes:
+        train_loss, train_mean_token_accuracy: means over the steps since the checkpoint before.
+        valid_loss, valid_mean_token_accuracy: on all held-out rows, as are those that begin with full.
+    """
+
+    step: int | None = None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
 
 
 class Replaces(Part):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
-from pydantic import Field
-
 from tenora_client.api_object import ApiObject
 from tenora_client.evaluation import Evaluation, Published
-from tenora_client.job_parts import Lora, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
-from tenora_client.settings import Hyperparameters, Method
+from tenora_client.job_parts import CheckpointMetrics, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
+from tenora_client.settings import Hyperparameters, Lora, Method
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -306,7 +304,7 @@ class Checkpoint(ApiObject):
     step_number: int
     fine_tuned_model_checkpoint: str
     fine_tuning_job_id: str
-    metrics: Mapping[str, Any] = Field(default_factory=dict)
+    metrics: CheckpointMetrics = CheckpointMetrics()
 
 
 class Adapter(ApiObject):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
-from tenora_client.settings import Settings
+from tenora_client.settings import LoraParams, MethodParams, Settings, SharedHyperparameters, SweptParams
 
 
 class SamplingParams(TypedDict, total=False):
@@ -57,19 +57,40 @@ class CompletionParams(SamplingParams, total=False):
     logprobs: int
 
 
+class TrainingFileParams(TypedDict, total=False):
+    """One of several files, a task of its own; its rows are seen `weight` times as often as those of others.
+
+    Attributes:
+        file: its id.
+    """
+
+    file: Required[str]
+    weight: float
+    name: str
+
+
+class SweepParams(SweptParams, total=False):
+    """Settings to try, of which the best becomes the result.
+
+    Attributes:
+        sampler: grid tries every point of the lists; random spreads `trials` of them evenly.
+    """
+
+    sampler: Literal["grid", "random"]
+    trials: int
+
+
 class JobParams(Settings, total=False):
-    """What a job is made of, beside its settings.
+    """What a job is made of, beside its settings. Where an object has a type here, a plain mapping does as well.
 
     Attributes:
         name: the name under which the adapter will be called; a name in use gets a new version.
         suffix: part of `fine_tuned_model`, at most 64 characters.
-        training_files: several files instead of one: objects of file (an id), weight and name, each a task of its own.
-        method: `{"type": <MethodName>, <type>: {"hyperparameters": {...}}}`.
+        training_files: several files instead of one.
+        method: how to train.
         hyperparameters: the older place for those that all methods have.
-        lora: rank, alpha, dropout, target_modules (a list or "all-linear"), use_rslora; init_from names an adapter,
-            a version, a job's result or a checkpoint to start from.
-        sweep: values of rank, learning_rate, n_epochs and batch_size to try, each a list or an object of min, max and
-            log; with `sampler` ("grid" or "random") and `trials`.
+        lora: the adapter; its `init_from` names an adapter, a version, a job's result or a checkpoint to start from.
+        sweep: settings to try.
         extra: further fields of the request body, sent as they are.
     """
 
@@ -77,9 +98,9 @@ class JobParams(Settings, total=False):
     suffix: str
     seed: int
     metadata: Mapping[str, str]
-    training_files: Sequence[Mapping[str, Any]]
-    method: Mapping[str, Any]
-    hyperparameters: Mapping[str, int | float | Literal["auto"]]
-    lora: Mapping[str, Any]
-    sweep: Mapping[str, Any]
+    training_files: Sequence[TrainingFileParams | Mapping[str, Any]]
+    method: MethodParams | Mapping[str, Any]
+    hyperparameters: SharedHyperparameters | Mapping[str, int | float | Literal["auto"]]
+    lora: LoraParams | Mapping[str, Any]
+    sweep: SweepParams | Mapping[str, Any]
     extra: Mapping[str, Any]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Sequence
+from typing import Literal, Required, TypedDict
 
 from tenora_client.api_object import Part
+from tenora_client.ranges import Range, RangeParams
 
 MethodName = Literal["supervised", "dpo"]
-# Of dpo alone, among the hyperparameters of its method: beta.
 
 
 class Settings(TypedDict, total=False):
@@ -47,6 +48,71 @@ class Settings(TypedDict, total=False):
     base; a number, at least 0 and at most 100."""
 
 
+class SharedHyperparameters(TypedDict, total=False):
+    """Those that all methods have."""
+
+    n_epochs: int | Literal["auto"]
+    """Passes over the rows; a whole number from 1 to 50, or "auto"."""
+    batch_size: int | Literal["auto"]
+    """Examples of an optimizer step: rows, or pairs of them; a whole number from 1 to 256, or "auto"."""
+    learning_rate_multiplier: float | Literal["auto"]
+    """Scales the method's usual rate; a number, at least 0.0001 and at most 100, or "auto"."""
+
+
+class SupervisedParams(TypedDict, total=False):
+    """Options of the method supervised."""
+
+    hyperparameters: SharedHyperparameters
+
+
+class DpoHyperparameters(SharedHyperparameters, total=False):
+    """Those of a job that learns which of two answers is preferred."""
+
+    beta: float | Literal["auto"]
+    """How strongly the policy is held to the adapter that it starts from; a number, at least 1e-06 and at most 10,
+    or "auto"."""
+
+
+class DpoParams(TypedDict, total=False):
+    """Options of the method dpo."""
+
+    hyperparameters: DpoHyperparameters
+
+
+class MethodParams(TypedDict, total=False):
+    """How to train: a type, and its options."""
+
+    type: Required[MethodName]
+    supervised: SupervisedParams
+    dpo: DpoParams
+
+
+class LoraParams(TypedDict, total=False):
+    """The adapter; absent means the server's default, which is meant to work."""
+
+    rank: int
+    """Rank of the adapter; a whole number from 1 to 256."""
+    alpha: float
+    """Scales the adapter by alpha / rank; twice the rank; a number, above 0 and at most 4096."""
+    dropout: float
+    """Of the adapter's inputs; a number, at least 0 and at most 0.9."""
+    target_modules: Sequence[str] | Literal["all-linear"]
+    """Last parts of the paths of what it adapts; "all-linear" or a list of module names."""
+    use_rslora: bool
+    """Scale by alpha / root of rank; true or false."""
+    init_from: str
+    """An adapter of yours to start from; the name of an adapter."""
+
+
+class SweptParams(TypedDict, total=False):
+    """Values to try, one by one or as a range."""
+
+    rank: Sequence[int] | RangeParams
+    learning_rate: Sequence[float] | RangeParams
+    n_epochs: Sequence[int] | RangeParams
+    batch_size: Sequence[int] | RangeParams
+
+
 class Hyperparameters(Part):
     """Of a job's method; "auto" until the files have been read."""
 
@@ -70,13 +136,24 @@ class Method(Part):
     dpo: MethodOptions | None = None
 
 
-class LoraShape(Part):
-    """Of an adapter to train."""
+class Lora(Part):
+    """The adapter; whole once the files have been read, but for what a sweep still chooses."""
 
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
+    target_modules: Sequence[str] | str | None = None
     use_rslora: bool | None = None
+    init_from: str | None = None
+
+
+class SweptValues(Part):
+    """The values to try."""
+
+    rank: Sequence[float] | Range | None = None
+    learning_rate: Sequence[float] | Range | None = None
+    n_epochs: Sequence[float] | Range | None = None
+    batch_size: Sequence[float] | Range | None = None
 
 
 class TrialSettings(Part):

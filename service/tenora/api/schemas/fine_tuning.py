@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, create_model
 
 from tenora.api.schemas.base import RequestModel, invalid
 from tenora.api.schemas.settings import method_model, model_of
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.sweeps import MAX_TRIALS
 from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS
-from tenora.training.spec import LORA
+from tenora.training.spec import LORA_ASKED, SWEPT
 
 MAX_SUFFIX = 64
-
-
-def _modules(value: Any) -> Any:
-    if value is None or value == "all-linear":
-        return value
-    if (
-        isinstance(value, list)
-        and 0 < len(value) <= 64
-        and all(isinstance(item, str) and len(item) <= 64 for item in value)
-    ):
-        return value
-    raise invalid('must be "all-linear" or a list of module names')
 
 
 def _values(value: Any) -> Any:
@@ -40,9 +28,10 @@ Values = Annotated[Any, PlainValidator(_values, json_schema_input_type=list[floa
 
 if TYPE_CHECKING:
     from tenora.api.schemas.base import RequestModel as Hyperparameters
-    from tenora.api.schemas.base import RequestModel as LoraFields
+    from tenora.api.schemas.base import RequestModel as Lora
     from tenora.api.schemas.base import RequestModel as Method
     from tenora.api.schemas.base import RequestModel as SettingFields
+    from tenora.api.schemas.base import RequestModel as SweptValues
 else:
     Hyperparameters = model_of(
         "Hyperparameters",
@@ -50,20 +39,15 @@ else:
         doc='OpenAI\'s three. "auto", the default, is chosen from the number of rows and tokens.',
     )
     Method = method_model("Method", doc="How to train; the options are those of the type that is named.")
-    LoraFields = model_of("LoraFields", LORA)
+    Lora = model_of(
+        "Lora",
+        LORA_ASKED,
+        doc="Shape of the adapter, and an adapter of one's own to start from; its shape is the default then.",
+    )
+    SweptValues = create_model("SweptValues", __base__=RequestModel, **dict.fromkeys(SWEPT, (Values, None)))
     SettingFields = model_of(
         "SettingFields", {**{name: HYPERPARAMETERS[name] for name in sorted(BY_THEMSELVES)}, **SETTINGS}
     )
-
-
-class Lora(LoraFields):
-    """Shape of the adapter, and an adapter of one's own to start from; its shape is the default then."""
-
-    target_modules: Annotated[
-        list[str] | Literal["all-linear"] | None,
-        PlainValidator(_modules, json_schema_input_type=list[str] | Literal["all-linear"] | None),
-    ] = None
-    init_from: str | None = Field(default=None, min_length=1, max_length=600)
 
 
 class TrainingFile(RequestModel):
@@ -74,13 +58,9 @@ class TrainingFile(RequestModel):
     name: str | None = Field(default=None, min_length=1, max_length=64)
 
 
-class Sweep(RequestModel):
+class Sweep(SweptValues):
     """Values to try, in lists or ranges; all of them train at the same time, and the best one is the result."""
 
-    rank: Values = None
-    learning_rate: Values = None
-    n_epochs: Values = None
-    batch_size: Values = None
     sampler: str | None = Field(default=None, max_length=16, description="grid, or random (a Latin hypercube).")
     trials: int | None = Field(default=None, ge=2, le=MAX_TRIALS)
 

@@ -8,10 +8,9 @@ from pydantic import create_model
 
 from tenora.api.schemas.base import Number, StoredModel
 from tenora.api.schemas.settings import stored_method, stored_model
-from tenora.control.jobs.sweeps import DIMENSIONS
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import HYPERPARAMETERS, JOB, RUN
-from tenora.training.spec import LORA, TrialSpec, TrialStatus
+from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL, TrialStatus
 
 
 class RangeObject(StoredModel):
@@ -24,7 +23,7 @@ class RangeObject(StoredModel):
 
 if TYPE_CHECKING:
     HyperparametersObject = StoredModel
-    LoraShape = StoredModel
+    LoraObject = StoredModel
     MadeWith = StoredModel
     MethodObject = StoredModel
     SweepValues = StoredModel
@@ -34,25 +33,20 @@ else:
         "HyperparametersObject", HYPERPARAMETERS, doc='OpenAI\'s three; "auto" until the files were read.'
     )
     MethodObject = stored_method("MethodObject", doc="How the job trains.")
-    LoraShape = stored_model("LoraShape", LORA)
+    LoraObject = stored_model(
+        "LoraObject",
+        LORA_ASKED,
+        doc="The adapter's shape: as asked for, and whole once the files were read, but for what a sweep chooses.",
+    )
     MadeWith = stored_model(
         "MadeWith", RUN | {one.name: one for method in METHODS.values() for one in method.settings} | JOB
     )
     SweepValues = create_model(
         "SweepValues",
         __base__=StoredModel,
-        **dict.fromkeys(DIMENSIONS, (list[Number] | RangeObject | None, None)),
+        **dict.fromkeys(SWEPT, (list[Number] | RangeObject | None, None)),
     )
-    TrialSettings = stored_model(
-        "TrialSettings", {name: (LORA | RUN)[name] for name in TrialSpec.__struct_fields__}, resolved=True
-    )
-
-
-class LoraObject(LoraShape):
-    """The adapter's shape: as asked for, and whole once the files were read; what a sweep still chooses is absent."""
-
-    target_modules: list[str] | Literal["all-linear"] | None = None
-    init_from: str | None = None
+    TrialSettings = stored_model("TrialSettings", TRIAL, resolved=True)
 
 
 class TrainingFileObject(StoredModel):
@@ -90,25 +84,30 @@ class LineageSettingsObject(MadeWith):
     folds: int | None = None
 
 
-class EventData(StoredModel):
+class CheckpointMetrics(StoredModel):
+    """What a checkpoint came to: means over the steps since the one before, and over all held-out rows."""
+
+    step: int | None = None
+    train_loss: Number | None = None
+    train_mean_token_accuracy: Number | None = None
+    valid_loss: Number | None = None
+    valid_mean_token_accuracy: Number | None = None
+    full_valid_loss: Number | None = None
+    full_valid_mean_token_accuracy: Number | None = None
+
+
+class EventData(CheckpointMetrics):
     """Numbers of a step, an evaluation, a trial of a sweep or a fold of a cross-validation: those of its kind.
 
     Beside them are the method's own and, as `valid_loss/<name>`, the held-out loss of each of several files.
     """
 
-    step: int | None = None
     total_steps: int | None = None
     epoch: Number | None = None
-    train_loss: Number | None = None
-    train_mean_token_accuracy: Number | None = None
     learning_rate: Number | None = None
     grad_norm: Number | None = None
     trained_tokens: int | None = None
     tokens_per_second: Number | None = None
-    valid_loss: Number | None = None
-    valid_mean_token_accuracy: Number | None = None
-    full_valid_loss: Number | None = None
-    full_valid_mean_token_accuracy: Number | None = None
     base_loss: Number | None = None
     best: int | None = None
     general_loss: Number | None = None

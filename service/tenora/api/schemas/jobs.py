@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from tenora.api.schemas.base import ResponseModel
 from tenora.api.schemas.evaluation import EvaluationObject, ReplacedObject
 from tenora.api.schemas.job_parts import (
+    CheckpointMetrics,
     EventData,
     HyperparametersObject,
     LoraObject,
@@ -167,7 +168,7 @@ class CheckpointObject(ResponseModel):
     fine_tuned_model_checkpoint: str
     fine_tuning_job_id: str
     step_number: int
-    metrics: dict[str, float | int | None]
+    metrics: CheckpointMetrics
 
     @classmethod
     def of(cls, record: CheckpointRecord) -> Self:
@@ -178,5 +179,5 @@ class CheckpointObject(ResponseModel):
             fine_tuned_model_checkpoint=record.fine_tuned_model_checkpoint,
             fine_tuning_job_id=record.job_id,
             step_number=record.step_number,
-            metrics={name: value for name, value in record.metrics.items() if value is not None},
+            metrics=CheckpointMetrics.model_validate(record.metrics),
         )

@@ -72,6 +72,8 @@ def _methods(base: type[BaseModel], part: Callable[..., type[BaseModel]], ending
 
 
 def _value_type(setting: Setting) -> Any:
+    if setting.kind is tuple:
+        return list[str] | Literal[setting.every] if setting.every else list[str]
     return Literal[setting.choices] if setting.choices else setting.kind
 
 
@@ -82,24 +84,27 @@ def _type(setting: Setting) -> Any:
         return Annotated[
             sent, PlainValidator(auto_or_number(kind, setting.least, setting.most), json_schema_input_type=sent)
         ]
-    if setting.true:
-        sent = bool | kind | None
-        return Annotated[sent, PlainValidator(_flag_or_number(setting), json_schema_input_type=sent)]
+    if setting.true or setting.kind is tuple:
+        sent = (bool | kind if setting.true else kind) | None
+        return Annotated[sent, PlainValidator(_held_by(setting), json_schema_input_type=sent)]
     return (StrictBool if kind is bool else kind) | None
 
 
 def _field(setting: Setting) -> Any:
     bounds: dict[str, Any] = {}
-    if not (setting.auto or setting.true or setting.choices or setting.kind is bool):
+    if setting.kind is str and not setting.choices:
+        bounds = {"min_length": int(setting.least), "max_length": int(setting.most)}
+    elif not (setting.auto or setting.true or setting.choices or setting.kind in {bool, tuple}):
         bounds = {"ge": setting.least, "gt": setting.above, "le": setting.most}
         bounds = {name: setting.kind(bound) for name, bound in bounds.items() if math.isfinite(bound)}
     text = f"{setting.help} auto: {setting.auto}." if setting.auto else setting.help
     return Field(default=None, description=text, **bounds)
 
 
-def _flag_or_number(setting: Setting) -> Any:
+def _held_by(setting: Setting) -> Any:
     def check(value: Any) -> Any:
-        if value is None or isinstance(value, bool) or (isinstance(value, int) and setting.holds(value)):
+        is_flag = isinstance(value, bool) and setting.true
+        if value is None or is_flag or (not isinstance(value, float) and setting.holds(value)):
             return value
         raise invalid(f"must be {setting.words}")
 

@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from tenora.control.jobs.requests import PUBLISHING, Asked
+from tenora.control.jobs.requests import Asked
 from tenora.control.registry.ids import unix_now
 from tenora.control.registry.tables import JobRow
 from tenora.model.provenance import BaseSource
 from tenora.training.methods.table import find_method
-from tenora.training.settings import JOB, RUN
-from tenora.training.spec import FinishedEvent, TrainSpec
+from tenora.training.settings import PUBLISHING, ROWS, RUN
+from tenora.training.spec import FinishedEvent, TrainSpec, trial_of
 
 _PACKAGES = ("tenora", "torch", "transformers")
 _OF_SPEC = ("method", "lora", *RUN, "folds")
-_OF_JOB = tuple(name for name in JOB if name not in PUBLISHING)
 
 
 class TrainingFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,11 +95,7 @@ def lineage_of(
 def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:
     """The resolved settings of a run; of a sweep those of the winner."""
     if trial is not None:
-        point = spec.trials[trial]
-        lora = msgspec.structs.replace(spec.lora, rank=point.rank, alpha=point.alpha)
-        spec = msgspec.structs.replace(
-            spec, lora=lora, learning_rate=point.learning_rate, n_epochs=point.n_epochs, batch_size=point.batch_size
-        )
+        spec = trial_of(spec, trial)
     values: dict[str, Any] = msgspec.to_builtins(spec)
     return {name: values[name] for name in _OF_SPEC} | find_method(spec.method).own_settings(spec.method_settings)
 
@@ -108,5 +103,5 @@ def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:
 def _of_job(row: JobRow) -> dict[str, Any]:
     """Settings that are none of the run's: how its rows were made, and what is asked of its name."""
     asked = Asked.stored(row.requested).settings
-    of_rows = {name: row.settings[name] for name in _OF_JOB if name in row.settings}
+    of_rows = {name: row.settings[name] for name in ROWS if name in row.settings}
     return of_rows | {name: asked[name] for name in PUBLISHING if name in asked}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.resolution import active_version, one_pair
@@ -25,7 +25,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.duplicates import DuplicatePair
 from tenora.training.recipes import LEARNING_COST
-from tenora.training.settings import Publish
+from tenora.training.settings import AUTO, BY_THEMSELVES, Publish
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -171,6 +171,9 @@ def _estimate(
     text = general_text(tokenizer, limits.max_model_len)
     work = workload(found, tasks, counts.examples, job.asked.learns_by, general=max(len(text) - 1, 0))
     swept = job.asked.sweep or {}
+    settled: dict[str, Any] = {
+        name: AUTO if name in swept else getattr(found.hyperparameters, name) for name in BY_THEMSELVES
+    }
     return Estimate(
         rows=sum(task.train.examples for task in tasks),
         held_out_rows=sum(_held_out(task) for task in tasks),
@@ -179,8 +182,7 @@ def _estimate(
         truncated=sum(task.truncated for task in tasks),
         left_out=sum(task.left_out for task in tasks),
         near_duplicates=sum(task.near_duplicates.count for task in tasks),
-        n_epochs="auto" if "n_epochs" in swept else found.hyperparameters.n_epochs,
-        batch_size="auto" if "batch_size" in swept else found.hyperparameters.batch_size,
+        **settled,
         folds=found.folds,
         trials=len(found.trials),
         steps=work.steps,

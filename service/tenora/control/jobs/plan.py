@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from tenora.control.jobs.requests import PUBLISHING, Asked
+from tenora.control.jobs.requests import Asked
 from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sweeps import points
 from tenora.training.recipes import (
@@ -19,8 +19,8 @@ from tenora.training.recipes import (
     cross_validation_folds,
     resolve_hyperparameters,
 )
-from tenora.training.settings import AUTO, RUN, SETTINGS
-from tenora.training.spec import LoraSpec, TrainSpec, TrialSpec
+from tenora.training.settings import AUTO, PUBLISHING, ROWS, RUN, SETTINGS
+from tenora.training.spec import LORA, TRIAL, LoraSpec, TrainSpec, Trial
 
 _OF_SPEC = tuple(name for name in SETTINGS if name in RUN and name != "learning_rate")
 
@@ -46,7 +46,7 @@ class Resolved:
 
     Attributes:
         folds: of cross-validation; 0 holds rows out.
-        trials: of a sweep; empty without one.
+        trials: of a sweep, each as a run by itself; empty without one.
         split_seed: draws the folds.
         spec_fields: further fields of the TrainSpec that were asked for.
     """
@@ -54,9 +54,16 @@ class Resolved:
     hyperparameters: Hyperparameters
     lora: LoraSpec
     folds: int
-    trials: tuple[TrialSpec, ...]
+    trials: tuple[Resolved, ...]
     split_seed: int
     spec_fields: Mapping[str, Any]
+
+    @property
+    def trial(self) -> Trial:
+        """As one of a sweep."""
+        found = {name: setting.default for name, setting in RUN.items()} | dict(self.spec_fields)
+        found |= msgspec.structs.asdict(self.lora) | dataclasses.asdict(self.hyperparameters)
+        return {name: found[name] for name in TRIAL}
 
 
 def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: RowCounts, seed: int) -> Resolved:
@@ -77,47 +84,20 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     if max_steps:
         n_epochs = _epochs_of(max_steps, counts.examples, chosen.batch_size)
         chosen = dataclasses.replace(chosen, n_epochs=n_epochs)
-    trials = _trials(asked, limits, parent, chosen, counts, seed)
-    # Where ranks are tried, the usual one may be none that can be served.
-    shape = {**asked.lora, "rank": trials[0].rank} if "rank" in (asked.sweep or {}) else asked.lora
+    drawn = points(asked.sweep, limits, seed) if asked.sweep else ()
+    trials = tuple(resolve(asked.at(point), limits, parent, counts, seed) for point in drawn)
+    if trials:
+        lora = trials[0].lora  # where ranks are tried, the usual one may be none that can be served
+    else:
+        lora = lora_spec(asked.lora, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank)
     return Resolved(
         hyperparameters=chosen,
-        lora=lora_spec(shape, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank),
+        lora=lora,
         folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
         trials=trials,
         split_seed=asked.split_seed,
         spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
     )
-
-
-def _trials(
-    asked: Asked,
-    limits: Limits,
-    parent: ParentShape | None,
-    chosen: Hyperparameters,
-    counts: RowCounts,
-    seed: int,
-) -> tuple[TrialSpec, ...]:
-    if asked.sweep is None:
-        return ()
-    trials: list[TrialSpec] = []
-    for point in points(asked.sweep, limits, seed):
-        rank = {"rank": point["rank"]} if "rank" in point else {}
-        shape = lora_spec({**asked.lora, **rank}, limits, parent)
-        batch_size = min(int(point.get("batch_size", chosen.batch_size)), max(counts.examples, 1))
-        n_epochs = int(point.get("n_epochs", chosen.n_epochs))
-        if max_steps := int(asked.settings.get("max_steps", 0)):
-            n_epochs = _epochs_of(max_steps, counts.examples, batch_size)
-        trials.append(
-            TrialSpec(
-                rank=shape.rank,
-                alpha=shape.alpha,
-                learning_rate=float(point.get("learning_rate", chosen.learning_rate)),
-                n_epochs=n_epochs,
-                batch_size=batch_size,
-            )
-        )
-    return tuple(trials)
 
 
 def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:
@@ -128,39 +108,43 @@ def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:
 def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> dict[str, Any]:
     """The job's hyperparameters in numbers; what its sweep still has to choose stays "auto"."""
     values = {**msgspec.structs.asdict(spec), "learning_rate_multiplier": multiplier, **spec.method_settings}
-    swept = set(asked.sweep or {})
-    if "learning_rate" in swept:
-        swept.add("learning_rate_multiplier")
+    swept = _chosen_by_sweep(asked)
     return {name: AUTO if name in swept else values[name] for name in asked.learns_by.hyperparameters}
 
 
 def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
     """The shape in numbers, without what the job's sweep still has to choose."""
     shape: dict[str, Any] = msgspec.to_builtins(spec.lora)
-    if "rank" in (asked.sweep or {}):
-        del shape["rank"], shape["alpha"]
-    return {**shape, **{name: asked.lora[name] for name in ("init_from",) if name in asked.lora}}
+    swept = _chosen_by_sweep(asked)
+    start = {name: value for name, value in asked.lora.items() if name not in LORA}
+    return {name: value for name, value in shape.items() if name not in swept} | start
 
 
 def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[str, Any]:
     """The job's other settings as they are used."""
-    swept = asked.sweep or {}
-    rate = {} if "learning_rate" in swept else {"learning_rate": spec.learning_rate}
+    swept = _chosen_by_sweep(asked)
+    of_run = ("learning_rate", *_OF_SPEC)
     return {
-        **rate,
-        **{name: getattr(spec, name) for name in _OF_SPEC},
+        **{name: getattr(spec, name) for name in of_run if name not in swept},
+        **{name: asked.settings.get(name, setting.default) for name, setting in ROWS.items()},
         "max_seq_length": max_seq_length,
-        "truncate": bool(asked.settings.get("truncate")),
         **{name: asked.settings[name] for name in PUBLISHING if name in asked.settings},
     }
 
 
-def shown_trials(trials: tuple[TrialSpec, ...]) -> list[dict[str, Any]]:
+def _chosen_by_sweep(asked: Asked) -> set[str]:
+    """Settings that the job's sweep chooses: those that it tries, and those whose defaults are made from them."""
+    every = {**LORA, **RUN, **asked.learns_by.hyperparameters}
+    swept = set(asked.sweep or {})
+    return {name for name, setting in every.items() if name in swept or setting.follows in swept}
+
+
+def shown_trials(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """The rows of a sweep's table before it begins; the columns are `tenora.control.jobs.sweeps.TRIAL_COLUMNS`."""
     return [
         {
             "trial": number,
-            **msgspec.to_builtins(trial),
+            **trial,
             "status": "queued",
             "step": 0,
             "total_steps": None,

@@ -239,7 +239,7 @@ def _plan(
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
         folds=found.folds,
-        trials=found.trials,
+        trials=tuple(trial.trial for trial in found.trials),
         tokens_per_microbatch=tokens_per_microbatch,
         seed=job.seed,
         split_seed=job.asked.split_seed,

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tenora.control.registry.tables import JobStatus
-from tenora.training.settings import Publish
-
-USUAL_PUBLISH: Publish = "if_better"
 
 
 class JobRequest:

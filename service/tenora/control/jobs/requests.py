@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from tenora.control.jobs.field_checks import known_fields, whole
-from tenora.control.jobs.records import USUAL_PUBLISH, JobRequest
-from tenora.control.jobs.shape import LORA_FIELDS, Limits, ParentShape, lora_spec
+from tenora.control.jobs.records import JobRequest
+from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sources import check_sources
 from tenora.control.jobs.sweeps import check_sweep, swept_ranks
 from tenora.control.registry.ids import SUFFIX_PATTERN, check_name, check_suffix
@@ -20,8 +19,8 @@ from tenora.training.methods.method import Method
 from tenora.training.methods.table import METHODS, USUAL, find_method
 from tenora.training.recipes import resolve_hyperparameters
 from tenora.training.settings import AUTO, BY_THEMSELVES, HYPERPARAMETERS, JOB, SETTINGS
+from tenora.training.spec import LORA, LORA_ASKED, Trial
 
-PUBLISHING = ("publish", "min_gain")
 MAX_SEED = 2**31 - 1
 USUAL_SEED = 0
 """Of a job that asks for none: two jobs on one file compare, and the seed that a job shows makes it again."""
@@ -36,7 +35,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         method: its name.
         hyperparameters: those of the method, each a number or "auto".
         settings: the given ones of `SETTINGS`.
-        lora: the given ones of `tenora.control.jobs.shape.LORA_FIELDS`.
+        lora: the given ones of `tenora.training.spec.LORA_ASKED`.
         sweep: the object as sent.
         seed: as sent.
     """
@@ -58,6 +57,16 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     def split_seed(self) -> int:
         """What draws the rows that are held out, with their content."""
         return USUAL_SEED if self.seed is None else self.seed
+
+    def at(self, point: Trial) -> Asked:
+        """What one trial of the sweep asks for."""
+        return msgspec.structs.replace(
+            self,
+            hyperparameters={name: point.get(name, value) for name, value in self.hyperparameters.items()},
+            settings=self.settings | {name: value for name, value in point.items() if name in SETTINGS},
+            lora=self.lora | {name: value for name, value in point.items() if name in LORA},
+            sweep=None,
+        )
 
     @classmethod
     def stored(cls, requested: Mapping[str, Any]) -> Asked:
@@ -89,7 +98,7 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
         method=method.name,
         hyperparameters=_hyperparameters(request, method),
         settings=_settings(request, limits),
-        lora=_given(known_fields(request.lora, LORA_FIELDS, "lora"), LORA_FIELDS),
+        lora=_given(known_fields(request.lora, tuple(LORA_ASKED), "lora"), tuple(LORA_ASKED)),
         sweep=None if request.sweep is None else dict(request.sweep),
         seed=request.seed,
     )
@@ -98,16 +107,16 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
             "max_steps says how long the job trains, so n_epochs would change nothing; give one of them.",
             param="n_epochs",
         )
-    starts_from = {name: asked.lora[name] for name in ("init_from",) if name in asked.lora}
-    if not all(isinstance(name, str) and name for name in starts_from.values()):
-        raise InvalidRequestError("lora.init_from must be the name of an adapter.", param="lora.init_from")
+    starts_from = asked.lora.get("init_from")
+    if starts_from is not None:
+        LORA_ASKED["init_from"].check(starts_from, "lora.init_from")
     # Ranges do not depend on the rows: these numbers stand in for them until the files are read.
     resolve_hyperparameters(
         1000, 100_000, {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}, method=method
     )
     if asked.sweep is not None:
         _check_sweep(asked, limits)
-    if not starts_from and request.model == limits.base_id:
+    if starts_from is None and request.model == limits.base_id:
         check_shape(asked, limits, None)
     return asked
 
@@ -181,21 +190,17 @@ def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
 
 def _settings(request: JobRequest, limits: Limits) -> dict[str, Any]:
     """The given settings, each within its bounds."""
-    bounds = {
-        **SETTINGS,
-        "max_seq_length": replace(SETTINGS["max_seq_length"], most=limits.max_model_len),
-    }
     for name in request.settings:
-        if name not in bounds and name not in BY_THEMSELVES:
+        if name not in SETTINGS and name not in BY_THEMSELVES:
             raise InvalidRequestError(f"{name} is not known.", code="unknown_parameter", param=name)
-    given = _given(request.settings, tuple(bounds))
-    given = {name: bounds[name].check(value) for name, value in given.items()}
+    given = _given(request.settings, tuple(SETTINGS))
+    given = {name: limits.of(SETTINGS[name]).check(value) for name, value in given.items()}
     return given | _publishing(given)
 
 
 def _publishing(given: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the name shall mean the result, and the gain that is asked for, which only if_better looks at."""
-    publish = given.get("publish", USUAL_PUBLISH)
+    publish = given.get("publish", JOB["publish"].default)
     if publish == "if_better":
         return {"publish": publish, "min_gain": given.get("min_gain", JOB["min_gain"].default)}
     if "min_gain" in given:

@@ -18,9 +18,8 @@ from tenora.adapters.peft_config import PeftConfig
 from tenora.adapters.targets import TargetModule
 from tenora.control.jobs.field_checks import known_fields
 from tenora.errors import AdapterFormatError, InvalidRequestError
-from tenora.training.spec import LORA, LoraSpec
-
-LORA_FIELDS = (*LoraSpec.__struct_fields__, "init_from")
+from tenora.training.settings import Setting
+from tenora.training.spec import LORA, LORA_ASKED, LoraSpec
 
 
 def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
@@ -37,6 +36,17 @@ class Limits:
     target_modules: tuple[str, ...]  # last parts of the paths of the base's modules, in its order
     fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
     """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
+
+    def of(self, setting: Setting) -> Setting:
+        """A setting as it is bounded here."""
+        match setting.name:
+            case "rank":
+                return replace(setting, most=self.max_rank)
+            case "max_seq_length":
+                return replace(setting, most=self.max_model_len)
+            case "target_modules":
+                return replace(setting, choices=self.target_modules)
+        return setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +90,11 @@ def lora_spec(
     Raises:
         InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
     """
-    known_fields(lora, LORA_FIELDS, "lora")
+    known_fields(lora, tuple(LORA_ASKED), "lora")
     rank = lora.get("rank")
     if rank is None:
         rank = min(usual_rank, limits.max_rank) if parent is None else parent.rank
-    rank = replace(LORA["rank"], most=limits.max_rank).check(rank, "lora.rank")
+    rank = limits.of(LORA["rank"]).check(rank, "lora.rank")
     modules = _target_modules(lora.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
@@ -128,11 +138,7 @@ def _target_modules(given: Any, limits: Limits, parent: ParentShape | None) -> t
     available = limits.target_modules
     if given is None and parent is not None:
         return tuple(name for name in available if name in parent.target_modules)
-    if given is None or given == "all-linear":
+    setting = limits.of(LORA["target_modules"])
+    if given is None or setting.check(given, "lora.target_modules") == setting.every:
         return available
-    if not isinstance(given, list | tuple) or not given or any(name not in available for name in given):
-        raise InvalidRequestError(
-            f'lora.target_modules must be "all-linear" or a list of {", ".join(available)}.',
-            param="lora.target_modules",
-        )
     return tuple(name for name in available if name in given)

@@ -22,17 +22,12 @@ import numpy as np
 from tenora.control.jobs.field_checks import flag, known_fields, whole
 from tenora.control.jobs.shape import Limits
 from tenora.errors import InvalidRequestError
-from tenora.training.settings import RUN
-from tenora.training.spec import LORA
+from tenora.training.spec import SWEPT, TRIAL
 
-DIMENSIONS = ("rank", "learning_rate", "n_epochs", "batch_size")
 SAMPLERS = ("grid", "random")
 MAX_TRIALS = 64
 USUAL_TRIALS = 12
-TRIAL_COLUMNS = (
-    *("trial", "rank", "alpha", "learning_rate", "n_epochs", "batch_size"),
-    *("status", "step", "total_steps", "valid_loss", "winner", "reason"),
-)
+TRIAL_COLUMNS = ("trial", *TRIAL, "status", "step", "total_steps", "valid_loss", "winner", "reason")
 Value = int | float
 
 
@@ -67,17 +62,17 @@ def check_sweep(given: Mapping[str, Any], limits: Limits) -> dict[str, Choices |
     """The dimensions of a sweep.
 
     Args:
-        given: `rank`, `learning_rate`, `n_epochs` and `batch_size`, each a list of values or `{min, max, log?}`;
-            `sampler` (grid: every point of the lists; random: a Latin hypercube) and `trials`.
+        given: of those settings that can be swept, each a list of values or `{min, max, log?}`; `sampler` (grid: every
+            point of the lists; random: a Latin hypercube) and `trials`.
         limits: of the service.
 
     Raises:
         InvalidRequestError: `param` names the field.
     """
-    known_fields(given, (*DIMENSIONS, "sampler", "trials"), "sweep")
-    space = {name: _dimension(name, given[name], limits) for name in DIMENSIONS if given.get(name) is not None}
+    known_fields(given, (*SWEPT, "sampler", "trials"), "sweep")
+    space = {name: _dimension(name, given[name], limits) for name in SWEPT if given.get(name) is not None}
     if not space:
-        raise InvalidRequestError(f"sweep needs values for one of {', '.join(DIMENSIONS)}.", param="sweep")
+        raise InvalidRequestError(f"sweep needs values for one of {', '.join(SWEPT)}.", param="sweep")
     sampler, trials = given.get("sampler"), given.get("trials")
     if sampler == "tpe":
         raise InvalidRequestError(
@@ -165,13 +160,10 @@ def _dimension(name: str, given: Any, limits: Limits) -> Choices | Range:
     if low >= high:
         raise InvalidRequestError(f"{param}.min must be below {param}.max.", param=f"{param}.min")
     log = given.get("log")
-    is_log = name == "learning_rate" if log is None else flag(log, f"{param}.log")
-    return Range(low, high, log=is_log, whole=name != "learning_rate")
+    is_log = SWEPT[name].log if log is None else flag(log, f"{param}.log")
+    return Range(low, high, log=is_log, whole=SWEPT[name].kind is int)
 
 
 def _value(name: str, value: Any, param: str, limits: Limits) -> Value:
-    setting = {**RUN, **LORA}[name]
-    if name == "rank":
-        setting = replace(setting, most=limits.max_rank)
-    found: Value = replace(setting, auto="").check(value, param)
+    found: Value = replace(limits.of(SWEPT[name]), auto="").check(value, param)
     return found

@@ -72,7 +72,7 @@ def workload(found: Resolved, tasks: Sequence[TaskRows], examples: int, method: 
     held_out = sum(0 if task.valid is None else _tokens(task.valid) for task in tasks)
     if found.trials:
         return _sweep(found, examples, epoch, held_out, method, general)
-    fit = _fit(found, examples, found.hyperparameters.n_epochs, found.hyperparameters.batch_size, epoch)
+    fit = _fit(found, examples, epoch)
     evaluations = 1 + _evaluations(found, fit)
     measured = evaluations * (held_out + general) + _reference(fit, method)
     return Workload(fit.steps, evaluations, round(fit.read), round(measured))
@@ -80,13 +80,12 @@ def workload(found: Resolved, tasks: Sequence[TaskRows], examples: int, method: 
 
 def _folds(found: Resolved, rows: TokenizedDataset, general: int) -> Workload:
     """Each fold leaves its own rows out, and is measured on them; the fit on all rows may stop before its last step."""
-    chosen = found.hyperparameters
-    final = _fit(found, rows.examples, chosen.n_epochs, chosen.batch_size, _tokens(rows))
+    final = _fit(found, rows.examples, _tokens(rows))
     fits = [final]
     for held_out in fold(rows, found.folds, seed=found.split_seed):
         kept = rows.examples - len(held_out)
         tokens = final.tokens - _tokens(rows.select(held_out))
-        fits.append(_fit(found, kept, chosen.n_epochs, chosen.batch_size, tokens))
+        fits.append(_fit(found, kept, tokens))
     evaluations = 1 + _evaluations(found, final)
     probe = sum(stream_length(rows.row(row)[1]) for row in range(min(PROBE_ROWS, len(rows))))
     measured = evaluations * final.tokens + probe + 2 * general  # under the result and under the base
@@ -95,9 +94,10 @@ def _folds(found: Resolved, rows: TokenizedDataset, general: int) -> Workload:
 
 def _sweep(found: Resolved, examples: int, epoch: float, held_out: int, method: Method, general: int) -> Workload:
     """Which trials go on is not known, so each rung counts so many of the average one."""
-    fits = [_fit(found, examples, trial.n_epochs, trial.batch_size, epoch) for trial in found.trials]
+    fits = [_fit(trial, examples, epoch) for trial in found.trials]
     share = _whole_trials(len(fits)) / len(fits)
-    evaluations = 1 + math.ceil(share * sum(_evaluations(found, fit) for fit in fits))
+    evaluated = sum(_evaluations(trial, fit) for trial, fit in zip(found.trials, fits, strict=True))
+    evaluations = 1 + math.ceil(share * evaluated)
     reference = sum(_reference(fit, method) for fit in fits)
     return Workload(
         math.ceil(share * sum(fit.steps for fit in fits)),
@@ -107,9 +107,10 @@ def _sweep(found: Resolved, examples: int, epoch: float, held_out: int, method: 
     )
 
 
-def _fit(found: Resolved, examples: int, n_epochs: int, batch_size: int, tokens: float) -> _Fit:
-    per_epoch = math.ceil(examples / batch_size)
-    return _Fit(int(found.spec_fields.get("max_steps", 0)) or n_epochs * per_epoch, per_epoch, tokens)
+def _fit(found: Resolved, examples: int, tokens: float) -> _Fit:
+    chosen = found.hyperparameters
+    per_epoch = math.ceil(examples / chosen.batch_size)
+    return _Fit(int(found.spec_fields.get("max_steps", 0)) or chosen.n_epochs * per_epoch, per_epoch, tokens)
 
 
 def _evaluations(found: Resolved, fit: _Fit) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tenora.training.recipes import halving_rungs
-from tenora.training.spec import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrainSpec, TrialEvent
+from tenora.training.spec import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrainSpec, TrialEvent, trial_of
 
 _MEMORY = 0.1  # weight of the newest duration: the pace follows the load of the machine
 
@@ -42,6 +42,7 @@ class Pace:
     _step: int | None = None
     _steps: _Duration = field(default_factory=_Duration)
     _evaluations: _Duration = field(default_factory=_Duration)
+    _trials: list[TrainSpec] = field(default_factory=list)
     _shares: dict[int, float] = field(default_factory=dict)
     _ended: set[int] = field(default_factory=set)
     _fit_seconds: float | None = None  # of a cross-validation: that the whole schedule on all rows would take
@@ -50,7 +51,8 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._started = self.clock()
-        self._shares = {number: self.before.get(number, 0.0) for number in range(len(self.spec.trials))}
+        self._trials = [trial_of(self.spec, number) for number in range(len(self.spec.trials))]
+        self._shares = {number: self.before.get(number, 0.0) for number in range(len(self._trials))}
 
     def left(self, event: TrainEvent) -> float | None:
         """Seconds that the run will still take, as far as `event` and those before it tell; None until they do."""
@@ -144,5 +146,5 @@ class Pace:
 
     def _size(self, number: int) -> float:
         """Rows that a trial sees in all, in any unit that all trials share."""
-        trial = self.spec.trials[number]
-        return float(self.spec.max_steps * trial.batch_size or trial.n_epochs)
+        trial = self._trials[number]
+        return float(trial.max_steps * trial.batch_size or trial.n_epochs)

@@ -22,7 +22,6 @@ from tenora.control.gate.takeover import Decision, Published, decide
 from tenora.control.inference.scoring import Scorer
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, owned, read_owned
-from tenora.control.jobs.records import USUAL_PUBLISH
 from tenora.control.jobs.requests import Asked
 from tenora.control.jobs.rows import PausedError, end, finite, log
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, JobRow
@@ -30,6 +29,7 @@ from tenora.control.worker.checkpoints import result_name, withdraw_checkpoints
 from tenora.control.worker.log import evaluation_of
 from tenora.control.worker.result_files import ResultFile, discard_results, write_results
 from tenora.errors import TrainingError
+from tenora.training.settings import PUBLISHING
 from tenora.training.spec import FinishedEvent, TrainSpec
 
 
@@ -166,8 +166,8 @@ async def _record_result(
     model = await result_name(session, row)
     settings = Asked.stored(row.requested).settings
     decision = decide(
-        settings.get("publish", USUAL_PUBLISH),
-        settings.get("min_gain", 0.0),
+        settings.get("publish", PUBLISHING["publish"].default),
+        settings.get("min_gain", PUBLISHING["min_gain"].default),
         digest=blob.digest,
         replaced=judged.card.replaced,
         base=judged.card.base,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tenora.control.jobs.rows import finite
 from tenora.control.registry.tables import JobRow
 from tenora.training.methods.table import find_method
-from tenora.training.spec import TrialEvent
+from tenora.training.settings import SETTINGS
+from tenora.training.spec import LORA, TRIAL, TrialEvent
 
 
 def record_trial(row: JobRow, event: TrialEvent) -> None:
@@ -35,11 +36,8 @@ def choose_winner(row: JobRow, winner: int) -> None:
     """Mark the winner; its settings become the job's."""
     row.sweep_results = [{**trial, "winner": trial["trial"] == winner} for trial in row.sweep_results or []]
     (trial,) = (trial for trial in row.sweep_results if trial["winner"])
-    row.hyperparameters = {
-        **row.hyperparameters,
-        "n_epochs": trial["n_epochs"],
-        "batch_size": trial["batch_size"],
-        "learning_rate_multiplier": trial["learning_rate"] / find_method(row.requested["method"]).learning_rate,
-    }
-    row.lora = {**row.lora, "rank": trial["rank"], "alpha": trial["alpha"]}
-    row.settings = {**row.settings, "learning_rate": trial["learning_rate"]}
+    multiplier = trial["learning_rate"] / find_method(row.requested["method"]).learning_rate
+    chosen = {name: trial[name] for name in TRIAL if name in trial} | {"learning_rate_multiplier": multiplier}
+    row.hyperparameters = {name: chosen.get(name, value) for name, value in row.hyperparameters.items()}
+    row.lora = row.lora | {name: value for name, value in chosen.items() if name in LORA}
+    row.settings = row.settings | {name: value for name, value in chosen.items() if name in SETTINGS}

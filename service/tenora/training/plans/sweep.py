@@ -32,8 +32,8 @@ from tenora.training.spec import (
     Items,
     TrainSpec,
     TrialEvent,
-    TrialSpec,
     TrialStatus,
+    trial_of,
 )
 
 _log = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class SweepPlan:
         self._learners: dict[int, Learner] = {}
         corpus = load_corpus(spec)
         try:
-            for number, trial in enumerate(spec.trials):
+            for number in range(len(spec.trials)):
                 if number not in self._ended or self._ended[number].status == "finished":
-                    self._learners[number] = Learner(host, _spec_of(spec, number, trial), corpus, journal)
+                    self._learners[number] = Learner(host, _spec_of(spec, number), corpus, journal)
         except BaseException:
             self.close()
             raise
@@ -189,14 +189,5 @@ class SweepPlan:
         )
 
 
-def _spec_of(spec: TrainSpec, number: int, trial: TrialSpec) -> TrainSpec:
-    lora = msgspec.structs.replace(spec.lora, rank=trial.rank, alpha=trial.alpha)
-    return msgspec.structs.replace(
-        spec,
-        workdir=str(Path(spec.workdir) / f"trial-{number:03d}"),
-        lora=lora,
-        learning_rate=trial.learning_rate,
-        n_epochs=trial.n_epochs,
-        batch_size=trial.batch_size,
-        trials=(),
-    )
+def _spec_of(spec: TrainSpec, number: int) -> TrainSpec:
+    return msgspec.structs.replace(trial_of(spec, number), workdir=str(Path(spec.workdir) / f"trial-{number:03d}"))
