@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,12 +35,47 @@ NOT_STATED = {
 PEFT = "service/tenora/adapters/"  # its format has names of its own, some of which ours are called after
 
 
-def names_in(source: str, words: set[str]) -> set[str]:
-    """Those of the words that stand in the source as whole strings: compared, looked up or listed."""
+def is_named_in(source: str, method: str) -> bool:
+    """Whether a method is named in code: in a string, whole or as a word of it, or by an import of its file."""
+    tree = ast.parse(source)
+    told = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    word = re.compile(rf"\b{method}\b", re.IGNORECASE)
+    return any(
+        (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in told
+            and word.search(node.value)
+        )
+        or (isinstance(node, ast.ImportFrom) and method in {(node.module or "").rpartition(".")[2], *_imported(node)})
+        for node in ast.walk(tree)
+    )
+
+
+def _imported(node: ast.ImportFrom) -> set[str]:
+    return {one.name for one in node.names}
+
+
+A_METHOD = re.compile(
+    r"\bUSUAL(_METHOD)?\b|\bMETHODS\[|\bMETHOD\b|\b(spec|asked|job)\.method\b|\blearns_by\b|method\.name\b"
+)
+
+
+def forks_in(source: str) -> set[str]:
+    """Comparisons of a method with another, or of its name."""
+    same = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot)
     return {
-        node.value
+        ast.unparse(node)
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in words
+        if isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], same)
+        and any(A_METHOD.search(ast.unparse(side)) for side in (node.left, *node.comparators))
     }
 
 
@@ -50,12 +86,22 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_named_in_its_own_file_alone(repo_root: Path, name: str) -> None:
-    found = [path for path, source in sources(repo_root) if names_in(source, {name}) and "migrations" not in path]
+    found = {path for path, source in sources(repo_root) if is_named_in(source, name) and "migrations" not in path}
     # The one that jobs without a method are trained by has its name beside the settings.
-    found.remove(GENERATED)
     own = "service/tenora/training/settings.py" if name == USUAL.name else f"{DECLARED}{name}.py"
-    assert found == [own]
-    assert names_in(f'x = method == "{name}"', {name}) == {name}
+    assert found - {GENERATED, f"{DECLARED}table.py"} == {own}
+    for fork in (f'x = method == "{name}"', f'x = f"{name}-{{n}}"', f'help = "A pair of {name.upper()}."'):
+        assert is_named_in(fork, name)
+    assert is_named_in(f"from tenora.training.methods.{name} import METHOD", name)
+    assert not is_named_in(f'def f():\n    """Of {name}."""', name)
+
+
+def test_nothing_forks_by_which_method_it_is(repo_root: Path) -> None:
+    """What differs is asked of the method; a name, the usual one or a class of one is compared nowhere."""
+    known = {path: forks_in(source) for path, source in sources(repo_root) if not path.startswith(DECLARED)}
+    assert {path: found for path, found in known.items() if found} == {}
+    for fork in ("x = method is USUAL", "x = spec.method == y", "x = asked.learns_by.name != z", "x = y is METHODS[n]"):
+        assert forks_in(fork)
 
 
 def stated_in(source: str, names: set[str]) -> set[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from tenora.control.jobs.forgetting_text import general_text
 from tenora.control.jobs.records import JobRecord, JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.training.fusion import FusedTraining
+from tenora.training.methods.table import METHODS
 from tenora.training.pass_queue import Work
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, messages, tenant, until, upload
 from tests.control.jobs.test_job_methods import PAIRS
@@ -116,6 +118,14 @@ async def test_preferences_and_transfer(service: Service) -> None:
     assert start["valid_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is its own reference
     assert metrics[0]["valid_loss"] < start["valid_loss"]
     assert metrics[0]["rewards/margins"] > 0
+    table = (await control.files.content(acme, second.result_files[0])).read_text()
+    rows = {int(row["step"]): row for row in csv.DictReader(table.splitlines())}
+    assert list(rows[0])[5:] == [f"{side}_{name}" for name in METHODS["dpo"].metrics for side in ("train", "valid")]
+    for line in metrics:
+        for side, its_own in (("train", "train_loss"), ("valid", "full_valid_loss")):
+            if its_own in line:
+                found = {name: rows[line["step"]][f"{side}_{name}"] for name in METHODS["dpo"].metrics}
+                assert found == {name: str(line[name]) for name in METHODS["dpo"].metrics}
 
     again = await finish(control, acme, ROWS, max_steps=1, learning_rate=1e-9, model=str(first.fine_tuned_model))
     files = [

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pydantic import ValidationError
 
-from tenora.training.methods.method import Figures, Float64Array, Learner, Learning, Method
-from tenora.training.methods.table import register
+from tenora.training.methods.method import Figures, Float64Array, Learner, Learning, Method, Unit
+from tenora.training.methods.table import METHODS, register
 from tenora.training.packing import PackedRows
 from tenora.training.settings import Setting
 
@@ -31,7 +32,8 @@ class Smoothed(Method):
     summary = "learns a little less"
     learning_rate = 1e-3
     settings = (Setting("How much less.", name="epsilon", least=0, most=1, auto="0.1", default=0.1),)
-    unit = "nats per pair"
+    unit = Unit("nats per answer", examples="answers")
+    metrics = MappingProxyType({"smoothed": "How much is taken away."})
 
     def learning(self, learner: Learner) -> Learning:
         return SmoothedLearning(learner)
@@ -68,16 +70,19 @@ register(Smoothed())
 def main(base: Path, directory: Path) -> None:
     import torch
 
+    from tenora.api.schemas.evaluation import ComparisonObject
     from tenora.api.schemas.fine_tuning import JobCreateRequest
+    from tenora.api.schemas.job_parts import EventData
     from tenora.control.gate.held_out import HeldOutExamples
     from tenora.control.gate.lineage import settings_of
     from tenora.control.jobs.preparation import Preparation, prepare, spec_of
     from tenora.control.jobs.requests import check_request
     from tenora.control.jobs.shape import Limits
     from tenora.control.jobs.sources import Source
+    from tenora.control.worker.log import eval_line, metrics_csv, step_line
     from tenora.model.loading import load_decoder
     from tenora.model.tokenizer import Tokenizer
-    from tenora.training.spec import FinishedEvent, StepEvent
+    from tenora.training.spec import EvalEvent, FinishedEvent, StepEvent
     from tests.data.rows import chat, write_lines
     from tests.training.runs import TrainingRun, events_of
 
@@ -114,6 +119,9 @@ def main(base: Path, directory: Path) -> None:
     found = held_out.against_start()
     if found is None or not isinstance(again, FinishedEvent):
         raise SystemExit("nothing was measured")
+    lines = [step_line(event)[1] for event in events if isinstance(event, StepEvent)]
+    lines += [eval_line(event, 0)[1] for event in events if isinstance(event, EvalEvent)]
+    table = metrics_csv(lines, metrics=METHODS[spec.method].metrics).decode()
     told = {
         "refused": refused,
         "schema": json.dumps(JobCreateRequest.model_json_schema()),
@@ -126,6 +134,10 @@ def main(base: Path, directory: Path) -> None:
         "digest": digest(finished.path),
         "resumed": digest(again.path),
         "unit": found.unit,
+        "units": ComparisonObject.model_json_schema()["properties"]["unit"]["enum"],
+        "comparison": str(found),
+        "event": list(EventData.model_fields),
+        "table": table.splitlines(),
         "card_loss": found.adapter_loss,
         "plain_loss": sum(finished.held_out.adapter) / len(finished.held_out.adapter),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,14 @@ def test_a_new_method_is_one_file(tiny_base: Path, tmp_path: Path, repo_root: Pa
     ]
     assert told["metrics"] == {"smoothed": 0.25}
     assert told["resumed"] == told["digest"]
-    assert told["unit"] == "nats per pair"
+    assert told["unit"] == "nats per answer"
+    assert told["units"] == ["nats per token", "nats per pair", "nats per answer"]
+    assert re.search(r" on \d+ answers, a difference of .* nats per answer: ", told["comparison"])
+    assert "smoothed" in told["event"]
+    first, *steps = [line.split(",") for line in told["table"]]
+    assert first[-2:] == ["train_smoothed", "valid_smoothed"]
+    assert {step[-2] for step in steps} == {"", "0.25"}, "of step 0 nothing is learned"
+    assert {step[-1] for step in steps} == {""}
     assert told["card_loss"] == pytest.approx(0.75 * told["plain_loss"], rel=1e-5)
 
 

@@ -200,8 +200,8 @@ class PublishSettings(msgspec.Struct, frozen=True, kw_only=True):
     min_gain: Annotated[
         float,
         Setting(
-            "With if_better: the gain that is asked for, in nats per learned token, per pair of DPO; of a new name "
-            "over the base.",
+            "With if_better: the gain that is asked for, in the unit of the method's losses; of a new name over the "
+            "base.",
             least=0,
             most=100,
             flag="--min-gain",

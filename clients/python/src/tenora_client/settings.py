@@ -44,8 +44,8 @@ class Settings(TypedDict, total=False):
     publish: Literal["always", "if_better", "never"]
     """Whether `name` shall mean the result; one of always, if_better, never."""
     min_gain: float
-    """With if_better: the gain that is asked for, in nats per learned token, per pair of DPO; of a new name over the
-    base; a number, at least 0 and at most 100."""
+    """With if_better: the gain that is asked for, in the unit of the method's losses; of a new name over the base; a
+    number, at least 0 and at most 100."""
 
 
 class SharedHyperparameters(TypedDict, total=False):

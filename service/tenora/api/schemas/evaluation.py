@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field
 
 from tenora.api.schemas.base import ResponseModel
 from tenora.api.schemas.job_parts import LineageSettingsObject
 from tenora.control.gate.card import Against, OverfitVerdict, Source, Verdict
-from tenora.training.methods.method import Unit
+from tenora.training.methods.method import PER_TOKEN
+from tenora.training.methods.table import METHODS
+
+if TYPE_CHECKING:
+    UnitName = str
+else:
+    UnitName = Literal[tuple(dict.fromkeys(method.unit.name for method in METHODS.values()))]
 
 
 class ComparisonObject(ResponseModel):
@@ -22,7 +28,7 @@ class ComparisonObject(ResponseModel):
 
     rows: int
     tokens: int
-    unit: Unit = "nats per token"
+    unit: UnitName = PER_TOKEN.name
     adapter_loss: float | None
     other_loss: float | None
     difference: float | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import create_model
+from pydantic import Field, create_model
 
 from tenora.api.schemas.base import Number, StoredModel
 from tenora.api.schemas.settings import stored_method, stored_model
@@ -96,10 +96,24 @@ class CheckpointMetrics(StoredModel):
     full_valid_mean_token_accuracy: Number | None = None
 
 
-class EventData(CheckpointMetrics):
+if TYPE_CHECKING:
+    MethodMetrics = CheckpointMetrics
+else:
+    MethodMetrics = create_model(
+        "MethodMetrics",
+        __base__=CheckpointMetrics,
+        **{
+            name: (Number | None, Field(default=None, description=what))
+            for method in METHODS.values()
+            for name, what in method.metrics.items()
+        },
+    )
+
+
+class EventData(MethodMetrics):
     """Numbers of a step, an evaluation, a trial of a sweep or a fold of a cross-validation: those of its kind.
 
-    Beside them are the method's own and, as `valid_loss/<name>`, the held-out loss of each of several files.
+    Beside them is, as `valid_loss/<name>`, the held-out loss of each of several files.
     """
 
     total_steps: int | None = None

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tenora.control.adapters.records import AdapterRecord
-from tenora.training.methods.method import Method
-from tenora.training.methods.table import METHODS, USUAL
+from tenora.training.methods.method import PER_TOKEN, Method
+from tenora.training.methods.table import METHODS, USUAL, find_unit
 
 README_NAME = "README.md"
 _SHOWN_POINTS = 12  # of the curve
@@ -92,11 +92,10 @@ def _quality(said: Mapping[str, Any]) -> str:
     found = said.get("held_out")
     if not found:
         return ""
-    pairs = found.get("unit") == "nats per pair"
+    unit = find_unit(found.get("unit", PER_TOKEN.name))
     text = (
-        f"Measured on {found['rows']} {'pairs' if pairs else 'rows'} with {found['tokens']:,} learned tokens "
-        f"({said['source']}), in {found.get('unit', 'nats per token')}; the interval is a paired bootstrap over "
-        f"{'pairs' if pairs else 'rows'}, 95%."
+        f"Measured on {found['rows']} {unit.examples} with {found['tokens']:,} learned tokens ({said['source']}), in "
+        f"{unit.name}; the interval is a paired bootstrap over {unit.examples}, 95%."
     )
     method = _method(said)
     if method.loss_note:

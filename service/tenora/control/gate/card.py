@@ -12,7 +12,8 @@ import numpy.typing as npt
 from tenora.control.gate.lineage import Lineage
 from tenora.control.gate.parity import Parity
 from tenora.control.jobs.rows import finite
-from tenora.training.methods.method import Unit
+from tenora.training.methods.method import PER_TOKEN, Unit
+from tenora.training.methods.table import find_unit
 from tenora.training.spec import EvaluationPoint
 
 RESAMPLES = 10_000
@@ -39,7 +40,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rows, tokens: what was measured: rows, or pairs of preference rows, and their learned tokens.
-        unit: of the losses: means over learned tokens, or over pairs of DPO's objective.
+        unit: of the losses, in words.
         adapter_loss, other_loss: the means.
         difference: adapter - other; below 0 the adapter is better.
         low, high: 95% interval of the difference, by a paired bootstrap over rows.
@@ -54,11 +55,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     low: float
     high: float
     verdict: Verdict
-    unit: Unit = "nats per token"
+    unit: str = PER_TOKEN.name
 
     def __str__(self) -> str:
         """In words."""
-        what = "pairs" if self.unit == "nats per pair" else "rows"
+        what = find_unit(self.unit).examples
         return (
             f"held-out loss {self.adapter_loss:.4f} against {self.other_loss:.4f} on {self.rows} {what}, a difference "
             f"of {self.difference:+.4f} ({self.low:+.4f} to {self.high:+.4f}) {self.unit}: {self.verdict}"
@@ -189,7 +190,7 @@ def compare(
     other: Sequence[float],
     *,
     seed: int,
-    unit: Unit = "nats per token",
+    unit: Unit = PER_TOKEN,
 ) -> Comparison | None:
     """Compare two losses on the same examples; None without a learned token.
 
@@ -197,12 +198,12 @@ def compare(
         tokens: learned tokens of each example.
         adapter, other: losses of each example in nats: of a row summed over its learned tokens.
         seed: of the bootstrap; equal arguments give equal intervals.
-        unit: what a mean is over: learned tokens, or pairs, which count alike however long they are.
+        unit: what a mean is over.
     """
     count = np.array(tokens, dtype=np.int64)
     if not count.sum():
         return None
-    weights = count if unit == "nats per token" else np.ones_like(count)
+    weights = count if unit.by_token else np.ones_like(count)
     total = int(weights.sum())
     differences = np.array(adapter, dtype=np.float64) - np.array(other, dtype=np.float64)
     low, high = bootstrap(differences, weights, seed=seed)
@@ -215,7 +216,7 @@ def compare(
         low=low,
         high=high,
         verdict=_verdict(len(count), low, high),
-        unit=unit,
+        unit=unit.name,
     )
 
 

@@ -100,13 +100,16 @@ def evaluation_of(event: FinishedEvent) -> Metrics:
     }
 
 
-def metrics_csv(lines: Iterable[Mapping[str, Any]], *, winner: int | None = None) -> bytes:
-    """The numbers of a log, oldest first, as a CSV file with a row per step: OpenAI's columns, then one per task.
+def metrics_csv(lines: Iterable[Mapping[str, Any]], *, winner: int | None = None, metrics: Iterable[str] = ()) -> bytes:
+    """The numbers of a log, oldest first, as a CSV file with a row per step.
 
-    A step that was done again after a crash appears once, with its last numbers. Of a sweep's trials only the winner's
-    count, of a cross-validation the fit on all rows and the losses of all folds together.
+    Columns are OpenAI's, then one per task, then of each of the method's `metrics` that of the step and that of the
+    held-out rows. A step that was done again after a crash appears once, with its last numbers. Of a sweep's trials
+    only the winner's count, of a cross-validation the fit on all rows and the losses of all folds together.
     """
     by_step: dict[int, dict[str, Any]] = {}
+    own = tuple(metrics)
+    of_method = [f"{side}_{name}" for name in own for side in ("train", "valid")]
     tasks: dict[str, None] = {}
     for line in lines:
         if line.get("step") is None or line.get("trial", winner) != winner:
@@ -115,9 +118,11 @@ def metrics_csv(lines: Iterable[Mapping[str, Any]], *, winner: int | None = None
         tasks.update(dict.fromkeys(found))
         row = by_step.setdefault(int(line["step"]), {})
         row.update({name: line[name] for name in (*_CSV_SOURCES, *found) if line.get(name) is not None})
+        side = "train" if "train_loss" in line else "valid"
+        row.update({f"{side}_{name}": line[name] for name in own if line.get(name) is not None})
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow((*CSV_COLUMNS, *tasks))
+    writer.writerow((*CSV_COLUMNS, *tasks, *of_method))
     for step, row in sorted(by_step.items()):
-        writer.writerow([step, *(row.get(name, "") for name in (*_CSV_SOURCES, *tasks))])
+        writer.writerow([step, *(row.get(name, "") for name in (*_CSV_SOURCES, *tasks, *of_method))])
     return out.getvalue().encode()

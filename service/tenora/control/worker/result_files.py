@@ -18,6 +18,7 @@ from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import FileRow, JobEventRow
 from tenora.control.storage.directory import remove, write_file
 from tenora.control.worker.log import metrics_csv
+from tenora.training.methods.table import find_method
 
 METRICS_NAME = "step_metrics.csv"
 SWEEP_NAME = "sweep.csv"
@@ -60,9 +61,10 @@ async def write_results(context: JobContext, claim: Claim) -> list[ResultFile]:
         .order_by(JobEventRow.seq)
     )
     async with context.database.read() as session:
-        trials = (await read_owned(session, claim)).sweep_results
+        row = await read_owned(session, claim)
+        trials, metrics = row.sweep_results, find_method(row.requested["method"]).metrics
         winner = next((trial["trial"] for trial in trials or () if trial["winner"]), None)
-        contents = {METRICS_NAME: metrics_csv(await session.scalars(query), winner=winner)}
+        contents = {METRICS_NAME: metrics_csv(await session.scalars(query), winner=winner, metrics=metrics)}
     if trials:
         contents[SWEEP_NAME] = trials_csv(trials)
     written: list[ResultFile] = []

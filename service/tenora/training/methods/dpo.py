@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tenora.data.rows import PREFERENCES
-from tenora.training.methods.method import Figures, Float64Array, Learner, Learning, Method
+from tenora.training.methods.method import Figures, Float64Array, Learner, Learning, Method, Unit
 from tenora.training.packing import PackedRows
 from tenora.training.settings import Setting
 
@@ -54,7 +55,15 @@ class DirectPreference(Method):
         "Preferences are measured beside what training started from, with the same prompt; examples in the prompt "
         "have no such figure."
     )
-    unit = "nats per pair"
+    unit = Unit("nats per pair", examples="pairs")
+    metrics = MappingProxyType(
+        {
+            "rewards/chosen": "Mean implicit reward of the chosen answers.",
+            "rewards/rejected": "Mean implicit reward of the rejected answers.",
+            "rewards/margins": "Mean of how much higher the chosen answer's is.",
+        }
+    )
+    """Under the names that TRL gives them."""
     loss_note = "The loss is DPO's, log 2 where training started: what is lower prefers the chosen answers more."
     accuracy_label = "Pairs whose chosen answer is preferred"
     start_has_accuracy = False
@@ -185,12 +194,9 @@ class PreferenceLearning(Learning):
 
 
 def _metrics(chosen: float, rejected: float, pairs: int) -> dict[str, float]:
-    """Means of rewards, from their sums over pairs, under the names that TRL gives them."""
-    return {
-        "rewards/chosen": chosen / pairs,
-        "rewards/rejected": rejected / pairs,
-        "rewards/margins": (chosen - rejected) / pairs,
-    }
+    """Of `DirectPreference.metrics`, from sums over pairs."""
+    means = (chosen / pairs, rejected / pairs, (chosen - rejected) / pairs)
+    return dict(zip(DirectPreference.metrics, means, strict=True))
 
 
 METHOD = DirectPreference()

@@ -11,7 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,24 @@ if TYPE_CHECKING:
     from tenora.training.step import TokenLosses
 
 Float64Array = npt.NDArray[np.float64]
-Unit = Literal["nats per token", "nats per pair"]
-"""Of losses: means over learned tokens, or over examples, which count alike however long they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the losses of a method are means of.
+
+    Attributes:
+        name: in words, as a card says it.
+        examples: what is compared, and drawn again for an interval.
+        by_token: the mean is over learned tokens; otherwise over examples, which count alike however long they are.
+    """
+
+    name: str
+    examples: str = "rows"
+    by_token: bool = False
+
+
+PER_TOKEN = Unit("nats per token", by_token=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ class Figures:
     Attributes:
         loss: the objective, in the method's unit.
         accuracy: share of tokens that were the likeliest, or what the method counts in its place.
-        metrics: further numbers, by their names in the job's log.
+        metrics: further numbers, those of `Method.metrics`.
     """
 
     loss: float
@@ -124,6 +141,8 @@ class Method(ABC):
         has_reference: each training row is measured under a reference once.
         no_few_shot: why the base with examples in its prompt has no figure to compare with; empty if it has one.
         unit: of its losses.
+        metrics: further numbers that it measures at steps and evaluations, and what each is: their names in the job's
+            log. The table of its steps has a column for each with `train_`, and with `valid_` before it.
         loss_note: what a reader should know of the loss; empty if it is what everybody expects.
         accuracy_label: what its accuracy counts.
         start_has_accuracy: whether the accuracy of what training started from says anything.
@@ -138,7 +157,8 @@ class Method(ABC):
     cross_validates: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False
     no_few_shot: ClassVar[str] = ""
-    unit: ClassVar[Unit] = "nats per token"
+    unit: ClassVar[Unit] = PER_TOKEN
+    metrics: ClassVar[Mapping[str, str]] = MappingProxyType({})
     loss_note: ClassVar[str] = ""
     accuracy_label: ClassVar[str] = "Learned tokens that it finds likeliest"
     start_has_accuracy: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from tenora.data.rows import RowKind
 from tenora.errors import TrainingError
 from tenora.training.methods import dpo, supervised
-from tenora.training.methods.method import Method
+from tenora.training.methods.method import Method, Unit
 
 _TABLE: dict[str, Method] = {method.name: method for method in (supervised.METHOD, dpo.METHOD)}
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
@@ -26,6 +26,11 @@ def find_method(name: str) -> Method:
         return METHODS[name]
     except KeyError:
         raise TrainingError(f"The method {name!r} is not available here.", code="method_unavailable") from None
+
+
+def find_unit(name: str) -> Unit:
+    """The unit of a stored comparison; one that no method has any more is told like the usual one."""
+    return next((method.unit for method in METHODS.values() if method.unit.name == name), USUAL.unit)
 
 
 def register(method: Method) -> None:
