@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ from torch.nn import functional as F
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.executors.layers import Keep
 from tenora.model.loading import load_decoder
-from tenora.model.readouts.labels import LabelReadout
+from tenora.model.readouts.base import ReadoutKind
+from tenora.model.readouts.labels import LabelReadout, Labels
+from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
+from tenora.training.commands import Refused, RunCommand
+from tenora.training.fusion import FusedTraining, Run
 from tenora.training.methods.dpo import PreferenceLoss
+from tenora.training.methods.supervised import MeanLoss
 from tenora.training.packing import pack
-from tenora.training.spec import LoraSpec
-from tenora.training.step import Coefficients, Pass, TokenLosses, forward_backward
+from tenora.training.pass_queue import Work
+from tenora.training.resident_base import TrainingHost
+from tenora.training.spec import LoraSpec, SessionSpec, TrainSpec
+from tenora.training.step import Coefficients, Part, Pass, TokenLosses, forward, forward_backward, load_pass
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraTables
 
@@ -130,3 +138,54 @@ def test_a_reward_head_learns_from_pairs_as_autograd_says(tiny_base: Path) -> No
     torch.testing.assert_close(-found.loss, reward.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tables.grad_a(0, 0), head.grad, rtol=1e-3, atol=1e-5)
     assert_gradients(model, adapter)
+
+
+class Passes:
+    """A run that has a work passed, and ends."""
+
+    def __init__(self, host: TrainingHost, work: Work) -> None:
+        self._queue, self._work = host.queue, work
+
+    def __iter__(self) -> Iterator[None]:
+        self._queue.submit(self._work)
+        while not self._work.done:
+            yield None
+
+    def stop(self, *, pause: bool) -> None:
+        raise NotImplementedError
+
+    def put(self, command: RunCommand) -> Refused | None:
+        raise NotImplementedError
+
+
+def test_works_say_what_reads_them_and_only_those_of_one_readout_share_a_pass(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters learn labels, each its own head's, and a third one learns tokens beside them."""
+    decoder, works, passes = load_decoder(tiny_base, device=CPU), dict[str, Work](), list[list[Work]]()
+    tables, part = heads(decoder.spec.hidden_size, [4, 3, 1]), pack(rows(2), range(2))
+    labels = replace(part, targets=np.array([2, 0]))
+    kind: ReadoutKind = Labels(lambda: tables, 0)
+    asked = {"first": (labels, kind), "second": (labels, kind), "third": (part, TOKENS)}
+
+    def start(host: TrainingHost, spec: TrainSpec | SessionSpec) -> Run:
+        adapter, (packed, readout) = host.arena.add(LORA), asked[spec.run_id]
+        adapter.initialise(len(works))
+        works[spec.run_id] = Work(spec.run_id, "group", [packed], adapter, MeanLoss(2), readout=readout)
+        return Passes(host, works[spec.run_id])
+
+    training, run_works = FusedTraining(decoder, start=start), FusedTraining._run
+    monkeypatch.setattr(FusedTraining, "_run", lambda self, chosen: passes.append(chosen) or run_works(self, chosen))
+    for name in asked:
+        training.start(SessionSpec(run_id=name, group="group", workdir="", base_model=""))
+    list(training)
+    assert [sorted(work.run_id for work in chosen) for chosen in passes] == [["first", "second"], ["third"]]
+    for slot, name in enumerate(asked):
+        packed, own = asked[name]
+        batch = load_pass(decoder, [Part(packed, works[name].adapter)], training.host.arena.tables, own)
+        alone = finish(forward(decoder, batch))
+        assert torch.equal(works[name].results[0].loss, alone.loss)
+        if isinstance(batch.readout, LabelReadout):
+            assert batch.readout.slots == [slot, slot]
+            assert tables.grad_a(0, slot).abs().sum() > 0
+    assert tables.grad_a(0, 2).abs().sum() == 0

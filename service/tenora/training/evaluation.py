@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tenora.data.dataset import TokenizedDataset
+from tenora.model.readouts.base import ReadoutKind
+from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.objectives import row_sums
 from tenora.training.packing import PackedRows, microbatches
@@ -77,6 +79,7 @@ def measure(
     *,
     capacity: int,
     shared: int = 0,
+    readout: ReadoutKind = TOKENS,
 ) -> Generator[None, None, Evaluation]:
     """Measure an adapter, or the base, on every row, waiting while others have their turn.
 
@@ -84,6 +87,7 @@ def measure(
         spec: whose work it is.
         capacity: tokens of a part.
         shared: see `tenora.training.packing.pack`.
+        readout: what makes losses of the hidden states.
 
     Returns:
         The means; the same whatever the capacity, but for the order of additions.
@@ -93,7 +97,8 @@ def measure(
     for first in range(0, examples, _PACKED_AT_ONCE):
         together = range(first, min(first + _PACKED_AT_ONCE, examples))
         parts = microbatches(dataset, together, capacity, shared=shared)
-        work = yield from finish(queue, Work(spec.run_id, spec.group, parts, adapter, weight=spec.weight))
+        asked = Work(spec.run_id, spec.group, parts, adapter, readout=readout, weight=spec.weight)
+        work = yield from finish(queue, asked)
         for part, found in zip(parts, work.results, strict=True):
             sums.add(part, found)
     tokens = max(sum(sums.tokens), 1)

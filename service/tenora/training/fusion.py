@@ -234,7 +234,8 @@ class FusedTraining:
         for work in works:
             if not work.results:
                 work.begin()
-        batch = load_pass(decoder, [work.part(len(work.results)) for work in works], self.host.arena.tables)
+        parts = [work.part(len(work.results)) for work in works]
+        batch = load_pass(decoder, parts, self.host.arena.tables, works[0].readout)
         if works[0].objective is None:
             found = yield from forward(decoder, batch)
         else:

@@ -154,7 +154,9 @@ class Learner:
     ) -> Generator[None, None, list[TokenLosses]]:
         """The losses of parts under an adapter, or the base, without a gradient."""
         spec = self.spec
-        work = yield from finish(self.host.queue, Work(spec.run_id, spec.group, parts, adapter, weight=spec.weight))
+        readout = self.learning.readout
+        asked = Work(spec.run_id, spec.group, parts, adapter, readout=readout, weight=spec.weight)
+        work = yield from finish(self.host.queue, asked)
         return work.results
 
     def _is_over(self) -> bool:
@@ -213,6 +215,7 @@ class Learner:
             self.adapter,
             self.learning.objective(parts),
             None if self.dropout is None else Dropping(self.dropout, spec.seed, self.progress.step),
+            self.learning.readout,
             weight=spec.weight,
             recompute=bool(spec.recompute_activations),
         )
@@ -243,8 +246,12 @@ class Learner:
         if not step and self.start is not None:
             return self.start
         adapter = self.adapter if step or self.spec.init_path else None
-        queue, rows, shared = self.host.queue, self.corpus.valid, self._shared[1]
-        found = yield from measure(queue, self.spec, rows, adapter, capacity=self.capacity, shared=shared)
+        found = yield from measure(
+            *(self.host.queue, self.spec, self.corpus.valid, adapter),
+            capacity=self.capacity,
+            shared=self._shared[1],
+            readout=self.learning.readout,
+        )
         return found
 
     def _evaluate(self) -> Items:

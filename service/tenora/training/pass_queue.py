@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tenora.model.readouts.base import ReadoutKind
+from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
 from tenora.training.step import Dropout, LoraDropout, Part, TokenLosses
@@ -61,6 +63,7 @@ class Work:
         adapter: None is the base.
         objective: None measures only; else the adapter's gradient is `gradient` and this one's afterwards.
         dropping: None if nothing is dropped.
+        readout: what makes losses of the hidden states.
         recompute: keep only the inputs of layers and run each a second time in the backward pass.
         alone: its parts share a pass with no other work (after memory ran out).
         gradient: float32 [numel], what the gradient is added to, and itself not changed; None is zero.
@@ -74,6 +77,7 @@ class Work:
     adapter: TrainedAdapter | None
     objective: Objective | None = None
     dropping: Dropping | None = None
+    readout: ReadoutKind = TOKENS
     weight: float = 1.0
     recompute: bool = False
     alone: bool = False
@@ -87,9 +91,12 @@ class Work:
         return self.error is not None or len(self.results) == len(self.parts)
 
     @property
-    def kind(self) -> tuple[bool, bool]:
-        """Works of one kind may share a pass: whether there is a gradient, and whether it needs the losses first."""
-        return self.objective is not None, self.objective is not None and self.objective.needs_losses
+    def kind(self) -> tuple[bool, bool, ReadoutKind]:
+        """Works of one kind may share a pass: whether there is a gradient, whether it needs the losses first, and of
+        what.
+        """
+        learns = self.objective is not None
+        return learns, self.objective is not None and self.objective.needs_losses, self.readout
 
     def part(self, index: int) -> Part:
         """Part `index` as the pass wants it."""

@@ -21,8 +21,8 @@ from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.executors.choice import layer_pass
 from tenora.model.executors.layers import Keep, LayerPass
-from tenora.model.readouts.base import Readout
-from tenora.model.readouts.tokens import TokenReadout
+from tenora.model.readouts.base import Readout, ReadoutKind
+from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
 from tenora_kernels.layout import BASE, LoraBatch, LoraTables, build_segments
@@ -141,11 +141,14 @@ class StreamDropout:
         return x * mask
 
 
-def load_pass(decoder: Decoder, parts: Sequence[Part], tables: LoraTables | None = None) -> Pass:
+def load_pass(
+    decoder: Decoder, parts: Sequence[Part], tables: LoraTables | None = None, readout: ReadoutKind = TOKENS
+) -> Pass:
     """Lay parts side by side on the decoder's device. An adapter may be in several parts of a pass without gradient.
 
     Args:
         tables: of the arena that the adapters are in; may be None if no part has an adapter.
+        readout: what all parts are read by.
     """
     device = decoder.device
     rows = [part.rows for part in parts]
@@ -172,7 +175,7 @@ def load_pass(decoder: Decoder, parts: Sequence[Part], tables: LoraTables | None
         context=context,
         learned=tuple(slice(int(start), int(stop)) for start, stop in pairwise(learned)),
         dropout=dropout,
-        readout=TokenReadout(decoder),
+        readout=readout.over(decoder, np.repeat(_slots(parts), np.diff(learned))),
     )
 
 
@@ -226,11 +229,15 @@ def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None
 
 
 def _adapters(parts: Sequence[Part], tables: LoraTables | None, device: torch.device) -> LoraBatch | None:
-    slots = [BASE if part.adapter is None else part.adapter.slot for part in parts]
+    slots = _slots(parts)
     if tables is None or max(slots) == BASE:
         return None
     of_token = np.repeat(slots, [part.rows.tokens for part in parts])
     return LoraBatch(tables, build_segments(torch.from_numpy(of_token), device=device))
+
+
+def _slots(parts: Sequence[Part]) -> list[int]:
+    return [BASE if part.adapter is None else part.adapter.slot for part in parts]
 
 
 def _prefixes(parts: Sequence[PackedRows]) -> dict[str, list[tuple[int, int] | None]]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+from tenora.model.decoder import Decoder
 
 
 class Read(NamedTuple):
@@ -35,5 +39,19 @@ class Readout(Protocol):
             predict_at: int64 [n], rows of `hidden`; a row may occur more than once.
             targets: int64 [n], which score of each position its loss is about.
             coefficients: float32 [n]; None if nobody wants a gradient.
+        """
+        ...
+
+
+class ReadoutKind(Protocol):
+    """What rows are to be read by, before it is known which others they pass with: only rows of one kind do."""
+
+    def over(self, decoder: Decoder, slots: npt.NDArray[np.int64], /) -> Readout:
+        """The readout of a pass.
+
+        Args:
+            decoder: the base.
+            slots: int64 [n], of each position that is read the slot of its adapter; `tenora_kernels.layout.BASE`
+                without one.
         """
         ...

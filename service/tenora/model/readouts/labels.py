@@ -6,16 +6,36 @@ and a Bᵀ of no columns.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.model.decoder import Decoder
-from tenora.model.readouts.base import Read
+from tenora.model.readouts.base import Read, Readout
 from tenora_kernels.layout import LoraTables
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """`ReadoutKind` of heads that lie in tables by their adapters' slots.
+
+    Attributes:
+        tables: those of now, which are others whenever an adapter comes or goes.
+        row, normalised: see `LabelReadout`.
+    """
+
+    tables: Callable[[], LoraTables]
+    row: int
+    normalised: bool = True
+
+    def over(self, decoder: Decoder, slots: npt.NDArray[np.int64], /) -> Readout:
+        """See `ReadoutKind`."""
+        return LabelReadout(decoder, self.tables(), self.row, slots.tolist(), self.normalised)
 
 
 @dataclass(frozen=True, slots=True)

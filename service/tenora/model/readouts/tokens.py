@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.model.decoder import Decoder
-from tenora.model.readouts.base import Read
+from tenora.model.readouts.base import Read, Readout
 from tenora_kernels.cpu.decoder.losses import StreamLosses
 
 # float32 logits alive at once on the modules' way.
@@ -30,6 +32,17 @@ class TokenReadout:
         if stack is None or hidden.dtype != torch.float32:
             return (yield from _module_losses(self.decoder, hidden, predict_at, targets, coefficients))
         return Read(*(yield from StreamLosses(stack, hidden, predict_at, targets).run(coefficients)))
+
+
+class Tokens:
+    """`ReadoutKind` of the next token: the head is the base's, whoever's adapter is before it."""
+
+    def over(self, decoder: Decoder, _slots: npt.NDArray[np.int64], /) -> Readout:
+        """See `ReadoutKind`."""
+        return TokenReadout(decoder)
+
+
+TOKENS = Tokens()
 
 
 def _module_losses(

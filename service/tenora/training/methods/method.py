@@ -23,6 +23,7 @@ from tenora.training.settings import HYPERPARAMETERS, Setting
 from tenora.training.spec import TrainSpec
 
 if TYPE_CHECKING:
+    from tenora.model.readouts.base import ReadoutKind
     from tenora.training.arena import TrainedAdapter
     from tenora.training.corpus import Corpus
     from tenora.training.evaluation import Evaluation
@@ -91,6 +92,13 @@ class Learning:
     def __init__(self, learner: Learner) -> None:
         """Begin where the adapter is now; what an earlier run knew comes back into `state`."""
         self.learner = learner
+
+    @property
+    def readout(self) -> ReadoutKind:
+        """What makes losses of the hidden states of its rows: the next token's, unless it has a head of its own."""
+        from tenora.model.readouts.tokens import TOKENS
+
+        return TOKENS
 
     def prepare(self, parts: Sequence[PackedRows]) -> Generator[None, None, None]:
         """Find out what the objective needs to know of a step's rows."""
