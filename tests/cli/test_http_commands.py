@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
+from tenora.cli.app import app
+from tenora.training.settings import JOB, RUN
+from tenora.training.spec import LORA_ASKED
 from tests.api.conftest import SPEECH, TRAINING_ROWS
 from tests.cli.conftest import Shell
 
@@ -91,6 +95,25 @@ async def test_train_takes_tasks_sweeps_and_a_start(
     for entry in ("rank", "rank=", "rank=8,x", "rank=1..", "rank=[1]"):
         wrong = await shell("train", files[0], "--sweep", entry)
         assert (wrong.exit_code, "not understood" in wrong.stderr) == (1, True), entry
+
+
+def test_every_setting_that_has_a_flag_is_a_flag_of_train() -> None:
+    command = typer.main.get_group(app).commands["train"]
+    found = {option: param for param in command.params for option in param.opts}
+    flags = {setting.flag: setting for setting in {**RUN, **JOB, **LORA_ASKED}.values() if setting.flag}
+    assert len(flags) == 8
+    for flag, setting in flags.items():
+        assert (found[flag].name, getattr(found[flag], "help", "")) == (setting.name, setting.help)
+
+
+async def test_settings_on_the_command_line_are_those_of_the_job(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(TRAINING_ROWS)
+    given = ("--epochs", "2", "--batch-size", "3", "--learning-rate", "0.01", "--rank", "4", "--publish", "never")
+    job = json.loads(await shell.ok("train", str(tmp_path / "a.jsonl"), *given, "--no-wait", "--json"))
+    assert (job["hyperparameters"]["n_epochs"], job["hyperparameters"]["batch_size"]) == (2, 3)
+    assert (job["learning_rate"], job["lora"]["rank"], job["publish"]) == (0.01, 4, "never")
+    assert job["early_stopping"] in {None, 0}, "a switch that is not there says nothing"
+    assert "cancelled" in await shell.ok("jobs", "cancel", job["id"])
 
 
 @pytest.mark.parametrize(

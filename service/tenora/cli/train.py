@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,27 +15,53 @@ from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.errors import ConfigurationError
 from tenora.training.methods.table import METHODS
-from tenora.training.settings import JOB, RUN, Publish
+from tenora.training.settings import JOB, RUN, Setting
 from tenora.training.spec import LORA_ASKED, SWEPT
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", *SWEPT, "status", "step", "valid_loss", "winner")
+FLAGS = {name: setting for name, setting in {**RUN, **JOB, **LORA_ASKED}.items() if setting.flag}
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
 
 
-def option(name: str, *, switch: bool = False) -> Any:
+def flag_of(setting: Setting) -> inspect.Parameter:
     """The flag of a setting as it is declared; the server knows the upper bounds.
 
-    Args:
-        switch: the flag takes no value.
+    A number that may be given as true is a switch, which stands for that.
     """
-    setting = {**RUN, **JOB, **LORA_ASKED}[name]
-    bounded = setting.kind in {int, float} and not switch
-    least = max(setting.least, setting.above)
-    return typer.Option(setting.flag, help=setting.help, **({"min": setting.kind(least)} if bounded else {}))
+    kind: Any = Literal[setting.choices] if setting.choices else setting.kind
+    bounds: dict[str, Any] = {}
+    if setting.true:
+        kind = bool
+    elif kind in {int, float}:
+        bounds["min"] = kind(max(setting.least, setting.above))
+    option = typer.Option(setting.flag, help=setting.help, **bounds)
+    annotated: Any = Annotated  # mypy would have a type in it
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if setting.true else None,
+        annotation=annotated[kind if setting.true else kind | None, option],
+    )
 
 
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the settings which have a flag as further keywords."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(**given)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    known = [one.replace(kind=one.KEYWORD_ONLY) for one in own if one.kind is not one.VAR_KEYWORD]
+    parameters = [*known, *(flag_of(setting) for setting in FLAGS.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where typer looks
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+@with_flags
 def train(
     training: Annotated[
         list[str],
@@ -48,20 +76,6 @@ def train(
         str | None, typer.Option("--validation", help="A file or id to measure on; rows are held out if absent.")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help=METHODS_HELP)] = None,
-    init_from: Annotated[str | None, option("init_from")] = None,
-    epochs: Annotated[int | None, option("n_epochs")] = None,
-    batch_size: Annotated[int | None, option("batch_size")] = None,
-    learning_rate: Annotated[float | None, option("learning_rate")] = None,
-    rank: Annotated[int | None, option("rank")] = None,
-    early_stopping: Annotated[bool, option("early_stopping", switch=True)] = False,
-    publish: Annotated[
-        Publish | None,
-        option("publish"),
-    ] = None,
-    min_gain: Annotated[
-        float | None,
-        option("min_gain"),
-    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option("--sweep", help="Values to try, as rank=8,16 or learning_rate=1e-4..1e-3; may be repeated."),
@@ -71,21 +85,17 @@ def train(
     suffix: Annotated[str | None, typer.Option("--suffix", help="Part of the result's full name.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end, with a progress bar.")] = True,
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Upload a file, train an adapter on it and wait until it can be called."""
     fields = _given(
         name=name,
         seed=seed,
         suffix=suffix,
-        n_epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        early_stopping=early_stopping or None,
-        publish=publish,
-        min_gain=min_gain,
         method=None if method is None else {"type": method},
-        lora=_given(rank=rank, init_from=init_from) or None,
+        lora=_given(**{name: value for name, value in settings.items() if name in LORA_ASKED}) or None,
         sweep=sweep_of(sweep or [], trials),
+        **{name: value for name, value in settings.items() if name not in LORA_ASKED and value is not False},
     )
     for given in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
         check_file(given)
