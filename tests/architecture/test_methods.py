@@ -18,7 +18,7 @@ from tests.architecture.test_source import library_files
 DECLARED = "service/tenora/training/methods/"
 GENERATED = "clients/python/src/tenora_client/settings.py"
 NOT_STATED = {
-    **dict.fromkeys(("Estimate", "EstimateObject", "JobState"), "answers: what was settled"),
+    **dict.fromkeys(("Estimate", "EstimateObject"), "answers: what was settled"),
     **dict.fromkeys(("Rows", "RowsObject", "PreviewRequest"), "how rows were, or are to be, cut"),
     **dict.fromkeys(
         ("Hyperparameters", "AdamWSettings", "OptimStep", "StepEvent", "EventData"),

@@ -105,6 +105,14 @@ def test_the_parts_of_a_request_have_the_fields_of_the_api() -> None:
         assert set(theirs.model_fields) - elsewhere == set(get_type_hints(ours)) - {"extra"}
 
 
+def test_a_job_has_its_settings_typed() -> None:
+    with Script(reply(job(max_seq_length=128, truncate=True, learning_rate=5e-4, publish="never"))).client() as client:
+        found = client.jobs.get("ftjob-1")
+    assert (found.max_seq_length, found.truncate, found.learning_rate, found.publish) == (128, True, 5e-4, "never")
+    assert found.min_gain is None
+    assert set(SETTINGS) <= set(tc.JobState.model_fields)
+
+
 def test_the_metrics_of_a_checkpoint_are_typed_as_the_api_says_them() -> None:
     assert set(CheckpointMetrics.model_fields) == set(tc.CheckpointMetrics.model_fields)
     found = tc.CheckpointMetrics.model_validate({"step": 4, "valid_loss": 1.5})

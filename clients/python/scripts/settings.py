@@ -49,7 +49,7 @@ def text() -> str:
         "from collections.abc import Sequence",
         "from typing import Literal, Required, TypedDict",
         "",
-        "from tenora_client.api_object import Part",
+        "from tenora_client.api_object import ApiObject, Part",
         "from tenora_client.ranges import Range, RangeParams",
         "",
         f"MethodName = {literal(METHODS)}",
@@ -109,13 +109,19 @@ def answers() -> Iterator[str]:
     yield from part("Lora", shape, LORA_ASKED)
     yield from part("SweptValues", "The values to try.", dict.fromkeys(SWEPT, "Sequence[float] | Range"))
     yield from part("TrialSettings", "Of a trial of a sweep.", TRIAL)
+    yield from part("JobSettings", "A job's settings as they are used.", SETTINGS, base="ApiObject")
 
 
 def part(
-    name: str, summary: str, fields: Mapping[str, Setting] | Mapping[str, str], *first: str, auto: bool = False
+    name: str,
+    summary: str,
+    fields: Mapping[str, Setting] | Mapping[str, str],
+    *first: str,
+    auto: bool = False,
+    base: str = "Part",
 ) -> Iterator[str]:
     """A class of an answer, with None where the server says nothing."""
-    yield from ("", "", f"class {name}(Part):", f'    """{summary}"""', "", *first)
+    yield from ("", "", f"class {name}({base}):", f'    """{summary}"""', "", *first)
     for field, setting in fields.items():
         kind = setting if isinstance(setting, str) else "str" if setting.choices else plain(setting)
         if not isinstance(setting, str) and setting.every:

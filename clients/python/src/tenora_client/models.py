@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from tenora_client.api_object import ApiObject
 from tenora_client.evaluation import Evaluation, Published
 from tenora_client.job_parts import CheckpointMetrics, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
-from tenora_client.settings import Hyperparameters, Lora, Method
+from tenora_client.settings import Hyperparameters, JobSettings, Lora, Method
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -249,7 +249,7 @@ class JobFailure(ApiObject):
     param: str | None = None
 
 
-class JobState(ApiObject):
+class JobState(JobSettings):
     """A fine-tuning job at one moment. Hyperparameters are "auto" until the files have been read."""
 
     id: str
@@ -263,8 +263,6 @@ class JobState(ApiObject):
     hyperparameters: Hyperparameters = Hyperparameters()
     lora: Lora = Lora()
     seed: int | None = None
-    publish: str | None = None
-    min_gain: float | None = None
     name: str | None = None
     error: JobFailure | None = None
     fine_tuned_model: str | None = None

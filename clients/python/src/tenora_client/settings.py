@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Required, TypedDict
 
-from tenora_client.api_object import Part
+from tenora_client.api_object import ApiObject, Part
 from tenora_client.ranges import Range, RangeParams
 
 MethodName = Literal["supervised", "dpo"]
@@ -164,3 +164,21 @@ class TrialSettings(Part):
     learning_rate: float | None = None
     n_epochs: int | None = None
     batch_size: int | None = None
+
+
+class JobSettings(ApiObject):
+    """A job's settings as they are used."""
+
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    scheduler: str | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    eval_interval: int | None = None
+    early_stopping: int | None = None
+    packing: bool | None = None
+    max_seq_length: int | None = None
+    truncate: bool | None = None
+    publish: str | None = None
+    min_gain: float | None = None
