@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from tenora.api import middleware
 from tenora.api.errors import SlowRequestError
 from tenora.api.middleware import BodyLimit
+from tenora.config import Settings
 from tests.api.asgi import Call
 from tests.api.conftest import Service
+from tests.support.clock import Clock, JumpingLoop
 
 
 async def test_a_body_that_never_comes_is_408(service: Service) -> None:
@@ -26,23 +27,28 @@ async def test_a_body_that_never_comes_is_408(service: Service) -> None:
     assert dict(call.sent[0]["headers"])[b"connection"] == b"close"
 
 
-async def test_a_slow_answer_is_no_slow_body(service: Service) -> None:
+def test_a_slow_answer_is_no_slow_body(settings: Settings) -> None:
     """Once the body is there, only the disconnect is waited for, as long as it takes."""
-    impatient = BodyLimit(service.app, service.settings, seconds=0.05)
-    service.script.hold_after = 1
-    headers = {"authorization": f"Bearer {service.keys['default']['infer']}"}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(impatient), base_url="http://tenora.test") as client:
-        body = {
-            "model": service.control.inference.base_id,
-            "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": 3,
-        }
-        answer = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers=headers))
-        await service.script.until(lambda: len(service.script.requests) == 1)
-        await asyncio.sleep(0.2)
-        service.script.hold_after = None
-        await service.control.engine.evict("00")
-        assert (await answer).status_code == 200
+    clock, body = Clock(), [{"type": "http.request", "body": b"{}", "more_body": False}]
+    heard: list[str] = []
+
+    async def receive() -> Message:
+        if body:
+            return body.pop()
+        await asyncio.sleep(1000 * middleware.BODY_SECONDS)
+        return {"type": "http.disconnect"}
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        heard.extend([(await receive())["type"] for _ in range(2)])
+
+    async def send(message: Message) -> None:
+        """Nothing is sent."""
+
+    limit = BodyLimit(application, settings)
+    with asyncio.Runner(loop_factory=lambda: JumpingLoop(clock)) as runner:
+        runner.run(limit({"type": "http", "path": "/v1/chat/completions", "headers": []}, receive, send))
+    assert heard == ["http.request", "http.disconnect"]
+    assert clock.now >= 1000 * middleware.BODY_SECONDS
 
 
 async def test_a_body_that_trickles_is_not_waited_for_to_its_end(

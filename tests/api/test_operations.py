@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ from tenora.config import Settings
 from tenora.errors import ConflictError
 from tenora.telemetry import logs
 from tests.api.conftest import Service, upload
+from tests.support.hanging import impatient
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 NAMES = {
@@ -132,27 +134,25 @@ async def test_probes(service: Service) -> None:
     assert (await service.client("infer").get("/health")).status_code == 200
 
 
-class TestHanging:
-    @pytest.fixture
-    def settings(self, tmp_path: Path) -> Settings:
-        return Settings(home=tmp_path / "home", device="cpu", dtype="float32", engine_hang_seconds=2, threads=1)
-
-    async def test_a_hanging_engine_ends_what_waits_for_it_and_fails_the_probes(self, service: Service) -> None:
-        nobody, client = service.client_with(None), service.client("infer")
-        body = {**BODY, "model": service.control.inference.base_id}
-        assert (await nobody.get("/livez")).status_code == 200
-        service.script.hang.set()
-        waiting = await client.post("/v1/chat/completions", json=body)
-        assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "engine_lost")
-        refused = await client.post("/v1/chat/completions", json=body)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
-        assert (await nobody.get("/livez")).status_code == 503  # the tests' engine is a thread, which cannot be killed
-        assert (await nobody.get("/readyz")).status_code == 503
-        service.script.hang.clear()
-        service.script.released.set()
-        await service.control.engine.wait_alive()
-        assert (await nobody.get("/livez")).status_code == 200
-        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+async def test_a_hanging_engine_ends_what_waits_for_it_and_fails_the_probes(service: Service) -> None:
+    nobody, client = service.client_with(None), service.client("infer")
+    body = {**BODY, "model": service.control.inference.base_id}
+    assert (await nobody.get("/livez")).status_code == 200
+    service.script.hang.set()
+    asked = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+    await service.script.until(lambda: len(service.script.requests) == 1)
+    with impatient(service.control.engine):
+        waiting = await asked
+    assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "engine_lost")
+    refused = await client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    assert (await nobody.get("/livez")).status_code == 503  # the tests' engine is a thread, which cannot be killed
+    assert (await nobody.get("/readyz")).status_code == 503
+    service.script.hang.clear()
+    service.script.released.set()
+    await service.control.engine.wait_alive()
+    assert (await nobody.get("/livez")).status_code == 200
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
 
 @pytest.fixture

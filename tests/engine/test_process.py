@@ -27,6 +27,7 @@ from tenora.errors import UnavailableError, UnsupportedModelError
 from tenora.model.catalog import _run
 from tests.engine.driver import Driver
 from tests.engine.requests import generate, sampling
+from tests.support.hanging import impatient
 from tests.support.patience import PATIENCE
 
 SETTINGS = Settings(
@@ -141,12 +142,12 @@ async def test_the_life_of_a_child(
 
 
 async def test_a_child_that_hangs_is_killed_and_replaced(tiny_base: Path, run_directory: Path) -> None:
-    engine = AsyncEngine(SETTINGS.model_copy(update={"engine_hang_seconds": 10.0}), tiny_base)
+    engine = AsyncEngine(SETTINGS, tiny_base)
     await engine.start()
     try:
         child = pid_of(engine)
         os.kill(child, signal.SIGSTOP)
-        with pytest.raises(UnavailableError) as caught:
+        with impatient(engine), pytest.raises(UnavailableError) as caught:
             await _exhaust(engine.generate(generate([5], sampling(max_tokens=500))))
         assert caught.value.code == "engine_lost"
         with pytest.raises(UnavailableError):

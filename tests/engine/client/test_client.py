@@ -27,6 +27,7 @@ from tenora.errors import (
 )
 from tenora.training.spec import StepEvent, StoppedEvent, TrainSpec
 from tests.engine.requests import generate, sampling
+from tests.support.hanging import impatient
 from tests.support.patience import PATIENCE
 from tests.support.scripted_engine import CRASH, FAIL, READY, SILENT, Script, ScriptedEngine
 
@@ -197,14 +198,14 @@ async def test_a_start_that_fails_says_why(fakes: Fakes) -> None:
 
 
 async def test_nobody_waits_for_a_loop_that_hangs(fakes: Fakes) -> None:
-    engine = AsyncEngine.in_thread(Settings(engine_hang_seconds=2), fakes)
+    engine = AsyncEngine.in_thread(Settings(), fakes)
     await engine.start()
     waiting = asyncio.create_task(tokens_of(engine, generate([SILENT])))
     training = asyncio.create_task(_events(engine, "run"))
     await until(lambda: bool(fakes.made[-1].runs))
     hanging = fakes.made[-1].script
     hanging.hang.set()
-    with pytest.raises(UnavailableError) as caught:
+    with impatient(engine), pytest.raises(UnavailableError) as caught:
         await waiting
     assert caught.value.code == "engine_lost"
     with pytest.raises(UnavailableError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import selectors
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,33 +16,21 @@ from tenora.engine.client.link import Link
 from tenora.engine.client.supervisor import EngineSupervisor
 from tenora.engine.messages import Command, EngineStats, Event, Heartbeat, Ready
 from tenora.errors import UnavailableError
+from tests.support.clock import Clock, JumpingLoop
 from tests.support.scripted_engine import READY
 
 PATIENCE = 300.0
 HANG = 60.0
 
 
-class _NoWaiting(selectors.DefaultSelector):
-    """Where a loop would wait, its clock jumps."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout:
-            self.now += timeout
-        return ready
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def clock() -> _NoWaiting:
-    return _NoWaiting()
-
-
-@pytest.fixture
-def run(clock: _NoWaiting, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
-    loop = asyncio.SelectorEventLoop(clock)
-    monkeypatch.setattr(loop, "time", lambda: clock.now)
+def run(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    loop = JumpingLoop(clock)
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock.now)
     yield loop.run_until_complete
     loop.close()
@@ -237,7 +224,7 @@ def test_only_what_a_restart_would_help_is_trouble(run: Callable[[Any], Any]) ->
 
 
 def test_a_service_that_stood_still_itself_does_not_blame_the_engine(
-    run: Callable[[Any], Any], clock: _NoWaiting
+    run: Callable[[Any], Any], clock: Clock
 ) -> None:
     async def scenario() -> None:
         subject = await _keep([_Scripted([(1, READY), *_beats(10_000)])])
