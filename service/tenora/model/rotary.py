@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tenora.model.spec import ModelSpec
 
@@ -95,6 +94,9 @@ class Rotary:
             dim = self._config.head_dim
             exponents = torch.arange(0, dim, 2, dtype=torch.float, device=self._device) / dim
             return 1.0 / (self._config.rope_parameters["rope_theta"] ** exponents), 1.0
+        # A second of every engine's start, which a base without scaling does not pay.
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
+
         # A tensor, as transformers passes it: the float32 power of `dynamic` then rounds alike, to the bit.
         seq_len = None if length is None else torch.tensor(length, device=self._device)
         frequencies, scale = ROPE_INIT_FUNCTIONS[self._type](self._config, self._device, seq_len=seq_len)
