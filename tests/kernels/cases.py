@@ -41,7 +41,7 @@ def shuffled(count: int, slots: int, seed: int) -> list[int]:
 LAYOUTS = {
     "mixed, a quarter base": (shuffled(40, 7, 1), MIXED),
     "sorted run": (sorted(shuffled(40, 7, 2)), MIXED),
-    "long segments": (shuffled(512, 7, 4), MIXED),
+    "long segments": (shuffled(160, 2, 4), [[33] * 7, [16] * 7]),
     "one for all": ([4] * 17, MIXED),
     "the largest for all": ([6] * 130, MIXED),
     "all distinct": ([5, 3, 1, 6, 0, 4, 2], MIXED),

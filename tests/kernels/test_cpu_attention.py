@@ -18,6 +18,7 @@ from tenora_kernels.cpu.attention import attention
 from tenora_kernels.cpu.attention.attention import PagedStep, Rope, allocate_cache, supports
 from tenora_kernels.cpu.runtime.team import Team
 from tests.kernels.paged_cases import PagedCase, Schedule, Shape, reference, token_by_token, whole
+from tests.support.full import full_but
 
 SHAPES = {
     "smollm2": Shape(9, 3, 64),
@@ -62,8 +63,9 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_shape_in_every_order(shape: Shape, dtype: torch.dtype, team: Team) -> None:
+@pytest.mark.parametrize("name", full_but(["smollm2", "one head, an odd size", "one group of 16"], SHAPES))
+def test_every_shape_in_every_order(name: str, dtype: torch.dtype, team: Team) -> None:
+    shape = SHAPES[name]
     for window in (None, 1, 7, 100):
         first = PagedCase(shape, LENGTHS, dtype=dtype).run(whole(LENGTHS), window)
         assert_near(first, PagedCase(shape, LENGTHS, dtype=dtype).expected(window))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import cache
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
 from tenora_kernels import ops
+from tenora_kernels.layout import LoraTables
 from tenora_kernels.ops import add_lora
 from tenora_kernels.reference import add_lora_reference
 from tests.kernels.cases import (
@@ -25,14 +30,22 @@ from tests.kernels.cases import (
 SITES = {"qkv": QKV, "gate_up": GATE_UP, "down": DOWN}
 
 
+class _OneView:
+    """Tables that give one view of a matrix to all rows: the backward pass of each view writes a whole arena."""
+
+    def __init__(self, tables: LoraTables) -> None:
+        self.rank, self.scale = tables.rank, tables.scale
+        self.a, self.bt = cache(tables.a), cache(tables.bt)
+
+
 def reference_gradients(case: Case, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dY and the gradient of the arena, in float64."""
     x, y = (t.detach().double().clone().requires_grad_() for t in (case.x, case.y))
     arena = case.tables.arena.double().clone().requires_grad_()
-    grad, case.tables.grad = case.tables.grad, None
-    stored, case.tables.arena = case.tables.arena, arena
-    (add_lora_reference(y, x, case.site, case.tables, case.slots) * weight.double()).sum().backward()
-    case.tables.arena, case.tables.grad = stored, grad
+    tables = copy(case.tables)
+    tables.arena, tables.grad = arena, None
+    views = cast("LoraTables", _OneView(tables))
+    (add_lora_reference(y, x, case.site, views, case.slots) * weight.double()).sum().backward()
     zeros = torch.zeros_like
     return (x.grad if x.grad is not None else zeros(x), y.grad, arena.grad if arena.grad is not None else zeros(arena))
 

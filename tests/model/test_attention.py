@@ -59,12 +59,12 @@ def test_packed_equals_the_naive_loop_per_sequence(window: int | None) -> None:
         torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 2])
 def test_packed_gradients(window: int | None) -> None:
-    inputs = [x.double().requires_grad_() for x in qkv(9, 2)]
+    inputs = [x.double().requires_grad_() for x in qkv(5, 2)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return PackedAttention([0, 4, 9]).attend(0, q, k, v, window)
+        return PackedAttention([0, 2, 5]).attend(0, q, k, v, window)
 
     assert torch.autograd.gradcheck(attend, inputs)
 

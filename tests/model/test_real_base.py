@@ -18,6 +18,7 @@ from torch import Tensor
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Detokenizer, Tokenizer
 from tests.model.paged import PagedRun
+from tests.support.full import full
 
 pytestmark = pytest.mark.real
 
@@ -52,7 +53,7 @@ def test_tokenizer_and_chat_equal_transformers(base: Path, theirs: Any) -> None:
             assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), full(torch.bfloat16, 4e-2)])
 @torch.no_grad()
 def test_logits_equal_transformers(dtype: torch.dtype, tolerance: float, base: Path, theirs: Any) -> None:
     prompts = [torch.tensor(theirs.apply_chat_template(chat, return_dict=False)[:24]) for chat in CHATS]

@@ -9,16 +9,17 @@ from tenora_kernels.gpu import backend, configs
 from tenora_kernels.layout import LoraSite
 from tests.kernels.cases import DOWN, GATE_UP, QKV, Case, make_case, make_tables, worst
 from tests.kernels.gpu.cases import INTERPRETED, LAYOUTS, MIXED, batch_of, edit, forward, reference
-from tests.support.full import full_but
+from tests.support.full import full, full_but
 
 MIX = LAYOUTS["mixed, a quarter base"]
 SMALL = ([4, -1, 0, 5, 2, 4, -1, 5], MIXED)
+QUICK = ["sorted run", "all base", "partial targets", "one row", "no rows"]
 SERVED = full_but(torch.bfloat16, INTERPRETED)
 MIXED_TYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("dtype", full_but(torch.float32, INTERPRETED), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", full_but(QUICK, LAYOUTS))
 def test_equals_the_reference(layout: str, dtype: torch.dtype) -> None:
     slots, ranks = LAYOUTS[layout]
     case = make_case(slots, ranks, dtype=dtype)
@@ -30,13 +31,13 @@ def test_equals_the_reference(layout: str, dtype: torch.dtype) -> None:
             assert same == (slot < 0 or ranks[slot][j] == 0)
 
 
-@pytest.mark.parametrize("site", [QKV, GATE_UP, DOWN], ids=["qkv", "gate_up", "down"])
+@pytest.mark.parametrize("site", full_but(DOWN, [QKV, GATE_UP, DOWN]), ids=["qkv", "gate_up", "down"])
 def test_several_blocks_of_everything(site: LoraSite, small_blocks: None) -> None:
     case = make_case(*SMALL, site=site)
     assert worst(forward(case), reference(case)) <= INTERPRETED[torch.float32]
 
 
-@pytest.mark.parametrize(("dtype", "weights"), MIXED_TYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "weights"), [MIXED_TYPES[0], full(*MIXED_TYPES[1])], ids=str)
 def test_rows_of_one_type_on_weights_of_another(dtype: torch.dtype, weights: torch.dtype) -> None:
     case = make_case(*SMALL, dtype=dtype, weights=weights)
     assert worst(forward(case), reference(case)) <= INTERPRETED[dtype]
@@ -84,7 +85,7 @@ def test_a_program_takes_several_blocks(
 
 
 @pytest.mark.parametrize("site", full_but(DOWN, [QKV, DOWN]), ids=["qkv", "down"])
-@pytest.mark.parametrize("processors", [3, 200])
+@pytest.mark.parametrize("processors", full_but(200, [3, 200]))
 def test_programs_without_a_tile_help_the_others(
     processors: int, site: LoraSite, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
