@@ -24,6 +24,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.support.patience import PATIENCE
 from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.state import migrate
 
 SPEECH = "The quick brown fox jumps over the lazy dog."
 TRAINING_ROWS = "".join(
@@ -85,6 +86,7 @@ async def running(settings: Settings, script: Script, base: Path, engine: AsyncE
     await engine.start()
     model = resolve_model(str(base), settings.root)
     targets = target_modules(ModelSpec.from_directory(base))
+    await migrate(settings)
     control = await Control.open(settings, engine, Tokenizer.load(base), model, targets)
     await control.start()
     service = Service(create_app(control, settings), control, script, settings)

@@ -32,6 +32,7 @@ from tenora.training.spec import LoraSpec
 from tests.control.scripted import ScriptedEngine, random_modules
 from tests.support.patience import PATIENCE
 from tests.support.postgres import Postgres, running
+from tests.support.state import migrate
 
 BASE = "tiny"
 ROWS = [
@@ -107,6 +108,8 @@ async def open_control(
 
     async def make(**values: Any) -> Control:
         settings = Settings(home=home, database_url=registry_url, **values)
+        if registry_url is None and not home.exists():  # noqa: ASYNC240 (the state of a directory)
+            await migrate(settings)
         model = ResolvedModel(tiny_base, BASE)
         control = await Control.open(settings, cast("AsyncEngine", engine), tokenizer, model, targets)
         await control.start()

@@ -223,9 +223,7 @@ def test_only_what_a_restart_would_help_is_trouble(run: Callable[[Any], Any]) ->
     run(failing())
 
 
-def test_a_service_that_stood_still_itself_does_not_blame_the_engine(
-    run: Callable[[Any], Any], clock: Clock
-) -> None:
+def test_a_service_that_stood_still_itself_does_not_blame_the_engine(run: Callable[[Any], Any], clock: Clock) -> None:
     async def scenario() -> None:
         subject = await _keep([_Scripted([(1, READY), *_beats(10_000)])])
         await asyncio.sleep(10)
