@@ -63,8 +63,9 @@ $(TOOLS)/bin/helm: deploy/tools/fetch_helm.py | $(READY)
 demo: setup ## the whole product in one run: serve, fine-tune on a sample file, compare base and adapter
 	@$(BIN)/python clients/demo/demo.py $(ARGS)
 
-# Two lanes when everything runs: the tests that compute, and the rest, which mostly wait for servers.
-COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine
+# Two lanes of about the same length when everything runs: the tests that compute and some small rooms, and those of services.
+COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine \
+  tests/adapters tests/architecture tests/client tests/deploy tests/docs
 
 define LANES
 log=$$(mktemp); failed=0; \

@@ -155,6 +155,17 @@ async def test_a_hanging_engine_ends_what_waits_for_it_and_fails_the_probes(serv
     assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
 
+class TestTraining:
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> Settings:
+        return Settings(home=tmp_path / "home", device="cpu", dtype="float32", threads=1, role="train")
+
+    async def test_a_service_that_only_trains_takes_no_inference(self, service: Service) -> None:
+        body = {**BODY, "model": service.control.inference.base_id}
+        assert (await service.client().post("/v1/chat/completions", json=body)).status_code == 404
+        assert (await service.client().get("/v1/fine_tuning/jobs")).status_code == 200
+
+
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     """What `configure` writes; the root logger is put back afterwards."""

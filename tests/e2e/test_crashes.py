@@ -13,7 +13,6 @@ import tenora_client as tc
 from tests.e2e.conftest import StartServer
 from tests.e2e.material import ask, write_adapter, write_rows
 from tests.e2e.serving import Server, until
-from tests.support.full import full_but
 
 CANARY = b"canary-of-a-half-written-file"
 
@@ -70,7 +69,8 @@ def test_killed_in_an_upload(new_server: StartServer) -> None:
     assert files_with(server.home, CANARY) == []
 
 
-@pytest.mark.parametrize("point", full_but("files.after_rename", ["files.before_rename", "files.after_rename"]))
+@pytest.mark.full
+@pytest.mark.parametrize("point", ["files.before_rename", "files.after_rename"])
 def test_killed_when_an_upload_is_complete(new_server: StartServer, tmp_path: Path, point: str) -> None:
     server = new_server()
     source = write_rows(tmp_path / "rows.jsonl", 4, reply=CANARY.decode() + " {}")
@@ -110,18 +110,16 @@ def test_killed_in_a_job(new_server: StartServer, tmp_path: Path) -> None:
         assert client.chat.create(ask("Question 1?"), done.fine_tuned_model, max_tokens=1).choices
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "point",
-    full_but(
+    [
+        "jobs.after_prepare",
+        "publish.before_blob",
+        "publish.after_blob",
         "publish.before_commit",
-        [
-            "jobs.after_prepare",
-            "publish.before_blob",
-            "publish.after_blob",
-            "publish.before_commit",
-            "publish.after_commit",
-        ],
-    ),
+        "publish.after_commit",
+    ],
 )
 def test_killed_at_a_publish(new_server: StartServer, tmp_path: Path, tiny_base: Path, point: str) -> None:
     server = new_server()

@@ -74,6 +74,7 @@ async def test_a_stream_longer_than_the_grace_ends_with_an_error_event(
     assert server.exit_status() == 0
 
 
+@pytest.mark.full  # an idle server and one that drains are in tests/cli/test_serve.py
 def test_a_second_sigterm_ends_at_once(new_server: StartServer, long_base: Path) -> None:
     server = new_server(long_base, TENORA_DRAIN_SECONDS="600")
     server.start()

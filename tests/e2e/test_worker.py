@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,10 @@ from tests.e2e.conftest import StartServer
 from tests.e2e.material import ask, write_rows
 from tests.e2e.serving import TENORA, Server, alive, until
 from tests.e2e.test_crashes import trained_steps
+from tests.support.full import full_but
 from tests.support.patience import PATIENCE
+
+SECRET = "tk-secret-of-the-operator-0123456789"
 
 
 def long_job(client: tc.Client, directory: Path, name: str) -> tc.Job:
@@ -42,12 +46,20 @@ def digest_of(client: tc.Client, name: str) -> str:
     return client.adapters.get(name).digest
 
 
-def test_a_killed_worker_ends_no_stream_and_its_job_goes_on_with_the_same_bits(
-    new_server: StartServer, long_base: Path, tmp_path: Path
-) -> None:
-    server = new_server(long_base)
-    server.start()
-    with server.client() as client, server.client() as other:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, long_base: Path) -> Iterator[Server]:
+    """A server whose worker may come and go, and nothing else."""
+    served = Server(tmp_path_factory.mktemp("served"), long_base, TENORA_DTYPE="float32", TENORA_API_KEY=SECRET)
+    try:
+        served.start()
+        yield served
+    finally:
+        served.stop()
+
+
+def test_a_killed_worker_ends_no_stream_and_its_job_goes_on_with_the_same_bits(shared: Server, tmp_path: Path) -> None:
+    server = shared
+    with server.client(SECRET) as client, server.client(SECRET) as other:
         base = client.models.base().id
         whole = long_job(client, tmp_path, "whole")
         assert client.jobs.wait(whole.id, poll=0.2).status == "succeeded"
@@ -94,10 +106,9 @@ def test_a_worker_outlives_its_service_to_finish_what_it_prepares_and_the_next_o
         client.jobs.cancel(job.id)
 
 
-def test_a_worker_that_is_told_to_end_saves_its_run_and_ends_in_order(new_server: StartServer, tmp_path: Path) -> None:
-    server = new_server()
-    server.start()
-    with server.client() as client:
+def test_a_worker_that_is_told_to_end_saves_its_run_and_ends_in_order(shared: Server, tmp_path: Path) -> None:
+    server = shared
+    with server.client(SECRET) as client:
         job = long_job(client, tmp_path, "phoenix")
         until(lambda: trained_steps(client, job.id) >= 20, "twenty steps are done")
         worker = server.worker()
@@ -116,35 +127,29 @@ def test_a_server_that_ends_ends_its_worker(new_server: StartServer) -> None:
     assert not alive(worker)
 
 
-def test_a_worker_leaves_the_processor_to_its_service_and_so_does_its_session(new_server: StartServer) -> None:
-    server = new_server()
-    server.start()
-    worker = at_work(server)
-    assert worker.nice() == min(19, psutil.Process(server.process.pid).nice() + NICE)
+def test_a_worker_leaves_the_processor_to_its_service_and_so_does_its_session(shared: Server) -> None:
+    worker = at_work(shared)
+    assert worker.nice() == min(19, psutil.Process(shared.process.pid).nice() + NICE)
     session = Path(f"/proc/{worker.pid}/autogroup")
     assert not session.exists() or session.read_text().split()[-1] == str(worker.nice())
 
 
-def test_no_second_worker_works_on_a_state_directory(new_server: StartServer) -> None:
-    server = new_server()
-    server.start()
-    at_work(server)
+def test_no_second_worker_works_on_a_state_directory(shared: Server) -> None:
+    at_work(shared)
     second = subprocess.run(
-        [str(TENORA), "work"], env=server.environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+        [str(TENORA), "work"], env=shared.environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert second.returncode == 1
     assert "Another worker works" in second.stderr
 
 
-def test_no_secret_is_in_the_workers_environment(new_server: StartServer) -> None:
-    server = new_server()
-    server.start(TENORA_API_KEY="tk-secret-of-the-operator")
-    worker = server.worker()
+def test_no_secret_is_in_the_workers_environment(shared: Server) -> None:
+    worker = shared.worker()
     assert not [name for name in worker.environ() if name.startswith("TENORA_")]
     assert "tk-secret" not in " ".join(worker.cmdline())
 
 
-@pytest.mark.parametrize("role", ["serve", "train"])
+@pytest.mark.parametrize("role", full_but("serve", ["serve", "train"]))
 def test_a_role_means_what_it_says(new_server: StartServer, tmp_path: Path, role: str) -> None:
     server = new_server()
     server.start(TENORA_ROLE=role)

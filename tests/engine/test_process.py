@@ -198,17 +198,26 @@ def test_secrets_do_not_reach_the_child(tmp_path: Path) -> None:
     assert restored == settings.model_copy(update={"api_key": None, "database_url": None})
 
 
-async def test_no_child_finds_a_secret_in_its_environment(
+async def test_no_child_finds_a_secret_in_its_environment_and_it_tells_how_far_it_is_while_it_loads(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENORA_API_KEY", "tk-secret")
     monkeypatch.setenv("TENORA_DATABASE_URL", "postgresql://u:hunter2@h/d")
-    engine = AsyncEngine(SETTINGS, tiny_base)
+    engine, told = AsyncEngine(SETTINGS, tiny_base), []
+    receive = engine._supervisor._receive
+
+    def note(event: Event) -> None:
+        receive(event)
+        told.append(engine.loading)
+
+    engine._supervisor._receive = note
     await engine.start()
     try:
         inherited = psutil.Process(pid_of(engine)).environ()
     finally:
         await engine.close(0)
+    weights = [step for step in told if step is not None and step.phase == "weights"]
+    assert weights[-1].done == weights[-1].total > 0
     assert "PATH" in inherited
     assert not [name for name in inherited if name.startswith("TENORA_")]
 
@@ -250,21 +259,6 @@ async def test_the_real_engine_in_a_thread(driver: Callable[..., Driver], adapte
         assert engine.stats.kv_blocks_used == 0
     finally:
         await engine.close(1)
-
-
-async def test_a_child_tells_how_far_it_is_while_it_loads(tiny_base: Path, run_directory: Path) -> None:
-    engine, told = AsyncEngine(SETTINGS, tiny_base), []
-    receive = engine._supervisor._receive
-
-    def note(event: Event) -> None:
-        receive(event)
-        told.append(engine.loading)
-
-    engine._supervisor._receive = note
-    await engine.start()
-    await engine.close(0)
-    weights = [step for step in told if step is not None and step.phase == "weights"]
-    assert weights[-1].done == weights[-1].total > 0
 
 
 async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_be_started(
