@@ -128,6 +128,40 @@ def test_sqlalchemy_stays_in_the_registry_and_in_the_rows_of_wings(repo_root: Pa
     assert {"jobs/rows", "jobs/lease_rows", "registry/database"} <= allowed
 
 
+def annotated_with_path(source: str) -> list[int]:
+    """Lines of annotations with `Path` in signatures and fields of what other modules may use."""
+    lines: list[int] = []
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            name = getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", "")
+            if name.startswith("_") and name != "__init__":
+                continue
+            if isinstance(node, ast.ClassDef):
+                waiting.append(node)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = node.args
+                given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg]
+                annotations = [argument.annotation for argument in given if argument is not None] + [node.returns]
+                lines += [one.lineno for one in annotations if one is not None and _names_path(one)]
+            elif isinstance(node, ast.AnnAssign) and _names_path(node.annotation):
+                lines.append(node.lineno)
+    return lines
+
+
+def _names_path(annotation: ast.expr) -> bool:
+    return any(getattr(node, "id", getattr(node, "attr", "")) == "Path" for node in ast.walk(annotation))
+
+
+def test_paths_are_the_storage_s_alone_in_the_signatures_of_control(repo_root: Path) -> None:
+    control = repo_root / "service/tenora/control"
+    sources = [path for path in control.rglob("*.py") if path.parent.name != "storage"]
+    found = {str(path.relative_to(control)): annotated_with_path(path.read_text()) for path in sources}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    one = "def f(a: Path): ...\nclass C:\n  x: pathlib.Path | None\n  def _g(self, a: Path): ...\n"
+    assert sorted(annotated_with_path(f"{one}def h() -> list[Path]: ...")) == [1, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("project", "sources"),
     [(".", ("service/tenora", "kernels/tenora_kernels")), ("clients/python", ("clients/python/src/tenora_client",))],

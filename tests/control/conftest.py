@@ -51,7 +51,15 @@ def targets(tiny_base: Path) -> Sequence[TargetModule]:
     return target_modules(ModelSpec.from_directory(tiny_base))
 
 
-ON_BOTH = ("test_leases", "test_registry", "test_databases", "test_idempotency", "test_batches", "test_presence")
+ON_BOTH = (
+    "test_leases",
+    "test_registry",
+    "test_databases",
+    "test_idempotency",
+    "test_batches",
+    "test_presence",
+    "test_shared_blobs",
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -167,6 +175,19 @@ async def upload(
     )
 
 
+async def content_of(control: Control, who: Principal, file_id: str) -> bytes:
+    """The bytes of a file."""
+    return await asyncio.to_thread(Path(await control.files.content(who, file_id)).read_bytes)
+
+
+async def archive_of(control: Control, who: Principal, name: str) -> bytes:
+    """The zip of an adapter, which is sent and removed."""
+    path = Path(await control.adapters.archive(who, name))
+    content = await asyncio.to_thread(path.read_bytes)
+    await asyncio.to_thread(path.unlink)
+    return content
+
+
 async def create_job(control: Control, who: Principal, **fields: Any) -> JobRecord:
     if "training_file" not in fields:
         fields["training_file"] = (await upload(control, who)).id
@@ -234,6 +255,6 @@ def import_adapter(tmp_path: Path, targets: Sequence[TargetModule]) -> ImportAda
 
     async def do(control: Control, who: Principal, name: str, *, seed: int = 0, rank: int = 4) -> AdapterRecord:
         config, weights = adapter_files(tmp_path, targets, seed=seed, rank=rank)
-        return await control.adapters.import_(who, name=name, config=config, weights=weights)
+        return await control.adapters.import_(who, name=name, config=config, weights=str(weights))
 
     return do

@@ -55,7 +55,7 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
         await upload(control, who, receipt=receipt)
     else:
         config, weights = adapter_files(control.settings.root.parent, control._blobs.targets, seed=2)
-        await control.adapters.import_(who, name="desk", config=config, weights=weights, receipt=receipt)
+        await control.adapters.import_(who, name="desk", config=config, weights=str(weights), receipt=receipt)
 
 
 async def main(home: Path, base: Path, point: str, deed: str, registry_url: str | None) -> None:
@@ -84,7 +84,7 @@ async def main(home: Path, base: Path, point: str, deed: str, registry_url: str 
         await control.files.delete(who, file.id)
     elif deed == "import":
         config, weights = adapter_files(home.parent, targets, seed=2)
-        await control.adapters.import_(who, name="desk", config=config, weights=weights)
+        await control.adapters.import_(who, name="desk", config=config, weights=str(weights))
     elif deed == "delete-adapter":
         await control.adapters.delete(who, "desk")
 

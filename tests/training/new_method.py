@@ -103,11 +103,11 @@ def main(base: Path, directory: Path) -> None:
         directory / "rows.jsonl", [chat(f"What is {n}?", "quick brown fox " * (n % 5 + 1)) for n in range(60)]
     )
     job = Preparation(
-        "job", "acme", directory / "work", [Source(file="file-1", name="rows")], [rows], None, asked, None, 0
+        "job", "acme", str(directory / "work"), [Source(file="file-1", name="rows")], [str(rows)], None, asked, None, 0
     )
     prepared = prepare(job, Tokenizer.load(base), limits, tokens_per_microbatch=256)
     stored = json.loads(json.dumps(prepared.plan))
-    spec = spec_of(stored, directory / "work", None)
+    spec = spec_of(stored, str(directory / "work"), None)
     decoder = load_decoder(base, device=torch.device("cpu"), dtype=torch.float32)
     torch.set_num_threads(1)
     events = events_of(TrainingRun(decoder, spec))

@@ -114,14 +114,14 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def alone(self, digest: str) -> Iterator[bool]:
-        """Whether no process holds a version; if so, none begins to as long as the block runs."""
-        try:
-            with _locked(self.path(digest)):
+        """Whether a version is stored and no process holds it; if so, none begins to as long as the block runs."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(self.path(digest)))
+            except (FileNotFoundError, BlockingIOError):
+                yield False
+            else:
                 yield True
-        except FileNotFoundError:
-            yield True
-        except BlockingIOError:
-            yield False
 
     def delete(self, digest: str) -> bool:
         """Remove a version; False if there was none. Whoever has its files open keeps reading them."""

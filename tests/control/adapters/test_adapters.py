@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -27,7 +28,7 @@ from tenora.errors import (
     PayloadTooLargeError,
     PermissionDeniedError,
 )
-from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, tenant
+from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, archive_of, tenant
 from tests.control.scripted import ScriptedEngine
 
 
@@ -57,11 +58,11 @@ async def test_the_caller_keeps_its_files(
     control: Control, acme: Principal, tmp_path: Path, targets: Sequence[TargetModule]
 ) -> None:
     config, weights = adapter_files(tmp_path, targets)
-    record = await control.adapters.import_(acme, name="desk", config=config, weights=weights)
+    record = await control.adapters.import_(acme, name="desk", config=config, weights=str(weights))
     weights.chmod(0o600)
     weights.write_bytes(b"changed after the import")
-    stored = await control.adapters.archive(acme, "desk")
-    with zipfile.ZipFile(stored) as file:
+    stored = await archive_of(control, acme, "desk")
+    with zipfile.ZipFile(io.BytesIO(stored)) as file:
         assert file.read(WEIGHTS_NAME) != b"changed after the import"
     assert control._blobs.store.verify(record.digest)
 
@@ -84,7 +85,7 @@ async def test_refused_adapters_leave_nothing(
         ("", config, weights, InvalidRequestError),
     ):
         with pytest.raises(error):
-            await control.adapters.import_(acme, name=name, config=bad_config, weights=bad_weights)
+            await control.adapters.import_(acme, name=name, config=bad_config, weights=str(bad_weights))
     assert await control.adapters.list(acme) == []
     assert blobs(home) == set()
     assert list((home / "staging").iterdir()) == []
@@ -179,11 +180,10 @@ async def test_the_archive_is_the_adapter(
     control: Control, acme: Principal, import_adapter: ImportAdapter, targets: Sequence[TargetModule], tmp_path: Path
 ) -> None:
     await import_adapter(control, acme, "desk", seed=5)
-    archive = await control.adapters.archive(acme, "desk")
-    with zipfile.ZipFile(archive) as file:
+    archive = await archive_of(control, acme, "desk")
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
         assert sorted(file.namelist()) == sorted([CONFIG_NAME, WEIGHTS_NAME, README_NAME])
         file.extractall(tmp_path / "out")
-    archive.unlink()
     got = read_adapter(tmp_path / "out", targets, max_rank=64)
     want = read_adapter(tmp_path / "adapter-5-4", targets, max_rank=64)
     for path, module in want.modules.items():

@@ -29,7 +29,16 @@ from tenora.errors import (
 )
 from tests.control.adapters.test_adapters import blobs
 from tests.control.adapters.test_pins import limit
-from tests.control.conftest import BASE, ImportAdapter, adapter_files, create_job, until, until_true, upload
+from tests.control.conftest import (
+    BASE,
+    ImportAdapter,
+    adapter_files,
+    archive_of,
+    create_job,
+    until,
+    until_true,
+    upload,
+)
 from tests.control.gate.test_takeover import train, warnings
 from tests.control.scripted import ScriptedEngine, scores
 from tests.support.patience import PATIENCE
@@ -66,10 +75,10 @@ async def test_weights_that_the_compute_type_cannot_hold_are_refused_at_import(
     arrays = safetensors.numpy.load_file(weights)
     next(iter(arrays.values()))[0, 0] = 65520.0  # the smallest number that float16 rounds to infinity
     safetensors.numpy.save_file(arrays, weights)
-    await control.adapters.import_(acme, name="desk", config=config, weights=weights)
+    await control.adapters.import_(acme, name="desk", config=config, weights=str(weights))
     limit(engine, dtype="float16")
     with pytest.raises(AdapterFormatError, match="holds 65520, which the type that this server computes in cannot"):
-        await control.adapters.import_(acme, name="desk", config=config, weights=weights)
+        await control.adapters.import_(acme, name="desk", config=config, weights=str(weights))
 
 
 async def test_a_job_whose_adapter_could_never_be_served_is_refused(
@@ -158,7 +167,7 @@ async def test_content_that_is_imported_while_its_old_adapter_goes_stays(
     await control.adapters.delete(acme, "desk")
     await asyncio.gather(*ends)
     assert blobs(home) == {kept}
-    (await control.adapters.archive(acme, "again")).unlink()
+    await archive_of(control, acme, "again")
 
 
 class SlowStore:
@@ -211,7 +220,7 @@ async def test_an_import_that_is_left_stores_nothing(
     config, weights = adapter_files(tmp_path, targets, seed=1)
     put = slow._put
     slow._put = lambda source: put(weights.parent)
-    left = asyncio.create_task(control.adapters.import_(acme, name="left", config=config, weights=weights))
+    left = asyncio.create_task(control.adapters.import_(acme, name="left", config=config, weights=str(weights)))
     await asyncio.to_thread(slow.begun.wait)
     left.cancel()
     await asyncio.wait([left])
@@ -249,7 +258,7 @@ async def test_content_that_is_imported_in_the_middle_of_its_deletion_is_stored_
     await asyncio.gather(deletion, again)
     assert slow.stored == [digest, digest]
     assert control._blobs.store.list() == (digest,)
-    (await control.adapters.archive(acme, "again")).unlink()
+    await archive_of(control, acme, "again")
 
 
 async def test_sizes_of_versions_that_are_long_gone_are_forgotten(
@@ -278,10 +287,10 @@ async def test_damaged_weights_are_not_given_out(
     assert job.status == "failed"
     assert job.error is not None
     assert job.error["code"] == "adapter_damaged"
-    (await control.adapters.archive(acme, "other")).unlink()
+    await archive_of(control, acme, "other")
     assert list((home / "staging").iterdir()) == []
     await import_adapter(control, acme, "desk", seed=1)
-    (await control.adapters.archive(acme, "desk")).unlink()
+    await archive_of(control, acme, "desk")
 
 
 async def test_nobody_waits_for_the_check_of_a_pin(

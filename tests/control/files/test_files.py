@@ -25,7 +25,7 @@ from tenora.errors import (
     PayloadTooLargeError,
     StorageFullError,
 )
-from tests.control.conftest import ROWS, OpenControl, jsonl, pieces, tenant, upload
+from tests.control.conftest import ROWS, OpenControl, content_of, jsonl, pieces, tenant, upload
 from tests.support.patience import PATIENCE
 
 
@@ -40,7 +40,7 @@ async def test_a_training_file_is_stored_and_checked(control: Control, acme: Pri
     assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert record.id.startswith("file-")
     assert await control.files.get(acme, record.id) == record
-    assert (await control.files.content(acme, record.id)).read_bytes() == content
+    assert await content_of(control, acme, record.id) == content
 
 
 async def test_unusable_rows_are_named_by_line(control: Control, acme: Principal) -> None:
@@ -107,7 +107,7 @@ async def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tenora.control.files.files.os.write", full)
+    monkeypatch.setattr("tenora.control.storage.directory.os.write", full)
     with pytest.raises(StorageFullError):
         await control.files.create(acme, filename="a", purpose="user_data", chunks=pieces(b"x"))
     monkeypatch.undo()
@@ -183,7 +183,7 @@ async def test_another_tenants_file_is_a_missing_one(control: Control, acme: Pri
             await control.files.list(acme, after=file_id)
         said.add(invalid.value.message.replace(file_id, "?"))
     assert len(said) == 1
-    assert (await control.files.content(umbrella, theirs)).exists()
+    assert await content_of(control, umbrella, theirs)
 
 
 async def test_delete_frees_the_disk(control: Control, acme: Principal, home: Path) -> None:
@@ -219,7 +219,7 @@ async def test_a_restart_keeps_files_and_sweeps_leftovers(open_control: OpenCont
     control = await open_control()
     acme = await tenant(control, "acme")
     record = await upload(control, acme)
-    path = await control.files.content(acme, record.id)
+    path = Path(await control.files.content(acme, record.id))
     await control.close()
     orphan = path.with_name("file-orphan")
     orphan.write_bytes(b"no row names me")

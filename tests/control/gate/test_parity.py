@@ -124,13 +124,14 @@ def test_every_module_must_carry_weights(tmp_path: Path, targets: Sequence[Targe
         modules[paths[0]][1][:] = -0.0
         modules[paths[3]][0][:] = 0.0
 
-    assert require_weights(write(tmp_path / "whole", targets, lambda _: None), targets, NAMES, max_rank=8) == len(paths)
+    whole = str(write(tmp_path / "whole", targets, lambda _: None))
+    assert require_weights(whole, targets, NAMES, max_rank=8) == len(paths)
     with pytest.raises(TrainingError) as raised:
-        require_weights(write(tmp_path / "holes", targets, zero), targets, NAMES, max_rank=8)
+        require_weights(str(write(tmp_path / "holes", targets, zero)), targets, NAMES, max_rank=8)
     assert raised.value.code == "untrained_modules"
     assert f"{paths[0]} (zero), {paths[3]} (zero)" in raised.value.message
     with pytest.raises(TrainingError, match=r"self_attn.o_proj \(missing\)"):
-        require_weights(tmp_path / "whole", targets, (*NAMES, "o_proj"), max_rank=8)
+        require_weights(whole, targets, (*NAMES, "o_proj"), max_rank=8)
 
 
 def dataset(rows: Sequence[tuple[int, int]]) -> TokenizedDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import zipfile
 from typing import Any
 
@@ -20,7 +21,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.worker import publication
 from tenora.errors import InvalidRequestError, NotFoundError
 from tenora.training.settings import Publish
-from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, create_job, until, upload
+from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, archive_of, create_job, until, upload
 from tests.control.jobs.test_job_methods import PAIRS
 from tests.control.scripted import ScriptedEngine
 
@@ -240,10 +241,9 @@ async def test_always_and_never(control: Control, acme: Principal, umbrella: Pri
     for name in (str(hidden.fine_tuned_model), f"new@{hidden.published['digest'][:8]}"):
         assert (await control.inference.resolve(acme, name, None)).adapter is not None
         assert (await control.adapters.get(acme, name)).version == 1
-        archive = await control.adapters.archive(acme, name)
-        with zipfile.ZipFile(archive) as packed:
+        archive = await archive_of(control, acme, name)
+        with zipfile.ZipFile(io.BytesIO(archive)) as packed:
             assert set(packed.namelist()) == {CONFIG_NAME, WEIGHTS_NAME, README_NAME}
-        archive.unlink()
         with pytest.raises(NotFoundError):
             await control.adapters.archive(umbrella, name)
     for name in "new", "new@12345678", "new@1", "ft:tiny:acme::nothing", "nobody@" + hidden.published["digest"]:

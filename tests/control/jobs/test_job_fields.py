@@ -153,16 +153,16 @@ class Prepared:
         job = Preparation(
             job_id="job",
             tenant_id="tenant",
-            workdir=self._directory / "work",
+            workdir=str(self._directory / "work"),
             sources=sources,
-            paths=[self._directory / source.file for source in sources],
-            validation_path=None if row.validation_file is None else self._directory / row.validation_file,
+            paths=[str(self._directory / source.file) for source in sources],
+            validation_path=None if row.validation_file is None else str(self._directory / row.validation_file),
             asked=asked,
             parent=None,
             seed=row.seed,
         )
         found = prepare(job, self._tokenizer, LIMITS, tokens_per_microbatch=2048)
-        files = sorted(job.workdir.glob("*.npz"))
+        files = sorted(Path(job.workdir).glob("*.npz"))
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return msgspec.json.encode([found.plan, digests]).decode()
 

@@ -20,6 +20,7 @@ from tests.control.conftest import (
     MANY_ROWS,
     ROWS,
     OpenControl,
+    content_of,
     create_job,
     jsonl,
     messages,
@@ -129,7 +130,7 @@ async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
     metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
     (last,) = [one for one in metrics if (one.get("fold"), one.get("fold_step")) == (4, 4)]
     assert (last["folds_done"], last["fold_valid_loss"], last["trained_tokens"]) == (1.0, 1.5, 1000)
-    table = csv.DictReader((await control.files.content(acme, job.result_files[0])).read_text().splitlines())
+    table = csv.DictReader((await content_of(control, acme, job.result_files[0])).decode().splitlines())
     assert [(row["step"], row["valid_loss"]) for row in table] == [
         ("0", "3.0"),
         *((str(step), "") for step in range(1, 4)),
@@ -176,7 +177,7 @@ async def test_several_files_are_tasks(control: Control, acme: Principal, engine
     metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items]
     last = next(found for found in metrics if "valid_loss/Q-A" in found)
     assert {"valid_loss/Q-A": 1.0, "valid_loss/Q-A-2": 2.0, "valid_loss/defs": 3.0}.items() <= last.items()
-    lines = (await control.files.content(acme, job.result_files[0])).read_text().splitlines()
+    lines = (await content_of(control, acme, job.result_files[0])).decode().splitlines()
     table = list(csv.DictReader(lines))
     assert lines[0].endswith("valid_mean_token_accuracy,valid_loss/Q-A,valid_loss/Q-A-2,valid_loss/defs")
     assert (table[-1]["valid_loss/defs"], table[1]["valid_loss/defs"]) == ("3.0", "")

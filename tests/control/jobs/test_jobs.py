@@ -24,6 +24,7 @@ from tests.control.conftest import (
     MANY_ROWS,
     ROWS,
     ImportAdapter,
+    content_of,
     create_job,
     messages,
     until,
@@ -97,7 +98,7 @@ async def test_a_job_becomes_a_callable_adapter(
     (result_id,) = done.result_files
     record = await control.files.get(acme, result_id)
     assert (record.purpose, record.filename, record.status) == ("fine-tune-results", "step_metrics.csv", "processed")
-    content = (await control.files.content(acme, result_id)).read_text()
+    content = (await content_of(control, acme, result_id)).decode()
     assert len(content) == record.bytes
     rows = list(csv.DictReader(content.splitlines()))
     assert tuple(rows[0]) == CSV_COLUMNS

@@ -19,6 +19,7 @@ from tests.control.conftest import (
     BASE,
     MANY_ROWS,
     OpenControl,
+    content_of,
     create_job,
     messages,
     tenant,
@@ -149,8 +150,7 @@ async def test_a_sweep_ends_in_a_table_and_the_winners_settings(
     files = [await control.files.get(acme, one) for one in job.result_files]
     assert [file.filename for file in files] == ["step_metrics.csv", "sweep.csv"]
     metrics, table = [
-        list(csv.DictReader((await control.files.content(acme, one)).read_text().splitlines()))
-        for one in job.result_files
+        list(csv.DictReader((await content_of(control, acme, one)).decode().splitlines())) for one in job.result_files
     ]
     assert [(row["step"], row["valid_loss"]) for row in metrics] == [("2", "1.5"), ("4", "1.5")]  # the winner's
     assert tuple(table[0]) == TRIAL_COLUMNS

@@ -18,6 +18,7 @@ from tenora.errors import AuthenticationError, ConflictError, NotFoundError, Sto
 from tests.control.conftest import (
     ImportAdapter,
     OpenControl,
+    content_of,
     create_job,
     tenant,
     until,
@@ -85,7 +86,7 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(
     assert theirs <= set(control._blobs.store.list())
     assert theirs.isdisjoint(engine.evicted)
     for record in (await control.files.list(umbrella)).items:
-        assert (await control.files.content(umbrella, record.id)).exists()
+        assert await content_of(control, umbrella, record.id)
     with pytest.raises(NotFoundError):
         await control.erasure.erase("acme")
 

@@ -20,6 +20,7 @@ from tenora.control.worker.training import MAX_ATTEMPTS
 from tenora.errors import ConflictError, StorageFullError
 from tests.control.conftest import (
     OpenControl,
+    content_of,
     create_job,
     messages,
     tenant,
@@ -208,7 +209,7 @@ async def test_the_engine_dies_and_the_job_goes_on(control: Control, acme: Princ
     said = await messages(control, acme, job.id)
     assert any("goes on from its last saved state when it is back (attempt 1 of 5)" in line for line in said)
     assert said.count("Fine-tuning job resumed from its last saved state") == 1
-    rows = (await control.files.content(acme, done.result_files[0])).read_text().splitlines()
+    rows = (await content_of(control, acme, done.result_files[0])).decode().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4"]  # step 1 was done twice
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import threading
 import zipfile
 from pathlib import Path
@@ -25,7 +26,17 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import Generate, SequenceOutput
 from tenora.errors import NotFoundError, UnavailableError
 from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
-from tests.control.conftest import ROWS, ImportAdapter, OpenControl, create_job, messages, tenant, until, upload
+from tests.control.conftest import (
+    ROWS,
+    ImportAdapter,
+    OpenControl,
+    archive_of,
+    create_job,
+    messages,
+    tenant,
+    until,
+    upload,
+)
 from tests.control.scripted import ScriptedEngine, scores
 from tests.support.patience import PATIENCE
 
@@ -341,10 +352,9 @@ async def test_others_publish_while_one_is_examined(
 
 async def unpack(control: Control, who: Principal, name: str, directory: Path) -> str:
     """Download into `directory`; the card."""
-    archive = await control.adapters.archive(who, name)
-    with zipfile.ZipFile(archive) as file:
+    archive = await archive_of(control, who, name)
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
         file.extractall(directory)
-    archive.unlink()
     return (directory / README_NAME).read_text("utf-8")
 
 

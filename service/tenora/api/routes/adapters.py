@@ -46,7 +46,7 @@ async def import_adapter(
     async with read_form(request, settings.root / "staging", fields=("name",), files=files) as form:
         name = form.text("name")
         config = await asyncio.to_thread(form.file("adapter_config").path.read_bytes)
-        weights = form.file("adapter_model").path
+        weights = str(form.file("adapter_model").path)
         store = partial(control.adapters.import_, caller, name=name, config=config, weights=weights)
         stored = once(
             request,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -25,9 +24,7 @@ async def load_lora_adapter(
     if not body.lora_name or not body.lora_path:
         raise CompatibilityError("Both 'lora_name' and 'lora_path' must be given.")
     try:
-        await control.adapters.load_path(
-            caller, name=body.lora_name, path=Path(body.lora_path), replace=body.load_inplace
-        )
+        await control.adapters.load_path(caller, name=body.lora_name, path=body.lora_path, replace=body.load_inplace)
     except (ConflictError, InvalidRequestError) as error:
         raise CompatibilityError(error.message, param=error.param) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")

@@ -77,7 +77,7 @@ class Adapters:
         *,
         name: str,
         config: bytes,
-        weights: Path,
+        weights: str,
         receipt: Receipt[AdapterRecord] | None = None,
     ) -> AdapterRecord:
         """Store an uploaded PEFT adapter under `name`; a name that exists gets a new version and points at it.
@@ -86,7 +86,7 @@ class Adapters:
 
         Args:
             config: adapter_config.json.
-            weights: adapter_model.safetensors; stays the caller's to remove.
+            weights: path of adapter_model.safetensors, which stays the caller's to remove.
             receipt: keeps the answer together with the version.
 
         Raises:
@@ -99,12 +99,12 @@ class Adapters:
         directory = self._storage.stage()
         try:
             limit = self._settings.max_adapter_bytes
-            await to_its_end(asyncio.to_thread(stage_upload, directory, config, weights, limit))
-            return await self._publish(principal, name, directory, receipt)
+            await to_its_end(asyncio.to_thread(stage_upload, str(directory), config, weights, limit))
+            return await self._publish(principal, name, str(directory), receipt)
         finally:
             await asyncio.to_thread(remove, directory)
 
-    async def load_path(self, principal: Principal, *, name: str, path: Path, replace: bool) -> AdapterRecord:
+    async def load_path(self, principal: Principal, *, name: str, path: str, replace: bool) -> AdapterRecord:
         """Import a PEFT directory of this machine, as vLLM's load_lora_adapter does. For the operator.
 
         Raises:
@@ -112,7 +112,8 @@ class Adapters:
             InvalidRequestError: code already_loaded, the name exists and `replace` is false.
         """
         check_name(name, param="lora_name", reserved=self._base_id)
-        config, weights = await asyncio.to_thread(check_loadable, path, self._settings.adapter_dirs)
+        allowed = [str(directory) for directory in self._settings.adapter_dirs]
+        config, weights = await asyncio.to_thread(check_loadable, path, allowed)
         if not replace:
             async with self._database.read() as session:
                 if await find_alias(session, principal.tenant_id, name) is not None:
@@ -182,8 +183,8 @@ class Adapters:
             await self.pins.let_go(row.digest)
         return self._record(principal, (alias, row))
 
-    async def archive(self, principal: Principal, name: str) -> Path:
-        """A zip of a version's PEFT directory with its card; the caller removes it after sending it.
+    async def archive(self, principal: Principal, name: str) -> str:
+        """Path of a zip of a version's PEFT directory with its card; the caller removes it after sending it.
 
         Args:
             name: as of `get`: a result that did not take its name over has `name@digest` and its `ft:…` only.
@@ -202,7 +203,7 @@ class Adapters:
             if isinstance(error, NotFoundError):
                 raise _missing(name) from error  # deleted meanwhile
             raise
-        return archive
+        return str(archive)
 
     async def delete(self, principal: Principal, name: str) -> None:
         """Remove the alias, its versions and the checkpoints of the jobs that made them.
@@ -270,7 +271,7 @@ class Adapters:
         return let_go
 
     async def _publish(
-        self, principal: Principal, name: str, directory: Path, receipt: Receipt[AdapterRecord] | None
+        self, principal: Principal, name: str, directory: str, receipt: Receipt[AdapterRecord] | None
     ) -> AdapterRecord:
         async with self._blobs.publishing(directory) as blob:
             self._failpoints.hit("adapters.after_blob")

@@ -19,11 +19,11 @@ from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.peft_format import AdapterSummary, read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.store import AdapterStore
 from tenora.adapters.targets import TargetModule
 from tenora.control.registry.database import Database
 from tenora.control.registry.tables import TERMINAL, AdapterVersionRow, CheckpointRow, JobRow
 from tenora.control.storage.directory import full_disk
+from tenora.control.storage.object_store import VersionStore
 from tenora.errors import AdapterFormatError, NotFoundError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Blobs:
 
     A blob is stored before the row that names it and deleted after the last one is gone. One that is being published is
     not deleted between being stored and being named, and one that requests use not before they end: by no process, for
-    each holds what it uses (`AdapterStore.hold`). If the process dies meanwhile, the next start sweeps it.
+    each holds what it uses (`VersionStore.hold`). If the process dies meanwhile, the next start sweeps it.
 
     Attributes:
         store: where they lie.
@@ -67,7 +67,7 @@ class Blobs:
     def __init__(
         self,
         database: Database,
-        store: AdapterStore,
+        store: VersionStore,
         engine: AsyncEngine,
         targets: Sequence[TargetModule],
         max_rank: int,
@@ -143,7 +143,7 @@ class Blobs:
                 _log.warning("an adapter's files stay until the next start", exc_info=error)
 
     @contextlib.asynccontextmanager
-    async def publishing(self, directory: Path) -> AsyncIterator[Blob]:
+    async def publishing(self, directory: str) -> AsyncIterator[Blob]:
         """Check and store the PEFT directory; the block must commit a row that names the blob.
 
         If the block raises, a blob that no row names is removed again. Blocks may take their time, and so may copying
@@ -153,7 +153,7 @@ class Blobs:
             AdapterFormatError: not an adapter of this base; nothing was stored.
         """
         async with self._storing:
-            blob, hold = await self._put(directory)
+            blob, hold = await self._put(Path(directory))
         if self._held[blob.digest]:
             os.close(hold)
         else:
@@ -184,19 +184,21 @@ class Blobs:
             async with self._database.read() as session:
                 named = await _named(session)
 
-            def remove_orphans() -> int:
-                orphans = [
-                    digest
-                    for digest in self.store.list()
-                    if digest not in named and self.store.path(digest).lstat().st_mtime < older_than
-                ]
-                swept = 0
-                for digest in orphans:
-                    with self.store.alone(digest) as alone:  # old content may be published anew at this moment
-                        swept += alone and self.store.delete(digest)
-                return swept
+            def is_old(digest: str) -> bool:
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    return self.store.path(digest).lstat().st_mtime < older_than
+                return False
 
-            return await asyncio.to_thread(remove_orphans)
+            def orphans() -> list[str]:
+                return [digest for digest in self.store.list() if digest not in named and is_old(digest)]
+
+            swept = 0
+            for digest in await asyncio.to_thread(orphans):
+                # Old content may be published anew by another process at this moment.
+                with self.store.alone(digest) as alone:
+                    if alone and not await self._is_named(digest):
+                        swept += await asyncio.to_thread(self.store.delete, digest)
+            return swept
 
     def _let_go(self, digest: str) -> None:
         self._held -= Counter([digest])
@@ -264,21 +266,24 @@ class Blobs:
             with self.store.alone(digest) as alone:
                 if alone and not self._held[digest]:
                     await self._delete_if_unnamed(digest)
-                else:
+                elif self.store.exists(digest):
                     self._postponed.add(digest)
         await self._database.restock()
 
     async def _delete_if_unnamed(self, digest: str) -> None:
         """Delete a version that nobody else can hold now; whoever held it until now may have named it meanwhile."""
-        async with self._database.read() as session:
-            if await _named(session, {digest}):
-                return
+        if await self._is_named(digest):
+            return
         self._going.add(digest)  # nobody begins with it between here and its end
         try:
             await self._engine.evict(digest)
             await asyncio.to_thread(self.store.delete, digest)
         finally:
             self._going.discard(digest)
+
+    async def _is_named(self, digest: str) -> bool:
+        async with self._database.read() as session:
+            return bool(await _named(session, {digest}))
 
 
 async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:

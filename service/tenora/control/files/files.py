@@ -7,12 +7,10 @@ point leaves either a whole file that is listed or a leftover that the next star
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import ColumnElement, Select, String, cast, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -23,8 +21,9 @@ from tenora.control.registry.database import Database
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.paging import Order, Page, page
 from tenora.control.registry.tables import TERMINAL, FileRow, JobRow
-from tenora.control.storage.directory import Storage, full_disk, place, remove
+from tenora.control.storage.directory import Storage
 from tenora.control.storage.failpoints import Failpoints
+from tenora.control.storage.object_store import Incoming
 from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
@@ -101,27 +100,27 @@ class Files:
                 f"expires_after must lie between {SHORTEST_LIFE} and {LONGEST_LIFE} seconds.", param="expires_after"
             )
         file_id = new_id("file")
-        staged, final = self._storage.stage(), self._storage.file(principal.tenant_id, file_id)
+        incoming = self._storage.objects.begin()
         try:
-            size, sha256 = await self._receive(staged, chunks)
-            status, details = await self._check(principal.tenant_id, staged, purpose)
+            await self._receive(incoming, chunks)
+            status, details = await self._check(principal.tenant_id, incoming, purpose)
             now = unix_now()
             row = FileRow(
                 id=file_id,
                 tenant_id=principal.tenant_id,
-                bytes=size,
+                bytes=incoming.size,
                 created_at=now,
                 filename=label,
                 purpose=purpose,
                 status=status,
                 status_details=details,
                 expires_at=None if expires_after is None else now + expires_after,
-                sha256=sha256,
+                sha256=incoming.sha256,
             )
         except BaseException:
-            await asyncio.to_thread(remove, staged)
+            await asyncio.to_thread(incoming.discard)
             raise
-        await to_its_end(self._keep(staged, final, row, receipt))
+        await to_its_end(self._keep(incoming, row, receipt))
         self._failpoints.hit("files.after_create")
         return file_record(row)
 
@@ -146,10 +145,10 @@ class Files:
         async with self._database.read() as session:
             return file_record(await find_file(session, principal.tenant_id, file_id))
 
-    async def content(self, principal: Principal, file_id: str) -> Path:
-        """Where the bytes of a file lie, to be read and not changed."""
+    async def content(self, principal: Principal, file_id: str) -> str:
+        """Path of a file's bytes, to be read and not changed."""
         await self.get(principal, file_id)
-        return self._storage.file(principal.tenant_id, file_id)
+        return await asyncio.to_thread(self._storage.objects.local, principal.tenant_id, file_id)
 
     async def delete(self, principal: Principal, file_id: str) -> None:
         """Remove a file. ConflictError while a job that has not ended uses it."""
@@ -163,7 +162,7 @@ class Files:
                 )
             await session.delete(row)
         self._failpoints.hit("files.after_delete")
-        await asyncio.to_thread(remove, self._storage.file(principal.tenant_id, file_id))
+        await self._remove(principal.tenant_id, file_id)
         await self._database.restock()
 
     async def delete_expired(self) -> int:
@@ -174,7 +173,7 @@ class Files:
             for row in gone:
                 await session.delete(row)
         for row in gone:
-            await asyncio.to_thread(remove, self._storage.file(row.tenant_id, row.id))
+            await self._remove(row.tenant_id, row.id)
         await self._database.restock()
         return len(gone)
 
@@ -182,7 +181,7 @@ class Files:
         """What is to go with a tenant: its directory, in which its jobs work too."""
 
         async def let_go() -> None:
-            await asyncio.to_thread(remove, self._storage.tenant(tenant_id))
+            await asyncio.to_thread(self._storage.forget, tenant_id)
 
         return let_go
 
@@ -193,87 +192,64 @@ class Files:
 
         def remove_orphans() -> int:
             orphans = [
-                path
-                for tenant_id, file_id, path in self._storage.files()
-                if (tenant_id, file_id) not in known and path.lstat().st_mtime < older_than
+                entry
+                for entry in self._storage.objects.list()
+                if (entry.tenant_id, entry.object_id) not in known and entry.written_at < older_than
             ]
-            for path in orphans:
-                remove(path)
+            for entry in orphans:
+                self._storage.objects.delete(entry.tenant_id, entry.object_id)
             return len(orphans)
 
         return await asyncio.to_thread(remove_orphans)
 
-    async def _receive(self, staged: Path, chunks: AsyncIterator[bytes]) -> tuple[int, str]:
-        """Write the chunks, in pieces of about a mebibyte per hop to a thread; their size and SHA-256."""
+    async def _receive(self, incoming: Incoming, chunks: AsyncIterator[bytes]) -> None:
+        """Write the chunks, in pieces of about a mebibyte per hop to a thread."""
         # A thread that writes is waited for, also by who is cancelled: the file is closed and removed after that.
-        sink = await to_its_end(asyncio.to_thread(_Sink.open, staged))
         pending: list[bytes] = []
         held = total = 0
-        try:
-            async for chunk in chunks:
-                total += len(chunk)
-                if total > self._settings.max_file_bytes:
-                    raise PayloadTooLargeError(
-                        f"Files may have at most {self._settings.max_file_bytes} bytes; see TENORA_MAX_FILE_BYTES."
-                    )
-                pending.append(chunk)
-                held += len(chunk)
-                if held >= _WRITE_BYTES:
-                    await to_its_end(asyncio.to_thread(sink.write, b"".join(pending)))
-                    pending, held = [], 0
-            await to_its_end(asyncio.to_thread(sink.write, b"".join(pending)))
-        finally:
-            await to_its_end(asyncio.to_thread(sink.close))
+        async for chunk in chunks:
+            total += len(chunk)
+            if total > self._settings.max_file_bytes:
+                raise PayloadTooLargeError(
+                    f"Files may have at most {self._settings.max_file_bytes} bytes; see TENORA_MAX_FILE_BYTES."
+                )
+            pending.append(chunk)
+            held += len(chunk)
+            if held >= _WRITE_BYTES:
+                await to_its_end(asyncio.to_thread(incoming.write, b"".join(pending)))
+                pending, held = [], 0
+        await to_its_end(asyncio.to_thread(incoming.write, b"".join(pending)))
         if total == 0:
             raise InvalidRequestError("The file is empty; send its content as the form field `file`.", param="file")
-        return total, sink.hash.hexdigest()
 
-    async def _keep(self, staged: Path, final: Path, row: FileRow, receipt: Receipt[FileRecord] | None) -> None:
+    async def _keep(self, incoming: Incoming, row: FileRow, receipt: Receipt[FileRecord] | None) -> None:
         """Put the file into its place and list it; neither if that fails."""
         try:
             self._failpoints.hit("files.before_rename")
-            await asyncio.to_thread(place, staged, final)
+            await asyncio.to_thread(incoming.keep, row.tenant_id, row.id)
             self._failpoints.hit("files.after_rename")
             async with self._database.write() as session:
                 session.add(row)
                 if receipt is not None:
                     await receipt.write(session, file_record(row))
         except BaseException:
-            await asyncio.to_thread(remove, staged)
-            await asyncio.to_thread(remove, final)
+            await self._remove(row.tenant_id, row.id)
             raise
+        finally:
+            await asyncio.to_thread(incoming.discard)
 
-    async def _check(self, tenant_id: str, staged: Path, purpose: str) -> tuple[Status, str | None]:
+    async def _check(self, tenant_id: str, incoming: Incoming, purpose: str) -> tuple[Status, str | None]:
         if purpose != TRAINING_PURPOSE:
             return "uploaded", None
 
         def validate(tokenizer: Tokenizer) -> ValidationReport:
-            return validate_file(staged, tokenizer, max_rows=self._settings.max_training_rows)
+            return validate_file(Path(incoming.local), tokenizer, max_rows=self._settings.max_training_rows)
 
         report = await self._tokenizing.upload(tenant_id, validate)
         return ("processed", None) if report.ok else ("error", report.summary())
 
-
-class _Sink(NamedTuple):
-    """An open file and the hash of what was written to it; used from worker threads, one call at a time."""
-
-    descriptor: int
-    hash: hashlib._Hash
-
-    @classmethod
-    def open(cls, path: Path) -> _Sink:
-        with full_disk():
-            return cls(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), hashlib.sha256())
-
-    def write(self, content: bytes) -> None:
-        self.hash.update(content)
-        view = memoryview(content)
-        with full_disk():
-            while view:
-                view = view[os.write(self.descriptor, view) :]
-
-    def close(self) -> None:
-        os.close(self.descriptor)
+    async def _remove(self, tenant_id: str, file_id: str) -> None:
+        await asyncio.to_thread(self._storage.objects.delete, tenant_id, file_id)
 
 
 async def find_file(session: AsyncSession, tenant_id: str, file_id: str, *, param: str = "file_id") -> FileRow:

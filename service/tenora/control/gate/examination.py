@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from tenora.adapters.ref import AdapterRef
 from tenora.control.adapters.blobs import Blob
 from tenora.control.gate.baselines import Baselines, Measuring, base_of
 from tenora.control.gate.card import (
@@ -68,17 +67,16 @@ async def examine(
         TrainingError: codes parity_failed, untrained_modules; parity_unavailable: the engine runs and could not score.
         UnavailableError: the engine is gone; the run can be resumed and ends here again.
     """
-    directory = context.blobs.store.path(blob.digest)
+    ref = context.blobs.ref(blob.digest)
     modules = await asyncio.to_thread(
         require_weights,
-        directory,
+        ref.path,
         context.blobs.targets,
         spec.lora.target_modules,
         max_rank=context.blobs.max_rank,
     )
     base = await measuring.result(few_shot=spec.folds > 0)
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
-    ref = AdapterRef(digest=blob.digest, path=str(directory))
     rows = []
     if event.probe is not None:
         rows = probe_rows(await asyncio.to_thread(TokenizedDataset.load, Path(event.probe.path)))

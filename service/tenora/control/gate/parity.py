@@ -89,11 +89,11 @@ async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterR
     return await asyncio.gather(*(scorer.score(row.tokens, row.learned, adapter) for row in rows))
 
 
-def require_weights(directory: Path, targets: Sequence[TargetModule], names: Collection[str], *, max_rank: int) -> int:
+def require_weights(directory: str, targets: Sequence[TargetModule], names: Collection[str], *, max_rank: int) -> int:
     """Read the adapter and return how many modules it has.
 
     Args:
-        directory: PEFT directory.
+        directory: path of a PEFT directory.
         targets: the base's modules.
         names: last parts of the paths that were to be trained, in every layer.
 
@@ -101,7 +101,7 @@ def require_weights(directory: Path, targets: Sequence[TargetModule], names: Col
         TrainingError: code untrained_modules; the message names modules that are missing, not finite or zero.
         AdapterFormatError: not an adapter of this base.
     """
-    modules = read_adapter(directory, targets, max_rank=max_rank).modules
+    modules = read_adapter(Path(directory), targets, max_rank=max_rank).modules
     bad: list[str] = []
     for path in (target.path for target in targets if target.name in names):
         module = modules.get(path)

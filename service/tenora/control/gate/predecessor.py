@@ -11,7 +11,6 @@ import numpy as np
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.adapters.ref import AdapterRef
 from tenora.control.adapters.resolution import active_version, one_pair
 from tenora.control.adapters.row_record import Keys, RowRecord, keys_of
 from tenora.control.gate.card import Comparison, Replaced
@@ -132,7 +131,7 @@ async def hold_against(
         losses = known | {example: start[example].tolist() for example in fresh}
     else:
         chosen = await asyncio.to_thread(examples.choose, fresh, max_length=context.engine.ready.max_model_len)
-        ref = AdapterRef(digest=predecessor.digest, path=str(context.blobs.store.path(predecessor.digest)))
+        ref = context.blobs.ref(predecessor.digest)
         try:
             losses = known | await examples.score(scorer, chosen, ref)
         except TenoraError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +51,10 @@ class Preparation:
 
     job_id: str
     tenant_id: str
-    workdir: Path
+    workdir: str
     sources: Sequence[Source]
-    paths: Sequence[Path]
-    validation_path: Path | None
+    paths: Sequence[str]
+    validation_path: str | None
     asked: Asked
     parent: ParentShape | None
     seed: int
@@ -112,13 +113,14 @@ def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_pe
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
     text = general_text(tokenizer, limits.max_model_len)
     spec = _plan(job, tasks, found, limits.base_id, tokens_per_microbatch, text)
+    workdir = Path(job.workdir)
     with full_disk():
-        remove(job.workdir)
-        job.workdir.mkdir(mode=0o700, parents=True)
+        remove(workdir)
+        workdir.mkdir(mode=0o700, parents=True)
         for task, stored in zip(tasks, spec.tasks, strict=True):
-            task.train.save(job.workdir / stored.train_path)
+            task.train.save(workdir / stored.train_path)
             if task.valid is not None:
-                task.valid.save(job.workdir / stored.valid_path)
+                task.valid.save(workdir / stored.valid_path)
     return Prepared(
         plan=msgspec.to_builtins(spec),
         hyperparameters=shown_hyperparameters(job.asked, spec, found.hyperparameters.learning_rate_multiplier),
@@ -181,17 +183,17 @@ def count_rows(tasks: Sequence[TaskRows]) -> RowCounts:
     )
 
 
-def is_prepared(plan: Mapping[str, Any], workdir: Path) -> bool:
+def is_prepared(plan: Mapping[str, Any], workdir: str) -> bool:
     """Whether all tokenized files of a stored plan are there."""
     paths = [path for task in plan["tasks"] for path in (task["train_path"], task["valid_path"]) if path]
-    return all((workdir / path).is_file() for path in paths)
+    return all(Path(workdir, path).is_file() for path in paths)
 
 
-def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> TrainSpec:
+def spec_of(plan: Mapping[str, Any], workdir: str, parent: str | None) -> TrainSpec:
     """The run of a stored plan in this work directory (the state directory may have moved since).
 
     Args:
-        parent: PEFT directory of the adapter to start from.
+        parent: path of the PEFT directory of the adapter to start from.
     """
     spec = msgspec.convert(plan, TrainSpec)
     # Older releases kept the method's own settings among the others.
@@ -200,13 +202,12 @@ def spec_of(plan: Mapping[str, Any], workdir: Path, parent: Path | None) -> Trai
     tasks = tuple(
         msgspec.structs.replace(
             task,
-            train_path=str(workdir / task.train_path),
-            valid_path=str(workdir / task.valid_path) if task.valid_path else "",
+            train_path=str(Path(workdir, task.train_path)),
+            valid_path=str(Path(workdir, task.valid_path)) if task.valid_path else "",
         )
         for task in spec.tasks
     )
-    init_path = "" if parent is None else str(parent)
-    return msgspec.structs.replace(spec, tasks=tasks, workdir=str(workdir), init_path=init_path, acknowledged=True)
+    return msgspec.structs.replace(spec, tasks=tasks, workdir=workdir, init_path=parent or "", acknowledged=True)
 
 
 def _plan(
@@ -254,12 +255,12 @@ def _max_length(job: Preparation, limits: Limits) -> int:
 
 
 def _tokenize(
-    job: Preparation, path: Path, param: str, what: str, tokenizer: Tokenizer, limits: Limits
+    job: Preparation, path: str, param: str, what: str, tokenizer: Tokenizer, limits: Limits
 ) -> TokenizedDataset:
     """Read one file; an error names it by its place in the request."""
     try:
         rows = tokenize_file(
-            path,
+            Path(path),
             tokenizer,
             max_length=_max_length(job, limits),
             truncate=bool(job.asked.settings.get("truncate")),
@@ -279,13 +280,17 @@ def _tokenize(
 async def preparation_of(storage: Storage, blobs: Blobs, row: JobRow) -> Preparation:
     """What is needed to prepare a job, which need not be stored."""
     sources = sources_of(row.training_file, row.training_files)
+
+    def local(file_id: str) -> str:
+        return storage.objects.local(row.tenant_id, file_id)
+
     return Preparation(
         job_id=row.id,
         tenant_id=row.tenant_id,
-        workdir=storage.workdir(row.tenant_id, row.id),
+        workdir=str(storage.workdir(row.tenant_id, row.id)),
         sources=sources,
-        paths=[storage.file(row.tenant_id, source.file) for source in sources],
-        validation_path=None if row.validation_file is None else storage.file(row.tenant_id, row.validation_file),
+        paths=[await asyncio.to_thread(local, source.file) for source in sources],
+        validation_path=None if row.validation_file is None else await asyncio.to_thread(local, row.validation_file),
         asked=Asked.stored(row.requested),
         parent=None if row.parent_digest is None else await parent_shape(blobs, row.parent_digest),
         seed=row.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenora.config import Settings
@@ -73,9 +74,10 @@ class Previews:
                 "can be previewed.",
                 param="file_id",
             )
-        path, most = self._storage.file(principal.tenant_id, file_id), self._settings.max_training_rows
+        most = self._settings.max_training_rows
 
         def preview(tokenizer: Tokenizer) -> Preview:
+            path = Path(self._storage.objects.local(principal.tenant_id, file_id))
             return preview_file(
                 path, tokenizer, max_length=length, truncate=truncate, limit=limit, after=after, max_rows=most
             )

@@ -15,9 +15,9 @@ class Reserve:
         whole: it has its full size, as far as this process knows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.whole = False
-        self._path = path
+        self._path = Path(path)
 
     def keep(self) -> None:
         """Take the space again, or as much as there is of it."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,47 +22,45 @@ from pathlib import Path
 
 from tenora.adapters.atomic import fsync
 from tenora.control.registry.ids import random_word
+from tenora.control.storage.object_store import Entry, ObjectStore
 from tenora.errors import ConfigurationError, StorageFullError
 
 
 class Storage:
-    """The files of the control plane under `root`."""
+    """The files of the control plane under `root`.
+
+    Attributes:
+        objects: uploads and results; the rest is this machine's alone.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.staging = root / "staging"
-        self.tenants = root / "tenants"
         self.adapters = root / "adapters"
+        self._tenants = root / "tenants"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The root may have been made by something else, with other permissions: what is private is private by itself.
-        for directory in (self.staging, self.tenants, self.adapters):
+        for directory in (self.staging, self._tenants, self.adapters):
             directory.mkdir(mode=0o700, exist_ok=True)
+        self.objects: ObjectStore = DirectoryStore(self._tenants, self.staging)
 
     def stage(self, suffix: str = "") -> Path:
         """A fresh path in staging; nothing exists there yet."""
-        return self.staging / f"{random_word(24)}{suffix}"
-
-    def tenant(self, tenant_id: str) -> Path:
-        """The directory of everything that lies there for one tenant alone."""
-        return self.tenants / tenant_id
-
-    def file(self, tenant_id: str, file_id: str) -> Path:
-        """Where the bytes of a file lie."""
-        return self.tenant(tenant_id) / "files" / file_id
+        return _fresh(self.staging, suffix)
 
     def workdir(self, tenant_id: str, job_id: str) -> Path:
         """The work directory of a job."""
-        return self.tenant(tenant_id) / "jobs" / job_id
-
-    def files(self) -> Iterator[tuple[str, str, Path]]:
-        """Every stored file as (tenant_id, file_id, path)."""
-        for path in self.tenants.glob("*/files/*"):
-            yield path.parts[-3], path.name, path
+        return self._tenants / tenant_id / "jobs" / job_id
 
     def workdirs(self) -> Iterator[tuple[str, str, Path]]:
         """Every work directory as (tenant_id, job_id, path)."""
-        for path in self.tenants.glob("*/jobs/*"):
+        for path in self._tenants.glob("*/jobs/*"):
             yield path.parts[-3], path.name, path
+
+    def forget(self, tenant_id: str) -> None:
+        """Remove everything of a tenant, and what its jobs work in."""
+        self.objects.delete_all(tenant_id)
+        remove(self._tenants / tenant_id)
 
     def sweep_staging(self, older_than: float) -> int:
         """Remove what a dead process left half-written before `older_than` (Unix time); how many entries."""
@@ -71,6 +70,77 @@ class Storage:
                 remove(path)
                 removed += 1
         return removed
+
+
+class DirectoryStore:
+    """An `ObjectStore` on this machine, or on a file system that several share."""
+
+    def __init__(self, root: Path, staging: Path) -> None:
+        """Both lie on one file system."""
+        self._root = root
+        self._staging = staging
+
+    def begin(self) -> _Staged:
+        """See `ObjectStore`."""
+        return _Staged(self, _fresh(self._staging))
+
+    def local(self, tenant_id: str, object_id: str) -> str:
+        """See `ObjectStore`."""
+        return str(self.path(tenant_id, object_id))
+
+    def delete(self, tenant_id: str, object_id: str) -> None:
+        """See `ObjectStore`."""
+        remove(self.path(tenant_id, object_id))
+
+    def delete_all(self, tenant_id: str) -> None:
+        """See `ObjectStore`."""
+        remove(self._root / tenant_id / "files")
+
+    def list(self) -> Iterator[Entry]:
+        """See `ObjectStore`."""
+        for path in self._root.glob("*/files/*"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                yield Entry(path.parts[-3], path.name, path.lstat().st_mtime)
+
+    def path(self, tenant_id: str, object_id: str) -> Path:
+        """Where an object lies, or would lie."""
+        return self._root / tenant_id / "files" / object_id
+
+
+class _Staged:
+    """An `Incoming` in staging."""
+
+    def __init__(self, store: DirectoryStore, staged: Path) -> None:
+        self.size = 0
+        self.local = str(staged)
+        self._store = store
+        self._staged = staged
+        self._hash = hashlib.sha256()
+        self._descriptor = -1
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, content: bytes) -> None:
+        self._hash.update(content)
+        self.size += len(content)
+        view = memoryview(content)
+        with full_disk():
+            if self._descriptor < 0:
+                self._descriptor = os.open(self._staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def keep(self, tenant_id: str, object_id: str) -> None:
+        self.write(b"")  # also of an empty one there is a file
+        place(self._staged, self._store.path(tenant_id, object_id))
+
+    def discard(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        remove(self._staged)
 
 
 SERVICE_LOCK = "serve.lock"
@@ -127,6 +197,10 @@ def vacant_seat(root: Path, name: str) -> str | None:
         return seat(root, name)
     finally:
         os.close(descriptor)
+
+
+def _fresh(staging: Path, suffix: str = "") -> Path:
+    return staging / f"{random_word(24)}{suffix}"
 
 
 def place(staged: Path, final: Path) -> None:

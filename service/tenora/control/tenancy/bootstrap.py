@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import select
 
@@ -29,11 +28,11 @@ class Bootstrap:
 
     Attributes:
         secret: the key, if this start made it (to be printed once), else None.
-        credentials: the file that holds a generated key, mode 0600; absent where `TENORA_API_KEY` set it.
+        credentials: path of the file that holds a generated key, mode 0600; absent where `TENORA_API_KEY` set it.
     """
 
     secret: str | None
-    credentials: Path
+    credentials: str
 
 
 def check_configured(secret: str | None) -> None:
@@ -78,20 +77,20 @@ class Registry:
         tenant = await self.tenants.ensure(DEFAULT_TENANT)
         if self.settings.api_key is not None:
             await self._configure(tenant.id, self.settings.api_key)
-            return Bootstrap(None, credentials)
+            return Bootstrap(None, str(credentials))
         async with self.database.read() as session:
             known = await session.scalar(
                 select(KeyRow.id).where(KeyRow.tenant_id == tenant.id, KeyRow.name == GENERATED).limit(1)
             )
         if known is not None:
-            return Bootstrap(None, credentials)
+            return Bootstrap(None, str(credentials))
         secret = f"tk-{random_word(12)}-{secrets.token_urlsafe(32)}"
         # The file first: a crash in between leaves a key that does not work, and the next start makes another. The
         # other way round would leave a working key that nobody knows.
         await asyncio.to_thread(write_file, self.storage, credentials, f"{secret}\n".encode())
         async with self.database.write() as session:
             await self.keys.insert(session, tenant.id, secret, ["admin"], name=GENERATED)
-        return Bootstrap(secret, credentials)
+        return Bootstrap(secret, str(credentials))
 
     async def _configure(self, tenant_id: str, secret: str) -> None:
         check_configured(secret)

@@ -27,7 +27,7 @@ async def keep_checkpoint(context: JobContext, claim: Claim, event: CheckpointEv
     """
     if not await asyncio.to_thread(Path(event.path).is_dir):
         return
-    async with context.blobs.publishing(Path(event.path)) as blob:
+    async with context.blobs.publishing(event.path) as blob:
         context.failpoints.hit("jobs.after_checkpoint_blob")
         async with context.database.write() as session:
             row = await owned(session, claim)

@@ -60,7 +60,7 @@ async def publish_result(
 async def _publish(
     context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, measuring: Measuring
 ) -> None:
-    async with context.blobs.publishing(Path(event.path)) as blob:
+    async with context.blobs.publishing(event.path) as blob:
         context.failpoints.hit("publish.after_blob")
         examined = await examine(context, claim, spec, event, blob, measuring)
         rows, keys = await rows_of(context, claim, spec, examined.held_out)
@@ -76,7 +76,7 @@ async def _publish(
                     await session.flush()
                     context.failpoints.hit("publish.before_commit")
         except BaseException:
-            await discard_results(results)
+            await discard_results(context, results)
             raise
     context.failpoints.hit("publish.after_commit")
     if moved.pinned is not None and moved.stays_pinned:
@@ -187,7 +187,7 @@ async def _record_result(
         rows=rows,
     )
     alias, version = await add_version(session, new, blob, moves=decision.moves)
-    session.add_all([result.row(row.tenant_id) for result in results])
+    session.add_all([result.row() for result in results])
     row.fine_tuned_model = model
     row.trained_tokens = event.trained_tokens
     row.evaluation = dict(judged.evaluation)

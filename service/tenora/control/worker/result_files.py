@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import select
 
@@ -16,7 +15,7 @@ from tenora.control.jobs.lease_rows import Claim, read_owned
 from tenora.control.jobs.sweeps import trials_csv
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import FileRow, JobEventRow
-from tenora.control.storage.directory import remove, write_file
+from tenora.control.storage.object_store import put
 from tenora.control.worker.log import metrics_csv
 from tenora.training.methods.table import find_method
 
@@ -29,15 +28,15 @@ class ResultFile:
     """A file that lies on disk under its id already and awaits its row."""
 
     id: str
+    tenant_id: str
     filename: str
-    path: Path
     content: bytes
 
-    def row(self, tenant_id: str) -> FileRow:
+    def row(self) -> FileRow:
         """The row that makes it a file of the tenant."""
         return FileRow(
             id=self.id,
-            tenant_id=tenant_id,
+            tenant_id=self.tenant_id,
             bytes=len(self.content),
             created_at=unix_now(),
             filename=self.filename,
@@ -71,16 +70,15 @@ async def write_results(context: JobContext, claim: Claim) -> list[ResultFile]:
     try:
         for filename, content in contents.items():
             file_id = new_id("file")
-            path = context.storage.file(claim.tenant_id, file_id)
-            await asyncio.to_thread(write_file, context.storage, path, content)
-            written.append(ResultFile(file_id, filename, path, content))
+            await asyncio.to_thread(put, context.storage.objects, claim.tenant_id, file_id, [content])
+            written.append(ResultFile(file_id, claim.tenant_id, filename, content))
     except BaseException:
-        await discard_results(written)
+        await discard_results(context, written)
         raise
     return written
 
 
-async def discard_results(results: Sequence[ResultFile]) -> None:
+async def discard_results(context: JobContext, results: Sequence[ResultFile]) -> None:
     """Remove files that will get no row."""
     for result in results:
-        await asyncio.to_thread(remove, result.path)
+        await asyncio.to_thread(context.storage.objects.delete, result.tenant_id, result.id)

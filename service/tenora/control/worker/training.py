@@ -132,9 +132,9 @@ class JobTraining:
         context = self._context
         async with context.database.read() as session:
             row = await read_owned(session, self._claim)
-        workdir = context.storage.workdir(row.tenant_id, row.id)
+        workdir = str(context.storage.workdir(row.tenant_id, row.id))
         if row.plan is not None and await asyncio.to_thread(is_prepared, row.plan, workdir):
-            parent = None if row.parent_digest is None else context.blobs.store.path(row.parent_digest)
+            parent = None if row.parent_digest is None else context.blobs.ref(row.parent_digest).path
             if row.parent_digest is not None and not await asyncio.to_thread(
                 context.blobs.store.verify, row.parent_digest
             ):

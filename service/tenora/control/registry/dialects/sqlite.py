@@ -58,7 +58,7 @@ class SQLite:
         self.shown = url.render_as_string()
         self._url = url.set(drivername="sqlite+aiosqlite")
         self._file = Path(url.database)
-        self._reserve = Reserve(Path(f"{url.database}-reserve"))
+        self._reserve = Reserve(f"{url.database}-reserve")
 
     async def connect(self) -> tuple[AsyncEngine, AsyncEngine]:
         """See `Dialect`."""
