@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from sqlalchemy import Select, Subquery, func, or_, select, true, tuple_, update
-from sqlalchemy.orm import aliased
+from sqlalchemy import CTE, Integer, Select, Update, bindparam, func, or_, select, true, tuple_, update
+from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from tenora.control.registry.database import Session
 from tenora.control.registry.dialects.dialect import unix_time
@@ -53,56 +55,84 @@ async def claim_next(
     It is one of the tenant that has the least in hand for this task, by its weight; among equals, of the one that was
     served longest ago; and of that tenant's jobs it is the oldest. A tenant with `most_of_tenant` in hand waits.
     """
-    in_hand = _in_hand(task)
-    turn = TenantRow.prepare_turn if task == "prepare" else TenantRow.train_turn
-    count = func.coalesce(in_hand.c.jobs, 0)
+    claimed = await session.execute(
+        _claiming(task, bounded=most_of_tenant is not None),
+        {"process_id": process_id, "busy": list(busy), "most_of_tenant": most_of_tenant},
+    )
+    row = claimed.one_or_none()
+    if row is None:
+        return None
+    await session.execute(_served(task), {"served": row.tenant_id})
+    return Claim(row.id, row.tenant_id, row.lease_token)
+
+
+@functools.cache
+def _claiming(task: Task, *, bounded: bool) -> ReturningUpdate[tuple[str, str, int]]:
+    """`claim_next`'s statement, built once: putting it together takes longer than SQLite takes to carry it out."""
+    tenants = _tenants(task)
     next_one = (
         select(JobRow.seq)
-        .join(TenantRow, TenantRow.id == JobRow.tenant_id)
-        .outerjoin(in_hand, in_hand.c.tenant_id == JobRow.tenant_id)
+        .join(tenants, tenants.c.id == JobRow.tenant_id)
         .where(
             JobRow.status.in_(STATUSES[task]),
-            JobRow.id.not_in(busy),
+            JobRow.id.not_in(bindparam("busy", expanding=True)),
             or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at < unix_time()),
-            true() if most_of_tenant is None else count < most_of_tenant,
+            tenants.c.in_hand < bindparam("most_of_tenant", type_=Integer) if bounded else true(),
         )
-        .order_by(count / TenantRow.weight, turn, JobRow.seq)
+        .order_by(tenants.c.load, tenants.c.turn, JobRow.seq)
         .limit(1)
         .with_for_update(of=JobRow, skip_locked=True)  # SQLite has one writer at a time
     )
-    claimed = await session.execute(
+    return (
         update(JobRow)
         .where(JobRow.seq == next_one.scalar_subquery())
         .values(
-            lease_owner=process_id,
+            lease_owner=bindparam("process_id"),
             lease_token=JobRow.lease_token + 1,
             lease_expires_at=unix_time() + ALIVE_SECONDS,
         )
         .returning(JobRow.id, JobRow.tenant_id, JobRow.lease_token)
         .execution_options(synchronize_session=False)
     )
-    row = claimed.one_or_none()
-    if row is None:
-        return None
-    latest = select(func.max(turn)).scalar_subquery()
-    await session.execute(
-        update(TenantRow)
-        .where(TenantRow.id == row.tenant_id)
-        .values({turn.key: latest + 1})
-        .execution_options(synchronize_session=False)
-    )
-    return Claim(row.id, row.tenant_id, row.lease_token)
 
 
-def _in_hand(task: Task) -> Subquery:
-    """How many jobs of each tenant workers have in hand for a task."""
+def _tenants(task: Task) -> CTE:
+    """Of each tenant how many jobs workers have in hand for a task, that by its weight, and its latest turn.
+
+    Told to be counted once: a planner that takes the queue for short counts again for every job in it.
+    """
     leased = aliased(JobRow)
-    return (
+    in_hand = (
         select(leased.tenant_id, func.count().label("jobs"))
         .where(leased.status.in_(STATUSES[task]), leased.lease_expires_at >= unix_time())
         .group_by(leased.tenant_id)
         .subquery()
     )
+    count = func.coalesce(in_hand.c.jobs, 0)
+    return (
+        select(
+            TenantRow.id, count.label("in_hand"), (count / TenantRow.weight).label("load"), _turn(task).label("turn")
+        )
+        .outerjoin(in_hand, in_hand.c.tenant_id == TenantRow.id)
+        .cte("tenants_in_turn")
+        .prefix_with("MATERIALIZED")
+    )
+
+
+@functools.cache
+def _served(task: Task) -> Update:
+    """Give a tenant the latest turn."""
+    turn = _turn(task)
+    return (
+        update(TenantRow)
+        .where(TenantRow.id == bindparam("served"))
+        .values({turn.key: select(func.max(turn)).scalar_subquery() + 1})
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _turn(task: Task) -> InstrumentedAttribute[int]:
+    return TenantRow.prepare_turn if task == "prepare" else TenantRow.train_turn
 
 
 async def renew(session: Session, process_id: str, claims: Collection[Claim]) -> None:
