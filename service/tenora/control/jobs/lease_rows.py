@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from sqlalchemy import CTE, Integer, Select, Update, bindparam, func, or_, select, true, tuple_, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from tenora.control.registry.database import Session
 from tenora.control.registry.dialects.dialect import unix_time
@@ -67,7 +66,7 @@ async def claim_next(
 
 
 @functools.cache
-def _claiming(task: Task, *, bounded: bool) -> ReturningUpdate[tuple[str, str, int]]:
+def _claiming(task: Task, *, bounded: bool) -> Any:  # SQLAlchemy 2.0 and 2.1 spell its type differently
     """`claim_next`'s statement, built once: putting it together takes longer than SQLite takes to carry it out."""
     tenants = _tenants(task)
     next_one = (
