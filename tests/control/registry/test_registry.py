@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from tenora.config import Settings
 from tenora.control.control import Control, Registry
 from tenora.control.jobs.records import JobRequest
-from tenora.control.registry.database import Database, RegistryBusyError, RegistryDamagedError
+from tenora.control.registry.database import Database, RegistryBusyError, RegistryDamagedError, RowExistsError
 from tenora.control.registry.dialects import dialect
 from tenora.control.registry.dialects.by_url import dialect_of
 from tenora.control.registry.tables import Base, TenantRow
@@ -137,6 +137,9 @@ def postgres_error(state: str) -> sqlalchemy.exc.DBAPIError:
         (sqlite_error(sqlite3.SQLITE_CORRUPT), RegistryDamagedError),
         (sqlite_error(sqlite3.SQLITE_CORRUPT_INDEX), RegistryDamagedError),
         (sqlite_error(sqlite3.SQLITE_IOERR_READ), RegistryDamagedError),
+        (sqlite_error(sqlite3.SQLITE_CONSTRAINT_UNIQUE), RowExistsError),
+        (sqlite_error(sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY), RowExistsError),
+        (sqlite_error(sqlite3.SQLITE_CONSTRAINT_CHECK), sqlalchemy.exc.OperationalError),
         (sqlite_error(sqlite3.SQLITE_ERROR), sqlalchemy.exc.OperationalError),
         (sqlalchemy.exc.TimeoutError("pool"), RegistryBusyError),
         (ConnectionRefusedError(), RegistryBusyError),
@@ -160,6 +163,7 @@ async def test_failures_of_the_driver(
         (postgres_error("57P01"), RegistryBusyError),
         (postgres_error("55P03"), RegistryBusyError),
         (postgres_error("XX001"), RegistryDamagedError),
+        (postgres_error("23505"), RowExistsError),
         (postgres_error("42P01"), type(None)),
         (postgres_error(""), type(None)),
         (sqlalchemy.exc.InterfaceError("q", None, Exception("?"), connection_invalidated=True), RegistryBusyError),

@@ -8,28 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, select
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, damaged
 from tenora.config import Settings
-from tenora.control.adapters.blobs import Blob, Blobs, named_by
+from tenora.control.adapters import rows
+from tenora.control.adapters.blobs import Blob, Blobs
 from tenora.control.adapters.model_card import README_NAME, model_card
 from tenora.control.adapters.peft_upload import check_loadable, stage_upload
 from tenora.control.adapters.pins import Pins
 from tenora.control.adapters.records import AdapterRecord
-from tenora.control.adapters.resolution import (
-    active_version,
-    all_versions,
-    one_pair,
-    pairs,
-    split_canonical,
-    versions_of,
-)
-from tenora.control.adapters.versions import NewVersion, adapter_record, add_version, find_alias, version_filter
-from tenora.control.registry.database import Database
+from tenora.control.adapters.resolution import split_canonical
+from tenora.control.adapters.versions import NewVersion, adapter_record, add_version
+from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import DIGEST_PREFIX, check_name
-from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, CheckpointRow
+from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
 from tenora.control.storage.directory import Storage, full_disk, remove
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.erasure import AfterCommit
@@ -116,7 +107,7 @@ class Adapters:
         config, weights = await asyncio.to_thread(check_loadable, path, allowed)
         if not replace:
             async with self._database.read() as session:
-                if await find_alias(session, principal.tenant_id, name) is not None:
+                if await rows.find_alias(session, principal.tenant_id, name) is not None:
                     raise InvalidRequestError(
                         f"The adapter {name!r} is loaded already; unload it first or set load_inplace.",
                         code="already_loaded",
@@ -126,13 +117,8 @@ class Adapters:
 
     async def list(self, principal: Principal) -> Sequence[AdapterRecord]:
         """The active version of every adapter, by name."""
-        query = (
-            all_versions(principal.tenant_id)
-            .where(AdapterVersionRow.version == AdapterRow.version)
-            .order_by(AdapterRow.name)
-        )
         async with self._database.read() as session:
-            return self._records(principal, await pairs(session, query))
+            return self._records(principal, await rows.active_versions(session, principal.tenant_id))
 
     async def get(self, principal: Principal, name: str) -> AdapterRecord:
         """The version that a name means now, or that `name@digest` or a job's result (`ft:…`) means for ever."""
@@ -143,8 +129,7 @@ class Adapters:
         """Every version, newest first."""
         async with self._database.read() as session:
             alias = await self._alias(session, principal, name)
-            query = versions_of(principal.tenant_id, alias.name).order_by(AdapterVersionRow.version.desc())
-            return self._records(principal, await pairs(session, query))
+            return self._records(principal, await rows.versions_of(session, principal.tenant_id, alias.name))
 
     async def rollback(self, principal: Principal, name: str, version: int | str) -> AdapterRecord:
         """Point the alias at one of its versions, given as a number or as hex digits of its digest."""
@@ -154,7 +139,7 @@ class Adapters:
             await self.pins.require_intact(row.digest)
         async with self._database.write() as session:
             alias, row = await self._version(session, principal, name, version)
-            before = await one_pair(session, active_version(principal.tenant_id, alias.name))
+            before = await rows.active_version(session, principal.tenant_id, alias.name)
             alias.version = row.version
             if alias.pinned:
                 await self.pins.require_allowed(session)
@@ -213,12 +198,12 @@ class Adapters:
         """
         async with self._database.write(frees=True) as session:
             alias = await self._alias(session, principal, name)
-            rows = await pairs(session, versions_of(principal.tenant_id, alias.name))
-            digests = await delete_versions(session, principal.tenant_id, [row for _, row in rows])
+            versions = [row for _, row in await rows.versions_of(session, principal.tenant_id, alias.name)]
+            digests = await rows.delete_versions(session, principal.tenant_id, versions)
             await session.delete(alias)
         self._failpoints.hit("adapters.after_delete")
         if alias.pinned:
-            for row in (row for _, row in rows if row.version == alias.version):
+            for row in (row for row in versions if row.version == alias.version):
                 await self.pins.let_go(row.digest)
         await self._blobs.release(digests)
 
@@ -229,39 +214,26 @@ class Adapters:
             ConflictError: the alias points at it and has other versions.
         """
         async with self._database.write(frees=True) as session:
-            row = await session.scalar(
-                select(AdapterVersionRow).where(
-                    AdapterVersionRow.tenant_id == principal.tenant_id, AdapterVersionRow.model_name == model_name
-                )
-            )
+            row = await rows.result_version(session, principal.tenant_id, model_name)
             if row is None:
                 raise _missing(model_name)
-            alias = await session.scalar(
-                select(AdapterRow).where(AdapterRow.tenant_id == principal.tenant_id, AdapterRow.id == row.adapter_id)
-            )
-            versions = list(
-                await session.scalars(
-                    select(AdapterVersionRow.id).where(
-                        AdapterVersionRow.tenant_id == principal.tenant_id,
-                        AdapterVersionRow.adapter_id == row.adapter_id,
-                    )
-                )
-            )
-            if alias is not None and alias.version == row.version and len(versions) > 1:
+            alias = await rows.alias_of(session, row)
+            count = 0 if alias is None else await rows.count_versions(session, alias)
+            if alias is not None and alias.version == row.version and count > 1:
                 raise ConflictError(
                     f"The adapter {alias.name!r} points at this version; roll back to another one first, or delete it."
                 )
-            digests = await delete_versions(session, principal.tenant_id, [row])
-            if alias is not None and len(versions) == 1:
+            digests = await rows.delete_versions(session, principal.tenant_id, [row])
+            if alias is not None and count == 1:
                 await session.delete(alias)
         self._failpoints.hit("adapters.after_delete")
         if alias is not None and alias.pinned:
             await self.pins.let_go(row.digest)
         await self._blobs.release(digests)
 
-    async def forget(self, session: AsyncSession, tenant_id: str) -> AfterCommit:
+    async def forget(self, session: Session, tenant_id: str) -> AfterCommit:
         """What is to go with a tenant: its pins, and the versions and checkpoints that no other tenant's row names."""
-        named, pinned = await named_by(session, tenant_id), await self.pins.of(session, tenant_id)
+        named, pinned = await rows.named_by(session, tenant_id), await self.pins.of(session, tenant_id)
 
         async def let_go() -> None:
             for digest in pinned:
@@ -283,7 +255,7 @@ class Adapters:
         """Let the name mean what was stored, and take its pin along."""
         before: str | None = None
         async with self._database.write() as session:
-            found = await one_pair(session, active_version(principal.tenant_id, name))
+            found = await rows.active_version(session, principal.tenant_id, name)
             if found is not None:
                 before = found[1].digest
             await self.pins.require_room_beside(session, blob)
@@ -300,25 +272,22 @@ class Adapters:
             await self.pins.move(before, row.digest)
         return self._record(principal, (alias, row))
 
-    async def _active(
-        self, session: AsyncSession, principal: Principal, name: str
-    ) -> tuple[AdapterRow, AdapterVersionRow]:
+    async def _active(self, session: Session, principal: Principal, name: str) -> tuple[AdapterRow, AdapterVersionRow]:
         bare = split_canonical(principal, name)
         found: tuple[AdapterRow, AdapterVersionRow] | None = None
         if bare is not None:
-            found = await one_pair(session, active_version(principal.tenant_id, bare))
+            found = await rows.active_version(session, principal.tenant_id, bare)
         if found is None:
             raise _missing(name)
         return found
 
-    async def _meant(
-        self, session: AsyncSession, principal: Principal, name: str
-    ) -> tuple[AdapterRow, AdapterVersionRow]:
+    async def _meant(self, session: Session, principal: Principal, name: str) -> tuple[AdapterRow, AdapterVersionRow]:
         if name.startswith("ft:"):
-            query = all_versions(principal.tenant_id).where(AdapterVersionRow.model_name == name)
-            if (found := await one_pair(session, query)) is None:
+            version = await rows.result_version(session, principal.tenant_id, name)
+            owner = None if version is None else await rows.alias_of(session, version)
+            if version is None or owner is None:
                 raise _missing(name)
-            return found
+            return owner, version
         alias, at, digits = name.partition("@")
         if not at:
             return await self._active(session, principal, name)
@@ -327,46 +296,33 @@ class Adapters:
         return await self._version(session, principal, alias, digits)
 
     async def _version(
-        self, session: AsyncSession, principal: Principal, name: str, version: int | str
+        self, session: Session, principal: Principal, name: str, version: int | str
     ) -> tuple[AdapterRow, AdapterVersionRow]:
         """The alias, and the version of it that a number or hex digits mean."""
         alias = await self._alias(session, principal, name)
-        query = versions_of(principal.tenant_id, alias.name).where(version_filter(version))
-        found = await pairs(session, query.order_by(AdapterVersionRow.version.desc()))
+        found = await rows.versions_of(session, principal.tenant_id, alias.name, version)
         if not found:
             raise NotFoundError(f"The adapter {name!r} has no version {version!r}; list its versions.", param="version")
         if len({row.digest for _, row in found}) > 1:
             raise InvalidRequestError(f"Several versions begin with {version!r}; give more digits.", param="version")
         return alias, found[0][1]
 
-    async def _alias(self, session: AsyncSession, principal: Principal, name: str) -> AdapterRow:
+    async def _alias(self, session: Session, principal: Principal, name: str) -> AdapterRow:
         """The alias, which may mean none of its versions: a job's result that was not to take its name over."""
         bare = split_canonical(principal, name)
-        found = None if bare is None else await find_alias(session, principal.tenant_id, bare)
+        found = None if bare is None else await rows.find_alias(session, principal.tenant_id, bare)
         if found is None:
             raise _missing(name)
         return found
 
     def _records(
-        self, principal: Principal, rows: Iterable[tuple[AdapterRow, AdapterVersionRow]]
+        self, principal: Principal, pairs: Iterable[tuple[AdapterRow, AdapterVersionRow]]
     ) -> Sequence[AdapterRecord]:
         on_device = frozenset(self._engine.stats.adapters_resident)
-        return [adapter_record(alias, row, tenant=principal.tenant, on_device=on_device) for alias, row in rows]
+        return [adapter_record(alias, row, tenant=principal.tenant, on_device=on_device) for alias, row in pairs]
 
     def _record(self, principal: Principal, pair: tuple[AdapterRow, AdapterVersionRow]) -> AdapterRecord:
         return self._records(principal, [pair])[0]
-
-
-async def delete_versions(session: AsyncSession, tenant_id: str, rows: Sequence[AdapterVersionRow]) -> set[str]:
-    """Delete version rows and the checkpoints of their jobs; the digests that they named."""
-    jobs = [row.job_id for row in rows if row.job_id is not None]
-    of_jobs = (CheckpointRow.tenant_id == tenant_id, CheckpointRow.job_id.in_(jobs))
-    digests = {row.digest for row in rows} | set(await session.scalars(select(CheckpointRow.digest).where(*of_jobs)))
-    await session.execute(delete(CheckpointRow).where(*of_jobs))
-    for row in rows:
-        await session.delete(row)
-    await session.flush()
-    return digests
 
 
 def _zip(directory: Path, digest: str, card: str, archive: Path) -> None:

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select, union
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.peft_format import AdapterSummary, read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.targets import TargetModule
+from tenora.control.adapters import rows
 from tenora.control.registry.database import Database
-from tenora.control.registry.tables import TERMINAL, AdapterVersionRow, CheckpointRow, JobRow
 from tenora.control.storage.directory import full_disk
 from tenora.control.storage.object_store import VersionStore
 from tenora.errors import AdapterFormatError, NotFoundError
@@ -182,7 +179,7 @@ class Blobs:
         """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""
         async with self._lock:
             async with self._database.read() as session:
-                named = await _named(session)
+                named = await rows.named(session)
 
             def is_old(digest: str) -> bool:
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -261,7 +258,7 @@ class Blobs:
         free = set(digests) - held
         self._postponed = (self._postponed - free) | held
         async with self._database.read() as session:
-            named = await _named(session, free)
+            named = await rows.named(session, free)
         for digest in free - named:
             with self.store.alone(digest) as alone:
                 if alone and not self._held[digest]:
@@ -283,26 +280,4 @@ class Blobs:
 
     async def _is_named(self, digest: str) -> bool:
         async with self._database.read() as session:
-            return bool(await _named(session, {digest}))
-
-
-async def _named(session: AsyncSession, among: set[str] | None = None) -> set[str]:
-    """Digests that a row of any tenant names; the only query across tenants besides those at start."""
-    versions, checkpoints = select(AdapterVersionRow.digest), select(CheckpointRow.digest)
-    # What an unfinished job starts from is read when its run begins, and again when it goes on after a restart.
-    parents = select(JobRow.parent_digest).where(
-        JobRow.parent_digest.is_not(None), JobRow.status.not_in(sorted(TERMINAL))
-    )
-    if among is not None:
-        versions = versions.where(AdapterVersionRow.digest.in_(among))
-        checkpoints = checkpoints.where(CheckpointRow.digest.in_(among))
-        parents = parents.where(JobRow.parent_digest.in_(among))
-    return set(await session.scalars(union(versions, checkpoints, parents)))
-
-
-async def named_by(session: AsyncSession, tenant_id: str) -> set[str]:
-    """Digests that rows of one tenant name, also as what a job started from."""
-    versions = select(AdapterVersionRow.digest).where(AdapterVersionRow.tenant_id == tenant_id)
-    checkpoints = select(CheckpointRow.digest).where(CheckpointRow.tenant_id == tenant_id)
-    parents = select(JobRow.parent_digest).where(JobRow.tenant_id == tenant_id, JobRow.parent_digest.is_not(None))
-    return set(await session.scalars(union(versions, checkpoints, parents)))
+            return bool(await rows.named(session, {digest}))

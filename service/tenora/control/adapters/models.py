@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
-
+from tenora.control.adapters import rows
 from tenora.control.adapters.adapters import Adapters
 from tenora.control.adapters.records import ModelCard
-from tenora.control.adapters.resolution import all_versions, find_digest, pairs, split_canonical
+from tenora.control.adapters.resolution import find_digest, split_canonical
 from tenora.control.registry.database import Database
-from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
 from tenora.control.tenancy.records import Principal
 from tenora.errors import ModelNotFoundError, NotFoundError, PermissionDeniedError
 
@@ -39,11 +37,10 @@ class Models:
 
     async def list(self, principal: Principal) -> Sequence[ModelCard]:
         """The base first, then every adapter under its name and every job's result under its `ft:` name."""
-        query = all_versions(principal.tenant_id).order_by(AdapterRow.name, AdapterVersionRow.version.desc())
         async with self.database.read() as session:
-            rows = await pairs(session, query)
-        names = [(alias.name, row.created_at) for alias, row in rows if row.version == alias.version]
-        results = [(row.model_name, row.created_at) for _, row in rows if row.model_name is not None]
+            pairs = await rows.all_versions(session, principal.tenant_id)
+        names = [(alias.name, row.created_at) for alias, row in pairs if row.version == alias.version]
+        results = [(row.model_name, row.created_at) for _, row in pairs if row.model_name is not None]
         return [self._base(), *(self._card(principal, name, created) for name, created in names + results)]
 
     async def get(self, principal: Principal, name: str) -> ModelCard:
@@ -52,11 +49,7 @@ class Models:
             return self._base()
         async with self.database.read() as session:
             digest = await find_digest(session, principal, name)
-            created = await session.scalar(
-                select(AdapterVersionRow.created_at)
-                .where(AdapterVersionRow.tenant_id == principal.tenant_id, AdapterVersionRow.digest == digest)
-                .limit(1)
-            )
+            created = None if digest is None else await rows.created_at(session, principal.tenant_id, digest)
         if digest is None:
             raise ModelNotFoundError(name)
         return self._card(principal, name, created or self.base_created)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
-
-from sqlalchemy import Select, select
-from sqlalchemy.ext.asyncio import AsyncSession
+from typing import TYPE_CHECKING
 
 from tenora.adapters.digest import damaged
+from tenora.control.adapters import rows
 from tenora.control.adapters.blobs import Blob, Blobs
-from tenora.control.registry.database import Database
-from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
+from tenora.control.registry.database import Database, Session
+from tenora.control.registry.tables import AdapterRow
 from tenora.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -44,19 +42,19 @@ class Pins:
         if not await asyncio.to_thread(self._blobs.store.verify, digest):
             raise damaged(digest)
 
-    async def require_allowed(self, session: AsyncSession) -> None:
+    async def require_allowed(self, session: Session) -> None:
         """Inside a transaction that pins, or moves a pinned alias: raise unless what is pinned now can be kept.
 
         Raises:
             ConflictError: code pins_full; all pins together would take too much.
         """
         await session.flush()
-        if (reason := await self._too_much(session, set(await session.scalars(_pinned())))) is not None:
+        if (reason := await self._too_much(session, await rows.pinned(session))) is not None:
             raise ConflictError(f"The adapter cannot be pinned: {reason}", code="pins_full")
 
-    async def require_room_beside(self, session: AsyncSession, blob: Blob) -> None:
+    async def require_room_beside(self, session: Session, blob: Blob) -> None:
         """Raise ConflictError (code pins_full) if an adapter fits the pool, but not beside what is pinned."""
-        pinned = set(await session.scalars(_pinned())) - {blob.digest}
+        pinned = set(await rows.pinned(session)) - {blob.digest}
         taken, pool = await self._size(pinned), self._blobs.room.nbytes
         if taken + blob.device_bytes > pool:
             raise ConflictError(
@@ -65,9 +63,9 @@ class Pins:
                 code="pins_full",
             )
 
-    async def of(self, session: AsyncSession, tenant_id: str) -> Collection[str]:
+    async def of(self, session: Session, tenant_id: str) -> Collection[str]:
         """The digests that a tenant's aliases pin."""
-        return set(await session.scalars(_pinned().where(AdapterRow.tenant_id == tenant_id)))
+        return await rows.pinned(session, tenant_id)
 
     async def keep(self, digest: str) -> None:
         """Tell the engine to keep a version; its pin is committed."""
@@ -76,18 +74,18 @@ class Pins:
     async def let_go(self, digest: str) -> None:
         """Tell the engine to keep a version no longer, unless another alias, of any tenant, still pins it."""
         async with self._database.read() as session:
-            still = await session.scalar(_pinned().where(AdapterVersionRow.digest == digest).limit(1))
-        if still is None:
+            still = await rows.is_pinned(session, digest)
+        if not still:
             await self._engine.pin(self._blobs.ref(digest), pinned=False)
 
-    async def end_beyond_room(self, session: AsyncSession, alias: AdapterRow) -> str | None:
+    async def end_beyond_room(self, session: Session, alias: AdapterRow) -> str | None:
         """Inside the transaction that moves a pinned alias where nobody can be told no: end the pin if it cannot stay.
 
         Returns:
             Why it ends; None if it stays.
         """
         await session.flush()
-        reason = await self._too_much(session, set(await session.scalars(_pinned())))
+        reason = await self._too_much(session, await rows.pinned(session))
         if reason is not None:
             alias.pinned = False
         return reason
@@ -101,16 +99,15 @@ class Pins:
     async def restore(self) -> None:
         """At start: tell the engine of every pin, of all tenants, that the pool still has room for; oldest first."""
         async with self._database.read() as session:
-            digests = list(dict.fromkeys(await session.scalars(_pinned().order_by(AdapterVersionRow.created_at))))
             kept: set[str] = set()
-            for digest in digests:
+            for digest in await rows.pinned(session):
                 if (reason := await self._too_much(session, {*kept, digest})) is not None:
                     _log.warning("a pin is not kept: %s", reason, extra={"digest": digest})
                     continue
                 kept.add(digest)
                 await self.keep(digest)
 
-    async def _too_much(self, session: AsyncSession, pinned: Collection[str]) -> str | None:
+    async def _too_much(self, session: Session, pinned: Collection[str]) -> str | None:
         """Why these may not be pinned together, and what to do; None if they may."""
         room = self._blobs.room
         advice = "Unpin another one, or have the operator raise"
@@ -136,20 +133,10 @@ class Pins:
     async def _size(self, digests: Collection[str]) -> int:
         return sum([await self._blobs.device_bytes(digest) for digest in digests])
 
-    async def _largest(self, session: AsyncSession, pinned: Collection[str]) -> int:
+    async def _largest(self, session: Session, pinned: Collection[str]) -> int:
         """What the largest adapter that is not pinned takes, if that is more than pins always leave."""
         half = self._blobs.room.nbytes // 2
         # In the arena no weight takes more than twice its bytes in the file, so the others need not be looked at.
-        candidates = await session.scalars(
-            select(AdapterVersionRow.digest).where(AdapterVersionRow.bytes * 2 > half).distinct()
-        )
+        candidates = await rows.digests_above(session, half / 2)
         sizes = [await self._blobs.device_bytes(digest) for digest in candidates if digest not in pinned]
         return max(sizes, default=0)
-
-
-def _pinned(column: Any = AdapterVersionRow.digest) -> Select[Any]:
-    return (
-        select(column)
-        .join_from(AdapterVersionRow, AdapterRow, AdapterRow.id == AdapterVersionRow.adapter_id)
-        .where(AdapterRow.pinned.is_(True), AdapterRow.version == AdapterVersionRow.version)
-    )

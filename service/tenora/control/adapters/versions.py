@@ -1,4 +1,4 @@
-"""Rows of aliases and versions inside an open transaction: publishing, moving, listing."""
+"""Rows of aliases and versions inside an open transaction: publishing, and how they are handed out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import false, func, select
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from tenora.control.adapters.blobs import Blob
 from tenora.control.adapters.records import AdapterRecord
 from tenora.control.adapters.row_record import RowRecord
-from tenora.control.registry.ids import DIGEST_PREFIX, new_id, unix_now
+from tenora.control.adapters.rows import find_alias, newest_number
+from tenora.control.registry.database import Session
+from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
-from tenora.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class NewVersion:
 
 
 async def add_version(
-    session: AsyncSession, new: NewVersion, blob: Blob, *, moves: bool = True
+    session: Session, new: NewVersion, blob: Blob, *, moves: bool = True
 ) -> tuple[AdapterRow, AdapterVersionRow]:
     """Add a version to the alias, which is made if need be, and points at it if it `moves`."""
     now = unix_now()
@@ -45,16 +43,11 @@ async def add_version(
         )
         session.add(alias)
         await session.flush()
-    newest = await session.scalar(
-        select(func.max(AdapterVersionRow.version)).where(
-            AdapterVersionRow.tenant_id == new.tenant_id, AdapterVersionRow.adapter_id == alias.id
-        )
-    )
     row = AdapterVersionRow(
         id=new_id("adv"),
         tenant_id=new.tenant_id,
         adapter_id=alias.id,
-        version=(newest or 0) + 1,
+        version=await newest_number(session, alias) + 1,
         digest=blob.digest,
         base_model=new.base_model,
         method="lora",
@@ -75,25 +68,6 @@ async def add_version(
         alias.version = row.version
     await session.flush()
     return alias, row
-
-
-async def find_alias(session: AsyncSession, tenant_id: str, name: str) -> AdapterRow | None:
-    """The tenant's alias of that name."""
-    found: AdapterRow | None = await session.scalar(
-        select(AdapterRow).where(AdapterRow.tenant_id == tenant_id, AdapterRow.name == name)
-    )
-    return found
-
-
-def version_filter(version: int | str) -> Any:
-    """A condition for the version with this number, or whose digest begins so (at least 8 hex digits)."""
-    if isinstance(version, int) or (version.isdecimal() and len(version) < 8):
-        number = int(version)
-        # A number that the column cannot hold is nobody's, and the driver would not take it.
-        return AdapterVersionRow.version == number if 0 < number < 2**31 else false()
-    if DIGEST_PREFIX.fullmatch(version) is None:
-        raise InvalidRequestError("version must be a number or at least 8 hex digits of a digest.", param="version")
-    return AdapterVersionRow.digest.startswith(version)
 
 
 def adapter_record(

@@ -7,20 +7,17 @@ point leaves either a whole file that is listed or a leftover that the next star
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from sqlalchemy import ColumnElement, Select, String, cast, or_, select
-from sqlalchemy.ext.asyncio import AsyncSession
+from typing import TYPE_CHECKING, Literal
 
 from tenora.config import Settings
 from tenora.control.files.records import FileRecord
-from tenora.control.registry.database import Database
+from tenora.control.files.rows import all_files, expired_files, files_of, find_file, unfinished_user
+from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.paging import Order, Page, page
-from tenora.control.registry.tables import TERMINAL, FileRow, JobRow
+from tenora.control.registry.tables import FileRow
 from tenora.control.storage.directory import Storage
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.storage.object_store import Incoming
@@ -30,7 +27,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.dataset import validate_file
 from tenora.data.reading import ValidationReport
-from tenora.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
+from tenora.errors import ConflictError, InvalidRequestError, PayloadTooLargeError
 from tenora.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -134,9 +131,7 @@ class Files:
         purpose: str | None = None,
     ) -> Page[FileRecord]:
         """One page of the tenant's files, newest first by default."""
-        query = select(FileRow).where(FileRow.tenant_id == principal.tenant_id, _unexpired())
-        if purpose is not None:
-            query = query.where(FileRow.purpose == purpose)
+        query = files_of(principal.tenant_id, purpose)
         async with self._database.read() as session:
             return await page(session, query, FileRow, file_record, after=after, limit=limit, order=order)
 
@@ -154,7 +149,7 @@ class Files:
         """Remove a file. ConflictError while a job that has not ended uses it."""
         async with self._database.write(frees=True) as session:
             row = await find_file(session, principal.tenant_id, file_id)
-            user = await session.scalar(_unfinished_user(principal.tenant_id, file_id))
+            user = await unfinished_user(session, principal.tenant_id, file_id)
             if user is not None:
                 raise ConflictError(
                     f"The file {file_id} is used by the job {user}; cancel it or wait until it ends.",
@@ -168,8 +163,8 @@ class Files:
     async def delete_expired(self) -> int:
         """Remove the expired files of all tenants, except those of unfinished jobs; how many were removed."""
         async with self._database.write(frees=True) as session:
-            rows = list(await session.scalars(select(FileRow).where(FileRow.expires_at <= unix_now())))
-            gone = [row for row in rows if await session.scalar(_unfinished_user(row.tenant_id, row.id)) is None]
+            rows = await expired_files(session, unix_now())
+            gone = [row for row in rows if await unfinished_user(session, row.tenant_id, row.id) is None]
             for row in gone:
                 await session.delete(row)
         for row in gone:
@@ -177,7 +172,7 @@ class Files:
         await self._database.restock()
         return len(gone)
 
-    async def forget(self, session: AsyncSession, tenant_id: str) -> AfterCommit:  # noqa: ARG002 - `Holder.forget`
+    async def forget(self, session: Session, tenant_id: str) -> AfterCommit:  # noqa: ARG002 - `Holder.forget`
         """What is to go with a tenant: its directory, in which its jobs work too."""
 
         async def let_go() -> None:
@@ -188,7 +183,7 @@ class Files:
     async def sweep(self, older_than: float) -> int:
         """At start: remove blobs that no row names and that are older than `older_than` (Unix time); how many."""
         async with self._database.read() as session:
-            known = {tuple(row) for row in await session.execute(select(FileRow.tenant_id, FileRow.id))}
+            known = await all_files(session)
 
         def remove_orphans() -> int:
             orphans = [
@@ -252,16 +247,6 @@ class Files:
         await asyncio.to_thread(self._storage.objects.delete, tenant_id, file_id)
 
 
-async def find_file(session: AsyncSession, tenant_id: str, file_id: str, *, param: str = "file_id") -> FileRow:
-    """The row of a file that has not expired, or NotFoundError, equal for missing and foreign ids."""
-    row = await session.scalar(
-        select(FileRow).where(FileRow.tenant_id == tenant_id, FileRow.id == file_id, _unexpired())
-    )
-    if row is None:
-        raise NotFoundError(f"There is no file {file_id!r}; GET /v1/files lists yours.", param=param)
-    return row
-
-
 def check_filename(filename: str) -> str:
     """The last part of a client's file name, fit to be shown; InvalidRequestError if nothing is left of it."""
     label = filename.replace("\\", "/").rpartition("/")[2].strip()
@@ -283,26 +268,4 @@ def file_record(row: FileRow) -> FileRecord:
         status_details=row.status_details,
         expires_at=row.expires_at,
         sha256=row.sha256,
-    )
-
-
-def _unexpired() -> ColumnElement[bool]:
-    return or_(FileRow.expires_at.is_(None), FileRow.expires_at > int(time.time()))
-
-
-def _unfinished_user(tenant_id: str, file_id: str) -> Select[Any]:
-    """A query for the id of a job that has not ended and reads this file."""
-    return (
-        select(JobRow.id)
-        .where(
-            JobRow.tenant_id == tenant_id,
-            JobRow.status.not_in(sorted(TERMINAL)),
-            or_(
-                JobRow.training_file == file_id,
-                JobRow.validation_file == file_id,
-                # Ids have no character that JSON escapes or LIKE interprets.
-                cast(JobRow.training_files, String).contains(f'"{file_id}"'),
-            ),
-        )
-        .limit(1)
     )

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
+from tenora.control.files.rows import digests
 from tenora.control.gate.few_shot import Prompted, few_shot_prompts
 from tenora.control.gate.held_out import held_out_rows
 from tenora.control.gate.lineage import TrainingFile
@@ -23,8 +22,8 @@ from tenora.control.gate.parity import probe_rows, score_rows
 from tenora.control.inference.scoring import Scorer
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, LeaseLostError, owned, read_owned
-from tenora.control.registry.database import RegistryBusyError
-from tenora.control.registry.tables import FileRow, JobRow
+from tenora.control.registry.database import RegistryBusyError, Session
+from tenora.control.registry.tables import JobRow
 from tenora.data.dataset import TokenizedDataset, concatenate
 from tenora.errors import TenoraError
 from tenora.model.provenance import BaseSource, base_source
@@ -118,7 +117,7 @@ class Measuring:
 
 
 async def note_rows(
-    session: AsyncSession,
+    session: Session,
     row: JobRow,
     tasks: Sequence[NotedTask],
     *,
@@ -227,16 +226,13 @@ def _choose(tokenizer: Tokenizer, spec: TrainSpec, max_length: int) -> tuple[lis
     return [], 0
 
 
-async def _files(session: AsyncSession, row: JobRow) -> list[TrainingFile]:
+async def _files(session: Session, row: JobRow) -> list[TrainingFile]:
     training = [one["file"] for one in row.training_files] if row.training_files else [row.training_file]
     wanted: list[tuple[str, Literal["training", "validation"]]] = [(file_id, "training") for file_id in training]
     if row.validation_file is not None:
         wanted.append((row.validation_file, "validation"))
-    query = select(FileRow.id, FileRow.sha256).where(
-        FileRow.tenant_id == row.tenant_id, FileRow.id.in_([file_id for file_id, _ in wanted])
-    )
-    digests: dict[str, str] = {found.id: found.sha256 for found in await session.execute(query)}
-    return [TrainingFile(id=file_id, purpose=purpose, sha256=digests.get(file_id)) for file_id, purpose in wanted]
+    known = await digests(session, row.tenant_id, [file_id for file_id, _ in wanted])
+    return [TrainingFile(id=file_id, purpose=purpose, sha256=known.get(file_id)) for file_id, purpose in wanted]
 
 
 async def _keep(context: JobContext, claim: Claim, found: Baselines) -> None:

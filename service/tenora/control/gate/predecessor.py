@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sqlalchemy import ColumnElement, select
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from tenora.control.adapters.resolution import active_version, one_pair
 from tenora.control.adapters.row_record import Keys, RowRecord, keys_of
+from tenora.control.adapters.rows import active_version, rows_of_version, stored_rows
 from tenora.control.gate.card import Comparison, Replaced
 from tenora.control.gate.held_out import HeldOutExamples
 from tenora.control.inference.scoring import Scorer, is_gone
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, read_owned
-from tenora.control.registry.tables import AdapterVersionRow, CheckpointRow
+from tenora.control.registry.database import Session
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TenoraError, UnavailableError
 from tenora.training.spec import TrainSpec
@@ -49,14 +47,14 @@ class Beside:
     note: str | None = None
 
 
-async def find_predecessor(session: AsyncSession, tenant_id: str, name: str) -> Predecessor | None:
+async def find_predecessor(session: Session, tenant_id: str, name: str) -> Predecessor | None:
     """What the name means now; None if nothing."""
-    found = await one_pair(session, active_version(tenant_id, name))
+    found = await active_version(session, tenant_id, name)
     if found is None:
         return None
     _, row = found
-    rows = await _rows(session, AdapterVersionRow.tenant_id == tenant_id, AdapterVersionRow.id == row.id)
-    return Predecessor(row.id, name, row.version, row.digest, row.base_model, rows)
+    record = _decoded(await rows_of_version(session, row))
+    return Predecessor(row.id, name, row.version, row.digest, row.base_model, record)
 
 
 async def rows_of(
@@ -67,7 +65,7 @@ async def rows_of(
         return None, np.zeros(0, dtype=np.uint64)
     async with context.database.read() as session:
         digest = (await read_owned(session, claim)).parent_digest
-        parent = None if digest is None else await _rows_behind(session, claim.tenant_id, digest)
+        parent = None if digest is None else _decoded(await stored_rows(session, claim.tenant_id, digest))
 
     def read() -> tuple[RowRecord, Keys]:
         keys = train = keys_of(held_out.dataset)
@@ -84,16 +82,6 @@ async def rows_of(
         return record, keys
 
     return await asyncio.to_thread(read)
-
-
-async def _rows_behind(session: AsyncSession, tenant_id: str, digest: str) -> RowRecord | None:
-    """What the tenant's adapter of that content has learned: a version, or a checkpoint of a job that made one."""
-    of_tenant = AdapterVersionRow.tenant_id == tenant_id
-    found = await _rows(session, of_tenant, AdapterVersionRow.digest == digest)
-    if found is not None:
-        return found
-    jobs = select(CheckpointRow.job_id).where(CheckpointRow.tenant_id == tenant_id, CheckpointRow.digest == digest)
-    return await _rows(session, of_tenant, AdapterVersionRow.job_id.in_(jobs))
 
 
 async def hold_against(
@@ -166,7 +154,5 @@ def _note(predecessor: Predecessor, left_out: int) -> str | None:
     return None
 
 
-async def _rows(session: AsyncSession, *conditions: ColumnElement[bool]) -> RowRecord | None:
-    query = select(AdapterVersionRow.rows).where(*conditions, AdapterVersionRow.rows.is_not(None))
-    stored: bytes | None = await session.scalar(query.order_by(AdapterVersionRow.seq.desc()).limit(1))
+def _decoded(stored: bytes | None) -> RowRecord | None:
     return None if stored is None else RowRecord.decode(stored)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tenora.control.files.files import TRAINING_PURPOSE, find_file
+from tenora.control.files.files import TRAINING_PURPOSE
+from tenora.control.files.rows import find_file
 from tenora.control.jobs.parent import Parent
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.requests import USUAL_SEED, Asked, alias_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tenora.control.adapters.blobs import Blobs
-from tenora.control.adapters.resolution import active_version, one_pair
+from tenora.control.adapters.rows import active_version
 from tenora.control.jobs.creation import find_sources, new_job
 from tenora.control.jobs.forgetting_text import general_text
 from tenora.control.jobs.parent import find_parent
@@ -148,7 +148,7 @@ class Estimates:
             sources = await find_sources(session, principal.tenant_id, request)
             speed = await _recent_speed(session)
             row = new_job(principal.tenant_id, request, asked, limits, sources, parent)
-            now = await one_pair(session, active_version(principal.tenant_id, row.name))
+            now = await active_version(session, principal.tenant_id, row.name)
         replaces = None if now is None else Replaces(row.name, now[1].version, now[1].digest)
         job = await preparation_of(self._storage, self._blobs, row)
         return await self._tokenizing.file(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenora.config import Settings
-from tenora.control.files.files import TRAINING_PURPOSE, find_file
+from tenora.control.files.files import TRAINING_PURPOSE
+from tenora.control.files.rows import find_file
 from tenora.control.jobs.field_checks import whole
 from tenora.control.jobs.shape import Limits
 from tenora.control.registry.database import Database

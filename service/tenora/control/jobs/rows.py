@@ -10,10 +10,10 @@ from sqlalchemy import Select, delete, false, func, select
 
 from tenora.control.jobs.lease_rows import drop_lease
 from tenora.control.jobs.records import CheckpointRecord, JobEventRecord, JobRecord
-from tenora.control.jobs.requests import METADATA_KEY
+from tenora.control.jobs.requests import METADATA_KEY, model_name
 from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
-from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow, JobStatus
+from tenora.control.registry.tables import TERMINAL, CheckpointRow, JobEventRow, JobRow, JobStatus, TenantRow
 from tenora.errors import NotFoundError, TenoraError
 
 T = TypeVar("T")
@@ -72,6 +72,49 @@ def events_of(tenant_id: str, job_id: str) -> Select[JobEventRow]:
 def checkpoints_of(tenant_id: str, job_id: str) -> Select[CheckpointRow]:
     """The checkpoints of a job."""
     return select(CheckpointRow).where(CheckpointRow.tenant_id == tenant_id, CheckpointRow.job_id == job_id)
+
+
+async def checkpoint_at(session: Session, row: JobRow, step: int) -> CheckpointRow | None:
+    """The checkpoint that a job has of a step."""
+    query = checkpoints_of(row.tenant_id, row.id).where(CheckpointRow.step_number == step)
+    found: CheckpointRow | None = await session.scalar(query)
+    return found
+
+
+async def delete_checkpoints(session: Session, row: JobRow, *, kept: int) -> set[str]:
+    """Delete the job's checkpoints but the newest `kept`; the digests that they named."""
+    newest_first = checkpoints_of(row.tenant_id, row.id).order_by(CheckpointRow.step_number.desc())
+    digests: set[str] = set()
+    for old in (await session.scalars(newest_first)).all()[kept:]:
+        digests.add(old.digest)
+        await session.delete(old)
+    return digests
+
+
+async def unfinished(session: Session) -> set[tuple[str, str]]:
+    """Tenant and id of every job that is not over; for the start."""
+    query = select(JobRow.tenant_id, JobRow.id).where(JobRow.status.not_in(sorted(TERMINAL)))
+    return {(row.tenant_id, row.id) for row in await session.execute(query)}
+
+
+async def peek_job(session: Session, tenant_id: str, job_id: str) -> JobRow | None:
+    """The row of a job, to be read; its tenant may be gone, and the row with it."""
+    found: JobRow | None = await session.scalar(
+        select(JobRow).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id)
+    )
+    return found
+
+
+async def step_metrics(session: Session, tenant_id: str, job_id: str) -> Sequence[Mapping[str, Any]]:
+    """What the lines of a job's steps carry, oldest first."""
+    lines = events_of(tenant_id, job_id).where(JobEventRow.type == "metrics").order_by(JobEventRow.seq)
+    return (await session.scalars(lines.with_only_columns(JobEventRow.data))).all()
+
+
+async def result_name(session: Session, row: JobRow) -> str:
+    """The immutable name of a job's result."""
+    tenant = await session.get_one(TenantRow, row.tenant_id)
+    return model_name(row.model, tenant.name, row.suffix, row.id)
 
 
 async def recent_speeds(session: Session, count: int) -> Sequence[float]:

@@ -19,10 +19,10 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from tenora.control.registry.dialects.by_url import dialect_of
 from tenora.control.registry.dialects.dialect import Dialect
-from tenora.control.registry.driver_errors import RegistryBusyError, RegistryDamagedError
+from tenora.control.registry.driver_errors import RegistryBusyError, RegistryDamagedError, RowExistsError
 from tenora.errors import ConfigurationError, TenoraError
 
-__all__ = ["Database", "RegistryBusyError", "RegistryDamagedError", "Session"]
+__all__ = ["Database", "RegistryBusyError", "RegistryDamagedError", "RowExistsError", "Session"]
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class Database:
             RegistryBusyError: the registry is held by another process, or cannot be reached.
             StorageFullError: its disk is full.
             RegistryDamagedError: its disk has failed.
+            RowExistsError: another row has the key or name of one that the block adds.
         """
         queue = self._writing if alone or self._dialect.one_writer else contextlib.nullcontext()
         async with queue, self._dialect.room(frees=frees):

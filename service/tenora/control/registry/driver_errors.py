@@ -26,6 +26,15 @@ class RegistryDamagedError(TenoraError):
         )
 
 
+class RowExistsError(ConflictError):
+    """Another row has the same key or name already; nothing was written."""
+
+    code = "exists"
+
+    def __init__(self) -> None:
+        super().__init__("Something of that name is there already, or was made at this moment; nothing was stored.")
+
+
 def registry_full() -> StorageFullError:
     """No room on the registry's disk."""
     return StorageFullError("The disk of the registry is full; free some space and try again.")

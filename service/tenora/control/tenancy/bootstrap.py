@@ -6,14 +6,12 @@ import asyncio
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import select
-
 from tenora.config import Settings
 from tenora.control.registry.database import Database
 from tenora.control.registry.ids import random_word
-from tenora.control.registry.tables import KeyRow
 from tenora.control.storage.directory import Storage, write_file
 from tenora.control.tenancy.keys import Keys, hash_secret, prefix_of
+from tenora.control.tenancy.rows import key_with_tenant, keys_of
 from tenora.control.tenancy.tenants import DEFAULT_TENANT, Tenants
 from tenora.errors import ConfigurationError
 
@@ -79,10 +77,8 @@ class Registry:
             await self._configure(tenant.id, self.settings.api_key)
             return Bootstrap(None, str(credentials))
         async with self.database.read() as session:
-            known = await session.scalar(
-                select(KeyRow.id).where(KeyRow.tenant_id == tenant.id, KeyRow.name == GENERATED).limit(1)
-            )
-        if known is not None:
+            known = await keys_of(session, tenant.id, GENERATED)
+        if known:
             return Bootstrap(None, str(credentials))
         secret = f"tk-{random_word(12)}-{secrets.token_urlsafe(32)}"
         # The file first: a crash in between leaves a key that does not work, and the next start makes another. The
@@ -95,15 +91,11 @@ class Registry:
     async def _configure(self, tenant_id: str, secret: str) -> None:
         check_configured(secret)
         async with self.database.write() as session:
-            row = await session.scalar(select(KeyRow).where(KeyRow.prefix == prefix_of(secret)))
-            if (
-                row is not None
-                and row.revoked_at is None
-                and row.tenant_id == tenant_id
-                and row.hash == hash_secret(secret)
-            ):
-                return
-            if row is not None:
+            known = await key_with_tenant(session, prefix_of(secret))
+            if known is not None:
+                row, _ = known
+                if row.revoked_at is None and row.tenant_id == tenant_id and row.hash == hash_secret(secret):
+                    return
                 raise ConfigurationError(
                     "TENORA_API_KEY is a key that was revoked or belongs to another tenant; choose a new one."
                 )

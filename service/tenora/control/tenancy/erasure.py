@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from sqlalchemy import delete
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from tenora.control.registry.database import Database
-from tenora.control.registry.tables import Base, TenantRow
+from tenora.control.registry.database import Database, Session
 from tenora.control.tenancy.keys import Keys
+from tenora.control.tenancy.rows import delete_tenant
 from tenora.control.tenancy.tenants import DEFAULT_TENANT, Tenants
 from tenora.errors import ConflictError
 
@@ -28,7 +25,7 @@ class Work(Protocol):
 class Holder(Protocol):
     """What holds more of a tenant than rows: files, places on the device."""
 
-    async def forget(self, session: AsyncSession, tenant_id: str) -> AfterCommit:
+    async def forget(self, session: Session, tenant_id: str) -> AfterCommit:
         """Inside the transaction that is about to delete the tenant's rows: what is to go once it has committed."""
         ...
 
@@ -67,15 +64,7 @@ class Erasure:
             await work.end_for(tenant.id)
         async with self._database.write(frees=True) as session:
             left = [await holder.forget(session, tenant.id) for holder in self._holders]
-            await delete_rows(session, tenant.id)
+            await delete_tenant(session, tenant.id)
         for let_go in left:
             await let_go()
         await self._database.restock()
-
-
-async def delete_rows(session: AsyncSession, tenant_id: str) -> None:
-    """Delete every row of every table that names the tenant, then the tenant."""
-    for table in reversed(Base.metadata.sorted_tables):  # what refers to others first
-        if "tenant_id" in table.columns:
-            await session.execute(delete(table).where(table.c.tenant_id == tenant_id))
-    await session.execute(delete(TenantRow).where(TenantRow.id == tenant_id))

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sqlalchemy import ColumnElement, delete, or_, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from tenora.control.registry.database import Database
+from tenora.control.registry.database import Database, RowExistsError, Session
 from tenora.control.registry.ids import unix_now
-from tenora.control.registry.presence import Presence, living
+from tenora.control.registry.presence import Presence
 from tenora.control.registry.tables import IdempotencyRow
 from tenora.control.tenancy.records import Principal
+from tenora.control.tenancy.rows import (
+    Reserved,
+    find_answer,
+    forget_answers,
+    free_key,
+    free_keys_of_the_dead,
+    keep_answer,
+)
 from tenora.errors import ConflictError, InvalidRequestError
 
 KEPT_SECONDS = 24 * 3600
@@ -41,17 +45,15 @@ class Receipt(Generic[T]):
         answer: what was written; None before.
     """
 
-    def __init__(self, row: tuple[ColumnElement[bool], ...], answer: Callable[[T], StoredAnswer]) -> None:
+    def __init__(self, reserved: Reserved, answer: Callable[[T], StoredAnswer]) -> None:
         self.answer: StoredAnswer | None = None
-        self._row = row
+        self._reserved = reserved
         self._answer = answer
 
-    async def write(self, session: AsyncSession, made: T) -> None:
+    async def write(self, session: Session, made: T) -> None:
         """Keep the answer for 24 hours, if the transaction commits."""
         self.answer = self._answer(made)
-        await session.execute(
-            update(IdempotencyRow).where(*self._row).values(status=self.answer.status, body=self.answer.body)
-        )
+        await keep_answer(session, self._reserved, self.answer.status, self.answer.body)
 
 
 class Idempotency:
@@ -89,36 +91,29 @@ class Idempotency:
         )
         try:
             async with self._database.write() as session:
-                await session.execute(
-                    delete(IdempotencyRow).where(
-                        IdempotencyRow.tenant_id == principal.tenant_id, IdempotencyRow.created_at < now - KEPT_SECONDS
-                    )
-                )
+                await forget_answers(session, principal.tenant_id, now - KEPT_SECONDS)
                 session.add(row)
-        except IntegrityError:
-            return await self._first(principal, route, key, digest)
+        except RowExistsError:
+            return await self._first(Reserved(principal.tenant_id, route, key), digest)
         return None
 
     def receipt(self, principal: Principal, route: str, key: str, answer: Callable[[T], StoredAnswer]) -> Receipt[T]:
         """What the work takes along to keep its answer; `answer` makes it of the work's record."""
-        return Receipt(_same(principal, route, key), answer)
+        return Receipt(Reserved(principal.tenant_id, route, key), answer)
 
     async def abandon(self, principal: Principal, route: str, key: str) -> None:
         """Free a reserved key; an answer that is kept already stays."""
         async with self._database.write() as session:
-            await session.execute(
-                delete(IdempotencyRow).where(*_same(principal, route, key), IdempotencyRow.status.is_(None))
-            )
+            await free_key(session, Reserved(principal.tenant_id, route, key))
 
     async def forget_dead(self) -> None:
         """Free the keys that processes had reserved which are dead now."""
         async with self._database.write() as session:
-            dead = or_(IdempotencyRow.process_id.is_(None), IdempotencyRow.process_id.not_in(living()))
-            await session.execute(delete(IdempotencyRow).where(IdempotencyRow.status.is_(None), dead))
+            await free_keys_of_the_dead(session)
 
-    async def _first(self, principal: Principal, route: str, key: str, digest: str) -> StoredAnswer:
+    async def _first(self, reserved: Reserved, digest: str) -> StoredAnswer:
         async with self._database.read() as session:
-            row = await session.scalar(select(IdempotencyRow).where(*_same(principal, route, key)))
+            row = await find_answer(session, reserved)
         if row is not None and row.payload_hash != digest:
             raise InvalidRequestError(
                 "This Idempotency-Key was used with another payload; use a new key for a new request.",
@@ -132,11 +127,3 @@ class Idempotency:
                 param="Idempotency-Key",
             )
         return StoredAnswer(row.status, row.body)
-
-
-def _same(principal: Principal, route: str, key: str) -> tuple[ColumnElement[bool], ...]:
-    return (
-        IdempotencyRow.tenant_id == principal.tenant_id,
-        IdempotencyRow.route == route,
-        IdempotencyRow.key == key,
-    )

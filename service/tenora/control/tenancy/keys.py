@@ -15,13 +15,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from tenora.control.registry.database import Database
+from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import new_id, random_word, unix_now
 from tenora.control.registry.tables import KeyRow, TenantRow
 from tenora.control.tenancy.records import SCOPES, KeyRecord, Principal
+from tenora.control.tenancy.rows import find_key, key_with_tenant, keys_of, revoke_keys
 from tenora.errors import AuthenticationError, InvalidRequestError, NotFoundError
 
 _FORM = re.compile(r"tk-([0-9a-z]{12})-[A-Za-z0-9_-]{43}")
@@ -50,13 +48,7 @@ class Keys:
         if cached is not None and time.monotonic() < cached[0] and _alive(cached[1]):
             return cached[2]
         async with self._database.read() as session:
-            found = (
-                await session.execute(
-                    select(KeyRow, TenantRow)
-                    .join(TenantRow, TenantRow.id == KeyRow.tenant_id)
-                    .where(KeyRow.prefix == prefix_of(secret))
-                )
-            ).one_or_none()
+            found = await key_with_tenant(session, prefix_of(secret))
         # An unknown prefix takes the same path as a wrong secret.
         expected = found[0].hash if found else bytes(len(digest))
         if not hmac.compare_digest(expected, digest) or found is None:
@@ -85,7 +77,7 @@ class Keys:
 
     async def insert(
         self,
-        session: AsyncSession,
+        session: Session,
         tenant_id: str,
         secret: str,
         scopes: Iterable[str],
@@ -126,15 +118,12 @@ class Keys:
     async def list(self, tenant_id: str) -> Sequence[KeyRecord]:
         """The tenant's keys, oldest first, revoked ones too."""
         async with self._database.read() as session:
-            rows = await session.scalars(
-                select(KeyRow).where(KeyRow.tenant_id == tenant_id).order_by(KeyRow.created_at, KeyRow.id)
-            )
-            return [key_record(row) for row in rows]
+            return [key_record(row) for row in await keys_of(session, tenant_id)]
 
     async def revoke(self, tenant_id: str, key_id: str) -> KeyRecord:
         """End a key for good; repeating it changes nothing. NotFoundError if the tenant has no such key."""
         async with self._database.write(frees=True) as session:
-            row = await session.scalar(select(KeyRow).where(KeyRow.tenant_id == tenant_id, KeyRow.id == key_id))
+            row = await find_key(session, tenant_id, key_id)
             if row is None:
                 raise NotFoundError(f"There is no key {key_id!r}; `tenora keys list` shows them.", param="key_id")
             if row.revoked_at is None:
@@ -145,20 +134,12 @@ class Keys:
     async def revoke_all(self, tenant_id: str) -> None:
         """End every key of a tenant for good."""
         async with self._database.write(frees=True) as session:
-            await session.execute(
-                update(KeyRow)
-                .where(KeyRow.tenant_id == tenant_id, KeyRow.revoked_at.is_(None))
-                .values(revoked_at=unix_now())
-            )
+            await revoke_keys(session, tenant_id, unix_now())
         self.forget()
 
-    async def revoke_named(self, session: AsyncSession, tenant_id: str, name: str) -> None:
+    async def revoke_named(self, session: Session, tenant_id: str, name: str) -> None:
         """Revoke every key of that name inside an open transaction."""
-        await session.execute(
-            update(KeyRow)
-            .where(KeyRow.tenant_id == tenant_id, KeyRow.name == name, KeyRow.revoked_at.is_(None))
-            .values(revoked_at=unix_now())
-        )
+        await revoke_keys(session, tenant_id, unix_now(), name)
         self.forget()
 
     def forget(self) -> None:

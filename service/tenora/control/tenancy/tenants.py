@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
-
-from tenora.control.registry.database import Database
+from tenora.control.registry.database import Database, RowExistsError
 from tenora.control.registry.ids import check_tenant_name, new_id, unix_now
 from tenora.control.registry.tables import TenantRow
 from tenora.control.tenancy.records import TenantRecord
+from tenora.control.tenancy.rows import all_tenants, find_tenant
 from tenora.errors import ConflictError, NotFoundError
 
 DEFAULT_TENANT = "default"
@@ -28,22 +26,19 @@ class Tenants:
         try:
             async with self._database.write() as session:
                 session.add(row)
-        except IntegrityError as error:
+        except RowExistsError as error:
             raise ConflictError(f"There is a tenant {name!r} already; choose another name.", param="name") from error
         return _record(row)
 
     async def get(self, name: str) -> TenantRecord:
         """The tenant of that name, or NotFoundError."""
         async with self._database.read() as session:
-            row = await session.scalar(select(TenantRow).where(TenantRow.name == name))
-        if row is None:
-            raise NotFoundError(f"There is no tenant {name!r}; `tenora tenants list` shows them.", param="tenant")
-        return _record(row)
+            return _record(_found(await find_tenant(session, name), name))
 
     async def list(self) -> Sequence[TenantRecord]:
         """Every tenant, by name."""
         async with self._database.read() as session:
-            return [_record(row) for row in await session.scalars(select(TenantRow).order_by(TenantRow.name))]
+            return [_record(row) for row in await all_tenants(session)]
 
     async def ensure(self, name: str) -> TenantRecord:
         """The tenant of that name, created if need be."""
@@ -51,6 +46,12 @@ class Tenants:
             return await self.get(name)
         except NotFoundError:
             return await self.create(name)
+
+
+def _found(row: TenantRow | None, name: str) -> TenantRow:
+    if row is None:
+        raise NotFoundError(f"There is no tenant {name!r}; `tenora tenants list` shows them.", param="tenant")
+    return row
 
 
 def _record(row: TenantRow) -> TenantRecord:

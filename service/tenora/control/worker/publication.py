@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenora.control.adapters.blobs import Blob
-from tenora.control.adapters.resolution import active_version, one_pair
 from tenora.control.adapters.row_record import Keys, RowRecord
+from tenora.control.adapters.rows import active_version
 from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.gate.baselines import Measuring
 from tenora.control.gate.card import Card, Judgement, as_json
@@ -23,9 +22,10 @@ from tenora.control.inference.scoring import Scorer
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, owned, read_owned
 from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.rows import PausedError, end, finite, log
+from tenora.control.jobs.rows import PausedError, end, finite, log, result_name
+from tenora.control.registry.database import Session
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, JobRow
-from tenora.control.worker.checkpoints import result_name, withdraw_checkpoints
+from tenora.control.worker.checkpoints import withdraw_checkpoints
 from tenora.control.worker.log import evaluation_of
 from tenora.control.worker.result_files import ResultFile, discard_results, write_results
 from tenora.errors import TrainingError
@@ -148,7 +148,7 @@ async def _judge(
 
 async def _record_result(
     context: JobContext,
-    session: AsyncSession,
+    session: Session,
     claim: Claim,
     event: FinishedEvent,
     blob: Blob,
@@ -160,7 +160,7 @@ async def _record_result(
     row = await owned(session, claim)
     if row.status == "paused":
         raise PausedError("The job was paused; resume it to publish what it has learned.")
-    before = await one_pair(session, active_version(row.tenant_id, row.name))
+    before = await active_version(session, row.tenant_id, row.name)
     if (None if before is None else before[1].id) != (judged.predecessor and judged.predecessor.id):
         return None
     model = await result_name(session, row)
@@ -214,7 +214,7 @@ async def _record_result(
     return moved
 
 
-async def _with_pin(context: JobContext, session: AsyncSession, row: JobRow, alias: AdapterRow, before: str) -> Moved:
+async def _with_pin(context: JobContext, session: Session, row: JobRow, alias: AdapterRow, before: str) -> Moved:
     """A pinned alias has moved: its pin goes with it, or ends and its owner is told why."""
     too_much = await context.adapters.pins.end_beyond_room(session, alias)
     if too_much is not None:

@@ -7,14 +7,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
-
 from tenora.control.files.files import RESULT_PURPOSE
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, read_owned
+from tenora.control.jobs.rows import step_metrics
 from tenora.control.jobs.sweeps import trials_csv
 from tenora.control.registry.ids import new_id, unix_now
-from tenora.control.registry.tables import FileRow, JobEventRow
+from tenora.control.registry.tables import FileRow
 from tenora.control.storage.object_store import put
 from tenora.control.worker.log import metrics_csv
 from tenora.training.methods.table import find_method
@@ -53,17 +52,12 @@ async def write_results(context: JobContext, claim: Claim) -> list[ResultFile]:
         LeaseLostError: the job is in other hands.
         StorageFullError: no room; nothing was kept.
     """
-    query = (
-        select(JobEventRow.data)
-        .where(JobEventRow.tenant_id == claim.tenant_id, JobEventRow.job_id == claim.job_id)
-        .where(JobEventRow.type == "metrics")
-        .order_by(JobEventRow.seq)
-    )
     async with context.database.read() as session:
         row = await read_owned(session, claim)
         trials, metrics = row.sweep_results, find_method(row.requested["method"]).metrics
         winner = next((trial["trial"] for trial in trials or () if trial["winner"]), None)
-        contents = {METRICS_NAME: metrics_csv(await session.scalars(query), winner=winner, metrics=metrics)}
+        lines = await step_metrics(session, claim.tenant_id, claim.job_id)
+    contents = {METRICS_NAME: metrics_csv(lines, winner=winner, metrics=metrics)}
     if trials:
         contents[SWEEP_NAME] = trials_csv(trials)
     written: list[ResultFile] = []

@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import select
-
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, LeaseLostError
 from tenora.control.jobs.leases import RENEW_SECONDS, Leases
+from tenora.control.jobs.rows import is_over, peek_job, unfinished
 from tenora.control.registry.database import RegistryBusyError
-from tenora.control.registry.tables import TERMINAL, JobRow
 from tenora.control.storage.directory import remove
 from tenora.control.worker.preparing import prepare_job
 from tenora.control.worker.training import JobTraining
@@ -192,33 +190,26 @@ class JobRunner:
 
     async def _forget_if_over(self, claim: Claim) -> None:
         async with self._context.database.read() as session:
-            status = await session.scalar(
-                select(JobRow.status).where(JobRow.tenant_id == claim.tenant_id, JobRow.id == claim.job_id)
-            )
-        if status is None or status in TERMINAL:  # its tenant may be gone, and the row with it
+            row = await peek_job(session, claim.tenant_id, claim.job_id)
+        if row is None or is_over(row):
             await self._forget(claim.tenant_id, claim.job_id)
 
     async def _forget(self, tenant_id: str, job_id: str) -> None:
         """Let go of what only an unfinished job needs: its files, and the adapter that it started from."""
         await asyncio.to_thread(remove, self._context.storage.workdir(tenant_id, job_id))
         async with self._context.database.read() as session:
-            parent = await session.scalar(
-                select(JobRow.parent_digest).where(JobRow.tenant_id == tenant_id, JobRow.id == job_id)
-            )
-        if parent is not None:
-            await self._context.blobs.release([parent])
+            row = await peek_job(session, tenant_id, job_id)
+        if row is not None and row.parent_digest is not None:
+            await self._context.blobs.release([row.parent_digest])
 
     async def _sweep_workdirs(self) -> None:
         """At start: remove the work directories of jobs that have ended or were never recorded."""
         async with self._context.database.read() as session:
-            rows = await session.execute(
-                select(JobRow.tenant_id, JobRow.id).where(JobRow.status.not_in(sorted(TERMINAL)))
-            )
-            unfinished = {tuple(row) for row in rows}
+            known = await unfinished(session)
 
         def remove_leftovers() -> None:
             for tenant_id, job_id, path in self._context.storage.workdirs():
-                if (tenant_id, job_id) not in unfinished:
+                if (tenant_id, job_id) not in known:
                     remove(path)
 
         await asyncio.to_thread(remove_leftovers)

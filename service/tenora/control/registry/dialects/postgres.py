@@ -16,6 +16,7 @@ from tenora.control.registry.dialects.dialect import unix_time
 from tenora.control.registry.driver_errors import (
     RegistryBusyError,
     RegistryDamagedError,
+    RowExistsError,
     registry_full,
     registry_orphan,
 )
@@ -25,6 +26,7 @@ from tenora.errors import ConfigurationError, TenoraError
 _FULL = ("53100",)
 _BUSY = ("08", "53", "57", "40001", "40P01", "55P03")
 _ORPHAN = "23503"
+_TWICE = "23505"
 _DAMAGED = ("XX001", "XX002", "58030")
 # Keys of advisory locks, which a database's sessions share: "tenora" in ASCII, and which lock it is.
 _TENORA = 0x74656E6F7261
@@ -89,6 +91,8 @@ class Postgres:
             return RegistryBusyError()
         if state == _ORPHAN:
             return registry_orphan()
+        if state == _TWICE:
+            return RowExistsError()
         return RegistryDamagedError(f"SQLSTATE {state}") if state.startswith(_DAMAGED) else None
 
     def unusable(self, error: DBAPIError | OSError) -> TenoraError:

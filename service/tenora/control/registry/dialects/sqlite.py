@@ -19,12 +19,14 @@ from tenora.control.registry.dialects.dialect import unix_time
 from tenora.control.registry.driver_errors import (
     RegistryBusyError,
     RegistryDamagedError,
+    RowExistsError,
     registry_full,
     registry_orphan,
 )
 from tenora.control.registry.reserve import Reserve
 from tenora.errors import ConfigurationError, TenoraError
 
+_TWICE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY}
 _PRIMARY = 0xFF  # the low byte of an extended code is the code that it refines
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}  # the latter: no room for the index of the log
 _BUSY = {
@@ -88,6 +90,8 @@ class SQLite:
             return RegistryBusyError()
         if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
             return registry_orphan()
+        if code in _TWICE:
+            return RowExistsError()
         return RegistryDamagedError(str(getattr(error.orig, "sqlite_errorname", code))) if kinds & _DAMAGED else None
 
     def unusable(self, error: DBAPIError | OSError) -> TenoraError:
