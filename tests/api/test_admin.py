@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tenora.control.tenancy.access import Attempt
 from tests.api.conftest import Service, import_adapter, upload
 from tests.api.test_auth import fill, operations
 
@@ -27,7 +28,8 @@ async def test_life_of_a_tenant(service: Service) -> None:
     made = await operator.post(TENANTS, json={"name": "acme"})
     assert made.status_code == 201
     tenant = made.json()
-    assert tenant | {"id": 0, "created_at": 0} == {"id": 0, "object": "tenant", "name": "acme", "created_at": 0}
+    shown = {"id": 0, "object": "tenant", "name": "acme", "created_at": 0, "weight": 1.0}
+    assert tenant | {"id": 0, "created_at": 0} == shown
     assert (await operator.get(f"{TENANTS}/acme")).json() == tenant
     listed = (await operator.get(TENANTS)).json()
     assert [one["name"] for one in listed["data"]] == ["acme", "default", "other"]
@@ -39,6 +41,30 @@ async def test_life_of_a_tenant(service: Service) -> None:
         assert (gone.status_code, gone.json()["error"]["param"]) == (404, "tenant")
     kept = await operator.delete(f"{TENANTS}/default")
     assert kept.status_code == 409
+
+
+async def test_a_tenant_is_given_another_weight(service: Service) -> None:
+    operator, told = service.client(), []
+
+    async def hook(attempt: Attempt) -> None:
+        told.append((attempt.action, attempt.resource))
+
+    service.control.access.hooks.append(hook)
+    changed = await operator.patch(f"{TENANTS}/other", json={"weight": 2.5})
+    assert (changed.status_code, changed.json()["weight"]) == (200, 2.5)
+    assert told == [("tenants.update", "other")]
+    assert (await operator.get(f"{TENANTS}/other")).json() == changed.json()
+    for weight in (0, 0.001, 101, -1, "many", None):
+        refused = await operator.patch(f"{TENANTS}/other", json={"weight": weight})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "weight"), weight
+    for content in ('{"weight": NaN}', '{"weight": Infinity}', "{}"):
+        refused = await operator.patch(
+            f"{TENANTS}/other", content=content, headers={"content-type": "application/json"}
+        )
+        assert refused.status_code == 400, content
+    assert (await operator.get(f"{TENANTS}/other")).json()["weight"] == 2.5
+    missing = await operator.patch(f"{TENANTS}/nobody", json={"weight": 2})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "tenant")
 
 
 @pytest.mark.parametrize("name", ["", "Acme", "a/b", "x" * 64, 5, None])
@@ -104,7 +130,7 @@ async def test_no_tenants_admin_gets_that_far(service: Service) -> None:
             status, body = answers.pop()
             assert (status, json.loads(body)["error"]["code"]) == (403, "insufficient_scope")
             checked += 1
-    assert checked == 7
+    assert checked == 8
 
 
 async def test_a_deleted_tenants_key_file_adapter_and_name_are_gone(

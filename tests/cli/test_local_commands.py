@@ -30,6 +30,8 @@ def test_tenants_and_keys(invoke: Invoke) -> None:
     again = invoke("tenants", "create", "acme")
     assert (again.exit_code, again.stderr.startswith("error: ")) == (1, True)
     assert "acme" in invoke("tenants", "list").stdout
+    assert "acme has the weight 0.5" in invoke("tenants", "update", "acme", "--weight", "0.5").stdout
+    assert invoke("tenants", "update", "acme", "--weight", "nan").exit_code == 1
     made = invoke("keys", "create", "--tenant", "acme", "--scope", "infer", "--scope", "train", "--expires-days", "1")
     assert made.exit_code == 0, made.output
     secret = made.stdout.strip()

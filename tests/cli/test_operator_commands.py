@@ -36,7 +36,9 @@ def no_database(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_database")
 async def test_tenants_and_keys_are_asked_of_the_server(operator: Shell) -> None:
     assert "acme is created" in await operator.ok("tenants", "create", "acme")
-    assert "acme" in await operator.ok("tenants", "list")
+    assert "acme has the weight 2.5" in await operator.ok("tenants", "update", "acme", "--weight", "2.5")
+    assert "2.5" in await operator.ok("tenants", "list")
+    assert "0.01" in (await operator("tenants", "update", "acme", "--weight", "0")).output
     of_acme = ("--tenant", "acme")
     secret = (await operator.ok("keys", "create", *of_acme, "--scope", "train", "--expires-days", "1")).strip()
     client = operator.service.client_with(secret)

@@ -30,17 +30,22 @@ def sent(script: Script) -> list[tuple[str, str]]:
 
 
 def test_tenants() -> None:
-    script = Script(reply(TENANT, 201), reply(TENANT), reply(page(TENANT)), reply(GONE))
+    script = Script(
+        reply(TENANT, 201), reply(TENANT), reply(page(TENANT)), reply(GONE), reply({**TENANT, "weight": 2.5})
+    )
     with script.client() as client:
         tenants = client.admin.tenants
         assert tenants.create("acme") == tenants.get("a/b") == next(iter(tenants.list()))
         assert tenants.delete("acme").deleted
+        assert tenants.update("acme", weight=2.5).weight == 2.5
     assert sent(script) == [
         ("POST", ADMIN),
         ("GET", f"{ADMIN}/a%2Fb"),
         ("GET", ADMIN),
         ("DELETE", f"{ADMIN}/acme"),
+        ("PATCH", f"{ADMIN}/acme"),
     ]
+    assert script.sent(4) == {"weight": 2.5}
     assert script.sent(0) == {"name": "acme"}
 
 

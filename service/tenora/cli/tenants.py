@@ -16,7 +16,7 @@ from tenora_client import Client, Tenant
 if TYPE_CHECKING:
     from tenora.control.tenancy.bootstrap import Registry
 
-app = typer.Typer(no_args_is_help=True, help="Tenants, for the operator: create, list, delete.")
+app = typer.Typer(no_args_is_help=True, help="Tenants, for the operator: create, list, update, delete.")
 
 
 @app.command()
@@ -41,7 +41,25 @@ def list_(local: Local = False) -> None:
         return await registry.tenants.list()
 
     rows = operate(ask, work, local=local)
-    show_table(("name", "id", "created_at"), ((row.name, row.id, moment(row.created_at)) for row in rows))
+    show_table(
+        ("name", "id", "created_at", "weight"),
+        ((row.name, row.id, moment(row.created_at), f"{row.weight:g}") for row in rows),
+    )
+
+
+@app.command()
+def update(
+    name: str,
+    weight: Annotated[float, typer.Option(help="Its share of the workers beside other tenants, 0.01 to 100.")],
+    local: Local = False,
+) -> None:
+    """Give a tenant another share of the workers; usual is 1."""
+
+    async def work(registry: Registry) -> TenantRecord:
+        return await registry.tenants.set_weight(name, weight)
+
+    tenant = operate(lambda client: client.admin.tenants.update(name, weight=weight), work, local=local)
+    typer.echo(f"{tenant.name} has the weight {tenant.weight:g}.")
 
 
 @app.command()

@@ -28,6 +28,10 @@ class Tenants:
         """One tenant."""
         return self._client.send(calls.get_tenant(name))
 
+    def update(self, name: str, *, weight: float) -> Tenant:
+        """Give a tenant another share of the workers beside others, 0.01 to 100; usual is 1."""
+        return self._client.send(calls.update_tenant(name, weight))
+
     def delete(self, name: str) -> Deleted:
         """Delete a tenant with its keys, jobs, files and adapters; requests that were accepted finish."""
         return self._client.send(calls.delete_tenant(name))

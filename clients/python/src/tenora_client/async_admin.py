@@ -27,6 +27,10 @@ class AsyncTenants:
         """One tenant."""
         return await self._client.send(calls.get_tenant(name))
 
+    async def update(self, name: str, *, weight: float) -> Tenant:
+        """Give a tenant another share of the workers beside others, 0.01 to 100; usual is 1."""
+        return await self._client.send(calls.update_tenant(name, weight))
+
     async def delete(self, name: str) -> Deleted:
         """Delete a tenant with its keys, jobs, files and adapters; requests that were accepted finish."""
         return await self._client.send(calls.delete_tenant(name))

@@ -304,6 +304,11 @@ def get_tenant(name: str) -> Call[models.Tenant]:
     return Call("GET", f"/v1/admin/tenants/{_segment(name)}", _TENANT)
 
 
+def update_tenant(name: str, weight: float) -> Call[models.Tenant]:
+    """PATCH /v1/admin/tenants/{tenant}; the same twice changes nothing."""
+    return Call("PATCH", f"/v1/admin/tenants/{_segment(name)}", _TENANT, body={"weight": weight}, changes_nothing=True)
+
+
 def delete_tenant(name: str) -> Call[models.Deleted]:
     """DELETE /v1/admin/tenants/{tenant}."""
     return Call("DELETE", f"/v1/admin/tenants/{_segment(name)}", _DELETED)

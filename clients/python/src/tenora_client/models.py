@@ -329,11 +329,12 @@ class Adapter(ApiObject):
 
 
 class Tenant(ApiObject):
-    """A tenant; `name` is part of its adapters' canonical names."""
+    """A tenant; `name` is part of its adapters' canonical names, `weight` its share of the workers beside others."""
 
     id: str
     name: str
     created_at: int
+    weight: float = 1.0
 
 
 class ApiKey(ApiObject):

@@ -13,6 +13,7 @@ from tenora.api.schemas.admin import (
     NewKeyObject,
     TenantCreateRequest,
     TenantObject,
+    TenantUpdateRequest,
 )
 from tenora.api.schemas.base import Deleted, ListResponse
 from tenora.control.tenancy.records import Principal
@@ -41,6 +42,14 @@ async def list_tenants(_: Annotated[Principal, may("tenants.list")], control: Co
 async def get_tenant(tenant: str, _: Annotated[Principal, may("tenants.read")], control: ControlDep) -> TenantObject:
     """One tenant."""
     return TenantObject.of(await control.tenants.get(tenant))
+
+
+@router.patch(ONE)
+async def update_tenant(
+    tenant: str, body: TenantUpdateRequest, _: Annotated[Principal, may("tenants.update")], control: ControlDep
+) -> TenantObject:
+    """Give a tenant another share of the workers; it counts from the next job that one of them takes."""
+    return TenantObject.of(await control.tenants.set_weight(tenant, body.weight))
 
 
 @router.delete(ONE)

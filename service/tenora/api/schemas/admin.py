@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
 from tenora.control.registry.ids import TENANT_PATTERN
-from tenora.control.tenancy.records import SCOPES, KeyRecord, Scope
+from tenora.control.tenancy.records import LEAST_WEIGHT, MOST_WEIGHT, SCOPES, KeyRecord, Scope
 
 LONGEST_KEY_LIFE = 100 * 365 * 24 * 3600
 
@@ -20,13 +20,20 @@ class TenantCreateRequest(RequestModel):
     name: str = Field(pattern=f"^{TENANT_PATTERN.pattern}$")
 
 
+class TenantUpdateRequest(RequestModel):
+    """PATCH /v1/admin/tenants/{tenant}."""
+
+    weight: float = Field(ge=LEAST_WEIGHT, le=MOST_WEIGHT)
+
+
 class TenantObject(ResponseModel):
-    """A tenant; `name` is part of its adapters' canonical names."""
+    """A tenant; `name` is part of its adapters' canonical names, `weight` its share of the workers beside others."""
 
     id: str
     object: Literal["tenant"] = "tenant"
     name: str
     created_at: int
+    weight: float
 
 
 class KeyCreateRequest(RequestModel):

@@ -52,6 +52,7 @@ ACTIONS: Final[Mapping[str, Need]] = MappingProxyType(
         "tenants.create": "operator",
         "tenants.list": "operator",
         "tenants.read": "operator",
+        "tenants.update": "operator",
         "tenants.delete": "operator",
         "keys.create": "operator",
         "keys.list": "operator",

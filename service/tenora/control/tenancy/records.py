@@ -8,6 +8,8 @@ from typing import Literal
 Scope = Literal["infer", "train", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
 
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:
@@ -21,11 +23,15 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class TenantRecord:
-    """A tenant. `name` follows the adapter-name pattern and is part of canonical adapter names."""
+    """A tenant. `name` follows the adapter-name pattern and is part of canonical adapter names.
+
+    Its jobs get workers' time in proportion to `weight` where tenants wait for each other.
+    """
 
     id: str
     name: str
     created_at: int
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)

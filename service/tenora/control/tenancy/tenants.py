@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from tenora.control.registry.database import Database, RowExistsError
 from tenora.control.registry.ids import check_tenant_name, new_id, unix_now
 from tenora.control.registry.tables import TenantRow
-from tenora.control.tenancy.records import TenantRecord
+from tenora.control.tenancy.records import LEAST_WEIGHT, MOST_WEIGHT, TenantRecord
 from tenora.control.tenancy.rows import all_tenants, find_tenant
-from tenora.errors import ConflictError, NotFoundError
+from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
 
 DEFAULT_TENANT = "default"
 
@@ -22,7 +22,7 @@ class Tenants:
 
     async def create(self, name: str) -> TenantRecord:
         """Add a tenant. ConflictError if the name is taken, InvalidRequestError if it does not match the pattern."""
-        row = TenantRow(id=new_id("tenant"), name=check_tenant_name(name), created_at=unix_now())
+        row = TenantRow(id=new_id("tenant"), name=check_tenant_name(name), created_at=unix_now(), weight=1.0)
         try:
             async with self._database.write() as session:
                 session.add(row)
@@ -34,6 +34,22 @@ class Tenants:
         """The tenant of that name, or NotFoundError."""
         async with self._database.read() as session:
             return _record(_found(await find_tenant(session, name), name))
+
+    async def set_weight(self, name: str, weight: float) -> TenantRecord:
+        """Give a tenant another share of the workers; it counts from the next claim on. Usual is 1.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            InvalidRequestError: `weight` is not from LEAST_WEIGHT to MOST_WEIGHT.
+        """
+        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise InvalidRequestError(
+                f"weight must be a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}.", param="weight"
+            )
+        async with self._database.write() as session:
+            row = _found(await find_tenant(session, name, writes=True), name)
+            row.weight = weight
+        return _record(row)
 
     async def list(self) -> Sequence[TenantRecord]:
         """Every tenant, by name."""
@@ -55,4 +71,4 @@ def _found(row: TenantRow | None, name: str) -> TenantRow:
 
 
 def _record(row: TenantRow) -> TenantRecord:
-    return TenantRecord(id=row.id, name=row.name, created_at=row.created_at)
+    return TenantRecord(id=row.id, name=row.name, created_at=row.created_at, weight=row.weight)
