@@ -17,6 +17,7 @@ import pytest
 
 from tenora.control.control import Control
 from tenora.control.files import files
+from tenora.control.storage import directory
 from tenora.control.tenancy.records import Principal
 from tenora.data.reading import ValidationReport
 from tenora.errors import (
@@ -266,14 +267,14 @@ async def test_a_file_that_is_about_to_be_listed_is_listed_though_its_client_lea
 ) -> None:
     """Nobody removes the file of a row that was committed: there is no doubt whether it was."""
     begun, may_end = threading.Event(), threading.Event()
-    place = files.place
+    place = directory.place
 
     def place_slowly(*paths: Path) -> None:
         begun.set()
         assert may_end.wait(PATIENCE)
         place(*paths)
 
-    monkeypatch.setattr(files, "place", place_slowly)
+    monkeypatch.setattr(directory, "place", place_slowly)
     uploading = asyncio.create_task(upload(control, acme))
     await asyncio.to_thread(begun.wait)
     for _ in range(2):
@@ -283,5 +284,5 @@ async def test_a_file_that_is_about_to_be_listed_is_listed_though_its_client_lea
     await asyncio.wait([uploading])
     assert uploading.cancelled()
     (record,) = (await control.files.list(acme)).items
-    assert (await control.files.content(acme, record.id)).read_bytes() == jsonl(ROWS)
+    assert await content_of(control, acme, record.id) == jsonl(ROWS)
     assert len(everything_in(home)) == 1
