@@ -71,6 +71,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.pins: dict[str, bool] = {}
         self.evicted: list[str] = []
+        self.forgotten: list[str] = []
         self.specs: list[TrainSpec] = []
         self.stops: list[tuple[str, bool]] = []
         self.acknowledged = 0  # events of runs that are recorded
@@ -259,6 +260,9 @@ class ScriptedEngine:
 
     async def evict(self, digest: str) -> None:
         self.evicted.append(digest)
+
+    async def forget_prefixes(self, cache_salt: str) -> None:
+        self.forgotten.append(cache_salt)
 
 
 def random_modules(

@@ -10,7 +10,7 @@ def fill(blocks: BlockManager, tokens: list[int], salt: str = "", digest: str = 
     table: list[int] = []
     assert blocks.grow(table, len(tokens))
     for block, block_hash in zip(table, chain(blocks, tokens, salt, digest), strict=False):
-        blocks.register(block, block_hash, digest)
+        blocks.register(block, block_hash, digest, salt)
     return table
 
 
@@ -64,6 +64,20 @@ def test_shared_blocks_are_counted_and_survive_their_first_holder() -> None:
     blocks.check_integrity([second])
     blocks.free(second)
     assert blocks.num_used == 0
+
+
+def test_of_a_forgotten_salt_nothing_is_found_and_of_others_everything() -> None:
+    blocks = BlockManager(16, 4)
+    ours = [("tenant-a", ""), ("tenant-a", "d1")]
+    theirs = [("tenant-b", ""), ("tenant-b", "d1"), ("tenant-aa", "")]
+    tables = [fill(blocks, [1, 2, 3, 4], salt, digest) for salt, digest in ours + theirs]
+    blocks.forget_salt("tenant-a")
+    assert [blocks.match(chain(blocks, [1, 2, 3, 4], *of)) for of in ours] == [[], []]
+    assert [blocks.match(chain(blocks, [1, 2, 3, 4], *of)) for of in theirs] == tables[2:]
+    blocks.free(tables[0])
+    tables[0] = fill(blocks, [1, 2, 3, 4], "tenant-a")
+    assert blocks.match(chain(blocks, [1, 2, 3, 4], "tenant-a")) == []
+    blocks.check_integrity(tables)
 
 
 @pytest.mark.parametrize(("salt", "digest"), [("tenant-b", "d1"), ("tenant-a", "d2"), ("tenant-ad", "1"), ("", "")])

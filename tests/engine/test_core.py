@@ -15,6 +15,7 @@ from tenora.config import Settings
 from tenora.engine.core import Engine
 from tenora.engine.messages import (
     Abort,
+    ForgetPrefixes,
 )
 from tenora.engine.sequence import SequenceState
 from tenora.errors import ConfigurationError
@@ -154,6 +155,28 @@ def test_prefixes_are_shared_within_a_salt_and_an_adapter_version_only(
     for salt, adapter in (("a", None), ("b", None), ("a", adapters[0]), ("a", adapters[1]), ("b", adapters[0])):
         assert cached(salt, adapter) == 0
         assert cached(salt, adapter) == 28
+
+
+def test_prefixes_of_a_tenant_that_is_gone_are_not_found_again(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
+    """Neither the base's nor an adapter's, nor what its last sequence leaves; others keep theirs."""
+    tiny, ids = driver(), prompt(30)
+
+    def cached(salt: str, adapter: AdapterRef | None) -> int:
+        (answer,) = tiny.run(generate(ids, sampling(max_tokens=2), cache_salt=salt, adapter=adapter))
+        return answer.cached
+
+    for salt in ("gone", "stays"):
+        for adapter in (None, adapters[0]):
+            assert cached(salt, adapter) == 0
+    last = tiny.add(generate(ids, sampling(max_tokens=20), cache_salt="gone"))
+    while not last.outputs:
+        tiny.step()
+    tiny.engine.add(ForgetPrefixes("gone"))
+    while not last.done:
+        tiny.step()
+    assert last.failure is None
+    assert [cached("gone", adapter) for adapter in (None, adapters[0])] == [0, 0]
+    assert [cached("stays", adapter) for adapter in (None, adapters[0])] == [28, 28]
 
 
 def test_prefixes_of_another_length_class_are_not_shared() -> None:

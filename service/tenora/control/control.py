@@ -90,7 +90,9 @@ class Control:
             queue = self._runner = JobRunner(context, Leases(database, presence))
         self._membership = Membership(registry, presence, context, self._runner)
         self.jobs = Jobs(database, blobs, queue, limits, self._admit, context.failpoints)
-        self.erasure = Erasure(database, self.tenants, self.keys, [self.jobs], [self.adapters, self.files])
+        self.erasure = Erasure(
+            database, self.tenants, self.keys, [self.jobs], [self.adapters, self.files, self.inference]
+        )
 
     @classmethod
     async def open(

@@ -45,7 +45,8 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
         self._by_hash: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
-        self._owner_of: dict[int, str] = {}  # block → adapter digest, for `forget`
+        self._forgotten: set[str] = set()  # cache salts
+        self._owner_of: dict[int, tuple[str, str]] = {}  # block → adapter digest and cache salt
 
     @property
     def num_free(self) -> int:
@@ -97,13 +98,16 @@ class BlockManager:
             table.append(block)
         return True
 
-    def register(self, block: int, block_hash: BlockHash, owner: str) -> None:
-        """Remember what a full, computed block holds. The first block of equal content stays the findable one."""
-        if block in self._hash_of or block_hash in self._by_hash:
+    def register(self, block: int, block_hash: BlockHash, digest: str, cache_salt: str = "") -> None:
+        """Remember what a full, computed block holds. The first block of equal content stays the findable one.
+
+        `digest` and `cache_salt` are those of the chain's root.
+        """
+        if block in self._hash_of or block_hash in self._by_hash or cache_salt in self._forgotten:
             return
         self._by_hash[block_hash] = block
         self._hash_of[block] = block_hash
-        self._owner_of[block] = owner
+        self._owner_of[block] = (digest, cache_salt)
 
     def free(self, table: list[int]) -> None:
         """Give back a table's references and empty it. Tails are reused before heads, which more prompts share."""
@@ -115,9 +119,18 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)  # holds nothing worth keeping: use it first
         table.clear()
 
-    def forget(self, owner: str) -> None:
+    def forget(self, digest: str) -> None:
         """Drop every remembered prefix of one adapter (it was deleted)."""
-        for block in [block for block, name in self._owner_of.items() if name == owner]:
+        for block in [block for block, (of, _) in self._owner_of.items() if of == digest]:
+            self._drop_hash(block)
+
+    def forget_salt(self, cache_salt: str) -> None:
+        """Drop every remembered prefix of one namespace, whatever the adapter, and remember none from now on.
+
+        Its tenant was deleted, and sequences that were accepted before go on.
+        """
+        self._forgotten.add(cache_salt)
+        for block in [block for block, (_, salt) in self._owner_of.items() if salt == cache_salt]:
             self._drop_hash(block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:

@@ -30,6 +30,7 @@ from tenora.engine.messages import (
     EngineStats,
     Event,
     EvictAdapter,
+    ForgetPrefixes,
     Generate,
     Loading,
     Outputs,
@@ -233,11 +234,12 @@ class Engine:
             case StopTraining(run_id=run_id, pause=pause):
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):
-                if pinned:
-                    self._pending_eviction.discard(ref.digest)
+                self._pending_eviction -= {ref.digest} if pinned else set()
                 self.loader.pin(ref, pinned)
             case EvictAdapter(digest=digest):
                 self._pending_eviction.add(digest)
+            case ForgetPrefixes(cache_salt=cache_salt):
+                self.blocks.forget_salt(cache_salt)
 
     def step(self) -> list[Event]:
         """Schedule, run, emit; then train if it is training's turn, or for a moment if there was nothing to do.

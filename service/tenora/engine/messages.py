@@ -89,6 +89,12 @@ class EvictAdapter(msgspec.Struct, frozen=True, tag="evict"):
     digest: str
 
 
+class ForgetPrefixes(msgspec.Struct, frozen=True, tag="forget_prefixes"):
+    """Whoever a prefix-cache namespace was for is gone: nothing of it is found or remembered again."""
+
+    cache_salt: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Save the state of running jobs and exit. Sequences still running are failed with `engine_shutdown`."""
 
@@ -103,6 +109,7 @@ Command = (
     | StopTraining
     | PinAdapter
     | EvictAdapter
+    | ForgetPrefixes
     | Shutdown
 )
 

@@ -122,7 +122,9 @@ class Scheduler:
             return  # no block became full: most decode steps
         hashes = sequence.hashes(size, sequence.num_computed)
         for index in range(first, len(hashes)):
-            self.blocks.register(sequence.block_table[index], hashes[index], sequence.digest)
+            self.blocks.register(
+                sequence.block_table[index], hashes[index], sequence.digest, sequence.request.cache_salt
+            )
 
     def finish(self, sequence: SequenceState) -> None:
         """End a sequence, running or waiting, and give back everything it holds."""

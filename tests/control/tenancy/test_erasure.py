@@ -80,6 +80,7 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(
     assert (mine - theirs).isdisjoint(control._blobs.store.list())
     assert engine.pins[pinned] is False
     assert mine - theirs <= set(engine.evicted)
+    assert engine.forgotten == [acme.tenant_id]
     with pytest.raises(NotFoundError):
         await control.tenants.get("acme")
     assert await rows_of(control, umbrella.tenant_id) == before

@@ -21,8 +21,9 @@ from tenora.control.inference.metering import Meter, Timer
 from tenora.control.inference.prompts import Prompts
 from tenora.control.inference.records import Conversation, Delta, GenerationRequest, InferenceRequest, Prompt
 from tenora.control.inference.stops import Stops
-from tenora.control.registry.database import Database
+from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import random_word
+from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.engine.messages import Generate, SamplingParams
@@ -80,6 +81,14 @@ class Inference:
     def max_model_len(self) -> int:
         """Tokens that prompt and completion may have together."""
         return self.engine.ready.max_model_len
+
+    async def forget(self, session: Session, tenant_id: str) -> AfterCommit:  # noqa: ARG002 - `Holder.forget`
+        """What is to go with a tenant: what the prefix cache remembers of its prompts, to the base's too."""
+
+        async def let_go() -> None:
+            await self.engine.forget_prefixes(tenant_id)
+
+        return let_go
 
     async def resolve(self, principal: Principal, model: str | None, adapter_id: str | None = None) -> Target:
         """What a request's `model` and `adapter_id` mean now; never a silent fall-back to the base.

@@ -21,6 +21,7 @@ from tenora.engine.messages import (
     EngineStats,
     Event,
     EvictAdapter,
+    ForgetPrefixes,
     Generate,
     Heartbeat,
     Loading,
@@ -276,6 +277,10 @@ class AsyncEngine:
         """The version was deleted: free what the engine holds of it as soon as no sequence uses it."""
         self._pinned.pop(digest, None)
         self._supervisor.send(EvictAdapter(digest))
+
+    async def forget_prefixes(self, cache_salt: str) -> None:
+        """Whoever this namespace was for is gone: no prefix of it is found or remembered again."""
+        self._supervisor.send(ForgetPrefixes(cache_salt))
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
