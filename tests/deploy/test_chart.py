@@ -24,6 +24,7 @@ VALUES = ["", "values-cpu.yaml", "values-gpu.yaml"]
 VARIATIONS: list[list[str]] = [
     [],
     ["apiKey.existingSecret=mine"],
+    ["database.existingSecret=mine"],
     ["apiKey.value=a-key-of-sixteen-or-more"],
     ["persistence.existingClaim=mine"],
     ["persistence.enabled=false"],
@@ -42,6 +43,12 @@ def pod(rendered: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def environment(rendered: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The container's variables: the value, or where it comes from."""
     return {item["name"]: item.get("value", item.get("valueFrom")) for item in pod(rendered)["containers"][0]["env"]}
+
+
+def test_the_url_of_the_database_comes_from_a_secret_or_is_not_set(render: Render) -> None:
+    assert "TENORA_DATABASE_URL" not in environment(render())
+    chosen = render(set=["database.existingSecret=registry", "database.key=url"])
+    assert environment(chosen)["TENORA_DATABASE_URL"] == {"secretKeyRef": {"name": "registry", "key": "url"}}
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -113,6 +120,7 @@ def test_refuses_values_that_its_schema_does_not_allow(helm: Helm, setting: str,
         (["drainSeconds=120"], "must be at least"),
         (["preStopSeconds=40"], "must be at least"),
         (["apiKey.existingSecret=a", "apiKey.value=a-key-of-sixteen-or-more"], "not both"),
+        (["database.existingSecret=a", "settings.database_url=b"], "not both"),
         (["persistence.enabled=false", "persistence.existingClaim=a"], "persistence.enabled"),
     ],
 )

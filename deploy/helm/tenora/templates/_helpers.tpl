@@ -69,6 +69,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .Values.apiKey.existingSecret .Values.apiKey.value -}}
 {{- fail "set apiKey.existingSecret or apiKey.value, not both" -}}
 {{- end -}}
+{{- if and .Values.database.existingSecret (hasKey .Values.settings "database_url") -}}
+{{- fail "set database.existingSecret or settings.database_url, not both" -}}
+{{- end -}}
 {{- if and .Values.persistence.existingClaim (not .Values.persistence.enabled) -}}
 {{- fail "persistence.existingClaim needs persistence.enabled=true" -}}
 {{- end -}}
