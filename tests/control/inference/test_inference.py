@@ -102,10 +102,10 @@ async def test_ambiguous_digests_are_refused(
     digests = iter(["ab" * 32, "ab" * 31 + "cd"])
     put = control._blobs._put
 
-    def colliding(directory: Any) -> Any:
+    async def colliding(directory: Any) -> Any:
         import dataclasses
 
-        blob, hold = put(directory)
+        blob, hold = await put(directory)
         return dataclasses.replace(blob, digest=next(digests)), hold
 
     monkeypatch.setattr(control._blobs, "_put", colliding)

@@ -200,7 +200,7 @@ async def test_another_job_that_is_prepared_holds_up_no_few_shot_rows(
 
     def prepares_meanwhile(request: Generate) -> list[SequenceOutput]:
         if not preparing:
-            other = control._tokenizing.job(acme.tenant_id, lambda _: may_end.wait())
+            other = control.inference.tokenizing.job(acme.tenant_id, lambda _: may_end.wait())
             preparing.append(asyncio.ensure_future(other))
         return scores(request)
 
