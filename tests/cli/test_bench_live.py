@@ -43,8 +43,9 @@ def test_serving(server: Server, tmp_path: Path) -> None:
     assert (summary["requests"], summary["errors"]) == (10, 0)
     assert (summary["prompt_tokens"], summary["output_tokens"]) == (10 * 9, 10 * 7)
     assert summary["ttft_ms"]["count"] == 10
-    assert 0 < summary["inter_token_ms"]["count"] <= 10 * 6
-    assert summary["inter_token_ms"]["p50"] <= summary["inter_token_ms"]["p95"] <= summary["inter_token_ms"]["p99"]
+    between = summary["inter_token_ms"]  # nothing, where a slow machine sent all tokens of every request at once
+    assert between["count"] <= 10 * 6
+    assert not between["count"] or between["p50"] <= between["p95"] <= between["p99"]
     assert 0 < summary["client_cpu_share"] < 1
     assert {"output tokens/s", "first token, ms, p99"} <= {
         line.rpartition("  ")[0].strip() for line in output.splitlines()

@@ -67,7 +67,7 @@ def test_the_same_pairs_as_comparing_everything(seed: int, monkeypatch: pytest.M
 
 def test_equal_rows_are_counted_however_short_and_common_they_are() -> None:
     rng = np.random.default_rng(0)
-    train = [random_row(rng) for _ in range(52)] + [[1, 2, 3]] * 30
+    train = [random_row(rng) for _ in range(30)] + [[1, 2, 3]] * 30
     found = near_duplicates(dataset(train), held_out=dataset([[1, 2, 3], [1, 2, 4]]))
     assert (found.count, found.exact) == (1, 1)
     assert found.pairs == (DuplicatePair(train_line=31, held_out_line=1, similarity=1.0),)

@@ -8,6 +8,7 @@ Both are replaced atomically: a reader, or a run that was killed at any moment, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -253,7 +254,7 @@ def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int) -> Pat
     """Write the adapter as it is after `step` as a PEFT directory, replacing what an earlier attempt may have left."""
     directory = checkpoint_path(Path(spec.workdir), step)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
+    _remove(directory)
     write_adapter(directory, base_model=spec.base_model, lora=spec.lora, modules=adapter.export())
     return directory
 
@@ -276,4 +277,13 @@ def prune_checkpoints(workdir: Path, best_step: int) -> None:
     kept = {best_step, *sorted(found)[-_KEPT:]}
     for step, path in found.items():
         if step not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(directory: Path) -> None:
+    """Who reads it meanwhile finds all of it or nothing. What a crash leaves of it, `prune_checkpoints` removes."""
+    removed = directory.with_name(f".removed-{directory.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)

@@ -12,6 +12,7 @@ from tenora.control.jobs.rows import checkpoint_at, delete_checkpoints, finite, 
 from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import CheckpointRow, JobRow
+from tenora.errors import AdapterFormatError
 from tenora.training.spec import CheckpointEvent
 
 KEPT_CHECKPOINTS = 3  # callable ones of a job, as OpenAI keeps
@@ -20,16 +21,31 @@ KEPT_CHECKPOINTS = 3  # callable ones of a job, as OpenAI keeps
 async def keep_checkpoint(context: JobContext, claim: Claim, event: CheckpointEvent) -> None:
     """Make a checkpoint callable and let go of the job's oldest ones.
 
-    The run may have removed the directory already when it is far ahead of us; then there is nothing to keep.
+    A run that is far ahead of us removes the directory, also while we read it; then there is nothing to keep. One that
+    goes on after its engine's death may write it once more.
     """
-    if not await asyncio.to_thread(Path(event.path).is_dir):
-        return
-    async with context.blobs.publishing(event.path) as blob:
-        context.failpoints.hit("jobs.after_checkpoint_blob")
-        async with context.database.write() as session:
-            row = await owned(session, claim)
-            dropped = await _record_checkpoint(session, row, event, blob)
-    await context.blobs.release(dropped)
+    while (directory := await asyncio.to_thread(_identity, event.path)) is not None:
+        try:
+            async with context.blobs.publishing(event.path) as blob:
+                context.failpoints.hit("jobs.after_checkpoint_blob")
+                async with context.database.write() as session:
+                    row = await owned(session, claim)
+                    dropped = await _record_checkpoint(session, row, event, blob)
+        except (AdapterFormatError, FileNotFoundError):
+            if await asyncio.to_thread(_identity, event.path) == directory:
+                raise
+        else:
+            await context.blobs.release(dropped)
+            return
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which directory lies there now; None if there is none."""
+    try:
+        found = Path(path).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns  # numbers of inodes are given out again
 
 
 async def withdraw_checkpoints(context: JobContext, claim: Claim) -> None:
