@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ async def test_preferences_and_transfer(service: Service) -> None:
     assert start["valid_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is its own reference
     assert metrics[0]["valid_loss"] < start["valid_loss"]
     assert metrics[0]["rewards/margins"] > 0
-    table = (await control.files.content(acme, second.result_files[0])).read_text()
+    table = Path(await control.files.content(acme, second.result_files[0])).read_text()
     rows = {int(row["step"]): row for row in csv.DictReader(table.splitlines())}
     assert list(rows[0])[5:] == [f"{side}_{name}" for name in METHODS["dpo"].metrics for side in ("train", "valid")]
     for line in metrics:

@@ -41,13 +41,13 @@ def main(base: Path, directory: Path) -> None:
 
     rows = write_lines(directory / "rows.jsonl", [chat(f"What is {n}?", "quick brown fox") for n in range(60)])
     job = Preparation(
-        *("job", "acme", directory / "work"),
+        *("job", "acme", str(directory / "work")),
         [Source(file="file-1", name="rows")],
-        [rows],
+        [str(rows)],
         *(None, asked(warmup_ratio=[0.0, 0.9]), None, 0),
     )
     prepared = prepare(job, Tokenizer.load(base), limits, tokens_per_microbatch=256)
-    spec = spec_of(json.loads(json.dumps(prepared.plan)), directory / "work", None)
+    spec = spec_of(json.loads(json.dumps(prepared.plan)), str(directory / "work"), None)
     torch.set_num_threads(1)
     decoder = load_decoder(base, device=torch.device("cpu"), dtype=torch.float32)
     events = events_of(TrainingRun(decoder, spec))
