@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.training.fusion import FusedTraining
 from tenora.training.methods.table import METHODS
 from tenora.training.pass_queue import Work
-from tests.control.conftest import BASE, MANY_ROWS, ROWS, messages, tenant, until, upload
+from tests.control.conftest import BASE, MANY_ROWS, ROWS, content_of, messages, tenant, until, upload
 from tests.control.jobs.test_job_methods import PAIRS
 from tests.control.test_real_engine import Service, _one_thread, say, scores, service
 
@@ -119,7 +118,7 @@ async def test_preferences_and_transfer(service: Service) -> None:
     assert start["valid_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is its own reference
     assert metrics[0]["valid_loss"] < start["valid_loss"]
     assert metrics[0]["rewards/margins"] > 0
-    table = Path(await control.files.content(acme, second.result_files[0])).read_text()
+    table = (await content_of(control, acme, second.result_files[0])).decode()
     rows = {int(row["step"]): row for row in csv.DictReader(table.splitlines())}
     assert list(rows[0])[5:] == [f"{side}_{name}" for name in METHODS["dpo"].metrics for side in ("train", "valid")]
     for line in metrics:

@@ -168,6 +168,7 @@ def test_killed_at_an_import(new_server: StartServer, tmp_path: Path, tiny_base:
         assert "desk" in everything_listed_answers(client)
 
 
+@pytest.mark.full
 def test_killed_engine(new_server: StartServer, long_base: Path, tmp_path: Path) -> None:
     """The engine alone dies: what is open ends with an error and not a hang, and a new engine goes on."""
     server = new_server(long_base)

@@ -73,6 +73,7 @@ def demo(tmp_path: Path, tiny_base: Path, ctrl_c: None) -> Iterator[Demo]:
         one.stop()
 
 
+@pytest.mark.full
 def test_two_runs_show_everything_and_leave_nothing_running(demo: Demo) -> None:
     for version in (1, 2):
         process = demo.start()

@@ -61,7 +61,7 @@ def test_a_slice_of_pubmedqa(real_base: Path, shared_data: Path, tmp_path: Path)
     tokenizer = Tokenizer.load(real_base)
     for part, rows in (("train", 16), ("valid", 6)):
         path = take(shared_data / f"pubmedqa_sft_{part}.jsonl", rows, tmp_path / f"{part}.jsonl")
-        tokenize_file(path, tokenizer, max_length=1024).save(tmp_path / f"{part}.npz")
+        tokenize_file(path, tokenizer, max_length=512).save(tmp_path / f"{part}.npz")
     valid = TokenizedDataset.load(tmp_path / "valid.npz")
     spec = TrainSpec(
         run_id="real",
@@ -80,6 +80,7 @@ def test_a_slice_of_pubmedqa(real_base: Path, shared_data: Path, tmp_path: Path)
     assert finished.valid_loss < first.base_loss - 0.03
 
 
+@pytest.mark.full
 def test_adapters_of_a_mixed_batch_have_the_bits_that_they_would_get_alone(
     real_base: Path, shared_data: Path, tmp_path: Path
 ) -> None:
