@@ -45,6 +45,19 @@ def _unix_time(*_: Any, **__: Any) -> str:
     return "CAST(strftime('%s', 'now') AS INTEGER)"
 
 
+class _Connection(sqlite3.Connection):
+    """Ends its transaction when it is closed.
+
+    A task that is cancelled within a statement has its connection closed, but SQLite keeps what is closed, and the lock
+    of its transaction, for as long as a cursor of it lives: in the traceback of the cancellation, until that is freed.
+    """
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # closed before, or its disk has failed
+            self.rollback()
+        super().close()
+
+
 class SQLite:
     """See `dialect.Dialect`. A write transaction begins IMMEDIATE, because a read transaction that turns into a write
     fails at once when another write came between."""
@@ -69,7 +82,7 @@ class SQLite:
             await asyncio.to_thread(self._file.touch, mode=0o600)
         except OSError as error:
             raise ConfigurationError(f"The database {self._file} cannot be opened: {error.strerror}.") from error
-        engine = create_async_engine(self._url)
+        engine = create_async_engine(self._url, connect_args={"factory": _Connection})
         event.listen(engine.sync_engine, "connect", _configure)
         event.listen(engine.sync_engine, "begin", _begin)
         return engine, engine.execution_options(tenora_write=True)
