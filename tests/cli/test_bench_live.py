@@ -54,6 +54,7 @@ def test_serving(server: Server, tmp_path: Path) -> None:
     assert server.command("adapters", "list", "--json") == ""
 
 
+@pytest.mark.full
 def test_two_reports_are_compared(server: Server, tmp_path: Path) -> None:
     few = ("serving", "--concurrency", "2", "--output-tokens", "4", "--repeats", "1", "--warm-up", "0")
     report(server, tmp_path / "a.json", *few)
@@ -65,6 +66,7 @@ def test_two_reports_are_compared(server: Server, tmp_path: Path) -> None:
     assert "summary.output_tokens_per_s" in lines
 
 
+@pytest.mark.full
 def test_adapters(server: Server, tmp_path: Path) -> None:
     output, found = report(server, tmp_path / "a.json", "adapters", "--count", "3", "--rank", "2")
     summary = found["summary"]

@@ -29,6 +29,7 @@ async def read(stream: tc.AsyncStream[tc.ChatChunk], started: asyncio.Event) -> 
     return pieces, reason
 
 
+@pytest.mark.full  # and quickly by tests/cli/test_serve.py
 async def test_sigterm_lets_open_streams_finish(new_server: StartServer, long_base: Path) -> None:
     server = new_server(long_base, TENORA_DRAIN_SECONDS="3600", TENORA_ENGINE_HANG_SECONDS="3600")
     server.start()
@@ -56,6 +57,7 @@ async def test_sigterm_lets_open_streams_finish(new_server: StartServer, long_ba
     assert server.exit_status() == 0
 
 
+@pytest.mark.full
 async def test_a_stream_longer_than_the_grace_ends_with_an_error_event(
     new_server: StartServer, long_base: Path
 ) -> None:

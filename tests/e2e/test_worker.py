@@ -16,7 +16,6 @@ from tests.e2e.conftest import StartServer
 from tests.e2e.material import ask, write_rows
 from tests.e2e.serving import TENORA, Server, alive, until
 from tests.e2e.test_crashes import trained_steps
-from tests.support.full import full_but
 from tests.support.patience import PATIENCE
 
 SECRET = "tk-secret-of-the-operator-0123456789"
@@ -149,7 +148,8 @@ def test_no_secret_is_in_the_workers_environment(shared: Server) -> None:
     assert "tk-secret" not in " ".join(worker.cmdline())
 
 
-@pytest.mark.parametrize("role", full_but("serve", ["serve", "train"]))
+@pytest.mark.full  # in quick: TestTraining of tests/api/test_operations.py
+@pytest.mark.parametrize("role", ["serve", "train"])
 def test_a_role_means_what_it_says(new_server: StartServer, tmp_path: Path, role: str) -> None:
     server = new_server()
     server.start(TENORA_ROLE=role)

@@ -272,6 +272,7 @@ async def test_an_engine_whose_socket_cannot_be_had_is_told_as_one_that_cannot_b
             await engine.start()
 
 
+@pytest.mark.full  # and, as a whole, by tests/e2e/test_worker.py
 async def test_a_second_client_is_served_by_the_child_and_by_its_successor(tiny_base: Path, tmp_path: Path) -> None:
     door = tmp_path / "engine.sock"
     owner, guest = AsyncEngine(SETTINGS, tiny_base, door=door), AsyncEngine.attached(SETTINGS, door)

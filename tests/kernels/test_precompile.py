@@ -88,6 +88,7 @@ def fresh(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+@pytest.mark.full
 def test_a_second_try_goes_on_where_the_first_one_was_ended(tmp_path: Path, fresh: dict[str, str]) -> None:
     fresh["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
     first, last = json.loads(run(SMALL, "few", **fresh))

@@ -102,7 +102,7 @@ def faster(trial: Trial) -> Trial:
     return trial | {"learning_rate": 0.3, "n_epochs": 6}
 
 
-@pytest.mark.parametrize("spec", full_but([KINDS[0], "dpo"], KINDS), indirect=True)
+@pytest.mark.parametrize("spec", full_but(KINDS[0], KINDS), indirect=True)
 def test_each_field_changes_the_run(
     decoder: Decoder, spec: TrainSpec, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

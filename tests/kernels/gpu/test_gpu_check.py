@@ -178,6 +178,7 @@ def test_a_training_pass_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows], 
     assert figures["tokens_per_s"] > 0
 
 
+@pytest.mark.full
 def test_streams_and_a_profile_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows], tmp_path: Path) -> None:
     settings = Settings(kv_cache_bytes=2**22, adapter_pool_bytes=2**20, max_adapters=2, threads=1)
     engine = Engine(tiny_loop[0].decoder, settings)

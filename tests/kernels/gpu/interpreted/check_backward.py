@@ -67,6 +67,7 @@ def test_rows_of_one_type_on_weights_of_another() -> None:
     assert worst(grad, wanted_arena) <= 4e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("site", full_but(DOWN, [QKV, DOWN]), ids=["qkv", "down"])
 @pytest.mark.parametrize("large", full_but(True, [False, True]), ids=["decode tiles", "prefill tiles"])
 def test_several_blocks_of_everything(
@@ -109,6 +110,7 @@ def test_a_gradient_that_is_a_broadcast_view() -> None:
     assert worst(grad, wanted_arena) <= INTERPRETED[torch.float32]
 
 
+@pytest.mark.full
 def test_each_gradient_without_the_other() -> None:
     case = make_case(*SMALL)
     dy = weight_of(case)

@@ -66,6 +66,7 @@ def test_every_family(family: str, make_tiny: Callable[[str], Path], gpu: Callab
     assert [answer.tokens for answer in gpu(directory, max_num_batched_tokens=16).run(*requests)] == wanted
 
 
+@pytest.mark.full
 def test_adapters(tiny_base: Path, adapters: list[AdapterRef], gpu: Callable[..., Driver]) -> None:
     """They are read after the first steps, and one slot is for both of them."""
     requests = [

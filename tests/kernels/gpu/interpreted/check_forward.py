@@ -73,6 +73,7 @@ def test_mutations_exceed_the_tolerance(dtype: torch.dtype) -> None:
     assert worst(forward(case), wanted) <= INTERPRETED[dtype]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("blocks", [3])
 def test_a_program_takes_several_blocks(
     blocks: int, prefill: None, small_blocks: None, monkeypatch: pytest.MonkeyPatch
