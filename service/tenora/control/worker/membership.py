@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.leases import Leases
@@ -14,7 +13,6 @@ from tenora.control.tenancy.bootstrap import Registry
 from tenora.control.tenancy.idempotency import Idempotency
 from tenora.control.worker.runner import JobRunner
 from tenora.errors import TenoraError
-from tenora.uninterrupted import to_its_end
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ class Membership:
         self._registry = registry
         self._context = context
         leases, idempotency = Leases(registry.database, presence), Idempotency(registry.database, presence)
-        self._chores: list[Callable[[], Coroutine[Any, Any, object]]] = [
+        self._chores: list[Callable[[], Awaitable[object]]] = [
             context.blobs.release_postponed,
             leases.end_dead,
             idempotency.forget_dead,
@@ -44,7 +42,7 @@ class Membership:
         ]
         self._background: list[asyncio.Task[None]] = []
 
-    async def start(self, *chores: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    async def start(self, *chores: Callable[[], Awaitable[object]]) -> None:
         """Begin to work, and to keep house: `chores` are done at once and every `SWEEP_SECONDS`, with everybody's."""
         self._chores += chores
         if self.runner is not None:
@@ -75,7 +73,7 @@ class Membership:
         while True:
             for chore in self._chores:
                 try:
-                    await to_its_end(chore())  # a transaction that is broken off may leave the registry locked
+                    await chore()
                 except TenoraError:
                     _log.exception("what nobody names any more could not be removed; trying again later")
             await asyncio.sleep(SWEEP_SECONDS)
