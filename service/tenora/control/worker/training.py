@@ -261,11 +261,12 @@ class JobTraining:
         """Append the lines of events to the job's log, all of them or none."""
         async with self._context.database.write(alone=False) as session:
             row = await owned(session, self._claim)
-            known = await recent_metrics(session, row, 2 * len(batch) + 1000) if batch[0].again else []
+            latest = await recent_metrics(session, row, 2 * len(batch) + 1000) if batch[0].again else []
+            known = {_numbers(line) for line in latest}
             for told in batch:
                 event = told.event
                 message, metrics = _line(told, spec)
-                if told.again and any(_is_same(metrics, line) for line in known):
+                if told.again and _numbers(metrics) in known:
                     continue
                 if isinstance(event, StepEvent | TrialEvent | FoldEvent):
                     row.trained_tokens = event.trained_tokens
@@ -345,7 +346,6 @@ def _line(told: Told, spec: TrainSpec) -> tuple[str, Metrics]:
             raise AssertionError(event)
 
 
-def _is_same(metrics: Metrics, line: Mapping[str, Any]) -> bool:
-    """Whether a line of the log has these numbers; how many steps the run has may not have been known then, or now."""
-    ours = {name: finite(value) for name, value in metrics.items()}
-    return {**ours, "total_steps": None} == {**line, "total_steps": None}
+def _numbers(metrics: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """By what a line of the log is known again; how many steps the run has may not have been known when it was said."""
+    return frozenset((name, finite(value)) for name, value in metrics.items() if name != "total_steps")
