@@ -47,6 +47,14 @@ def sent(service: Service, path: str, form: dict[str, Any], key: bytes) -> Call:
     return call
 
 
+async def left_while(slow: Slow, call: Call, service: Service) -> None:
+    """The client goes away while the work is done, and its request is over at once."""
+    await asyncio.to_thread(slow.begun.wait)
+    call.leave()
+    await call.finished()
+    assert service.app.state.lifecycle.open == 0
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110  # no event tells it
@@ -59,10 +67,7 @@ async def test_an_upload_ends_with_its_client_and_may_be_repeated(
     slow = Slow(files.validate_file)
     monkeypatch.setattr(files, "validate_file", slow)
     call = sent(service, "/v1/files", FILE, b"upload-1")
-    await asyncio.to_thread(slow.begun.wait)
-    call.leave()
-    await call.finished()
-    assert service.app.state.lifecycle.open == 0
+    await left_while(slow, call, service)
     staging = service.control.files._storage.stage().parent
     assert list(staging.iterdir()) == []
     slow.may_end.set()
@@ -84,10 +89,7 @@ async def test_an_import_ends_with_its_client_and_may_be_repeated(
     slow = Slow(store.put)
     monkeypatch.setattr(store, "put", slow)
     call = sent(service, "/v1/adapters", adapter_form, b"import-1")
-    await asyncio.to_thread(slow.begun.wait)
-    call.leave()
-    await call.finished()
-    assert service.app.state.lifecycle.open == 0
+    await left_while(slow, call, service)
     slow.may_end.set()
     await until(lambda: slow.ended == 1)
     client = service.client("admin")

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
@@ -19,6 +18,7 @@ from tenora.engine.messages import SamplingParams
 from tenora.model.catalog import ResolvedModel
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, ROWS, ImportAdapter, create_job, tenant, until, upload
+from tests.support.threads import one_thread
 
 
 class Service:
@@ -53,10 +53,8 @@ class Service:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture

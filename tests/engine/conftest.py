@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tenora.adapters.ref import AdapterRef
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tests.engine.driver import Driver, make_adapter
+from tests.support.threads import one_thread
 
 TARGETS = (
     ("q_proj", "v_proj"),
@@ -22,11 +22,8 @@ TARGETS = (
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums have one order then, and tiny products are faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

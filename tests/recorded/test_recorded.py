@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.recorded.fixed_answers import FixedAnswers
+from tests.support.threads import one_thread
 
 RECORDED = Path(__file__).with_name("recorded.json")
 TOLERANCE = 5e-4  # of losses, which differ in their last bits between processors
@@ -18,11 +18,8 @@ TOLERANCE = 5e-4  # of losses, which differ in their last bits between processor
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums have one order then."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def test_rows_splits_losses_and_tokens_of_the_fixed_set_are_the_recorded_ones(tiny_base: Path, tmp_path: Path) -> None:

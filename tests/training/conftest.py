@@ -12,16 +12,15 @@ import torch
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.training.spec import TrainEvent
+from tests.support.threads import one_thread
 
 from .runs import MakeSpec, TrainingRun, default_spec, write_rows
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +41,5 @@ def whole(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[Tr
     """All items of an uninterrupted run of `default_spec`."""
     directory = tmp_path_factory.mktemp("whole")
     write_rows(directory)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    items = list(TrainingRun(decoder, default_spec(directory, "work")))
-    torch.set_num_threads(threads)
-    return items
+    with one_thread():
+        return list(TrainingRun(decoder, default_spec(directory, "work")))
