@@ -22,8 +22,10 @@ needs_autogroups = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(),
 
 def lowered(*, leads_session: bool) -> list[int]:
     """How much nicer the process and its session became, and by how much they differ."""
-    command = [sys.executable, "-c", LOWERED]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, start_new_session=leads_session)
+    program = [sys.executable, "-c", LOWERED]
+    # Either way a session of its own: not every process is in one that Linux has grouped.
+    command = program if leads_session else ["sh", "-c", '"$@"; exit $?', "leader", *program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, start_new_session=True)
     return [int(word) for word in done.stdout.split()]
 
 
