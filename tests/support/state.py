@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tenora.config import Settings
 from tenora.control.registry.database import Database
+from tests.support.statements import remember_statements
 
+remember_statements()
 _migrated: list[bytes] = []  # a registry on SQLite with the newest schema and nothing in it
 
 
