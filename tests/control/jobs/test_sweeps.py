@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,28 @@ def test_lists_make_a_grid() -> None:
     assert some == points({**given, "trials": 4}, LIMITS, 0)
     assert {str(points({**given, "trials": 4}, LIMITS, seed)) for seed in range(5)} != {str(some)}
     assert points({**given, "trials": 60}, LIMITS, 0) == found
+
+
+def test_of_a_grid_of_millions_only_the_trials_are_made() -> None:
+    given = {
+        "rank": list(range(1, 65)),
+        "learning_rate": [1e-4 * step for step in range(1, 65)],
+        "batch_size": list(range(1, 33)),
+        "trials": 5,
+    }
+    small = {name: values[:6] for name, values in given.items() if isinstance(values, list)}
+    random = np.random.default_rng(3)
+    grid = [dict(zip(small, point, strict=True)) for point in itertools.product(*small.values())]
+    assert points({**small, "trials": 5}, LIMITS, 3) == [
+        grid[index] for index in sorted(random.choice(len(grid), 5, replace=False).tolist())
+    ]
+    tracemalloc.start()
+    try:
+        assert len(points(given, LIMITS, 3)) == 5
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_ranges_are_covered_evenly() -> None:
@@ -167,13 +190,14 @@ async def test_what_a_sweep_chooses_is_open_until_it_has(
 ) -> None:
     engine.hold_at = 4
     sweep = {"rank": [4, 8], "n_epochs": {"min": 1, "max": 9}, "learning_rate": [1e-3, 2e-3], "trials": 3}
-    made = await create_job(control, acme, sweep=sweep, lora={"dropout": 0.1})
+    made = await create_job(control, acme, sweep=sweep, lora={"dropout": 0.1, "alpha": 12})
     await engine.held.wait()
     job = await until_told(control, acme, made.id, lambda job: job.trained_tokens == 30)
     assert job.hyperparameters["n_epochs"] == job.hyperparameters["learning_rate_multiplier"] == "auto"
     assert isinstance(job.hyperparameters["batch_size"], int)
     assert "rank" not in job.lora
-    assert job.lora["dropout"] == 0.1
+    assert (job.lora["dropout"], job.lora["alpha"]) == (0.1, 12)  # what was asked for stays
+    assert {trial["alpha"] for trial in engine.specs[0].trials} == {12}
     assert "learning_rate" not in job.settings
     assert job.sweep_results is not None
     assert [one["status"] for one in job.sweep_results] == ["failed", "running", "running"]

@@ -133,10 +133,14 @@ def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[s
 
 
 def _chosen_by_sweep(asked: Asked) -> set[str]:
-    """Settings that the job's sweep chooses: those that it tries, and those whose defaults are made from them."""
+    """Settings that the job's sweep chooses: those that it tries, and those that are made from them unless given."""
     every = {**LORA, **RUN, **asked.learns_by.hyperparameters}
     swept = set(asked.sweep or {})
-    return {name for name, setting in every.items() if name in swept or setting.follows in swept}
+    return {
+        name
+        for name, setting in every.items()
+        if name in swept or (name not in asked.lora and setting.follows in swept)
+    }
 
 
 def shown_trials(trials: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,10 +123,16 @@ def points(given: Mapping[str, Any], limits: Limits, seed: int) -> list[dict[str
     random = np.random.default_rng(seed)
     lists = [values.values for values in space.values() if isinstance(values, Choices)]
     if len(lists) == len(space):
-        grid = [dict(zip(space, point, strict=True)) for point in itertools.product(*lists)]
-        if trials is None or trials >= len(grid):
-            return grid
-        return [grid[index] for index in sorted(random.choice(len(grid), trials, replace=False).tolist())]
+        sizes = [len(values) for values in lists]
+        size = math.prod(sizes)
+        # Four lists have millions of points: only those that are drawn are ever made.
+        every = trials is None or trials >= size
+        drawn = range(size) if every else sorted(random.choice(size, trials, replace=False).tolist())
+        places = [np.unravel_index(index, sizes) for index in drawn]
+        return [
+            dict(zip(space, (values[at] for values, at in zip(lists, place, strict=True)), strict=True))
+            for place in places
+        ]
     count = trials or USUAL_TRIALS
     shares = {name: (random.permutation(count) + random.random(count)) / count for name in space}
     found = [{name: values.at(float(shares[name][index])) for name, values in space.items()} for index in range(count)]
