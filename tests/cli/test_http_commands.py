@@ -145,6 +145,19 @@ async def test_train_checks_its_settings_before_it_uploads(
     assert json.loads(await shell.ok("files", "list", "--json") or "null") is None
 
 
+async def test_train_asks_whether_it_may_measure_on_a_file_before_it_uploads(shell: Shell, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_text(TRAINING_ROWS)
+    first, second, third = map(str, paths)
+    refused = await shell("train", first, second, "--validation", third, "--no-wait")
+    assert (refused.exit_code, "leave validation_file out" in " ".join(refused.stderr.split())) == (1, True)
+    assert json.loads(await shell.ok("files", "list", "--json") or "null") is None
+    job = json.loads(await shell.ok("train", first, "--validation", third, "--no-wait", "--json"))
+    assert job["validation_file"] not in {None, job["training_file"]}
+    assert "cancelled" in await shell.ok("jobs", "cancel", job["id"])
+
+
 async def test_train_refuses_what_is_no_file(shell: Shell, tmp_path: Path) -> None:
     missing = await shell("train", "nothing.jsonl")
     assert (missing.exit_code, "nothing.jsonl" in missing.stderr) == (1, True)

@@ -100,7 +100,7 @@ def train(
     for given in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
         check_file(given)
     with connect() as client:
-        check_settings(client, training, fields)
+        check_settings(client, training, validation, fields)
         fields |= training_fields(client, training)
         validation_file = None if validation is None else file_id(client, validation)
         job = client.jobs.create(validation_file=validation_file, **fields)
@@ -132,7 +132,7 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_settings(client: Client, training: Sequence[str], fields: Mapping[str, Any]) -> None:
+def check_settings(client: Client, training: Sequence[str], validation: str | None, fields: Mapping[str, Any]) -> None:
     """Ask the server whether it takes the settings of a job, before anything is uploaded for it.
 
     It is asked for an estimate on files that it does not have: settings and the adapter to start from come first.
@@ -141,8 +141,9 @@ def check_settings(client: Client, training: Sequence[str], fields: Mapping[str,
     weights = [_weighted(entry)[1] for entry in training]
     files = [_given(file=name, weight=weight) for name, weight in zip(names, weights, strict=True)]
     sources = {"training_file": names[0]} if len(files) == 1 and weights[0] is None else {"training_files": files}
+    measured_on = None if validation is None else "file-to-measure-on"
     try:
-        client.jobs.estimate(**sources, **fields)
+        client.jobs.estimate(validation_file=measured_on, **sources, **fields)
     except NotFoundError as error:
         if not (error.param or "").startswith("training_file"):
             raise
