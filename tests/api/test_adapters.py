@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tenora.api.schemas.adapters import RollbackRequest
 from tenora.config import Settings
 from tests.api.conftest import Service, import_adapter
 
@@ -47,6 +48,10 @@ async def test_life_of_an_adapter(service: Service, base_id: str, make_adapter: 
     assert rolled.json()["digest"] == adapter["digest"]
     by_digest = await client.post("/v1/adapters/fox/rollback", json={"version": second["digest"][:12]})
     assert by_digest.json()["version"] == 2
+    for wrong in (True, 1.5, None, [1]):
+        refused = await client.post("/v1/adapters/fox/rollback", json={"version": wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "version")
+    assert RollbackRequest(version="12345678").version == "12345678"  # a digest may begin with digits alone
     assert (await client.post("/v1/adapters/fox/pin")).json()["pinned"] is True
     assert (await client.post("/v1/adapters/fox/unpin")).json()["pinned"] is False
     assert [entry["name"] for entry in (await client.get("/v1/adapters")).json()["data"]] == ["fox"]

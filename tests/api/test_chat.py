@@ -248,7 +248,16 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user"}]}, "messages[0]", None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", None),
     ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "messages[0].extra", "unknown_parameter"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls", None),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        "messages[0].tool_calls",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "annotations": [{}]}]},
+        "messages[0].annotations",
+        "unsupported_parameter",
+    ),
 ]
 
 
@@ -260,6 +269,15 @@ async def test_refused_fields_are_named(service: Service) -> None:
         told.append((response.status_code, error["param"], error["code"]))
     assert told == [(400, param, code or "invalid_value") for _, param, code in REFUSED]
     assert service.script.requests == []
+
+
+async def test_what_is_refused_of_a_history_says_what_to_do(service: Service) -> None:
+    """What other services answered comes back in a conversation."""
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]}
+    error = (await ask(service, messages=[{"role": "user", "content": "Hi"}, turn])).json()["error"]
+    assert error["message"] == (
+        "messages[1].tool_calls: tools are not supported yet, so say in content what was called and what it gave."
+    )
 
 
 async def test_not_a_number_is_not_json(service: Service) -> None:

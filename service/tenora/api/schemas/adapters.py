@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
-from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.api.schemas.base import RequestModel, ResponseModel, invalid
 from tenora.api.schemas.evaluation import EvaluationObject
 
 
@@ -36,10 +36,17 @@ class AdapterObject(ResponseModel):
     evaluation: EvaluationObject | None = Field(description="Of an adapter that a job made.")
 
 
+def _version(value: Any) -> int | str:
+    """As it came: true is no number, and digits in quotes may begin a digest."""
+    if type(value) is int or isinstance(value, str):
+        return value
+    raise invalid("must be the number of a version, or the beginning of its digest")
+
+
 class RollbackRequest(RequestModel):
     """Which version the alias shall point at: its number, or a prefix of its digest."""
 
-    version: int | str = Field(union_mode="left_to_right")
+    version: Annotated[int | str, PlainValidator(_version, json_schema_input_type=int | str)]
 
 
 class LoadLoraAdapterRequest(RequestModel):

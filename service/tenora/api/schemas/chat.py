@@ -8,10 +8,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tenora.api.schemas.base import RequestModel, ResponseModel, invalid
 from tenora.api.schemas.fixed import (
+    Annotations,
     ClientTemplate,
     Modalities,
     TemplateArguments,
     TextFormat,
+    ToolCalls,
     ToolChoice,
     Tools,
     Unsupported,
@@ -48,11 +50,11 @@ class Message(RequestModel):
     ) = None
     name: str | None = Field(default=None, max_length=64)
     tool_call_id: str | None = Field(default=None, max_length=64)
-    tool_calls: list[Any] | None = Field(default=None, max_length=0, description="Not supported yet.")
+    tool_calls: ToolCalls = Field(default=None, description="Not supported yet, but for [].")
     function_call: None = None
     refusal: None = None
     audio: None = None
-    annotations: list[Any] | None = Field(default=None, max_length=0)
+    annotations: Annotations = None
 
     @model_validator(mode="after")
     def _content_is_there(self) -> Self:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, PlainValidator, create_model
 
 from tenora.api.schemas.base import RequestModel, invalid
+from tenora.api.schemas.fixed import only
 from tenora.api.schemas.settings import method_model, model_of
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.sweeps import MAX_TRIALS
@@ -85,7 +86,9 @@ class JobCreateRequest(SettingFields):
         default=None, ge=0, lt=2**31, description="Draws the held-out rows and all of training; 0 unless given."
     )
     metadata: Metadata | None = None
-    integrations: list[Any] | None = Field(default=None, max_length=0, description="Not supported.")
+    integrations: Annotated[list[Any] | None, only([], why="Integrations are not supported. Leave the field out.")] = (
+        Field(default=None, description="Not supported, but for [].")
+    )
     name: str | None = Field(default=None, max_length=64, description="The name under which the adapter is called.")
     lora: Lora | None = None
     sweep: Sweep | None = None

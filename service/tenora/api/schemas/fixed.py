@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from tenora.errors import InvalidRequestError
 
@@ -15,6 +16,17 @@ def only(*allowed: Any, why: str) -> AfterValidator:
     def check(value: Any, info: ValidationInfo) -> Any:
         if value not in allowed:
             raise InvalidRequestError(why, code="unsupported_parameter", param=str(info.field_name))
+        return value
+
+    return AfterValidator(check)
+
+
+def nothing(why: str) -> AfterValidator:
+    """A validator of a list within other parts that must be empty; the error's place is the list's."""
+
+    def check(value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
         return value
 
     return AfterValidator(check)
@@ -35,6 +47,10 @@ Modalities = Annotated[
 
 # What another server could do and this one does not.
 Tools = Annotated[Any, only([], why=f"Tools are not supported yet. {_LEAVE_OUT}")]
+ToolCalls = Annotated[
+    list[Any] | None, nothing("tools are not supported yet, so say in content what was called and what it gave")
+]
+Annotations = Annotated[list[Any] | None, nothing("sources are not supported; leave the field out")]
 ToolChoice = Annotated[Any, only("none", why=f'Tools are not supported yet. {_LEAVE_OUT[:-1]}, or send "none".')]
 TextFormat = Annotated[Any, only({"type": "text"}, why=f'Only {{"type": "text"}} is supported yet. {_LEAVE_OUT}')]
 ClientTemplate = Annotated[
