@@ -18,8 +18,7 @@ from tests.architecture.test_source import library_files
 DECLARED = "service/tenora/training/methods/"
 GENERATED = "clients/python/src/tenora_client/settings.py"
 NOT_STATED = {
-    **dict.fromkeys(("Estimate", "EstimateObject"), "answers: what was settled"),
-    **dict.fromkeys(("Rows", "RowsObject", "PreviewRequest"), "how rows were, or are to be, cut"),
+    **dict.fromkeys(("Rows", "RowsObject"), "how rows were cut"),
     **dict.fromkeys(
         ("Hyperparameters", "AdamWSettings", "OptimStep", "StepEvent", "EventData"),
         "numbers of a run, a step",
@@ -29,10 +28,12 @@ NOT_STATED = {
     **dict.fromkeys(("Limits", "Ready"), "the modules of a base"),
     **dict.fromkeys(("Part", "Pass"), "where a pass takes the numbers of its dropout"),
     "PromptLogprob": "the rank of a token",
-    "Method": "the usual rate of a method",
 }
 """Classes with a field of a setting's name that says nothing of its bounds or default."""
 PEFT = "service/tenora/adapters/"  # its format has names of its own, some of which ours are called after
+OF_ADAPTERS = ("service/tenora/cli/adapters.py", "service/tenora/cli/bench/")  # columns and flags of those there are
+COMMON = {**HYPERPARAMETERS, **SETTINGS, **LORA_ASKED}
+OWN = {setting.name for method in METHODS.values() for setting in method.settings}
 
 
 def is_named_in(source: str, method: str) -> bool:
@@ -116,37 +117,54 @@ def stated_in(source: str, names: set[str]) -> set[tuple[str, str]]:
 
 
 def listed_in(source: str, names: set[str]) -> set[tuple[str, ...]]:
-    """Tuples, lists and sets in which at least two of the names stand, as a table of settings would have them."""
+    """Tuples, lists and sets in which one of the names stands, as a table of settings would have it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             held = [item.value for item in node.elts if isinstance(item, ast.Constant) and item.value in names]
-            if len(held) > 1:
+            if held:
                 found.add(tuple(map(str, held)))
     return found
 
 
+def texts_in(source: str) -> set[str]:
+    """The strings of the code."""
+    return {
+        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and type(node.value) is str
+    }
+
+
 def test_settings_are_listed_nowhere(repo_root: Path) -> None:
     """What is done for each of them asks their declaration which there are."""
-    names = {*HYPERPARAMETERS, *SETTINGS, *LORA_ASKED}
-    listed = {path: listed_in(source, names) for path, source in sources(repo_root) if not path.startswith(PEFT)}
+    known = {path: source for path, source in sources(repo_root) if not path.startswith((PEFT, *OF_ADAPTERS))}
+    listed = {path: listed_in(source, {*COMMON, *OWN}) for path, source in known.items()}
     assert {path: found for path, found in listed.items() if found} == {}
-    assert listed_in('SWEPT = ("rank", "alpha", "other")\nx = {"rank": "alpha"}', names) == {("rank", "alpha")}
+    assert listed_in('SWEPT = ("rank", "alpha", "other")\nx = {"rank": "alpha"}', {*COMMON}) == {("rank", "alpha")}
+    assert listed_in('_OF_SPEC = ("method", *RUN, "packing")', {*COMMON}) == {("packing",)}
+
+
+def test_flags_are_made_of_the_settings(repo_root: Path) -> None:
+    """On the command line none is written out, with a help and a bound of its own."""
+    flags = {setting.flag or f"--{name.replace('_', '-')}" for name, setting in COMMON.items()}
+    declared = {"service/tenora/training/settings.py", "service/tenora/training/spec.py"}
+    known = {path: source for path, source in sources(repo_root) if not path.startswith(OF_ADAPTERS)}
+    found = {path: texts_in(source) & flags for path, source in known.items() if path not in declared}
+    assert {path: stated for path, stated in found.items() if stated} == {}
+    assert texts_in('def f(n: Annotated[int, typer.Option("--epochs", min=1)]) -> None: ...') & flags == {"--epochs"}
 
 
 def test_a_setting_is_stated_in_one_file(repo_root: Path) -> None:
-    names = {*HYPERPARAMETERS, *SETTINGS, *LORA_ASKED}
     known = {path: source for path, source in sources(repo_root) if path != GENERATED and not path.startswith(PEFT)}
-    found = {path: stated_in(source, names) for path, source in known.items()}
+    found = {path: stated_in(source, {*COMMON, *OWN}) for path, source in known.items() if DECLARED not in path}
     declared = {name for _, name in found.pop("service/tenora/training/settings.py")}
     declared |= {name for cls, name in found["service/tenora/training/spec.py"] if cls.startswith("Lora")}
     found["service/tenora/training/spec.py"] = {
         one for one in found["service/tenora/training/spec.py"] if not one[0].startswith("Lora")
     }
-    assert declared == names
+    assert declared == set(COMMON)
     elsewhere = {(path, *one) for path, stated in found.items() for one in stated if one[0] not in NOT_STATED}
     assert elsewhere == set()
-    assert stated_in("class Request:\n    packing: bool = True\n", names) == {("Request", "packing")}
+    assert stated_in("class Request:\n    packing: bool = True\n", {*COMMON}) == {("Request", "packing")}
 
 
 def test_what_a_method_declares_is_read_without_tensors() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tenora.training.methods.table import METHODS
-from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS, Setting
+from tenora.training.settings import BY_THEMSELVES, ESTIMATED, HYPERPARAMETERS, ROWS, SETTINGS, Setting
 from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL
 
 TARGET = Path(__file__).parents[1] / "src/tenora_client/settings.py"
@@ -61,7 +61,9 @@ def questions() -> Iterator[str]:
     """What a job may be asked for."""
     told = "absent means the server's default, which is meant to work"
     by_themselves = {name: HYPERPARAMETERS[name] for name in HYPERPARAMETERS if name in BY_THEMSELVES}
-    yield from asked("Settings", f"How a job trains; {told}.", by_themselves | dict(SETTINGS))
+    others = {name: setting for name, setting in SETTINGS.items() if name not in ROWS}
+    yield from asked("RowParams", f"How rows are read; {told}.", ROWS)
+    yield from asked("Settings", f"How a job trains; {told}.", by_themselves | others, base="RowParams")
     yield from asked("SharedHyperparameters", "Those that all methods have.", HYPERPARAMETERS)
     for name, method in METHODS.items():
         options = {"hyperparameters": "SharedHyperparameters"}
@@ -110,6 +112,7 @@ def answers() -> Iterator[str]:
     yield from part("SweptValues", "The values to try.", dict.fromkeys(SWEPT, "Sequence[float] | Range"))
     yield from part("TrialSettings", "Of a trial of a sweep.", TRIAL)
     yield from part("JobSettings", "A job's settings as they are used.", SETTINGS, base="ApiObject")
+    yield from part("EstimatedSettings", "Those that an estimate repeats.", ESTIMATED, auto=True, base="ApiObject")
 
 
 def part(
@@ -124,10 +127,10 @@ def part(
     yield from ("", "", f"class {name}({base}):", f'    """{summary}"""', "", *first)
     for field, setting in fields.items():
         kind = setting if isinstance(setting, str) else "str" if setting.choices else plain(setting)
-        if not isinstance(setting, str) and setting.every:
-            kind += " | str"
-        words = ' | Literal["auto"]' if auto else ""
-        yield f"    {field}: {kind}{words} | None = None"
+        if not isinstance(setting, str):
+            kind += " | str" if setting.every else ""
+            kind += ' | Literal["auto"]' if auto and setting.auto else ""
+        yield f"    {field}: {kind} | None = None"
 
 
 def wrapped(sentence: str) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_objects
+from tenora.cli.setting_flags import given_among, with_flags
+from tenora.training.settings import ROWS
 
 app = typer.Typer(no_args_is_help=True, help="Training files: upload, preview, list, delete.")
 Existing = Annotated[
@@ -39,19 +41,17 @@ def list_(as_json: AsJson = False) -> None:
 
 
 @app.command()
+@with_flags(ROWS)
 def preview(
     file_id: str,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=100, help="How many rows.")] = 5,
     after: Annotated[int, typer.Option("--after", min=0, help="Begin after this line.")] = 0,
-    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", min=8, help="Tokens that fit.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.")] = False,
     as_json: AsJson = False,
+    **rows: Any,
 ) -> None:
     """Show rows as the model would see them: what is learned, what is cut, what is wrong."""
     with connect() as client:
-        found = client.files.preview(
-            file_id, limit=limit, after=after, max_seq_length=max_seq_length, truncate=truncate
-        )
+        found = client.files.preview(file_id, limit=limit, after=after, **given_among(rows))
     if as_json:
         typer.echo(found.model_dump_json())
         return

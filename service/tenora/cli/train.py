@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
+from tenora.cli.setting_flags import given_among, with_flags
 from tenora.errors import ConfigurationError
 from tenora.training.methods.table import METHODS
-from tenora.training.settings import JOB, RUN, Setting
+from tenora.training.settings import JOB, RUN
 from tenora.training.spec import LORA_ASKED, SWEPT
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
@@ -25,43 +24,7 @@ FLAGS = {name: setting for name, setting in {**RUN, **JOB, **LORA_ASKED}.items()
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
 
 
-def flag_of(setting: Setting) -> inspect.Parameter:
-    """The flag of a setting as it is declared; the server knows the upper bounds.
-
-    A number that may be given as true is a switch, which stands for that.
-    """
-    kind: Any = Literal[setting.choices] if setting.choices else setting.kind
-    bounds: dict[str, Any] = {}
-    if setting.true:
-        kind = bool
-    elif kind in {int, float}:
-        bounds["min"] = kind(max(setting.least, setting.above))
-    option = typer.Option(setting.flag, help=setting.help, **bounds)
-    annotated: Any = Annotated  # mypy would have a type in it
-    return inspect.Parameter(
-        setting.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False if setting.true else None,
-        annotation=annotated[kind if setting.true else kind | None, option],
-    )
-
-
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes the settings which have a flag as further keywords."""
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        command(**given)
-
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    known = [one.replace(kind=one.KEYWORD_ONLY) for one in own if one.kind is not one.VAR_KEYWORD]
-    parameters = [*known, *(flag_of(setting) for setting in FLAGS.values())]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where typer looks
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
-
-
-@with_flags
+@with_flags(FLAGS)
 def train(
     training: Annotated[
         list[str],
@@ -88,17 +51,18 @@ def train(
     **settings: Any,
 ) -> None:
     """Upload a file, train an adapter on it and wait until it can be called."""
+    given = given_among(settings)
     fields = _given(
         name=name,
         seed=seed,
         suffix=suffix,
         method=None if method is None else {"type": method},
-        lora=_given(**{name: value for name, value in settings.items() if name in LORA_ASKED}) or None,
+        lora={name: value for name, value in given.items() if name in LORA_ASKED} or None,
         sweep=sweep_of(sweep or [], trials),
-        **{name: value for name, value in settings.items() if name not in LORA_ASKED and value is not False},
+        **{name: value for name, value in given.items() if name not in LORA_ASKED},
     )
-    for given in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
-        check_file(given)
+    for source in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
+        check_file(source)
     with connect() as client:
         check_settings(client, training, validation, fields)
         fields |= training_fields(client, training)

@@ -39,7 +39,7 @@ class Setting:
         swept: its place among the dimensions of a sweep, whose trials are drawn in that order; 0 if none tries it.
         log: a range of it is even in the logarithm, unless a sweep says otherwise.
         follows: the setting that its default is made from; a sweep of that one gives each trial its own.
-        flag: of `tenora train`; empty if it has none.
+        flag: of `tenora train`; empty if it has none there.
         name, kind, choices, default: from the field that it stands at. `kind` is int, float, bool, str or tuple, a list
             of texts; what may stand in such a list, if not anything, are its `choices`.
     """
@@ -255,3 +255,5 @@ BY_THEMSELVES = frozenset(name for name in HYPERPARAMETERS if name in RUN)
 """Those among them that may also stand beside the method."""
 SETTINGS: Mapping[str, Setting] = {**{name: s for name, s in RUN.items() if not s.auto}, **JOB}
 """Fields of a job that belong to no other object."""
+ESTIMATED: Mapping[str, Setting] = {**{name: RUN[name] for name in RUN if name in BY_THEMSELVES}, **PUBLISHING}
+"""Those that an estimate repeats: how long the job would learn, and what would become of its name."""

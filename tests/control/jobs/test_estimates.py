@@ -14,6 +14,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.errors import DatasetError, InvalidRequestError, NotFoundError
 from tenora.training.corpus import Corpus
 from tenora.training.packing import pack
+from tenora.training.settings import BY_THEMSELVES
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload, workdir
 from tests.control.scripted import ScriptedEngine
 
@@ -55,7 +56,7 @@ async def test_it_is_what_the_job_then_does(
     found = await control.estimates.estimate(acme, asked)
     corpus = await prepared_corpus(control, acme, engine, asked)
     spec = engine.specs[-1]
-    assert (found.n_epochs, found.batch_size) == (spec.n_epochs, spec.batch_size)
+    assert [found.settings[name] for name in BY_THEMSELVES] == [getattr(spec, name) for name in BY_THEMSELVES]
     assert (found.rows, found.held_out_rows) == (corpus.train.examples, corpus.valid.examples)
     assert (found.tokens, found.trained_tokens) == (corpus.train.num_tokens, corpus.train.num_trained)
     per_epoch = corpus.steps_per_epoch(spec.batch_size)
@@ -89,11 +90,11 @@ async def test_few_rows_and_sweeps_count_all_that_is_trained(control: Control, a
     one = await control.estimates.estimate(acme, await request(control, acme, n_epochs=3, batch_size=8))
     sweep = {"rank": [4, 8], "learning_rate": [1e-4, 5e-4, 1e-3]}
     many = await control.estimates.estimate(acme, await request(control, acme, n_epochs=3, batch_size=8, sweep=sweep))
-    assert (many.trials, many.n_epochs) == (6, 3)
+    assert (many.trials, many.settings["n_epochs"]) == (6, 3)
     # Six to a sixth, two to a half, one to the end.
     assert many.read_tokens == pytest.approx(one.read_tokens * (6 / 6 + 2 / 3 + 1 / 2), rel=1e-3)
     swept = await control.estimates.estimate(acme, await request(control, acme, sweep={"n_epochs": [1, 2]}))
-    assert (swept.n_epochs, swept.trials) == ("auto", 2)
+    assert (swept.settings["n_epochs"], swept.trials) == ("auto", 2)
 
 
 async def test_time_comes_from_measured_speed_alone(control: Control, acme: Principal, umbrella: Principal) -> None:

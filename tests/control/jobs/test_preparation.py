@@ -9,6 +9,7 @@ from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
+from tenora.training.settings import RowSettings
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload
 from tests.control.scripted import ScriptedEngine
 
@@ -106,6 +107,8 @@ async def test_pairs_that_are_equal_once_they_are_cut_are_left_out_and_counted(
     assert "3 pairs were left out: their two answers are equal as the model sees them" in await messages(
         control, acme, job.id
     )
-    preview = await control.previews.preview(acme, file.id, limit=9, after=60, max_seq_length=32, truncate=True)
+    preview = await control.previews.preview(
+        acme, file.id, limit=9, after=60, rows=RowSettings(max_seq_length=32, truncate=True)
+    )
     assert {issue.code for row in preview.rows for issue in row.issues} == {"no_trainable_tokens"}
     assert "left out" in preview.rows[0].issues[0].message

@@ -14,6 +14,7 @@ from tenora_client.errors import ResponseError
 from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
 from tenora_client.params import ChatParams, CompletionParams
 from tenora_client.progress import transfer
+from tenora_client.settings import RowParams
 
 if TYPE_CHECKING:
     from tenora_client.async_client import AsyncClient
@@ -166,18 +167,16 @@ class AsyncFiles:
         *,
         limit: int | None = None,
         after: int | None = None,
-        max_seq_length: int | None = None,
-        truncate: bool = False,
+        **rows: Unpack[RowParams],
     ) -> Preview:
         """Rows of a training file as the model would see them, also of one with errors.
 
         Args:
             limit: how many rows, at most 100; 10 if None.
             after: the line of the last row seen (`Preview.last_line`).
-            max_seq_length, truncate: as of a job.
+            rows: how they are read, as of a job.
         """
-        call = calls.preview_file(file_id, limit, after, max_seq_length, truncate=truncate)
-        return await self._client.send(call)
+        return await self._client.send(calls.preview_file(file_id, limit, after, rows))
 
     async def content(self, file_id: str) -> bytes:
         """A file's bytes."""

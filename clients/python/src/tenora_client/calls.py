@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from tenora_client import models
 from tenora_client.params import ChatParams, CompletionParams, JobParams
+from tenora_client.settings import RowParams
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=models.JobState)
@@ -167,11 +168,9 @@ def delete_file(file_id: str) -> Call[models.Deleted]:
     return Call("DELETE", f"/v1/files/{_segment(file_id)}", _DELETED)
 
 
-def preview_file(
-    file_id: str, limit: int | None, after: int | None, max_seq_length: int | None, *, truncate: bool
-) -> Call[models.Preview]:
+def preview_file(file_id: str, limit: int | None, after: int | None, rows: RowParams) -> Call[models.Preview]:
     """POST /v1/files/{id}/preview."""
-    body = _body({}, limit=limit, after=after, max_seq_length=max_seq_length, truncate=truncate or None)
+    body = _body(rows, limit=limit, after=after)
     return Call("POST", f"/v1/files/{_segment(file_id)}/preview", _PREVIEW, body=body, changes_nothing=True)
 
 

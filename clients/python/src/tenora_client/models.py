@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from tenora_client.api_object import ApiObject
 from tenora_client.evaluation import Evaluation, Published
 from tenora_client.job_parts import CheckpointMetrics, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
-from tenora_client.settings import Hyperparameters, JobSettings, Lora, Method
+from tenora_client.settings import EstimatedSettings, Hyperparameters, JobSettings, Lora, Method
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -205,7 +205,7 @@ class Preview(ApiObject):
     last_line: int | None = None
 
 
-class Estimate(ApiObject):
+class Estimate(EstimatedSettings):
     """What a job would take; `seconds` is None until the server has measured its speed.
 
     Attributes:
@@ -224,8 +224,6 @@ class Estimate(ApiObject):
     truncated: int
     left_out: int = 0
     near_duplicates: int = 0
-    n_epochs: int | Literal["auto"]
-    batch_size: int | Literal["auto"]
     folds: int = 0
     trials: int = 0
     steps: int
@@ -235,8 +233,6 @@ class Estimate(ApiObject):
     tokens_per_second: float | None = None
     seconds: float | None = None
     measured: bool = False
-    publish: str | None = None
-    min_gain: float | None = None
     replaces: Replaces | None = None
     tasks: Sequence[TaskEstimate] = ()
 

@@ -14,6 +14,7 @@ from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion,
 from tenora_client.paging import Pages
 from tenora_client.params import ChatParams, CompletionParams
 from tenora_client.progress import transfer
+from tenora_client.settings import RowParams
 from tenora_client.streams import Stream
 
 if TYPE_CHECKING:
@@ -167,18 +168,16 @@ class Files:
         *,
         limit: int | None = None,
         after: int | None = None,
-        max_seq_length: int | None = None,
-        truncate: bool = False,
+        **rows: Unpack[RowParams],
     ) -> Preview:
         """Rows of a training file as the model would see them, also of one with errors.
 
         Args:
             limit: how many rows, at most 100; 10 if None.
             after: the line of the last row seen (`Preview.last_line`).
-            max_seq_length, truncate: as of a job.
+            rows: how they are read, as of a job.
         """
-        call = calls.preview_file(file_id, limit, after, max_seq_length, truncate=truncate)
-        return self._client.send(call)
+        return self._client.send(calls.preview_file(file_id, limit, after, rows))
 
     def content(self, file_id: str) -> bytes:
         """A file's bytes."""

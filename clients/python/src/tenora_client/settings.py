@@ -11,7 +11,16 @@ from tenora_client.ranges import Range, RangeParams
 MethodName = Literal["supervised", "dpo"]
 
 
-class Settings(TypedDict, total=False):
+class RowParams(TypedDict, total=False):
+    """How rows are read; absent means the server's default, which is meant to work."""
+
+    max_seq_length: int
+    """Tokens of a row; longer ones are refused, or cut with truncate; a whole number from 8 to 2147483647."""
+    truncate: bool
+    """Cut rows that are too long, do not refuse them; true or false."""
+
+
+class Settings(RowParams, total=False):
     """How a job trains; absent means the server's default, which is meant to work."""
 
     n_epochs: int | Literal["auto"]
@@ -37,10 +46,6 @@ class Settings(TypedDict, total=False):
     from 0 to 1000."""
     packing: bool
     """Rows share passes; false gives each a pass of its own, with the same result; true or false."""
-    max_seq_length: int
-    """Tokens of a row; longer ones are refused, or cut with truncate; a whole number from 8 to 2147483647."""
-    truncate: bool
-    """Cut rows that are too long, do not refuse them; true or false."""
     publish: Literal["always", "if_better", "never"]
     """Whether `name` shall mean the result; one of always, if_better, never."""
     min_gain: float
@@ -180,5 +185,14 @@ class JobSettings(ApiObject):
     packing: bool | None = None
     max_seq_length: int | None = None
     truncate: bool | None = None
+    publish: str | None = None
+    min_gain: float | None = None
+
+
+class EstimatedSettings(ApiObject):
+    """Those that an estimate repeats."""
+
+    n_epochs: int | Literal["auto"] | None = None
+    batch_size: int | Literal["auto"] | None = None
     publish: str | None = None
     min_gain: float | None = None

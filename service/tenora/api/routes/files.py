@@ -131,8 +131,7 @@ async def preview_file(
         file_id,
         limit=body.limit,
         after=body.after,
-        max_seq_length=body.max_seq_length,
-        truncate=body.truncate,
+        rows=body.row_settings(),
     )
     return PreviewObject.of_file(file_id, await while_connected(preview, request.receive, lifecycle))
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import TYPE_CHECKING, Literal, Self
 
 from tenora.api.schemas.base import ResponseModel
-from tenora.training.settings import Publish
+from tenora.api.schemas.settings import echo_of
+from tenora.control.jobs.estimates import Estimate
+from tenora.training.settings import ESTIMATED
+
+if TYPE_CHECKING:
+    from tenora.api.schemas.base import ResponseModel as EstimatedSettings
+else:
+    EstimatedSettings = echo_of("EstimatedSettings", ESTIMATED)
 
 
 class DuplicatePairObject(ResponseModel):
@@ -41,7 +49,7 @@ class ReplacesObject(ResponseModel):
     digest: str
 
 
-class EstimateObject(ResponseModel):
+class EstimateObject(EstimatedSettings):
     """An `Estimate` of the control plane; `seconds` is null until the service has measured its speed.
 
     Attributes:
@@ -57,8 +65,6 @@ class EstimateObject(ResponseModel):
     truncated: int
     left_out: int
     near_duplicates: int
-    n_epochs: int | Literal["auto"]
-    batch_size: int | Literal["auto"]
     folds: int
     trials: int
     steps: int
@@ -68,7 +74,11 @@ class EstimateObject(ResponseModel):
     tokens_per_second: float | None
     seconds: float | None
     measured: bool
-    publish: Publish
-    min_gain: float | None
     replaces: ReplacesObject | None
     tasks: list[TaskEstimateObject]
+
+    @classmethod
+    def of(cls, record: Estimate) -> Self:
+        """The object of an estimate."""
+        found = dataclasses.asdict(record)
+        return cls.model_validate({**found.pop("settings"), **found, "measured": record.measured})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, StrictBool
+from pydantic import Field
 
-from tenora.api.schemas.base import RequestModel, ResponseModel
-from tenora.control.jobs.previews import MAX_ROWS, MIN_LENGTH
+from tenora.api.schemas.base import ResponseModel
+from tenora.api.schemas.settings import model_of
+from tenora.control.jobs.previews import MAX_ROWS
 from tenora.data.preview import Preview
+from tenora.training.settings import ROWS, RowSettings
+
+if TYPE_CHECKING:
+    from tenora.api.schemas.base import RequestModel as RowFields
+else:
+    RowFields = model_of("RowFields", ROWS)
 
 
 class FileObject(ResponseModel):
@@ -25,13 +32,15 @@ class FileObject(ResponseModel):
     expires_at: int | None
 
 
-class PreviewRequest(RequestModel):
+class PreviewRequest(RowFields):
     """POST /v1/files/{file_id}/preview. `after` is the line of the last row seen; the others are as of a job."""
 
     limit: int = Field(default=10, ge=1, le=MAX_ROWS)
     after: int = Field(default=0, ge=0, lt=2**63)
-    max_seq_length: int | None = Field(default=None, ge=MIN_LENGTH, lt=2**31)
-    truncate: StrictBool = False
+
+    def row_settings(self) -> RowSettings:
+        """Those of a job's rows."""
+        return RowSettings(**self.model_dump(include=set(ROWS), exclude_none=True))
 
 
 class PreviewSpan(ResponseModel):

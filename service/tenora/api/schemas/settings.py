@@ -20,8 +20,11 @@ def model_of(name: str, settings: Mapping[str, Setting], *, doc: str | None = No
 
 
 def echo_of(name: str, settings: Mapping[str, Setting]) -> type[ResponseModel]:
-    """A part of an answer with these fields, each a value or null."""
-    fields: dict[str, Any] = {name: (_value_type(setting) | None, ...) for name, setting in settings.items()}
+    """A part of an answer with these fields, each a value or, where there is none, null or "auto"."""
+    fields: dict[str, Any] = {
+        name: (_value_type(setting) | (Literal["auto"] if setting.auto else None), ...)
+        for name, setting in settings.items()
+    }
     return create_model(name, __base__=ResponseModel, **fields)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.rows import active_version
 from tenora.control.jobs.creation import find_sources, new_job
 from tenora.control.jobs.forgetting_text import general_text
 from tenora.control.jobs.parent import find_parent
-from tenora.control.jobs.plan import resolve
+from tenora.control.jobs.plan import Resolved, resolve
 from tenora.control.jobs.preparation import Preparation, TaskRows, count_rows, preparation_of, read_tasks
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.requests import check_request
@@ -25,7 +25,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.duplicates import DuplicatePair
 from tenora.training.recipes import LEARNING_COST
-from tenora.training.settings import AUTO, BY_THEMSELVES, Publish
+from tenora.training.settings import AUTO, ESTIMATED, RUN
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ class Estimate:
         truncated: rows that would be cut.
         left_out: pairs that would not be taken, because their two answers are equal as the model sees them.
         near_duplicates: held-out examples that training all but shows.
-        n_epochs, batch_size: as they would be; "auto" if a sweep chooses.
+        settings: those of `tenora.training.settings.ESTIMATED` as they would be; "auto" if a sweep chooses, None where
+            the job would have none.
         folds: of cross-validation for few rows; 0 holds rows out.
         trials: of a sweep; 0 without one.
         steps, evaluations, read_tokens, measured_tokens: of the run, as
@@ -85,7 +86,6 @@ class Estimate:
             first one.
         seconds: `read_tokens` at that speed and `measured_tokens` at three times it, without waiting for a turn; None
             without a speed.
-        publish, min_gain: as the job would have them.
         replaces: what its name means now, which the result would be held against; None if that is nothing.
     """
 
@@ -96,8 +96,7 @@ class Estimate:
     truncated: int
     left_out: int
     near_duplicates: int
-    n_epochs: int | Literal["auto"]
-    batch_size: int | Literal["auto"]
+    settings: Mapping[str, Any]
     folds: int
     trials: int
     steps: int
@@ -106,8 +105,6 @@ class Estimate:
     measured_tokens: int
     tokens_per_second: float | None
     seconds: float | None
-    publish: Publish
-    min_gain: float | None
     replaces: Replaces | None
     tasks: Sequence[TaskEstimate]
 
@@ -170,10 +167,6 @@ def _estimate(
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
     text = general_text(tokenizer, limits.max_model_len)
     work = workload(found, tasks, counts.examples, job.asked.learns_by, general=max(len(text) - 1, 0))
-    swept = job.asked.sweep or {}
-    settled: dict[str, Any] = {
-        name: AUTO if name in swept else getattr(found.hyperparameters, name) for name in BY_THEMSELVES
-    }
     return Estimate(
         rows=sum(task.train.examples for task in tasks),
         held_out_rows=sum(_held_out(task) for task in tasks),
@@ -182,7 +175,7 @@ def _estimate(
         truncated=sum(task.truncated for task in tasks),
         left_out=sum(task.left_out for task in tasks),
         near_duplicates=sum(task.near_duplicates.count for task in tasks),
-        **settled,
+        settings=_settled(job, found),
         folds=found.folds,
         trials=len(found.trials),
         steps=work.steps,
@@ -191,8 +184,6 @@ def _estimate(
         measured_tokens=work.measured_tokens,
         tokens_per_second=speed,
         seconds=None if speed is None else (work.read_tokens + work.measured_tokens / LEARNING_COST) / speed,
-        publish=job.asked.settings["publish"],
-        min_gain=job.asked.settings.get("min_gain"),
         replaces=replaces,
         tasks=[
             TaskEstimate(
@@ -208,6 +199,15 @@ def _estimate(
             for task in tasks
         ],
     )
+
+
+def _settled(job: Preparation, found: Resolved) -> dict[str, Any]:
+    """The settings of `ESTIMATED`, in numbers where they are known."""
+    swept = job.asked.sweep or {}
+    of_run = {
+        name: AUTO if name in swept else getattr(found.hyperparameters, name) for name in ESTIMATED if name in RUN
+    }
+    return {name: of_run.get(name, job.asked.settings.get(name)) for name in ESTIMATED}
 
 
 def _named(pair: DuplicatePair, tasks: Sequence[TaskRows]) -> NearDuplicatePair:

@@ -22,7 +22,7 @@ from tenora.training.recipes import (
 from tenora.training.settings import AUTO, PUBLISHING, ROWS, RUN, SETTINGS
 from tenora.training.spec import LORA, TRIAL, LoraSpec, TrainSpec, Trial
 
-_OF_SPEC = tuple(name for name in SETTINGS if name in RUN and name != "learning_rate")
+_OF_RUN = tuple(name for name in SETTINGS if name in RUN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Resolved:
         folds: of cross-validation; 0 holds rows out.
         trials: of a sweep, each as a run by itself; empty without one.
         split_seed: draws the folds.
-        spec_fields: further fields of the TrainSpec that were asked for.
+        spec_fields: fields of the TrainSpec: the hyperparameters among them, and others that were asked for.
     """
 
     hyperparameters: Hyperparameters
@@ -96,7 +96,8 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
         folds=cross_validation_folds(counts.examples) if counts.few_shot else 0,
         trials=trials,
         split_seed=asked.split_seed,
-        spec_fields={name: asked.settings[name] for name in _OF_SPEC if name in asked.settings},
+        spec_fields={name: asked.settings[name] for name in _OF_RUN if name in asked.settings}
+        | {name: value for name, value in dataclasses.asdict(chosen).items() if name in RUN},
     )
 
 
@@ -123,9 +124,8 @@ def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
 def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[str, Any]:
     """The job's other settings as they are used."""
     swept = _chosen_by_sweep(asked)
-    of_run = ("learning_rate", *_OF_SPEC)
     return {
-        **{name: getattr(spec, name) for name in of_run if name not in swept},
+        **{name: getattr(spec, name) for name in _OF_RUN if name not in swept},
         **{name: asked.settings.get(name, setting.default) for name, setting in ROWS.items()},
         "max_seq_length": max_seq_length,
         **{name: asked.settings[name] for name in PUBLISHING if name in asked.settings},

@@ -218,7 +218,6 @@ def _plan(
     tokens_per_microbatch: int,
     text: tuple[int, ...],
 ) -> TrainSpec:
-    chosen = found.hyperparameters
     return TrainSpec(
         run_id=job.job_id,
         group=job.tenant_id,
@@ -234,11 +233,8 @@ def _plan(
         workdir="",
         base_model=base_id,
         method=job.asked.method,
-        method_settings=chosen.own,
+        method_settings=found.hyperparameters.own,
         lora=found.lora,
-        n_epochs=chosen.n_epochs,
-        batch_size=chosen.batch_size,
-        learning_rate=chosen.learning_rate,
         folds=found.folds,
         trials=tuple(trial.trial for trial in found.trials),
         tokens_per_microbatch=tokens_per_microbatch,

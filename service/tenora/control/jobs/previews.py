@@ -17,12 +17,13 @@ from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.data.preview import Preview, preview_file
 from tenora.errors import InvalidRequestError
+from tenora.training.settings import ROWS, RowSettings
 
 if TYPE_CHECKING:
     from tenora.model.tokenizer import Tokenizer
 
 MAX_ROWS = 100
-MIN_LENGTH = 8
+_USUAL_ROWS = RowSettings()
 
 
 class Previews:
@@ -49,24 +50,25 @@ class Previews:
         *,
         limit: int = 10,
         after: int = 0,
-        max_seq_length: int | None = None,
-        truncate: bool = False,
+        rows: RowSettings = _USUAL_ROWS,
     ) -> Preview:
         """Some rows of a training file, also of one whose status is `error`.
 
         Args:
             limit: how many rows, at most MAX_ROWS.
             after: the line of the last row that was seen.
-            max_seq_length, truncate: as of a job.
+            rows: as of a job.
 
         Raises:
             NotFoundError: no such file.
             InvalidRequestError: it is not a training file, or a value is out of bounds.
         """
-        longest = self._limits().max_model_len
+        limits = self._limits()
         whole(limit, "limit", 1, MAX_ROWS)
         whole(after, "after", 0, 2**63 - 1)
-        length = longest if max_seq_length is None else whole(max_seq_length, "max_seq_length", MIN_LENGTH, longest)
+        length = limits.max_model_len
+        if rows.max_seq_length:
+            length = limits.of(ROWS["max_seq_length"]).check(rows.max_seq_length)
         async with self._database.read() as session:
             row = await find_file(session, principal.tenant_id, file_id)
         if row.purpose != TRAINING_PURPOSE:
@@ -80,7 +82,7 @@ class Previews:
         def preview(tokenizer: Tokenizer) -> Preview:
             path = Path(self._storage.objects.local(principal.tenant_id, file_id))
             return preview_file(
-                path, tokenizer, max_length=length, truncate=truncate, limit=limit, after=after, max_rows=most
+                path, tokenizer, max_length=length, truncate=rows.truncate, limit=limit, after=after, max_rows=most
             )
 
         return await self._tokenizing.file(principal.tenant_id, preview)

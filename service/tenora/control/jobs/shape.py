@@ -91,32 +91,26 @@ def lora_spec(
         InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
     """
     known_fields(lora, tuple(LORA_ASKED), "lora")
-    rank = lora.get("rank")
-    if rank is None:
-        rank = min(usual_rank, limits.max_rank) if parent is None else parent.rank
-    rank = limits.of(LORA["rank"]).check(rank, "lora.rank")
-    modules = _target_modules(lora.get("target_modules"), limits, parent)
+    given = {
+        name: limits.of(setting).check(lora[name], f"lora.{name}")
+        for name, setting in LORA.items()
+        if lora.get(name) is not None
+    }
+    usual_rank = min(usual_rank, limits.max_rank) if parent is None else parent.rank
+    rank = given.get("rank") or limits.of(LORA["rank"]).check(usual_rank, "lora.rank")
+    modules = _target_modules(given.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
     try:
         limits.fits(rank, modules)
     except AdapterFormatError as error:
         raise InvalidRequestError(error.message, code=error.code, param="lora.rank") from error
-    rslora = lora.get("use_rslora")
-    if rslora is None and parent is not None:
-        rslora = parent.use_rslora
-    rslora = LORA["use_rslora"].check(False if rslora is None else rslora, "lora.use_rslora")
+    rslora = given.get("use_rslora", parent is not None and parent.use_rslora)
     usual_alpha = 2.0 * rank
     if parent is not None and parent.scaling > 0:
         usual_alpha = parent.scaling * (math.sqrt(rank) if rslora else rank)
-    alpha = lora.get("alpha")
-    return LoraSpec(
-        rank=rank,
-        alpha=usual_alpha if alpha is None else LORA["alpha"].check(alpha, "lora.alpha"),
-        dropout=LORA["dropout"].check(lora.get("dropout") or 0.0, "lora.dropout"),
-        target_modules=modules,
-        use_rslora=rslora,
-    )
+    settled = {"rank": rank, "target_modules": modules, "use_rslora": rslora}
+    return LoraSpec(**{"alpha": usual_alpha, **given, **settled})
 
 
 def _require_room(rank: int, modules: tuple[str, ...], parent: ParentShape) -> None:
@@ -138,7 +132,6 @@ def _target_modules(given: Any, limits: Limits, parent: ParentShape | None) -> t
     available = limits.target_modules
     if given is None and parent is not None:
         return tuple(name for name in available if name in parent.target_modules)
-    setting = limits.of(LORA["target_modules"])
-    if given is None or setting.check(given, "lora.target_modules") == setting.every:
+    if given is None or given == LORA["target_modules"].every:
         return available
     return tuple(name for name in available if name in given)
