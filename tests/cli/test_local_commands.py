@@ -66,6 +66,12 @@ def test_every_setting_is_a_flag_with_its_variable(invoke: Invoke) -> None:
     assert "api-key" not in shown
 
 
+@pytest.mark.parametrize("group", [(), ("adapters",), ("tenants",), ("bench",)])
+def test_every_command_is_listed_with_its_whole_sentence(invoke: Invoke, group: tuple[str, ...]) -> None:
+    listed = invoke(*group, "--help", env={"COLUMNS": "80"}).stdout
+    assert "..." not in listed.partition("Commands:")[2]
+
+
 def test_a_flag_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENORA_PORT", "1234")
     assert load_settings().port == 1234

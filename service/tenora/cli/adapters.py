@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from tenora.cli.connection import connect
+from tenora.cli.groups import Group
 from tenora.cli.output import AsJson, show_object, show_objects
 
-app = typer.Typer(no_args_is_help=True, help="Adapters: list, import, download, delete, rollback.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Adapters: list, import, download, delete, rollback.")
 PeftDirectory = Annotated[
     Path, typer.Argument(exists=True, file_okay=False, help="Has adapter_config.json and adapter_model.safetensors.")
 ]

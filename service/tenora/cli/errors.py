@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
+from tenora.cli.groups import Group
 from tenora.errors import SettingError, TenoraError
 from tenora_client import TenoraError as ClientError
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The root of the command tree."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from tenora.cli.connection import connect
+from tenora.cli.groups import Group
 from tenora.cli.output import AsJson, show_object, show_objects
 from tenora.cli.setting_flags import given_among, with_flags
 from tenora.training.settings import ROWS
 
-app = typer.Typer(no_args_is_help=True, help="Training files: upload, preview, list, delete.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Training files: upload, preview, list, delete.")
 Existing = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A JSONL, CSV or Parquet file.")
 ]

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from tenora.cli.connection import connect
+from tenora.cli.groups import Group
 from tenora.cli.output import AsJson, moment, show_object, show_objects
 from tenora_client import JobEvent
 
-app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs: list, show, events, cancel, pause, resume.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Fine-tuning jobs: list, show, events, cancel, pause, resume.")
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tenora.cli.groups import Group
 from tenora.cli.output import moment, show_table
 from tenora.cli.registry import Local, operate
 from tenora.control.tenancy.records import SCOPES, KeyRecord
@@ -15,7 +16,7 @@ from tenora_client import ApiKey, Client
 if TYPE_CHECKING:
     from tenora.control.tenancy.bootstrap import Registry
 
-app = typer.Typer(no_args_is_help=True, help="API keys of tenants, for the operator: create, list, revoke.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="API keys of tenants, for the operator: create, list, revoke.")
 Tenant = Annotated[str, typer.Option("--tenant", help="The tenant's name.")]
 
 

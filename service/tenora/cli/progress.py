@@ -54,6 +54,9 @@ class StartProgress:
     def __call__(self, phase: str, done: int, total: int, found: int = 0) -> None:
         """So much of a phase is done."""
         state = self.state
+        if phase != state.phase and state.done < state.total:
+            state.done = state.total  # what another phase follows has ended, though its last step was not told
+            self.show()
         state.phase, state.done, state.total, state.found = phase, done, total, found
         self.show()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tenora.cli.connection import connect
+from tenora.cli.groups import Group
 from tenora.cli.output import moment, show_table
 from tenora.cli.registry import Local, operate
 from tenora.control.tenancy.records import TenantRecord
@@ -16,7 +17,7 @@ from tenora_client import Client, Tenant
 if TYPE_CHECKING:
     from tenora.control.tenancy.bootstrap import Registry
 
-app = typer.Typer(no_args_is_help=True, help="Tenants, for the operator: create, list, update, delete.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Tenants, for the operator: create, list, update, delete.")
 
 
 @app.command()

@@ -10,12 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from tenora.cli.connection import local_url
+from tenora.cli.groups import Group
 from tenora.cli.options import load_settings
 from tenora.cli.output import show_table
 from tenora.errors import InvalidRequestError
 from tenora_client import Client
 
-app = typer.Typer(no_args_is_help=True, help="Measure: serving, adapter loading and kernels; compare two such reports.")
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Measure: serving, adapter loading and kernels; compare two such reports."
+)
 SMALL_VOCABULARY = 256
 
 BaseUrl = Annotated[
