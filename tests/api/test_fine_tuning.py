@@ -124,6 +124,11 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"suffix": "a b"}, 400, "suffix"),
     ({"name": "Not A Name"}, 400, "name"),
     ({"seed": -1}, 400, "seed"),
+    ({"seed": True}, 400, "seed"),
+    ({"max_steps": True}, 400, "max_steps"),  # and not one step
+    ({"eval_interval": True}, 400, "eval_interval"),
+    ({"learning_rate": True}, 400, "learning_rate"),
+    ({"lora": {"rank": True}}, 400, "lora.rank"),
     ({"metadata": {str(i): "x" for i in range(17)}}, 400, "metadata"),
     ({"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
     ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),

@@ -98,6 +98,13 @@ def invalid(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{message}", {"message": message})
 
 
+def no_flag(value: Any) -> Any:
+    """A validator for a number: true, which pydantic would take for 1, is none."""
+    if isinstance(value, bool):
+        raise invalid("must be a number, and not true or false")
+    return value
+
+
 def auto_or_number(kind: type[int] | type[float], low: float, high: float) -> Callable[[Any], Any]:
     """A validator for `"auto"` or a number of `kind` between `low` and `high`."""
     word = "a whole number" if kind is int else "a number"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PlainValidator, create_model
+from pydantic import BeforeValidator, Field, PlainValidator, create_model
 
-from tenora.api.schemas.base import RequestModel, invalid
+from tenora.api.schemas.base import RequestModel, invalid, no_flag
 from tenora.api.schemas.fixed import only
 from tenora.api.schemas.settings import method_model, model_of
 from tenora.control.jobs.records import JobRequest
@@ -82,7 +82,7 @@ class JobCreateRequest(SettingFields):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(default=None, description="The older place for the method's own.")
     suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX)
-    seed: int | None = Field(
+    seed: Annotated[int | None, BeforeValidator(no_flag)] = Field(
         default=None, ge=0, lt=2**31, description="Draws the held-out rows and all of training; 0 unless given."
     )
     metadata: Metadata | None = None

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, StrictBool, create_model
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, StrictBool, create_model
 
-from tenora.api.schemas.base import Number, RequestModel, ResponseModel, StoredModel, auto_or_number, invalid
+from tenora.api.schemas.base import Number, RequestModel, ResponseModel, StoredModel, auto_or_number, invalid, no_flag
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import Setting
 
@@ -90,6 +90,8 @@ def _type(setting: Setting) -> Any:
     if setting.true or setting.kind is tuple:
         sent = (bool | kind if setting.true else kind) | None
         return Annotated[sent, PlainValidator(_held_by(setting), json_schema_input_type=sent)]
+    if kind in {int, float}:
+        return Annotated[kind | None, BeforeValidator(no_flag)]
     return (StrictBool if kind is bool else kind) | None
 
 
