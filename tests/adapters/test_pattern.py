@@ -135,6 +135,11 @@ def test_nothing_runs_away(pattern: str) -> None:
     assert not any(matches.fullmatch(path) for path in paths)
 
 
+def test_an_automaton_beyond_its_bound_is_refused() -> None:
+    with pytest.raises(PatternError, match="too large"):
+        Pattern("(?:.?){900}(?:.?){900}")
+
+
 COSTLY = ["(?i)" + "[!-鿿]" * 400, "(?i)" + r"[!-\uffff]" * 150, r"(?i)[!-\U0010ffff]", r"\\\N{EM DASH}"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tenora.adapters import matching
 from tenora.api.schemas.adapters import RollbackRequest
 from tenora.config import Settings
 from tests.api.conftest import Service, import_adapter
@@ -83,6 +84,26 @@ async def test_malformed_adapters_are_422_and_change_nothing(service: Service, m
     assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_adapter")
     assert (await client.get("/v1/adapters")).json()["data"] == []
     assert service.staged() == []
+
+
+async def test_thousands_of_patterns_are_refused_unread_and_as_many_plain_names_are_read(
+    service: Service, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    real = matching.Pattern
+    monkeypatch.setattr(matching, "Pattern", lambda text, **how: compiled.append(text) or real(text, **how))
+    client, directory = service.client("adapters"), make_adapter(1)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rank_pattern": {f"(q{'_' * 30}|{i})*": 4 for i in range(2000)}}))
+    refused = await import_adapter(client, "fox", directory)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_adapter")
+    assert "list the module names instead" in refused.json()["error"]["message"]
+    assert 0 < len(compiled) <= matching.MAX_EXPRESSIONS
+    compiled.clear()
+    path.write_text(json.dumps({**config, "rank_pattern": {f"layers.{i}.q_proj": 4 for i in range(2000)}}))
+    assert (await import_adapter(client, "fox", directory)).status_code == 201
+    assert compiled == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "Föx", "..", "x" * 64, "a b", "-a", "a\x00"])

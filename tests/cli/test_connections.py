@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
 from collections.abc import AsyncIterator
@@ -141,6 +142,36 @@ async def test_with_every_place_taken_by_a_request_only_the_probes_are_answered(
         for wire in silent:
             wire.writer.transport.abort()
         assert (await client.get("/v1/models")).status_code == 200
+
+
+async def test_a_connection_beyond_every_place_is_closed_at_once(service: Service) -> None:  # noqa: F811
+    service.script.hold_after = 1
+    headers = {"authorization": f"Bearer {service.keys['default']['infer']}"}
+    chat = {"model": service.control.inference.base_id, "messages": [{"role": "user", "content": "hi"}]}
+    async with (
+        served(service, connections=Connections(2, reserve=0)) as port,
+        httpx.AsyncClient(base_url=port.url, timeout=PATIENCE, headers=headers) as client,
+    ):
+        held = [
+            asyncio.create_task(client.post("/v1/chat/completions", json={**chat, "max_tokens": 3})) for _ in range(2)
+        ]
+        await service.script.until(lambda: len(service.script.requests) == 2)
+        with pytest.raises(httpx.TransportError):
+            await port.probe()
+        service.script.hold_after = None
+        await service.control.engine.evict("00")  # wakes the engine
+        assert [answer.status_code for answer in await asyncio.gather(*held)] == [200] * 2
+        assert await port.probe() == 200
+
+
+async def test_no_more_requests_wait_on_one_connection_than_are_bounded(port: Port) -> None:
+    wire = await port.connect()
+    await wire.send((REQUEST + b"\r\n") * 2 * protocol.PIPELINED)  # in one piece: none is answered before all are read
+    answered = b""
+    with contextlib.suppress(ConnectionError):
+        answered = await wire.reader.read()
+    assert answered == b""
+    assert await port.probe() == 200
 
 
 async def test_a_connection_serves_one_request_after_another_as_before(port: Port) -> None:

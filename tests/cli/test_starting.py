@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,6 +22,9 @@ from typer.testing import CliRunner
 from tenora.cli import serving
 from tenora.cli.app import app
 from tenora.processes import bound_to_parent
+
+# The same service as the API's tests use.
+from tests.api.conftest import Service, script, service, settings  # noqa: F401
 from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.e2e
@@ -188,3 +193,16 @@ def test_a_state_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> 
     command = [sys.executable, "-m", "tenora", "serve"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr, "TENORA_HOME" in done.stderr) == (1, False, True)
+
+
+async def test_where_the_server_is_and_what_it_serves_is_written_for_its_owner_alone(service: Service) -> None:  # noqa: F811
+    note = service.settings.root / "server.json"
+    note.write_text("{}")  # of a process that was killed
+    note.chmod(0o644)
+    with (
+        serving.listening(service.settings.model_copy(update={"port": 0})) as listener,
+        serving.announced(service.settings, service.control, listener),
+    ):
+        assert stat.S_IMODE(note.stat().st_mode) == 0o600
+        assert json.loads(note.read_text())["url"] == serving.url_of(listener)
+    assert not note.exists()
