@@ -77,8 +77,29 @@ async def test_listing_and_filters(service: Service, base_id: str, file_id: str)
     found = (await client.get(JOBS, params={"metadata[n]": "1"})).json()
     assert [job["id"] for job in found["data"]] == [ids[1]]
     assert (await client.get(JOBS, params={"metadata[n]": "9"})).json()["data"] == []
-    refused = await client.get(JOBS, params={"metadata": "n"})
-    assert refused.json()["error"]["param"] == "metadata"
+    for malformed in ("metadata", "metadata[n", "metadata[]"):
+        refused = await client.get(JOBS, params={malformed: "n"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "metadata")
+    assert len((await client.get(JOBS, params={"metadata": "null"})).json()["data"]) == 3  # as the SDK writes None
+
+
+async def test_a_filter_that_a_listing_does_not_have_is_refused_by_name(
+    service: Service, base_id: str, file_id: str
+) -> None:
+    job = (await create(service, base_id, file_id)).json()["id"]
+    client = service.client("train")
+    for listing, known in (
+        (JOBS, "after, limit, metadata"),
+        (f"{JOBS}/{job}/events", "after, limit"),
+        (f"{JOBS}/{job}/checkpoints", "after, limit"),
+        ("/v1/files", "after, limit, order, purpose"),
+    ):
+        for name in ("status", "limit[n]", "pupose"):
+            refused = await client.get(listing, params={name: "running", "limit": 1})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"], error["code"]) == (400, name, "unknown_parameter")
+            assert error["message"] == f"Unknown query parameter {name!r}. This call takes {known}."
+    assert (await client.get("/v1/files", params={"metadata[n]": "1"})).status_code == 400
 
 
 async def test_steering(service: Service, base_id: str, file_id: str) -> None:

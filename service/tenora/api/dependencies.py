@@ -5,12 +5,13 @@ Authentication itself is a middleware (deny by default); here a route names the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pydantic_core
 from fastapi import Depends, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
@@ -19,7 +20,7 @@ from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.tenancy.access import ACTIONS
 from tenora.control.tenancy.records import Principal
-from tenora.errors import AuthenticationError, InvalidRequestError
+from tenora.errors import LONGEST_PARAM, AuthenticationError, InvalidRequestError, brief
 from tenora.telemetry.metrics import Metrics
 
 
@@ -91,13 +92,34 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body as JsonRequest does."""
+    """A route that reads its body as JsonRequest does, and whose query, if it takes one, holds nothing else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler that FastAPI builds, given a JsonRequest."""
         handler = super().get_route_handler()
+        known = frozenset(_query_of(self.dependant))
 
         async def handle(request: Request) -> Response:
+            if known:
+                _refuse_others(request, known)
             return await handler(JsonRequest(request.scope, request.receive))
 
         return handle
+
+
+def _query_of(dependant: Dependant) -> Iterator[str]:
+    yield from (parameter.alias for parameter in dependant.query_params)
+    for dependency in dependant.dependencies:
+        yield from _query_of(dependency)
+
+
+def _refuse_others(request: Request, known: Collection[str]) -> None:
+    """Raise InvalidRequestError for a parameter that is not known; a filter that is passed over lists too much."""
+    for name in request.query_params:
+        if name not in known and not (name.startswith("metadata[") and "metadata" in known):
+            shown = brief(name, LONGEST_PARAM)
+            raise InvalidRequestError(
+                f"Unknown query parameter {shown!r}. This call takes {', '.join(sorted(known))}.",
+                code="unknown_parameter",
+                param=shown,
+            )

@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from tenora.api.dependencies import ControlDep, JsonRoute, LifecycleDep, may
 from tenora.api.idempotency import once
@@ -46,33 +46,39 @@ async def estimate_job(
     return EstimateObject.of(await while_connected(estimate, request.receive, lifecycle))
 
 
-@router.get(JOBS)
-async def list_jobs(
+def metadata_filter(
     request: Request,
-    caller: Annotated[Principal, may("jobs.list")],
-    control: ControlDep,
-    after: After = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
-) -> ListResponse[JobObject]:
-    """The tenant's jobs, newest first; `metadata[key]=value` keeps those that carry the pair."""
-    page = await control.jobs.list(caller, after=after, limit=limit, metadata=metadata_filter(request))
-    return ListResponse.page([JobObject.of(record) for record in page.items], has_more=page.has_more)
-
-
-def metadata_filter(request: Request) -> dict[str, str] | None:
+    metadata: Annotated[str | None, Query(description="As metadata[key]=value; may be repeated.")] = None,
+) -> dict[str, str] | None:
     """The pairs of `metadata[key]=value` in the query.
 
     Raises:
         InvalidRequestError: for `metadata` in another shape; ignoring it would list too much.
     """
     wanted: dict[str, str] = {}
+    malformed = metadata not in {None, "null"}
     for name, value in request.query_params.multi_items():
         match = _METADATA.fullmatch(name)
         if match is not None:
             wanted[match[1]] = value
-        elif name.startswith("metadata") and value != "null":
-            raise InvalidRequestError("Write the filter as metadata[key]=value.", param="metadata")
+        else:
+            malformed = malformed or name.startswith("metadata[")
+    if malformed:
+        raise InvalidRequestError("Write the filter as metadata[key]=value.", param="metadata")
     return wanted or None
+
+
+@router.get(JOBS)
+async def list_jobs(
+    caller: Annotated[Principal, may("jobs.list")],
+    control: ControlDep,
+    metadata: Annotated[dict[str, str] | None, Depends(metadata_filter)],
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> ListResponse[JobObject]:
+    """The tenant's jobs, newest first; `metadata[key]=value` keeps those that carry the pair."""
+    page = await control.jobs.list(caller, after=after, limit=limit, metadata=metadata)
+    return ListResponse.page([JobObject.of(record) for record in page.items], has_more=page.has_more)
 
 
 @router.get(JOBS + "/{job_id}")
