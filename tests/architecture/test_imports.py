@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
+import grimp
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -22,6 +25,28 @@ def test_import_contracts(repo_root: Path) -> None:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def circle_in(imports: Mapping[str, set[str]]) -> list[str]:
+    """Files that import each other, each the next and the last the first; empty if there are none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize("package", ["tenora", "tenora_kernels", "tenora_client"])
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    """Not even for their types: whoever reads one of them would have to know all."""
+    graph = grimp.build_graph(package, cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert circle_in(imports) == []
+    assert sum(map(len, imports.values())) > len(imports), "the test sees nothing"
+
+
+def test_the_check_above_notices_a_circle() -> None:
+    assert set(circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 def loaded_by(*modules: str) -> set[str]:

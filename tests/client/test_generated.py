@@ -59,7 +59,7 @@ def test_tokens_are_replaced_and_nothing_else(unasync: ModuleType) -> None:
 def test_the_synchronous_client_is_fresh(unasync: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(unasync, monkeypatch, "--check") == 0, "run `make client`"
     names = {path.name.removeprefix("async_") for path in unasync.PACKAGE.glob("async_*.py")}
-    assert names == {"admin.py", "client.py", "jobs.py", "paging.py", "resources.py", "streams.py"}
+    assert names == {"admin.py", "client.py", "connection.py", "jobs.py", "paging.py", "resources.py", "streams.py"}
 
 
 def test_a_change_of_either_side_is_noticed_and_mended(

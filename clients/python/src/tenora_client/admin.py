@@ -4,48 +4,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tenora_client import calls
+from tenora_client.connection import Connection
 from tenora_client.models import ApiKey, Deleted, NewApiKey, Tenant
 from tenora_client.paging import Pages
-
-if TYPE_CHECKING:
-    from tenora_client.client import Client
 
 
 class Tenants:
     """Tenants."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def create(self, name: str) -> Tenant:
         """Add a tenant, which has no keys yet."""
-        return self._client.send(calls.create_tenant(name))
+        return self._connection.send(calls.create_tenant(name))
 
     def get(self, name: str) -> Tenant:
         """One tenant."""
-        return self._client.send(calls.get_tenant(name))
+        return self._connection.send(calls.get_tenant(name))
 
     def update(self, name: str, *, weight: float) -> Tenant:
         """Give a tenant another share of the workers beside others, 0.01 to 100; usual is 1."""
-        return self._client.send(calls.update_tenant(name, weight))
+        return self._connection.send(calls.update_tenant(name, weight))
 
     def delete(self, name: str) -> Deleted:
         """Delete a tenant with its keys, jobs, files and adapters; requests that were accepted finish."""
-        return self._client.send(calls.delete_tenant(name))
+        return self._connection.send(calls.delete_tenant(name))
 
     def list(self) -> Pages[Tenant]:
         """All tenants, by name."""
-        return Pages(lambda _: self._client.send(calls.list_tenants()))
+        return Pages(lambda _: self._connection.send(calls.list_tenants()))
 
 
 class Keys:
     """Keys of tenants."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def create(
         self, tenant: str, scopes: Sequence[str], *, name: str | None = None, expires_in: int | None = None
@@ -58,20 +55,20 @@ class Keys:
             name: a note to tell keys apart.
             expires_in: seconds; without it the key never expires.
         """
-        return self._client.send(calls.create_key(tenant, scopes, name, expires_in))
+        return self._connection.send(calls.create_key(tenant, scopes, name, expires_in))
 
     def revoke(self, tenant: str, key_id: str) -> ApiKey:
         """End a key for good; a key that was revoked stays so."""
-        return self._client.send(calls.revoke_key(tenant, key_id))
+        return self._connection.send(calls.revoke_key(tenant, key_id))
 
     def list(self, tenant: str) -> Pages[ApiKey]:
         """A tenant's keys, oldest first, revoked ones too."""
-        return Pages(lambda _: self._client.send(calls.list_keys(tenant)))
+        return Pages(lambda _: self._connection.send(calls.list_keys(tenant)))
 
 
 class Admin:
     """What the operator may do: `client.admin.tenants` and `client.admin.keys`."""
 
-    def __init__(self, client: Client) -> None:
-        self.tenants = Tenants(client)
-        self.keys = Keys(client)
+    def __init__(self, connection: Connection) -> None:
+        self.tenants = Tenants(connection)
+        self.keys = Keys(connection)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 from pydantic import PrivateAttr, TypeAdapter
 
 from tenora_client import calls
+from tenora_client.async_connection import AsyncConnection
 from tenora_client.async_paging import AsyncPages
+from tenora_client.async_resources import AsyncModels
 from tenora_client.errors import TenoraError
 from tenora_client.models import Checkpoint, Estimate, File, JobEvent, JobState, ListPage
 from tenora_client.params import JobParams
 from tenora_client.progress import JobBar
 from tenora_client.watching import JobView, Watch
-
-if TYPE_CHECKING:
-    from tenora_client.async_client import AsyncClient
 
 
 class AsyncJob(JobState):
@@ -80,8 +79,9 @@ _JOBS = TypeAdapter(ListPage[AsyncJob])
 class AsyncJobs:
     """Fine-tuning jobs: a training file becomes an adapter."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+        self._models = AsyncModels(connection)
 
     async def create(
         self,
@@ -104,11 +104,11 @@ class AsyncJobs:
             _JOB,
             training_file=None if training_file is None else calls.file_id(training_file),
             validation_file=None if validation_file is None else calls.file_id(validation_file),
-            model=model or (await self._client.models.base()).id,
+            model=model or (await self._models.base()).id,
             params=params,
             idempotency_key=idempotency_key,
         )
-        return (await self._client.send(call)).bind(self)
+        return (await self._connection.send(call)).bind(self)
 
     async def estimate(
         self,
@@ -122,14 +122,14 @@ class AsyncJobs:
         call = calls.estimate_job(
             training_file=None if training_file is None else calls.file_id(training_file),
             validation_file=None if validation_file is None else calls.file_id(validation_file),
-            model=model or (await self._client.models.base()).id,
+            model=model or (await self._models.base()).id,
             params=params,
         )
-        return await self._client.send(call)
+        return await self._connection.send(call)
 
     async def get(self, job_id: str) -> AsyncJob:
         """One job."""
-        return (await self._client.send(calls.get_job(_JOB, job_id))).bind(self)
+        return (await self._connection.send(calls.get_job(_JOB, job_id))).bind(self)
 
     async def cancel(self, job_id: str) -> AsyncJob:
         """End a job without a result."""
@@ -145,11 +145,11 @@ class AsyncJobs:
 
     def events(self, job_id: str, limit: int | None = None) -> AsyncPages[JobEvent]:
         """A job's log, newest first; `limit` is the size of a page."""
-        return AsyncPages(lambda after: self._client.send(calls.job_events(job_id, after, limit)))
+        return AsyncPages(lambda after: self._connection.send(calls.job_events(job_id, after, limit)))
 
     def checkpoints(self, job_id: str, limit: int | None = None) -> AsyncPages[Checkpoint]:
         """A job's checkpoints, newest first; `limit` is the size of a page."""
-        return AsyncPages(lambda after: self._client.send(calls.job_checkpoints(job_id, after, limit)))
+        return AsyncPages(lambda after: self._connection.send(calls.job_checkpoints(job_id, after, limit)))
 
     async def wait(
         self,
@@ -167,7 +167,7 @@ class AsyncJobs:
                 job = await self._look(job_id, watch, view)
                 if job is not None and watch.check(job):
                     return job
-                await self._client.sleep(poll)
+                await self._connection.sleep(poll)
         finally:
             if view is not None:
                 view.close()
@@ -176,7 +176,7 @@ class AsyncJobs:
         """All jobs, newest first; `metadata` keeps those that carry these pairs, `limit` is the size of a page."""
 
         async def fetch(after: str | None) -> ListPage[AsyncJob]:
-            page = await self._client.send(calls.list_jobs(_JOBS, after, limit, metadata))
+            page = await self._connection.send(calls.list_jobs(_JOBS, after, limit, metadata))
             for job in page.data:
                 job.bind(self)
             return page
@@ -184,7 +184,7 @@ class AsyncJobs:
         return AsyncPages(fetch)
 
     async def _act(self, job_id: str, action: str) -> AsyncJob:
-        return (await self._client.send(calls.job_action(_JOB, job_id, action))).bind(self)
+        return (await self._connection.send(calls.job_action(_JOB, job_id, action))).bind(self)
 
     async def _look(self, job_id: str, watch: Watch, view: JobView | None) -> AsyncJob | None:
         """Fetch the state, then show it with the events since; None if the server did not answer."""

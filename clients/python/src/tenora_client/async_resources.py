@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from tenora_client import calls
+from tenora_client.async_connection import AsyncConnection
 from tenora_client.async_paging import AsyncPages
 from tenora_client.async_streams import AsyncStream
 from tenora_client.errors import ResponseError
@@ -16,15 +17,12 @@ from tenora_client.params import ChatParams, CompletionParams
 from tenora_client.progress import transfer
 from tenora_client.settings import RowParams
 
-if TYPE_CHECKING:
-    from tenora_client.async_client import AsyncClient
-
 
 class AsyncChat:
     """Conversations."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
 
     @overload
     async def create(
@@ -56,15 +54,15 @@ class AsyncChat:
     ) -> ChatCompletion | AsyncStream[ChatChunk]:
         """Answer `messages` with the adapter (or the base) called `model`; with `stream` chunk by chunk."""
         if stream:
-            return await self._client.stream(calls.chat_stream(messages, model, params))
-        return await self._client.send(calls.chat(messages, model, params))
+            return await self._connection.stream(calls.chat_stream(messages, model, params))
+        return await self._connection.send(calls.chat(messages, model, params))
 
 
 class AsyncCompletions:
     """Plain text, continued."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
 
     @overload
     async def create(
@@ -97,23 +95,23 @@ class AsyncCompletions:
         """Continue `prompt`: a string, strings, token ids or lists of them."""
         call = calls.completion(prompt, model, params, stream=stream)
         if stream:
-            return await self._client.stream(call)
-        return await self._client.send(call)
+            return await self._connection.stream(call)
+        return await self._connection.send(call)
 
 
 class AsyncModels:
     """What can be asked: the base and the tenant's adapters."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
 
     async def get(self, name: str) -> Model:
         """One model."""
-        return await self._client.send(calls.get_model(name))
+        return await self._connection.send(calls.get_model(name))
 
     async def delete(self, name: str) -> Deleted:
         """Delete an adapter by any of its names."""
-        return await self._client.send(calls.delete_model(name))
+        return await self._connection.send(calls.delete_model(name))
 
     async def base(self) -> Model:
         """The base model that the server serves: the one without a parent."""
@@ -124,14 +122,14 @@ class AsyncModels:
 
     def list(self) -> AsyncPages[Model]:
         """All models."""
-        return AsyncPages(lambda _: self._client.send(calls.list_models()))
+        return AsyncPages(lambda _: self._connection.send(calls.list_models()))
 
 
 class AsyncFiles:
     """Training files."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
 
     async def upload(
         self,
@@ -151,15 +149,17 @@ class AsyncFiles:
         """
         source = Path(path)
         with transfer(progress, f"uploading {source.name}") as on_bytes:
-            return await self._client.send(calls.upload_file(source, purpose, expires_after, on_bytes, idempotency_key))
+            return await self._connection.send(
+                calls.upload_file(source, purpose, expires_after, on_bytes, idempotency_key)
+            )
 
     async def get(self, file_id: str) -> File:
         """One file's record."""
-        return await self._client.send(calls.get_file(file_id))
+        return await self._connection.send(calls.get_file(file_id))
 
     async def delete(self, file_id: str) -> Deleted:
         """Delete a file."""
-        return await self._client.send(calls.delete_file(file_id))
+        return await self._connection.send(calls.delete_file(file_id))
 
     async def preview(
         self,
@@ -176,28 +176,28 @@ class AsyncFiles:
             after: the line of the last row seen (`Preview.last_line`).
             rows: how they are read, as of a job.
         """
-        return await self._client.send(calls.preview_file(file_id, limit, after, rows))
+        return await self._connection.send(calls.preview_file(file_id, limit, after, rows))
 
     async def content(self, file_id: str) -> bytes:
         """A file's bytes."""
-        return await self._client.content(calls.file_content(file_id))
+        return await self._connection.content(calls.file_content(file_id))
 
     def list(
         self, *, purpose: str | None = None, order: Literal["asc", "desc"] | None = None, limit: int | None = None
     ) -> AsyncPages[File]:
         """All files, newest first unless `order` says otherwise; `limit` is the size of a page."""
-        return AsyncPages(lambda after: self._client.send(calls.list_files(after, limit, order, purpose)))
+        return AsyncPages(lambda after: self._connection.send(calls.list_files(after, limit, order, purpose)))
 
 
 class AsyncAdapters:
     """Adapters by name, and their immutable versions."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
 
     async def get(self, name: str) -> Adapter:
         """One adapter."""
-        return await self._client.send(calls.get_adapter(name))
+        return await self._connection.send(calls.get_adapter(name))
 
     async def import_(
         self,
@@ -209,31 +209,31 @@ class AsyncAdapters:
     ) -> Adapter:
         """Import a PEFT directory (adapter_config.json, adapter_model.safetensors); a name in use gets a version."""
         with transfer(progress, f"importing {name}") as on_bytes:
-            return await self._client.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
+            return await self._connection.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
 
     async def download(
         self, name: str, path: str | os.PathLike[str], *, progress: bool | calls.OnBytes = False
     ) -> Path:
         """Write the adapter's PEFT directory as a zip to `path`, which appears only when complete; returns it."""
         with transfer(progress, f"downloading {name}") as on_bytes:
-            return await self._client.download(calls.adapter_download(name), Path(path), on_bytes)
+            return await self._connection.download(calls.adapter_download(name), Path(path), on_bytes)
 
     async def delete(self, name: str) -> Deleted:
         """Delete a name and all its versions; requests that run finish."""
-        return await self._client.send(calls.delete_adapter(name))
+        return await self._connection.send(calls.delete_adapter(name))
 
     async def rollback(self, name: str, version: int | str) -> Adapter:
         """Point the name at an earlier version."""
-        return await self._client.send(calls.rollback_adapter(name, version))
+        return await self._connection.send(calls.rollback_adapter(name, version))
 
     async def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         """Keep (or no longer keep) the adapter in a slot."""
-        return await self._client.send(calls.pin_adapter(name, pinned=pinned))
+        return await self._connection.send(calls.pin_adapter(name, pinned=pinned))
 
     def versions(self, name: str) -> AsyncPages[Adapter]:
         """All versions of a name."""
-        return AsyncPages(lambda after: self._client.send(calls.adapter_versions(name, after)))
+        return AsyncPages(lambda after: self._connection.send(calls.adapter_versions(name, after)))
 
     def list(self) -> AsyncPages[Adapter]:
         """All adapters."""
-        return AsyncPages(lambda after: self._client.send(calls.list_adapters(after)))
+        return AsyncPages(lambda after: self._connection.send(calls.list_adapters(after)))

@@ -5,28 +5,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
 
 import httpx
 
 from tenora_client.admin import Admin
-from tenora_client.calls import Call, OnBytes, get_bytes
-from tenora_client.environment import resolve_key, resolve_url
-from tenora_client.errors import TenoraError, status_error
-from tenora_client.exchange import DEFAULT_LIMITS, DEFAULT_TIMEOUT, arriving, build_request, read_answer, translate
+from tenora_client.connection import Connection
+from tenora_client.exchange import DEFAULT_TIMEOUT
 from tenora_client.jobs import Jobs
 from tenora_client.resources import Adapters, Chat, Completions, Files, Models
 from tenora_client.retry import RetryPolicy
-from tenora_client.streams import Stream
-from tenora_client.version import __version__
-
-T = TypeVar("T")
 
 
-class Client:
+class Client(Connection):
     """A synchronous connection to a Tenora server, safe to share between threads. Close it, or use it in `with`.
 
     Args:
@@ -51,16 +41,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.base_url = resolve_url(base_url)
-        self.retries = retries or RetryPolicy()
-        self.sleep = sleep
-        self._http = httpx.Client(
-            base_url=self.base_url,
-            headers={"Authorization": f"Bearer {resolve_key(api_key)}", "User-Agent": f"tenora-client/{__version__}"},
-            timeout=timeout,
-            limits=DEFAULT_LIMITS,
-            transport=transport,
-        )
+        super().__init__(base_url, api_key, timeout=timeout, retries=retries, transport=transport, sleep=sleep)
         self.chat = Chat(self)
         self.completions = Completions(self)
         self.models = Models(self)
@@ -68,81 +49,3 @@ class Client:
         self.jobs = Jobs(self)
         self.adapters = Adapters(self)
         self.admin = Admin(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._http.close()
-
-    def ready(self) -> bool:
-        """Whether the server takes requests now; False too if there is no server."""
-        try:
-            return self._http.get("/readyz", timeout=5.0).is_success
-        except httpx.TransportError:
-            return False
-
-    def send(self, call: Call[T]) -> T:
-        """Send a call and read its whole answer; every resource ends here.
-
-        Raises:
-            TransportError, StatusError, ResponseError: see `tenora_client.errors`.
-        """
-        response = self._open(call, stream=False)
-        return read_answer(call.answer, response)
-
-    def stream(self, call: Call[T]) -> Stream[T]:
-        """Send a call and give its answer event by event."""
-        return Stream(self._open(call, stream=True), call.answer)
-
-    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> Path:
-        """GET `path` into the file `target`, which appears only when it is complete; returns it."""
-        response = self._open(get_bytes(path), stream=True)
-        try:
-            with arriving(target) as file:
-                total = int(response.headers.get("content-length", 0))
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-                    if on_bytes is not None:
-                        on_bytes(file.tell(), total)
-        except httpx.HTTPError as error:
-            raise translate(error, str(response.request.url)) from error
-        finally:
-            response.close()
-        return target
-
-    def content(self, path: str) -> bytes:
-        """GET `path` into memory."""
-        return self._open(get_bytes(path), stream=False).content
-
-    def _open(self, call: Call[T], *, stream: bool) -> httpx.Response:
-        """The first good response, after as many attempts as the policy allows. With `stream` its body is unread."""
-        attempt = 0
-        while True:
-            try:
-                return self._attempt(call, stream=stream)
-            except TenoraError as error:
-                delay = self.retries.delay(attempt, error, idempotent=call.idempotent)
-                if delay is None:
-                    raise
-            self.sleep(delay)
-            attempt += 1
-
-    def _attempt(self, call: Call[T], *, stream: bool) -> httpx.Response:
-        with ExitStack() as files:
-            request = build_request(self._http, call, files)
-            try:
-                response = self._http.send(request, stream=stream)
-                if not response.is_success:
-                    response.read()
-            except httpx.HTTPError as error:
-                raise translate(error, str(request.url)) from error
-        if not response.is_success:
-            raise status_error(response)
-        return response

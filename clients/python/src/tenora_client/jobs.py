@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 from pydantic import PrivateAttr, TypeAdapter
 
 from tenora_client import calls
+from tenora_client.connection import Connection
 from tenora_client.errors import TenoraError
 from tenora_client.models import Checkpoint, Estimate, File, JobEvent, JobState, ListPage
 from tenora_client.paging import Pages
 from tenora_client.params import JobParams
 from tenora_client.progress import JobBar
+from tenora_client.resources import Models
 from tenora_client.watching import JobView, Watch
-
-if TYPE_CHECKING:
-    from tenora_client.client import Client
 
 
 class Job(JobState):
@@ -81,8 +80,9 @@ _JOBS = TypeAdapter(ListPage[Job])
 class Jobs:
     """Fine-tuning jobs: a training file becomes an adapter."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._models = Models(connection)
 
     def create(
         self,
@@ -105,11 +105,11 @@ class Jobs:
             _JOB,
             training_file=None if training_file is None else calls.file_id(training_file),
             validation_file=None if validation_file is None else calls.file_id(validation_file),
-            model=model or self._client.models.base().id,
+            model=model or self._models.base().id,
             params=params,
             idempotency_key=idempotency_key,
         )
-        return self._client.send(call).bind(self)
+        return self._connection.send(call).bind(self)
 
     def estimate(
         self,
@@ -123,14 +123,14 @@ class Jobs:
         call = calls.estimate_job(
             training_file=None if training_file is None else calls.file_id(training_file),
             validation_file=None if validation_file is None else calls.file_id(validation_file),
-            model=model or self._client.models.base().id,
+            model=model or self._models.base().id,
             params=params,
         )
-        return self._client.send(call)
+        return self._connection.send(call)
 
     def get(self, job_id: str) -> Job:
         """One job."""
-        return self._client.send(calls.get_job(_JOB, job_id)).bind(self)
+        return self._connection.send(calls.get_job(_JOB, job_id)).bind(self)
 
     def cancel(self, job_id: str) -> Job:
         """End a job without a result."""
@@ -146,11 +146,11 @@ class Jobs:
 
     def events(self, job_id: str, limit: int | None = None) -> Pages[JobEvent]:
         """A job's log, newest first; `limit` is the size of a page."""
-        return Pages(lambda after: self._client.send(calls.job_events(job_id, after, limit)))
+        return Pages(lambda after: self._connection.send(calls.job_events(job_id, after, limit)))
 
     def checkpoints(self, job_id: str, limit: int | None = None) -> Pages[Checkpoint]:
         """A job's checkpoints, newest first; `limit` is the size of a page."""
-        return Pages(lambda after: self._client.send(calls.job_checkpoints(job_id, after, limit)))
+        return Pages(lambda after: self._connection.send(calls.job_checkpoints(job_id, after, limit)))
 
     def wait(
         self,
@@ -168,7 +168,7 @@ class Jobs:
                 job = self._look(job_id, watch, view)
                 if job is not None and watch.check(job):
                     return job
-                self._client.sleep(poll)
+                self._connection.sleep(poll)
         finally:
             if view is not None:
                 view.close()
@@ -177,7 +177,7 @@ class Jobs:
         """All jobs, newest first; `metadata` keeps those that carry these pairs, `limit` is the size of a page."""
 
         def fetch(after: str | None) -> ListPage[Job]:
-            page = self._client.send(calls.list_jobs(_JOBS, after, limit, metadata))
+            page = self._connection.send(calls.list_jobs(_JOBS, after, limit, metadata))
             for job in page.data:
                 job.bind(self)
             return page
@@ -185,7 +185,7 @@ class Jobs:
         return Pages(fetch)
 
     def _act(self, job_id: str, action: str) -> Job:
-        return self._client.send(calls.job_action(_JOB, job_id, action)).bind(self)
+        return self._connection.send(calls.job_action(_JOB, job_id, action)).bind(self)
 
     def _look(self, job_id: str, watch: Watch, view: JobView | None) -> Job | None:
         """Fetch the state, then show it with the events since; None if the server did not answer."""

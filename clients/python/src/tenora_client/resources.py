@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from tenora_client import calls
+from tenora_client.connection import Connection
 from tenora_client.errors import ResponseError
 from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
 from tenora_client.paging import Pages
@@ -17,15 +18,12 @@ from tenora_client.progress import transfer
 from tenora_client.settings import RowParams
 from tenora_client.streams import Stream
 
-if TYPE_CHECKING:
-    from tenora_client.client import Client
-
 
 class Chat:
     """Conversations."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     @overload
     def create(
@@ -57,15 +55,15 @@ class Chat:
     ) -> ChatCompletion | Stream[ChatChunk]:
         """Answer `messages` with the adapter (or the base) called `model`; with `stream` chunk by chunk."""
         if stream:
-            return self._client.stream(calls.chat_stream(messages, model, params))
-        return self._client.send(calls.chat(messages, model, params))
+            return self._connection.stream(calls.chat_stream(messages, model, params))
+        return self._connection.send(calls.chat(messages, model, params))
 
 
 class Completions:
     """Plain text, continued."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     @overload
     def create(
@@ -98,23 +96,23 @@ class Completions:
         """Continue `prompt`: a string, strings, token ids or lists of them."""
         call = calls.completion(prompt, model, params, stream=stream)
         if stream:
-            return self._client.stream(call)
-        return self._client.send(call)
+            return self._connection.stream(call)
+        return self._connection.send(call)
 
 
 class Models:
     """What can be asked: the base and the tenant's adapters."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def get(self, name: str) -> Model:
         """One model."""
-        return self._client.send(calls.get_model(name))
+        return self._connection.send(calls.get_model(name))
 
     def delete(self, name: str) -> Deleted:
         """Delete an adapter by any of its names."""
-        return self._client.send(calls.delete_model(name))
+        return self._connection.send(calls.delete_model(name))
 
     def base(self) -> Model:
         """The base model that the server serves: the one without a parent."""
@@ -125,14 +123,14 @@ class Models:
 
     def list(self) -> Pages[Model]:
         """All models."""
-        return Pages(lambda _: self._client.send(calls.list_models()))
+        return Pages(lambda _: self._connection.send(calls.list_models()))
 
 
 class Files:
     """Training files."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def upload(
         self,
@@ -152,15 +150,15 @@ class Files:
         """
         source = Path(path)
         with transfer(progress, f"uploading {source.name}") as on_bytes:
-            return self._client.send(calls.upload_file(source, purpose, expires_after, on_bytes, idempotency_key))
+            return self._connection.send(calls.upload_file(source, purpose, expires_after, on_bytes, idempotency_key))
 
     def get(self, file_id: str) -> File:
         """One file's record."""
-        return self._client.send(calls.get_file(file_id))
+        return self._connection.send(calls.get_file(file_id))
 
     def delete(self, file_id: str) -> Deleted:
         """Delete a file."""
-        return self._client.send(calls.delete_file(file_id))
+        return self._connection.send(calls.delete_file(file_id))
 
     def preview(
         self,
@@ -177,28 +175,28 @@ class Files:
             after: the line of the last row seen (`Preview.last_line`).
             rows: how they are read, as of a job.
         """
-        return self._client.send(calls.preview_file(file_id, limit, after, rows))
+        return self._connection.send(calls.preview_file(file_id, limit, after, rows))
 
     def content(self, file_id: str) -> bytes:
         """A file's bytes."""
-        return self._client.content(calls.file_content(file_id))
+        return self._connection.content(calls.file_content(file_id))
 
     def list(
         self, *, purpose: str | None = None, order: Literal["asc", "desc"] | None = None, limit: int | None = None
     ) -> Pages[File]:
         """All files, newest first unless `order` says otherwise; `limit` is the size of a page."""
-        return Pages(lambda after: self._client.send(calls.list_files(after, limit, order, purpose)))
+        return Pages(lambda after: self._connection.send(calls.list_files(after, limit, order, purpose)))
 
 
 class Adapters:
     """Adapters by name, and their immutable versions."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def get(self, name: str) -> Adapter:
         """One adapter."""
-        return self._client.send(calls.get_adapter(name))
+        return self._connection.send(calls.get_adapter(name))
 
     def import_(
         self,
@@ -210,29 +208,29 @@ class Adapters:
     ) -> Adapter:
         """Import a PEFT directory (adapter_config.json, adapter_model.safetensors); a name in use gets a version."""
         with transfer(progress, f"importing {name}") as on_bytes:
-            return self._client.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
+            return self._connection.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
 
     def download(self, name: str, path: str | os.PathLike[str], *, progress: bool | calls.OnBytes = False) -> Path:
         """Write the adapter's PEFT directory as a zip to `path`, which appears only when complete; returns it."""
         with transfer(progress, f"downloading {name}") as on_bytes:
-            return self._client.download(calls.adapter_download(name), Path(path), on_bytes)
+            return self._connection.download(calls.adapter_download(name), Path(path), on_bytes)
 
     def delete(self, name: str) -> Deleted:
         """Delete a name and all its versions; requests that run finish."""
-        return self._client.send(calls.delete_adapter(name))
+        return self._connection.send(calls.delete_adapter(name))
 
     def rollback(self, name: str, version: int | str) -> Adapter:
         """Point the name at an earlier version."""
-        return self._client.send(calls.rollback_adapter(name, version))
+        return self._connection.send(calls.rollback_adapter(name, version))
 
     def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         """Keep (or no longer keep) the adapter in a slot."""
-        return self._client.send(calls.pin_adapter(name, pinned=pinned))
+        return self._connection.send(calls.pin_adapter(name, pinned=pinned))
 
     def versions(self, name: str) -> Pages[Adapter]:
         """All versions of a name."""
-        return Pages(lambda after: self._client.send(calls.adapter_versions(name, after)))
+        return Pages(lambda after: self._connection.send(calls.adapter_versions(name, after)))
 
     def list(self) -> Pages[Adapter]:
         """All adapters."""
-        return Pages(lambda after: self._client.send(calls.list_adapters(after)))
+        return Pages(lambda after: self._connection.send(calls.list_adapters(after)))
