@@ -121,9 +121,9 @@ async def test_a_conversation_is_as_long_as_all_that_its_template_sees(
     tokenizing = service.control.inference.tokenizing
     prompt, lengths = tokenizing.prompt, list[int]()
 
-    async def noted(group: str, characters: int, work: Any) -> Any:
+    async def noted(share_group: str, characters: int, work: Any) -> Any:
         lengths.append(characters)
-        return await prompt(group, characters, work)
+        return await prompt(share_group, characters, work)
 
     monkeypatch.setattr(tokenizing, "prompt", noted)
     turns = [{"role": "user", "name": "n" * 64, "content": "Hi"}] * 700

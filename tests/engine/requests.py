@@ -25,7 +25,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     adapter: AdapterRef | None = None,
-    group: str = "",
+    share_group: str = "",
     **given: Any,
 ) -> Generate:
     request_id = given.pop("request_id", f"request-{next(_ids)}")
@@ -34,7 +34,7 @@ def generate(
         token_ids=list(token_ids),
         sampling=params or sampling(),
         adapter=adapter,
-        group=group,
+        share_group=share_group,
         **given,
     )
 

@@ -1,4 +1,4 @@
-"""The scheduler's order in its plainest form, which looks at every group each time: what the quick one must equal."""
+"""The scheduler's order in its plainest form, which looks at every share group: what the quick one must equal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tenora.engine.sequence import SequenceState
 
 
 @dataclass
-class _Group:
+class _ShareGroup:
     service: float
     weight: float = 1.0
     live: int = 0
@@ -26,48 +26,52 @@ class SlowQueue(FairQueue):
     """`FairQueue` without an index."""
 
     def __init__(self) -> None:
-        self.groups: dict[str, _Group] = {}
+        self.share_groups: dict[str, _ShareGroup] = {}
         self.floor = 0.0
 
     def __len__(self) -> int:
-        return sum(len(group.waiting) for group in self.groups.values())
+        return sum(len(share_group.waiting) for share_group in self.share_groups.values())
 
     def __iter__(self) -> Iterator[SequenceState]:
-        for group in self.groups.values():
-            yield from group.waiting
+        for share_group in self.share_groups.values():
+            yield from share_group.waiting
 
     def waiting_for(self, digest: str) -> list[SequenceState]:
         return [sequence for sequence in self if sequence.digest == digest]
 
     def enter(self, sequence: SequenceState) -> None:
-        group = self.groups.setdefault(sequence.request.group, _Group(self.floor))
-        if group.live == 0:
-            group.service = max(group.service, self._least_served())
-        group.weight = max(sequence.request.weight, 1e-6)
-        group.live += 1
+        share_group = self.share_groups.setdefault(sequence.request.share_group, _ShareGroup(self.floor))
+        if share_group.live == 0:
+            share_group.service = max(share_group.service, self._least_served())
+        share_group.weight = max(sequence.request.weight, 1e-6)
+        share_group.live += 1
         self.requeue(sequence)
 
     def requeue(self, sequence: SequenceState) -> None:
-        insort(self.groups[sequence.request.group].waiting, sequence, key=lambda waiting: waiting.order)
+        insort(self.share_groups[sequence.request.share_group].waiting, sequence, key=lambda waiting: waiting.order)
 
     def take(self, sequence: SequenceState) -> None:
-        self.groups[sequence.request.group].waiting.remove(sequence)
+        self.share_groups[sequence.request.share_group].waiting.remove(sequence)
 
     def leave(self, sequence: SequenceState) -> None:
-        self.groups[sequence.request.group].live -= 1
+        self.share_groups[sequence.request.share_group].live -= 1
         self.floor = max(self.floor, self._least_served())
-        if not any(group.live for group in self.groups.values()):
+        if not any(share_group.live for share_group in self.share_groups.values()):
             self.floor = 0.0
-            self.groups.clear()
+            self.share_groups.clear()
 
     def charge(self, sequence: SequenceState, end: int) -> None:
         if end > sequence.charged:
-            group = self.groups[sequence.request.group]
-            group.service += (end - sequence.charged) / group.weight
+            share_group = self.share_groups[sequence.request.share_group]
+            share_group.service += (end - sequence.charged) / share_group.weight
             sequence.charged = end
 
     def candidates(self, blocked: Collection[str] = ()) -> Iterator[SequenceState]:
-        pending = [(group, list(reversed(group.waiting))) for group in self.groups.values() if group.waiting]
+        pending = [
+            (share_group, list(reversed(share_group.waiting)))
+            for share_group in self.share_groups.values()
+            if share_group.waiting
+        ]
         while pending:
             turn = min(range(len(pending)), key=lambda index: pending[index][0].service)
             _, sequences = pending[turn]
@@ -76,7 +80,9 @@ class SlowQueue(FairQueue):
                 del pending[turn]
 
     def _least_served(self) -> float:
-        return min((group.service for group in self.groups.values() if group.live), default=self.floor)
+        return min(
+            (share_group.service for share_group in self.share_groups.values() if share_group.live), default=self.floor
+        )
 
 
 class SlowScheduler(Scheduler):

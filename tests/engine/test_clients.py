@@ -89,7 +89,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", tasks=(), workdir="", base_model="")
+    return TrainSpec(run_id=run_id, share_group="", tasks=(), workdir="", base_model="")
 
 
 async def test_clients_with_equal_request_ids_hear_each_its_own_tokens(clients: list[AsyncEngine]) -> None:

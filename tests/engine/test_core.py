@@ -114,7 +114,9 @@ def test_seeded_tokens_do_not_depend_on_the_batch_or_on_preemption(
 
 def test_tiny_kv_memory_preempts_and_gives_the_same_tokens(driver: MakeDriver, adapters: list[AdapterRef]) -> None:
     requests = [
-        generate(prompt(20, seed), sampling(max_tokens=24), adapter=[None, *adapters][seed % 4], group=str(seed % 3))
+        generate(
+            prompt(20, seed), sampling(max_tokens=24), adapter=[None, *adapters][seed % 4], share_group=str(seed % 3)
+        )
         for seed in range(8)
     ]
     small = driver(kv_blocks=20)

@@ -47,7 +47,7 @@ class FakeRun:
 
 
 def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", tasks=(), workdir="", base_model="")
+    return TrainSpec(run_id=run_id, share_group="", tasks=(), workdir="", base_model="")
 
 
 class TestTraining:

@@ -84,7 +84,7 @@ def test_who_runs_next_is_what_the_plain_scheduler_says(
                 [choice.randrange(2) for _ in range(choice.randint(1, 20))],
                 sampling(max_tokens=choice.randint(1, 8)),
                 adapter=None if digest is None else ref(digest),
-                group=f"group-{choice.randrange(groups)}",
+                share_group=f"group-{choice.randrange(groups)}",
                 priority=choice.randint(-1, 1),
                 weight=choice.choice((0.5, 1.0, 3.0)),
             )
@@ -145,7 +145,7 @@ def test_planning_a_step_costs_little_for_each_who_waits(groups: int) -> None:
     scheduler = Scheduler(BlockManager(4096, 4), Slots(size=8), max_num_seqs=16, max_num_batched_tokens=512)
     for number in range(8 + 1024):
         scheduler.add(
-            sequence([1], sampling(max_tokens=50), adapter=ref(str(number)), group=f"group-{number % groups}")
+            sequence([1], sampling(max_tokens=50), adapter=ref(str(number)), share_group=f"group-{number % groups}")
         )
     for _ in range(2):
         assert calls(lambda: step(scheduler)) < 2000
@@ -158,26 +158,26 @@ def test_planning_a_step_costs_little_for_each_who_waits(groups: int) -> None:
 def test_a_base_sequence_runs_though_every_slot_is_waited_for() -> None:
     scheduler = Scheduler(BlockManager(4096, 4), Slots(size=1), max_num_seqs=8, max_num_batched_tokens=512)
     for number in range(300):
-        scheduler.add(sequence([1], adapter=ref(str(number)), group=f"group-{number}"))
-    base = sequence([1], group="last")
+        scheduler.add(sequence([1], adapter=ref(str(number)), share_group=f"group-{number}"))
+    base = sequence([1], share_group="last")
     scheduler.add(base)
     assert base in [item.sequence for item in step(scheduler)]
 
 
 def test_groups_that_have_left_are_forgotten_but_for_those_with_a_debt() -> None:
     queue = FairQueue()
-    stays = sequence([1], group="stays")
+    stays = sequence([1], share_group="stays")
     queue.enter(stays)
     queue.charge(stays, 10)
     for number in range(5 * fairness._FEWEST_KEPT):
-        passing = sequence([1], group=f"group-{number}")
+        passing = sequence([1], share_group=f"group-{number}")
         queue.enter(passing)
         if number == 7:
             queue.charge(passing, 1000)
         queue.take(passing)
         queue.leave(passing)
-    assert len(queue._groups) <= 2 * fairness._FEWEST_KEPT
-    back, fresh = sequence([1], group="group-7"), sequence([1], group="fresh")
+    assert len(queue._share_groups) <= 2 * fairness._FEWEST_KEPT
+    back, fresh = sequence([1], share_group="group-7"), sequence([1], share_group="fresh")
     queue.enter(back)
     queue.enter(fresh)
     assert list(queue.candidates()) == [stays, fresh, back]

@@ -39,7 +39,11 @@ class Session:
     def __init__(self, tiny: Driver, directory: Path, run_id: str = "session", **changes: Any) -> None:
         self.tiny, self.run_id = tiny, run_id
         spec = SessionSpec(
-            run_id=run_id, group="tenant", workdir=str(directory / run_id), base_model="tiny", lora=LoraSpec(rank=8)
+            run_id=run_id,
+            share_group="tenant",
+            workdir=str(directory / run_id),
+            base_model="tiny",
+            lora=LoraSpec(rank=8),
         )
         tiny.engine.add(StartSession(spec))
         self.settle()
@@ -109,7 +113,7 @@ def test_a_run_that_waits_for_samples_holds_up_nobody(driver: MakeDriver, tmp_pa
     session.put(sample(sampling(max_tokens=60)))
     tiny.step()
     ours = tiny.engine.scheduler.live()
-    assert {(sequence.request.group, sequence.request.weight) for sequence in ours} == {("tenant", 1.0)}
+    assert {(sequence.request.share_group, sequence.request.weight) for sequence in ours} == {("tenant", 1.0)}
     tiny.engine.add(StartTraining(make_spec(tmp_path, n_epochs=1)))
     answer = tiny.add(generate(prompt(6), sampling(max_tokens=30)))
     while not answer.done:

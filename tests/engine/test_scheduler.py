@@ -88,14 +88,14 @@ def test_every_decode_fits_into_every_step() -> None:
 def test_groups_share_what_is_admitted_by_weight() -> None:
     scheduler = make(num_blocks=512, seqs=1, tokens=16)
     for _ in range(60):
-        scheduler.add(sequence(range(8), sampling(max_tokens=1), group="noisy"))
+        scheduler.add(sequence(range(8), sampling(max_tokens=1), share_group="noisy"))
     for _ in range(30):
-        scheduler.add(sequence(range(8), sampling(max_tokens=1), group="quiet"))
-        scheduler.add(sequence(range(100, 108), sampling(max_tokens=1), group="heavy", weight=2.0))
+        scheduler.add(sequence(range(8), sampling(max_tokens=1), share_group="quiet"))
+        scheduler.add(sequence(range(100, 108), sampling(max_tokens=1), share_group="heavy", weight=2.0))
     served: Counter[str] = Counter()
     for _ in range(40):
         for item in step(scheduler):
-            served[item.sequence.request.group] += item.count
+            served[item.sequence.request.share_group] += item.count
     # Cached prompts cost their uncached tokens only, so count what was computed.
     assert served["noisy"] == pytest.approx(served["quiet"], rel=0.15)
     assert served["heavy"] == pytest.approx(2 * served["quiet"], rel=0.15)
@@ -104,10 +104,10 @@ def test_groups_share_what_is_admitted_by_weight() -> None:
 def test_a_newcomer_group_does_not_wait_for_a_backlog() -> None:
     scheduler = make(num_blocks=512, seqs=1)
     for _ in range(50):
-        scheduler.add(sequence(range(8), sampling(max_tokens=1), group="noisy"))
+        scheduler.add(sequence(range(8), sampling(max_tokens=1), share_group="noisy"))
     for _ in range(10):
         step(scheduler)
-    late = sequence(range(8), sampling(max_tokens=1), group="late")
+    late = sequence(range(8), sampling(max_tokens=1), share_group="late")
     scheduler.add(late)
     ran = [item.sequence for _ in range(2) for item in step(scheduler)]
     assert late in ran
@@ -123,8 +123,8 @@ def test_priority_orders_within_a_group() -> None:
 
 def test_preemption_takes_the_newest_of_the_largest_group_and_recomputes_it() -> None:
     scheduler = make(num_blocks=6, block_size=2, tokens=32)
-    old = sequence([1, 2, 3], sampling(max_tokens=6), group="a")
-    new = sequence([4, 5, 6], sampling(max_tokens=6), group="b")
+    old = sequence([1, 2, 3], sampling(max_tokens=6), share_group="a")
+    new = sequence([4, 5, 6], sampling(max_tokens=6), share_group="b")
     scheduler.add(old)
     scheduler.add(new)
     while old.num_output < 6 or new.num_output < 6:
@@ -202,18 +202,18 @@ def test_a_sequence_whose_adapter_loads_keeps_no_blocks_from_the_others() -> Non
 
 def test_the_adapters_of_who_waits_are_named_in_the_order_of_admission() -> None:
     scheduler = make(seqs=1)
-    scheduler.add(sequence([1], sampling(max_tokens=50), group="a"))
+    scheduler.add(sequence([1], sampling(max_tokens=50), share_group="a"))
     step(scheduler)
     assert list(scheduler.upcoming_adapters()) == []
     for digest in "5", "3", "5":
-        scheduler.add(sequence([1], adapter=ref(digest), group="a"))
-    scheduler.add(sequence([1], group="b"))
-    scheduler.add(sequence([1], adapter=ref("7"), group="b"))
+        scheduler.add(sequence([1], adapter=ref(digest), share_group="a"))
+    scheduler.add(sequence([1], share_group="b"))
+    scheduler.add(sequence([1], adapter=ref("7"), share_group="b"))
     for _ in range(3):
         step(scheduler)
     assert list(scheduler.upcoming_adapters()) == [ref("7"), ref("5"), ref("3")]
     for number in range(10, 100):
-        scheduler.add(sequence([1], adapter=ref(str(number)), group="b"))
+        scheduler.add(sequence([1], adapter=ref(str(number)), share_group="b"))
     assert len(list(scheduler.upcoming_adapters())) == LOOK_AHEAD - 1  # one of them has no adapter
 
 
@@ -238,7 +238,7 @@ def test_a_failed_load_ends_all_that_wait_for_it_and_nothing_else() -> None:
     slots = Slots()
     slots.broken = {"1"}
     scheduler = make(slots=slots)
-    bad = [sequence([1], adapter=ref("1"), group=group) for group in ("a", "a", "b")]
+    bad = [sequence([1], adapter=ref("1"), share_group=name) for name in ("a", "a", "b")]
     good = [sequence([2], adapter=ref("2")), sequence([3])]
     for item in (*bad, *good):
         scheduler.add(item)
@@ -274,14 +274,14 @@ class Traffic(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=30),
         max_tokens=st.integers(1, 12),
         adapter=st.sampled_from([None, "0", "1", "2"]),
-        group=st.sampled_from("ab"),
+        share_group=st.sampled_from("ab"),
         priority=st.integers(-1, 1),
     )
-    def join(self, prompt: list[int], max_tokens: int, adapter: str | None, group: str, priority: int) -> None:
+    def join(self, prompt: list[int], max_tokens: int, adapter: str | None, share_group: str, priority: int) -> None:
         prompt = prompt[: self.capacity - 1]
         params = sampling(max_tokens=min(max_tokens, self.capacity - len(prompt)))
         adapter_ref = None if adapter is None else ref(adapter)
-        self.scheduler.add(sequence(prompt, params, adapter=adapter_ref, group=group, priority=priority))
+        self.scheduler.add(sequence(prompt, params, adapter=adapter_ref, share_group=share_group, priority=priority))
 
     @rule(digest=st.sampled_from("012"))
     def load(self, digest: str) -> None:

@@ -46,7 +46,11 @@ STEP = OptimStep(command_id=2, settings=AdamWSettings(learning_rate=1e-2))
 
 def make_spec(directory: Path) -> SessionSpec:
     return SessionSpec(
-        run_id="session", group="tenant", workdir=str(directory / "work"), base_model="tiny", lora=LoraSpec(rank=4)
+        run_id="session",
+        share_group="tenant",
+        workdir=str(directory / "work"),
+        base_model="tiny",
+        lora=LoraSpec(rank=4),
     )
 
 
@@ -97,7 +101,7 @@ def test_a_client_commands_no_run_of_another() -> None:
     engine = ScriptedEngine(Script.counting(), lambda: None)
     clients = Clients(engine)
     clients.joined("guest")
-    spec = SessionSpec(run_id="session", group="", workdir="", base_model="")
+    spec = SessionSpec(run_id="session", share_group="", workdir="", base_model="")
     assert clients.take(OWNER, StartSession(spec)) == []
     ((hears, event),) = clients.take("guest", PutCommand("session", LEARN))
     assert hears == "guest"

@@ -34,7 +34,7 @@ def make_spec(directory: Path, n_epochs: int) -> TrainSpec:
     rows(2).save(directory / "valid.npz")
     return TrainSpec(
         run_id="run",
-        group="tenant",
+        share_group="tenant",
         tasks=(
             TaskSpec(name="rows", train_path=str(directory / "train.npz"), valid_path=str(directory / "valid.npz")),
         ),

@@ -155,7 +155,7 @@ class ScriptedEngine:
         if word == CRASH:
             raise RuntimeError("crash")
         if word == FAIL:
-            failed = SequenceFailed(request_id=request.request_id, code=request.group, message="no")
+            failed = SequenceFailed(request_id=request.request_id, code=request.share_group, message="no")
             self.pending.append(Outputs([failed]))
         elif word != SILENT:
             self.running[request.request_id] = (request, 0)

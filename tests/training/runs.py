@@ -31,7 +31,7 @@ def default_spec(directory: Path, workdir: str, **changes: Any) -> TrainSpec:
     """14 rows, 4 steps an epoch, 2 epochs."""
     settings = {
         "run_id": "run-1",
-        "group": "g",
+        "share_group": "g",
         "tasks": (
             TaskSpec(name="rows", train_path=str(directory / "train.npz"), valid_path=str(directory / "valid.npz")),
         ),

@@ -18,7 +18,7 @@ from tenora.training.spec import LoraSpec, SessionSpec, TrainEvent
 def session_spec(directory: Path, run_id: str = "session", **changes: Any) -> SessionSpec:
     settings: dict[str, Any] = {
         "run_id": run_id,
-        "group": "g",
+        "share_group": "g",
         "workdir": str(directory / run_id),
         "base_model": "tiny",
         "lora": LoraSpec(rank=4, alpha=8.0),

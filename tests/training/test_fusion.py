@@ -41,7 +41,9 @@ def job(make_spec: MakeSpec, number: int, **changes: Any) -> TrainSpec:
     random_rows(6 + 2 * number, seed=20 + number).save(Path(paths[0]))
     random_rows(4, seed=40 + number).save(Path(paths[1]))
     task = TaskSpec(name="rows", train_path=paths[0], valid_path=paths[1])
-    return msgspec.structs.replace(spec, run_id=f"run-{number}", group=f"tenant-{number % 2}", tasks=(task,), **changes)
+    return msgspec.structs.replace(
+        spec, run_id=f"run-{number}", share_group=f"tenant-{number % 2}", tasks=(task,), **changes
+    )
 
 
 def together(decoder: Decoder, specs: list[TrainSpec], tokens: int = 200) -> Events:
@@ -166,8 +168,8 @@ def test_memory_that_runs_out_for_one_job_ends_that_one(
 def test_small_jobs_finish_early_and_groups_share_by_weight(
     decoder: Decoder, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = msgspec.structs.replace(job(make_spec, 0, n_epochs=30), run_id="large", group="a")
-    small = msgspec.structs.replace(job(make_spec, 1), run_id="small", group="b")
+    large = msgspec.structs.replace(job(make_spec, 0, n_epochs=30), run_id="large", share_group="a")
+    small = msgspec.structs.replace(job(make_spec, 1), run_id="small", share_group="b")
     training = FusedTraining(decoder, tokens_per_pass=1)  # a part a pass: no fusing, only turns
     training.start(large)
     ends: list[str] = []
@@ -179,8 +181,8 @@ def test_small_jobs_finish_early_and_groups_share_by_weight(
     assert ends == ["small", "large"]
     seen = passes(monkeypatch)
     large = msgspec.structs.replace(large, n_epochs=1000)
-    heavy = msgspec.structs.replace(large, run_id="heavy", group="c", weight=3.0, workdir=large.workdir + "-h")
-    light = msgspec.structs.replace(large, run_id="light", group="d", weight=1.0, workdir=large.workdir + "-l")
+    heavy = msgspec.structs.replace(large, run_id="heavy", share_group="c", weight=3.0, workdir=large.workdir + "-h")
+    light = msgspec.structs.replace(large, run_id="light", share_group="d", weight=1.0, workdir=large.workdir + "-l")
     training = FusedTraining(decoder, tokens_per_pass=1)
     training.start(heavy)
     training.start(light)

@@ -177,7 +177,7 @@ def test_works_say_what_reads_them_and_only_those_of_one_readout_share_a_pass(
     training, run_works = FusedTraining(decoder, start=start), FusedTraining._run
     monkeypatch.setattr(FusedTraining, "_run", lambda self, chosen: passes.append(chosen) or run_works(self, chosen))
     for name in asked:
-        training.start(SessionSpec(run_id=name, group="group", workdir="", base_model=""))
+        training.start(SessionSpec(run_id=name, share_group="group", workdir="", base_model=""))
     list(training)
     assert [sorted(work.run_id for work in chosen) for chosen in passes] == [["first", "second"], ["third"]]
     for slot, name in enumerate(asked):

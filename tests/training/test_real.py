@@ -65,7 +65,7 @@ def test_a_slice_of_pubmedqa(real_base: Path, shared_data: Path, tmp_path: Path)
     valid = TokenizedDataset.load(tmp_path / "valid.npz")
     spec = TrainSpec(
         run_id="real",
-        group="",
+        share_group="",
         tasks=(TaskSpec(name="rows", train_path=str(tmp_path / "train.npz"), valid_path=str(tmp_path / "valid.npz")),),
         workdir=str(tmp_path / "work"),
         base_model="smollm2-135m",
@@ -99,7 +99,7 @@ def test_adapters_of_a_mixed_batch_have_the_bits_that_they_would_get_alone(
         specs.append(
             TrainSpec(
                 run_id=f"run-{number}",
-                group=f"tenant-{number}",
+                share_group=f"tenant-{number}",
                 tasks=(task,),
                 workdir=str(tmp_path / f"run-{number}"),
                 base_model="smollm2-135m",

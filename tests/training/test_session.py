@@ -157,7 +157,7 @@ def test_a_session_of_a_mixed_batch_is_the_one_it_would_be_alone(
 ) -> None:
     settings = [STEP, AdamWSettings(learning_rate=1e-2, beta1=0.5, beta2=0.9, epsilon=1e-3), STEP]
     specs = [
-        session_spec(tmp_path, f"run-{number}", lora=LoraSpec(rank=rank, alpha=8.0), group=f"tenant-{number % 2}")
+        session_spec(tmp_path, f"run-{number}", lora=LoraSpec(rank=rank, alpha=8.0), share_group=f"tenant-{number % 2}")
         for number, rank in enumerate((4, 1, 16))
     ]
     alone = []
@@ -267,11 +267,11 @@ def test_a_session_that_waits_holds_up_nobody_and_nothing_spins(
 
 
 def test_who_has_idled_has_no_claim_on_what_others_had_meanwhile(decoder: Decoder, tmp_path: Path) -> None:
-    specs = [session_spec(tmp_path, run_id, group=run_id) for run_id in ("busy", "idle")]
+    specs = [session_spec(tmp_path, run_id, share_group=run_id) for run_id in ("busy", "idle")]
     sessions = Sessions(decoder, *specs)
     train(sessions, 0, 1, run_id="idle")
     train(sessions, 0, 4, run_id="busy")
-    groups = sessions.training.host.queue._groups
+    groups = sessions.training.host.queue._share_groups
     before, there = groups["idle"].served, groups["busy"].served
     assert before < there
     for run_id in ("busy", "idle"):

@@ -52,7 +52,7 @@ CHANGES: Mapping[str, Any] = {
     "general_text": (5, 9, 30, 11),
 }
 OTHERWISE = {
-    **dict.fromkeys(("run_id", "group", "weight", "workdir", "base_model"), "names, and shares of the machine"),
+    **dict.fromkeys(("run_id", "share_group", "weight", "workdir", "base_model"), "names, and shares of the machine"),
     **dict.fromkeys(("packing", "tokens_per_microbatch", "recompute_activations"), "the same result by other passes"),
     "acknowledged": "what is told again; tests of its own",
     "split_seed": "which rows are in which fold; tests of its own",

@@ -214,7 +214,7 @@ def test_the_step_can_be_left_between_layers_in_both_directions(decoder: Decoder
 
 def evaluate(decoder: Decoder, dataset: TokenizedDataset, adapter: TrainedAdapter | None, capacity: int) -> Evaluation:
     """As a run measures, pass by pass."""
-    spec = TrainSpec(run_id="r", group="g", tasks=(), workdir="", base_model="")
+    spec = TrainSpec(run_id="r", share_group="g", tasks=(), workdir="", base_model="")
     queue = WorkQueue()
     waiting = measure(queue, spec, dataset, adapter, capacity=capacity)
     while True:

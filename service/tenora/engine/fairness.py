@@ -1,4 +1,4 @@
-"""The waiting sequences, in an order that is fair between groups."""
+"""The waiting sequences, in an order that is fair between share groups."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from operator import attrgetter
 
 from tenora.engine.sequence import SequenceState
 
-_FEWEST_KEPT = 1024  # groups that are remembered however few of them have a sequence
+_FEWEST_KEPT = 1024  # share groups that are remembered however few of them have a sequence
 _order = attrgetter("order")
 
 
 @dataclass(slots=True, eq=False)
-class _Group:
-    """A group's account.
+class _ShareGroup:
+    """A share group's account.
 
     Attributes:
-        number: order of arrival, the tie-breaker between groups that were served alike.
+        number: order of arrival, the tie-breaker between share groups that were served alike.
         service: tokens served, divided by the weight.
         live: sequences waiting or running.
         waiting: sorted by `SequenceState.order`.
@@ -33,27 +33,27 @@ class _Group:
     turn: _Turn | None = None
 
 
-_Turn = tuple[float, int, _Group]  # no two groups have a number in common, so groups are never compared
+_Turn = tuple[float, int, _ShareGroup]  # no two have a number in common, so share groups are never compared
 
 
 class FairQueue:
-    """Waiting sequences by group; the group that was served least, relative to its weight, comes first.
+    """Waiting sequences by share group; the one that was served least, relative to its weight, comes first.
 
     Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each computed token
-    is charged to its group; a group that was away starts no lower than the least served active one, so that idling
+    is charged to its share group; one that was away starts no lower than the least served active one, so that idling
     earns no credit, and keeps its debt, so that leaving and coming back wipes out nothing.
 
-    A step costs in proportion to the groups that it charged and the sequences that it looks at, not to those that wait:
-    live groups are kept in order, and only those that were charged find a new place.
+    A step costs in proportion to the share groups that it charged and the sequences that it looks at, not to those that
+    wait: live share groups are kept in order, and only those that were charged find a new place.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, _Group] = {}
+        self._share_groups: dict[str, _ShareGroup] = {}
         self._floor = 0.0
-        self._turns: list[_Turn] = []  # of the live groups, sorted, but for those in `_charged`
-        self._charged: set[_Group] = set()
+        self._turns: list[_Turn] = []  # of the live share groups, sorted, but for those in `_charged`
+        self._charged: set[_ShareGroup] = set()
         self._by_digest: dict[str, dict[SequenceState, None]] = {}  # all that wait, in the order in which they came
-        self._arrivals = 0  # of groups
+        self._arrivals = 0  # of share groups
         self._kept = _FEWEST_KEPT
         self._waiting = 0
 
@@ -61,8 +61,8 @@ class FairQueue:
         return self._waiting
 
     def __iter__(self) -> Iterator[SequenceState]:
-        for group in self._groups.values():
-            yield from group.waiting
+        for share_group in self._share_groups.values():
+            yield from share_group.waiting
 
     def digests(self) -> list[str]:
         """The adapters that are waited for, each once; "" is the base."""
@@ -73,29 +73,29 @@ class FairQueue:
         return list(self._by_digest.get(digest, ()))
 
     def enter(self, sequence: SequenceState) -> None:
-        """Add a new sequence. Its group counts as active until `leave`."""
-        name = sequence.request.group
-        group = self._groups.get(name)
-        if group is None:
+        """Add a new sequence. Its share group counts as active until `leave`."""
+        name = sequence.request.share_group
+        share_group = self._share_groups.get(name)
+        if share_group is None:
             self._arrivals += 1
-            group = self._groups[name] = _Group(self._arrivals, service=self._floor)
-        if group.live == 0:
-            group.service = max(group.service, self._least_served())
-            group.turn = (group.service, group.number, group)
-            insort(self._turns, group.turn)
-        group.weight = max(sequence.request.weight, 1e-6)
-        group.live += 1
+            share_group = self._share_groups[name] = _ShareGroup(self._arrivals, service=self._floor)
+        if share_group.live == 0:
+            share_group.service = max(share_group.service, self._least_served())
+            share_group.turn = (share_group.service, share_group.number, share_group)
+            insort(self._turns, share_group.turn)
+        share_group.weight = max(sequence.request.weight, 1e-6)
+        share_group.live += 1
         self.requeue(sequence)
 
     def requeue(self, sequence: SequenceState) -> None:
         """Put a running sequence back among the waiting ones, in its old place."""
-        insort(self._groups[sequence.request.group].waiting, sequence, key=_order)
+        insort(self._share_groups[sequence.request.share_group].waiting, sequence, key=_order)
         self._by_digest.setdefault(sequence.digest, {})[sequence] = None
         self._waiting += 1
 
     def take(self, sequence: SequenceState) -> None:
         """Remove a waiting sequence (it runs now, or is about to leave)."""
-        self._groups[sequence.request.group].waiting.remove(sequence)
+        self._share_groups[sequence.request.share_group].waiting.remove(sequence)
         same = self._by_digest[sequence.digest]
         del same[sequence]
         if not same:
@@ -104,26 +104,26 @@ class FairQueue:
 
     def leave(self, sequence: SequenceState) -> None:
         """A sequence that no longer waits has ended."""
-        group = self._groups[sequence.request.group]
-        group.live -= 1
-        if group.live == 0:
+        share_group = self._share_groups[sequence.request.share_group]
+        share_group.live -= 1
+        if share_group.live == 0:
             self._settle()
-            self._remove(group)
+            self._remove(share_group)
         self._floor = max(self._floor, self._least_served())
         if not self._turns:
             self._floor = 0.0
-            self._groups.clear()
-        elif len(self._groups) > self._kept:
-            self._groups = {n: g for n, g in self._groups.items() if g.live or g.service > self._floor}
-            self._kept = max(_FEWEST_KEPT, 2 * len(self._groups))  # so that looking at all of them is rare
+            self._share_groups.clear()
+        elif len(self._share_groups) > self._kept:
+            self._share_groups = {n: g for n, g in self._share_groups.items() if g.live or g.service > self._floor}
+            self._kept = max(_FEWEST_KEPT, 2 * len(self._share_groups))  # so that looking at all of them is rare
 
     def charge(self, sequence: SequenceState, end: int) -> None:
-        """Charge the group for the tokens up to `end` that were not charged yet."""
+        """Charge the share group for the tokens up to `end` that were not charged yet."""
         if end > sequence.charged:
-            group = self._groups[sequence.request.group]
-            group.service += (end - sequence.charged) / group.weight
+            share_group = self._share_groups[sequence.request.share_group]
+            share_group.service += (end - sequence.charged) / share_group.weight
             sequence.charged = end
-            self._charged.add(group)
+            self._charged.add(share_group)
 
     def candidates(self, blocked: frozenset[str] | set[str] = frozenset()) -> Iterator[SequenceState]:
         """Each waiting sequence once, fairest first, as charges stand now.
@@ -134,8 +134,8 @@ class FairQueue:
         Sequences may be taken and may leave during iteration; those that did before their turn are not yielded.
         """
         self._settle()
-        for _, _, group in tuple(self._turns):
-            for sequence in tuple(group.waiting):
+        for _, _, share_group in tuple(self._turns):
+            for sequence in tuple(share_group.waiting):
                 if sequence.digest not in blocked and sequence in self._by_digest.get(sequence.digest, ()):
                     yield sequence
 
@@ -144,16 +144,16 @@ class FairQueue:
         return self._turns[0][0] if self._turns else self._floor
 
     def _settle(self) -> None:
-        """Bring the groups that were charged to their places."""
-        for group in self._charged:
-            if group.turn is not None:
-                self._remove(group)
-                group.turn = (group.service, group.number, group)
-                insort(self._turns, group.turn)
+        """Bring the share groups that were charged to their places."""
+        for share_group in self._charged:
+            if share_group.turn is not None:
+                self._remove(share_group)
+                share_group.turn = (share_group.service, share_group.number, share_group)
+                insort(self._turns, share_group.turn)
         self._charged.clear()
 
-    def _remove(self, group: _Group) -> None:
-        """Take a group's turn away."""
-        if group.turn is not None:
-            del self._turns[bisect_left(self._turns, group.turn)]
-            group.turn = None
+    def _remove(self, share_group: _ShareGroup) -> None:
+        """Take a share group's turn away."""
+        if share_group.turn is not None:
+            del self._turns[bisect_left(self._turns, share_group.turn)]
+            share_group.turn = None

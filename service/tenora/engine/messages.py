@@ -21,17 +21,17 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
 
     Attributes:
         adapter: None is the base model.
-        group: opaque fairness group (the control plane uses the tenant).
-        weight: the group's share beside other groups'; the latest request's value holds.
+        share_group: opaque name (the control plane uses the tenant).
+        weight: its share beside the others'; the latest request's value holds.
         cache_salt: prefix-cache namespace made by the server; hits never cross it.
-        priority: lower runs earlier within its group; ties by arrival.
+        priority: lower runs earlier within the share group; ties by arrival.
     """
 
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
-    group: str = ""
+    share_group: str = ""
     weight: float = 1.0
     cache_salt: str = ""
     priority: int = 0

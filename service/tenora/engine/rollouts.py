@@ -1,4 +1,4 @@
-"""Sequences that training runs wait for: they are scheduled with everybody's requests, in the share of the run's group.
+"""Sequences that training runs wait for: they are scheduled with everybody's requests, in the run's share group.
 
 An adapter in training has no digest, because no version is what it is now. Each time that it is sampled it gets a name
 of its own, under which a copy of it takes a slot and the prefix cache keeps its blocks, until the last of its sequences
@@ -69,7 +69,7 @@ class Rollouts:
                     token_ids=list(prompt),
                     sampling=sampling,
                     adapter=adapter,
-                    group=samples.group,
+                    share_group=samples.share_group,
                     weight=samples.weight,
                     cache_salt=name,
                 )

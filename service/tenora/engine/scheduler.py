@@ -56,8 +56,8 @@ class Scheduler:
     """Owns the waiting and the running sequences, and through them all block tables and slot references.
 
     A sequence runs only with KV blocks **and** an adapter slot. Decodes come first in a step, then prefill chunks, then
-    newcomers, within `max_num_batched_tokens`. When blocks run out, the group that holds the most of them gives up its
-    least urgent, newest sequence: it waits again and is recomputed, often from its own cached prefix.
+    newcomers, within `max_num_batched_tokens`. When blocks run out, the share group that holds the most of them gives
+    up its least urgent, newest sequence: it waits again and is recomputed, often from its own cached prefix.
     """
 
     def __init__(
@@ -233,8 +233,8 @@ class Scheduler:
     def _victim(self) -> SequenceState:
         held: Counter[str] = Counter()
         for sequence in self.running:
-            held[sequence.request.group] += len(sequence.block_table)
-        return max(self.running, key=lambda running: (held[running.request.group], *running.order))
+            held[sequence.request.share_group] += len(sequence.block_table)
+        return max(self.running, key=lambda running: (held[running.request.share_group], *running.order))
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.preemptions += 1

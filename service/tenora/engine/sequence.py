@@ -23,7 +23,7 @@ class SequenceState:
         token_ids: prompt, then output.
         length_class: `Rotary.length_class` of the prompt.
         num_computed: leading tokens whose keys and values lie in the cache.
-        charged: leading tokens that its group has paid for; recomputation is not charged again.
+        charged: leading tokens that its share group has paid for; recomputation is not charged again.
         slot: adapter slot while running with an adapter, else -1.
         cached_tokens: prompt tokens found in the prefix cache at first admission; None before it.
         reported: whether a first output was emitted.
@@ -34,7 +34,7 @@ class SequenceState:
         prompt_logprobs: entries so far, if asked for.
         id: the request's.
         digest: the adapter's, or "" for the base.
-        order: sorting key within a group: lower runs earlier.
+        order: sorting key within a share group: lower runs earlier.
     """
 
     request: Generate

@@ -145,7 +145,7 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
     """
     start = Path(spec.init_path).name  # a digest
     settings = msgspec.to_builtins(
-        msgspec.structs.replace(spec, run_id="", group="", tasks=(), workdir="", init_path=start)
+        msgspec.structs.replace(spec, run_id="", share_group="", tasks=(), workdir="", init_path=start)
     )
     del settings["split_seed"], settings["acknowledged"]  # the rows that it draws go in; and what its follower does
     digest = hashlib.sha256(msgspec.json.encode(_in_first_order(settings)))

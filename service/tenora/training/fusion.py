@@ -261,10 +261,10 @@ class FusedTraining:
         return [found.part(span) for span in batch.learned]
 
     def _end(self, run_id: str) -> None:
-        group = self._runs.pop(run_id).spec.group
-        alone = all(other.spec.group != group for other in self._runs.values())
+        share_group = self._runs.pop(run_id).spec.share_group
+        alone = all(other.spec.share_group != share_group for other in self._runs.values())
         self.host.sampler.cancel(run_id)
-        self.host.queue.forget(run_id, group, group_is_gone=alone)
+        self.host.queue.forget(run_id, share_group, share_group_is_gone=alone)
         if not self._runs:
             release_buffers(self.host.decoder)
 

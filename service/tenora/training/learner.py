@@ -155,7 +155,7 @@ class Learner:
         """The losses of parts under an adapter, or the base, without a gradient."""
         spec = self.spec
         readout = self.learning.readout
-        asked = Work(spec.run_id, spec.group, parts, adapter, readout=readout, weight=spec.weight)
+        asked = Work(spec.run_id, spec.share_group, parts, adapter, readout=readout, weight=spec.weight)
         work = yield from finish(self.host.queue, asked)
         return work.results
 
@@ -210,7 +210,7 @@ class Learner:
         spec = self.spec
         return Work(
             spec.run_id,
-            spec.group,
+            spec.share_group,
             parts,
             self.adapter,
             self.learning.objective(parts),

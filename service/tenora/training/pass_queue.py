@@ -58,7 +58,8 @@ class Work:
     """Rows of one run for one adapter.
 
     Attributes:
-        run_id, group, weight: whose; groups share the base by tokens and by their weights, the runs of a group equally.
+        run_id, share_group, weight: whose; share groups divide the base by tokens and by their weights, the runs of one
+            equally.
         parts: each is run whole.
         adapter: None is the base.
         objective: None measures only; else the adapter's gradient is `gradient` and this one's afterwards.
@@ -72,7 +73,7 @@ class Work:
     """
 
     run_id: str
-    group: str
+    share_group: str
     parts: Sequence[PackedRows]
     adapter: TrainedAdapter | None
     objective: Objective | None = None
@@ -120,14 +121,14 @@ class Work:
 
 @dataclass(slots=True)
 class _Share:
-    """What a group or run has had of the base, in tokens over its weight."""
+    """What a share group or run has had of the base, in tokens over its weight."""
 
     served: float
     weight: float = 1.0
 
 
 class WorkQueue:
-    """All that runs wait for; works in an order that is fair between groups, and within a group between its runs.
+    """All that runs wait for; works in an order that is fair between share groups, and within one between its runs.
 
     Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024), as the serving
     scheduler has them: who comes, or comes back from waiting for something else than a pass, starts no lower than the
@@ -142,20 +143,23 @@ class WorkQueue:
         self._works: list[Work] = []
         self._others: list[Awaited] = []
         self._idled: set[str] = set()  # runs that have waited for something else since their last work
-        self._groups: dict[str, _Share] = {}
+        self._share_groups: dict[str, _Share] = {}
         self._runs: dict[str, _Share] = {}
 
     def submit(self, work: Work) -> Work:
         """Let a work wait for its turn. It is done at once if it has no parts."""
         if work.done:
             return work
-        for shares, name, weight in ((self._groups, work.group, work.weight), (self._runs, work.run_id, 1.0)):
+        for shares, name, weight in (
+            (self._share_groups, work.share_group, work.weight),
+            (self._runs, work.run_id, 1.0),
+        ):
             if name not in shares:
                 shares[name] = _Share(min((share.served for share in shares.values()), default=0.0))
             shares[name].weight = max(weight, 1e-6)
         if work.run_id in self._idled:
             self._idled.discard(work.run_id)
-            self._catch_up(self._groups, work.group, {other.group for other in self._works})
+            self._catch_up(self._share_groups, work.share_group, {other.share_group for other in self._works})
             self._catch_up(self._runs, work.run_id, {other.run_id for other in self._works})
         self._works.append(work)
         return work
@@ -190,13 +194,13 @@ class WorkQueue:
         self._works = [work for work in self._works if work.run_id != run_id]
         self._others = [other for other in self._others if other.run_id != run_id]
 
-    def forget(self, run_id: str, group: str, *, group_is_gone: bool) -> None:
+    def forget(self, run_id: str, share_group: str, *, share_group_is_gone: bool) -> None:
         """The run has ended; nothing of it waits any more."""
         self.abandon(run_id)
         self._idled.discard(run_id)
         self._runs.pop(run_id, None)
-        if group_is_gone:
-            self._groups.pop(group, None)
+        if share_group_is_gone:
+            self._share_groups.pop(share_group, None)
 
     def choose(self, capacity: int) -> list[Work]:
         """Works whose next parts make the next pass: the least served one's, and others of its kind that still fit.
@@ -235,8 +239,8 @@ class WorkQueue:
             shares[name].served = max(shares[name].served, min((shares[other].served for other in busy), default=0.0))
 
     def _turn(self, work: Work) -> tuple[float, float]:
-        return self._groups[work.group].served, self._runs[work.run_id].served
+        return self._share_groups[work.share_group].served, self._runs[work.run_id].served
 
     def _charge(self, work: Work, tokens: int) -> None:
-        for share in (self._groups[work.group], self._runs[work.run_id]):
+        for share in (self._share_groups[work.share_group], self._runs[work.run_id]):
             share.served += tokens / share.weight

@@ -83,7 +83,7 @@ class TrainingHost:
             TrainingError: one of them failed, with the code of `SequenceFailed`.
         """
         policy = None if adapter is None else adapter.prepared()
-        samples = Samples(run.run_id, run.group, run.weight, policy, prompts, sampling)
+        samples = Samples(run.run_id, run.share_group, run.weight, policy, prompts, sampling)
         self.sampler.start(samples)
         self.queue.watch(samples)
         while not samples.done:

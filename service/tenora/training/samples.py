@@ -22,7 +22,7 @@ class Samples:
     """What was asked for, and what has come of it.
 
     Attributes:
-        run_id, group, weight: whose; sequences share the engine as the group's requests do.
+        run_id, share_group, weight: whose; sequences share the engine as the share group's requests do.
         policy: the adapter; None is the base.
         prompts: one sequence each.
         sampling: of all; with a seed, sequence i takes seed + i.
@@ -31,7 +31,7 @@ class Samples:
     """
 
     run_id: str
-    group: str
+    share_group: str
     weight: float
     policy: PreparedAdapter | None
     prompts: Sequence[Sequence[int]]

@@ -82,8 +82,8 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
 
     Attributes:
         run_id: opaque name of the run; events carry it.
-        group: opaque fairness group; groups that train at the same time share the machine by tokens.
-        weight: share of the group relative to others.
+        share_group: opaque name; those that train at the same time share the machine by tokens. Stored as `group`.
+        weight: share of it relative to others.
         tasks: where the rows lie; at least one.
         workdir: directory of this run alone; checkpoints and resume state live there.
         acknowledged: whoever follows the run says what of its `Recorded` events is recorded; the rest is told again
@@ -104,7 +104,7 @@ class TrainSpec(RunSettings, frozen=True, kw_only=True):
     """
 
     run_id: str
-    group: str
+    share_group: str = msgspec.field(name="group")
     tasks: tuple[TaskSpec, ...]
     workdir: str
     base_model: str
@@ -135,12 +135,13 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A run that trains one adapter as it is told, command by command (`tenora.training.commands`).
 
     Attributes:
-        run_id, group, weight, workdir, base_model, seed, tokens_per_microbatch, recompute_activations: see `TrainSpec`.
+        run_id, share_group, weight, workdir, base_model, seed, tokens_per_microbatch, recompute_activations: see
+            `TrainSpec`.
         lora: shape of the adapter; without dropout.
     """
 
     run_id: str
-    group: str
+    share_group: str = msgspec.field(name="group")
     workdir: str
     base_model: str
     weight: float = 1.0

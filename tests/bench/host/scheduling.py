@@ -43,7 +43,7 @@ def waiting(groups: int, reason: Blocked) -> Scheduler:
     for number in range(RUNNING + WAITING):
         if number == RUNNING:
             step(scheduler)
-        scheduler.add(sequence(range(8), adapter=ref(str(number)), group=f"group-{number % groups}"))
+        scheduler.add(sequence(range(8), adapter=ref(str(number)), share_group=f"group-{number % groups}"))
     step(scheduler)
     return scheduler
 
@@ -82,7 +82,7 @@ def decoding(rows: int = 256) -> Iterator[tuple[str, float]]:
         BlockManager(65536, BLOCK), Slots(Blocked.FULL), max_num_seqs=rows, max_num_batched_tokens=8192
     )
     for number in range(rows):
-        scheduler.add(sequence(range(8), group=f"group-{number % 64}"))
+        scheduler.add(sequence(range(8), share_group=f"group-{number % 64}"))
     step(scheduler)
     yield f"schedule() and computed(), {rows} rows decode, a row", median(lambda: step(scheduler), REPEATS * 3) / rows
 

@@ -161,7 +161,7 @@ async def test_text_comes_as_it_is_made(control: Control, engine: ScriptedEngine
     assert not any("\ufffd" in delta.text for delta in deltas)
     assert engine.aborted == []
     sent = engine.generated[0]
-    assert (sent.group, sent.cache_salt, sent.token_ids) == ("tenant-x", "tenant-x", [3, 4])
+    assert (sent.share_group, sent.cache_salt, sent.token_ids) == ("tenant-x", "tenant-x", [3, 4])
 
 
 async def test_an_asked_for_stop_token_is_named(control: Control, engine: ScriptedEngine) -> None:

@@ -71,7 +71,7 @@ async def test_a_job_becomes_a_callable_adapter(
         2,
         1e-3,
     )
-    assert (spec.group, spec.run_id, spec.seed, spec.base_model) == (acme.tenant_id, job.id, 7, BASE)
+    assert (spec.share_group, spec.run_id, spec.seed, spec.base_model) == (acme.tenant_id, job.id, 7, BASE)
 
     said = await messages(control, acme, job.id)
     assert said[0] == f"Created fine-tuning job: {job.id}"

@@ -97,7 +97,7 @@ async def test_cancelled_work_ends_at_its_next_check_and_waiting_work_never_begi
 
 
 async def test_a_group_has_no_more_threads_than_it_may() -> None:
-    threads = FairThreads("test", 2, per_group=1)
+    threads = FairThreads("test", 2, per_share_group=1)
     first, second, other = Gate(), Gate(), Gate()
     running = [asyncio.create_task(threads.run(*pair)) for pair in (("a", first), ("a", second), ("b", other))]
     await asyncio.to_thread(first.begun.wait)

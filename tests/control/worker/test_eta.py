@@ -29,7 +29,7 @@ def spec(trials: int = 0, *, n_epochs: int = 2, eval_interval: int = 0, folds: i
     point: Trial = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3, "n_epochs": 2, "batch_size": 4}
     return TrainSpec(
         run_id="run",
-        group="group",
+        share_group="group",
         tasks=(TaskSpec(name="rows", train_path="train"),),
         workdir="",
         base_model="base",

@@ -165,7 +165,7 @@ async def test_the_base_is_measured_while_the_job_runs_and_once(
     before = len(measured.scored)
     assert before == 6 + 8  # the probe rows that PROBE_TOKENS hold, the rows behind their shots
     assert {request.adapter for request in measured.scored} == {None}
-    assert acme.tenant_id not in {request.group for request in measured.scored}
+    assert acme.tenant_id not in {request.share_group for request in measured.scored}
     await control.close()
 
     measured.hold_at = None
@@ -176,7 +176,7 @@ async def test_the_base_is_measured_while_the_job_runs_and_once(
     since = measured.scored[before:]
     assert len(since) == 4  # the adapter's own; nothing of the base again
     assert all(request.adapter is not None for request in since)
-    assert {(request.group, request.priority) for request in since} == {(acme.tenant_id, -1)}
+    assert {(request.share_group, request.priority) for request in since} == {(acme.tenant_id, -1)}
 
 
 async def test_requests_come_before_the_few_shot_rows(

@@ -72,7 +72,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, group="", tasks=(), workdir="", base_model="")
+    return TrainSpec(run_id=run_id, share_group="", tasks=(), workdir="", base_model="")
 
 
 async def test_requests_run_side_by_side(engine: AsyncEngine) -> None:
@@ -138,7 +138,7 @@ async def test_too_many_waiting_requests_are_turned_away(engine: AsyncEngine) ->
 )
 async def test_failures_of_the_engine_become_errors(engine: AsyncEngine, code: str, kind: type[TenoraError]) -> None:
     with pytest.raises(kind) as caught:
-        await tokens_of(engine, generate([FAIL], group=code))
+        await tokens_of(engine, generate([FAIL], share_group=code))
     assert caught.value.code == (code if code != "invalid_request" else "invalid_value")
 
 

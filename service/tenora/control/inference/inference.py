@@ -220,7 +220,7 @@ class Inference:
             token_ids=list(request.prompt_token_ids),
             sampling=_of_choice(request.sampling, stream.stops, index),
             adapter=request.target.adapter,
-            group=request.target.tenant_id,
+            share_group=request.target.tenant_id,
             cache_salt=request.target.cache_salt,
             priority=request.priority,
         )

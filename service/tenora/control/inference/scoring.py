@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 60.0  # of a busy engine: a full queue, no free slot, a step that ran out of memory
-_BEHIND = 0.1  # weight beside the tenants' groups
+_BEHIND = 0.1  # weight beside the tenants' share groups
 _GONE = frozenset({"engine_lost", "engine_shutdown", "draining"})
 
 
@@ -32,20 +32,20 @@ def is_gone(error: TenoraError, engine: AsyncEngine) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores texts for one fairness group.
+    """Scores texts for one share group.
 
     Attributes:
-        group, weight, priority: as of `Generate`; what texts begin with is cached for this group alone.
+        share_group, weight, priority: as of `Generate`; what texts begin with is cached for this share group alone.
     """
 
     engine: AsyncEngine
-    group: str
+    share_group: str
     weight: float = 1.0
     priority: int = 0
 
     @classmethod
     def behind_requests(cls, engine: AsyncEngine, tenant_id: str) -> Scorer:
-        """For the many rows of a comparison, in a group beside the tenants' own: their requests come first."""
+        """For the many rows of a comparison, in a share group beside the tenants' own: their requests come first."""
         return cls(engine, f"{tenant_id}/baselines", weight=_BEHIND)
 
     async def score(
@@ -84,10 +84,10 @@ class Scorer:
             token_ids=list(tokens),
             sampling=SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=first),
             adapter=adapter,
-            group=self.group,
+            share_group=self.share_group,
             weight=self.weight,
             priority=self.priority,
-            cache_salt=self.group,
+            cache_salt=self.share_group,
         )
         found: list[float] = []
         async with aclosing(self.engine.generate(command)) as outputs:

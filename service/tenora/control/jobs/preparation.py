@@ -220,7 +220,7 @@ def _plan(
 ) -> TrainSpec:
     return TrainSpec(
         run_id=job.job_id,
-        group=job.tenant_id,
+        share_group=job.tenant_id,
         tasks=tuple(
             TaskSpec(
                 name=task.source.name,

@@ -43,19 +43,19 @@ class _Task:
 
 
 class FairThreads:
-    """Some threads that take the groups in turn, first come first served within a group.
+    """Some threads that take the share groups in turn, first come first served within one.
 
     Args:
         name: of the threads.
         threads: how many, started when they are needed.
-        per_group: how many of them one group may occupy; None is all.
-        most_waiting: tasks of one group that may wait.
+        per_share_group: how many of them one share group may occupy; None is all.
+        most_waiting: tasks of one share group that may wait.
     """
 
-    def __init__(self, name: str, threads: int, *, per_group: int | None = None, most_waiting: int = 256) -> None:
+    def __init__(self, name: str, threads: int, *, per_share_group: int | None = None, most_waiting: int = 256) -> None:
         self._name = name
         self._size = threads
-        self._per_group = per_group or threads
+        self._per_share_group = per_share_group or threads
         self._most_waiting = most_waiting
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[_Task]] = {}  # in the order of their turns; none is empty
@@ -63,20 +63,20 @@ class FairThreads:
         self._threads: list[FairThread] = []
         self._closed = False
 
-    async def run(self, group: str, work: Callable[[Check], T]) -> T:
+    async def run(self, share_group: str, work: Callable[[Check], T]) -> T:
         """The result of `work`, which is given a check. Cancelling leaves it: it ends at its next check.
 
         Raises:
-            RateLimitedError: too much of the group's work waits.
+            RateLimitedError: too much of the share group's work waits.
             UnavailableError: the threads were closed.
         """
         task = _Task(work, asyncio.get_running_loop().create_future(), contextvars.copy_context())
-        self._add(group, task)
+        self._add(share_group, task)
         try:
             found: T = await task.future
             return found
         finally:
-            self._leave(group, task)
+            self._leave(share_group, task)
 
     def close(self) -> None:
         """Take nothing more and leave what runs."""
@@ -88,11 +88,11 @@ class FairThreads:
         for task in left:
             _settle(task.future, None, _closed())
 
-    def _add(self, group: str, task: _Task) -> None:
+    def _add(self, share_group: str, task: _Task) -> None:
         with self._changed:
             if self._closed:
                 raise _closed()
-            queue = self._waiting.setdefault(group, deque())
+            queue = self._waiting.setdefault(share_group, deque())
             if len(queue) >= self._most_waiting:
                 raise RateLimitedError("Too many of your requests are waiting; retry in a moment.", code="queue_full")
             queue.append(task)
@@ -102,27 +102,27 @@ class FairThreads:
                 thread.start()
             self._changed.notify_all()
 
-    def _leave(self, group: str, task: _Task) -> None:
+    def _leave(self, share_group: str, task: _Task) -> None:
         task.abandoned = True
         with self._changed:
-            queue = self._waiting.get(group)
+            queue = self._waiting.get(share_group)
             if queue is not None and task in queue:
                 queue.remove(task)
                 if not queue:
-                    del self._waiting[group]
+                    del self._waiting[share_group]
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            group, task = taken
+            share_group, task = taken
             result, error = None, None
             try:
                 result = task.context.run(task.work, task.check)
             except BaseException as raised:  # noqa: BLE001  # handed to whoever waits, whatever it is
                 error = raised
             with self._changed:
-                self._running[group] -= 1
-                if not self._running[group]:
-                    del self._running[group]  # a tenant may never come back
+                self._running[share_group] -= 1
+                if not self._running[share_group]:
+                    del self._running[share_group]  # a tenant may never come back
                 self._changed.notify_all()
             with suppress(RuntimeError):  # the loop was closed, and with it all who waited
                 task.future.get_loop().call_soon_threadsafe(_settle, task.future, result, error)
@@ -131,14 +131,14 @@ class FairThreads:
         """The next task, waiting for one; None at the end."""
         with self._changed:
             while not self._closed:
-                for group, queue in self._waiting.items():
-                    if self._running[group] < self._per_group:
+                for share_group, queue in self._waiting.items():
+                    if self._running[share_group] < self._per_share_group:
                         task = queue.popleft()
-                        del self._waiting[group]
+                        del self._waiting[share_group]
                         if queue:
-                            self._waiting[group] = queue  # behind the others
-                        self._running[group] += 1
-                        return group, task
+                            self._waiting[share_group] = queue  # behind the others
+                        self._running[share_group] += 1
+                        return share_group, task
                 self._changed.wait()
             return None
 

@@ -34,36 +34,36 @@ class Tokenizing:
         threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 4))
         self._short = FairThreads("tokenize-short", threads)
         self._long = FairThreads("tokenize-long", threads)
-        self._uploads = FairThreads("check-uploads", _UPLOADS_AT_ONCE, per_group=1)
-        self._files = FairThreads("tokenize-files", _FILES_AT_ONCE, per_group=1)
-        self._jobs = FairThreads("tokenize-jobs", _FILES_AT_ONCE, per_group=1)
+        self._uploads = FairThreads("check-uploads", _UPLOADS_AT_ONCE, per_share_group=1)
+        self._files = FairThreads("tokenize-files", _FILES_AT_ONCE, per_share_group=1)
+        self._jobs = FairThreads("tokenize-jobs", _FILES_AT_ONCE, per_share_group=1)
         self._baselines = FairThreads("tokenize-baselines", 1)
 
-    async def prompt(self, group: str, characters: int, work: Callable[[Tokenizer], T]) -> T:
-        """The result of `work` on text of so many characters, for a group (a tenant).
+    async def prompt(self, share_group: str, characters: int, work: Callable[[Tokenizer], T]) -> T:
+        """The result of `work` on text of so many characters, for a share group (a tenant).
 
         Raises:
-            RateLimitedError: too much of the group's work waits.
+            RateLimitedError: too much of the share group's work waits.
             UnavailableError: the service ends.
         """
         threads = self._short if characters <= SHORT else self._long
-        return await threads.run(group, self._watched(work))
+        return await threads.run(share_group, self._watched(work))
 
-    async def upload(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+    async def upload(self, share_group: str, work: Callable[[Tokenizer], T]) -> T:
         """The same for the check of a file that was sent."""
-        return await self._uploads.run(group, self._watched(work))
+        return await self._uploads.run(share_group, self._watched(work))
 
-    async def file(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+    async def file(self, share_group: str, work: Callable[[Tokenizer], T]) -> T:
         """The same for the rows of a training file that somebody asks about."""
-        return await self._files.run(group, self._watched(work))
+        return await self._files.run(share_group, self._watched(work))
 
-    async def job(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+    async def job(self, share_group: str, work: Callable[[Tokenizer], T]) -> T:
         """The same for the rows of a job, which may take minutes and for which nobody waits at a connection."""
-        return await self._jobs.run(group, self._watched(work))
+        return await self._jobs.run(share_group, self._watched(work))
 
-    async def baseline(self, group: str, work: Callable[[Tokenizer], T]) -> T:
+    async def baseline(self, share_group: str, work: Callable[[Tokenizer], T]) -> T:
         """The same for what a running job is held against: it waits for no other job's rows, and none waits for it."""
-        return await self._baselines.run(group, self._watched(work))
+        return await self._baselines.run(share_group, self._watched(work))
 
     def close(self) -> None:
         """Take nothing more and leave what runs."""

@@ -140,7 +140,7 @@ class SessionPlan:
         objective = WeightedLoss.of(command.rows)
         work = Work(
             spec.run_id,
-            spec.group,
+            spec.share_group,
             parts,
             self._adapter,
             objective if command.backward else None,
