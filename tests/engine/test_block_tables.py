@@ -77,6 +77,14 @@ def test_a_row_is_built_once_however_often_others_come_and_go() -> None:
     assert len(tables._held) <= 16, "rows of those that went are used again"
 
 
+def test_the_blocks_of_one_place_lie_side_by_side_as_a_captured_step_reads_them() -> None:
+    """Turning the tables of 256 rows around took longer than everything else that is done for them."""
+    rows, tables = [list(range(1, 30)) for _ in range(5)], BlockTables()
+    for change in (lambda: None, lambda: rows[2].append(7), lambda: rows[2].extend(range(100)), rows.pop, rows.reverse):
+        change()
+        assert tables.update(list(rows)).T.flags.c_contiguous
+
+
 def test_a_row_that_is_not_in_a_step_is_not_built_again() -> None:
     rows = [Watched(range(1, 50)) for _ in range(4)]
     tables = BlockTables()

@@ -1,4 +1,8 @@
-"""The block tables of running sequences as arrays: a row is written once, and then only what it has grown by."""
+"""The block tables of running sequences as arrays: a row is written once, and then only what it has grown by.
+
+In memory the blocks of one place lie side by side, as a captured decode step reads them: to turn a large table around
+costs more than everything else that is done for it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class BlockTables:
     """
 
     def __init__(self) -> None:
-        self._rows: _Array = np.zeros((0, 0), dtype=np.int32)  # what is written of each table
+        self._rows: _Array = np.zeros((0, 0), dtype=np.int32).T  # what is written of each table
         self._held: list[list[int] | None] = []  # by row; kept, so that no other list gets its id
         self._written: list[int] = []  # entries, by row
         self._row_of: dict[int, int] = {}  # by id of the table
@@ -29,7 +33,7 @@ class BlockTables:
         self._array = self._rows  # what was given for them
 
     def update(self, tables: list[list[int]]) -> _Array:
-        """The array for these tables. It is valid until the next call.
+        """The array for these tables, in Fortran's order. It is valid until the next call.
 
         Args:
             tables: one per row. A sequence has a new list whenever it is admitted; a list only ever grows while it
@@ -49,7 +53,8 @@ class BlockTables:
                 if kept:
                     self._array[at, written:length] = new
         if not kept:
-            self._array = self._rows[self._places, : -(-longest // _WIDTH) * _WIDTH]
+            width = -(-longest // _WIDTH) * _WIDTH
+            self._array = self._rows.T[:width].take(self._places, axis=1, mode="clip").T
         return self._array
 
     def check_integrity(self) -> None:
@@ -94,6 +99,6 @@ class BlockTables:
         """Make room for all rows, and for tables of `width` blocks."""
         rows, room = self._rows.shape
         if len(self._held) > rows or width > room:
-            larger = np.zeros((len(self._held), room if width <= room else max(width, 2 * room)), dtype=np.int32)
+            larger = np.zeros((room if width <= room else max(width, 2 * room), len(self._held)), dtype=np.int32).T
             larger[:rows, :room] = self._rows
             self._rows = larger

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
 
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.block_tables import BlockTables
 from tenora.engine.blocks import BlockManager
 from tenora.engine.scheduler import Blocked, Scheduler
 from tenora.engine.sequence import SequenceState
+from tenora.model.cache import KVCache
+from tenora.model.decoder import Decoder
+from tenora.model.executors.base import Batch
+from tenora.model.executors.decode_graphs import DecodeGraphs
+from tenora.model.spec import ModelSpec
 from tests.bench.host.timing import median
 from tests.engine.requests import ref, sequence
 
@@ -88,7 +97,11 @@ def decoding(rows: int = 256) -> Iterator[tuple[str, float]]:
 
 
 def tables() -> Iterator[tuple[str, float]]:
-    """Seconds of the block tables of a step in which a row has left and one like it has come, or one has grown."""
+    """Seconds of the block tables of a step in which a row has left and one like it has come, or one has grown.
+
+    Alone, and with the copy into what a captured decode step reads (of a CPU here: to memory, and it is waited for).
+    """
+    torch.set_num_threads(1)  # waiting for other threads is no work
     for rows, tokens in ((256, 8192), (64, 131072)):
         yield from _tables(rows, tokens)
 
@@ -108,9 +121,27 @@ def _tables(rows: int, tokens: int) -> Iterator[tuple[str, float]]:
     def update() -> None:
         kept.update(list(held))
 
+    graphs = _graphs(rows, tokens)
+    numbers = np.arange(rows)
+
+    def fill() -> None:
+        graphs._fill(rows, Batch(numbers, numbers, numbers, numbers, kept.update(list(held))))
+
     name = f"{rows} rows of {tokens} tokens"
-    yield f"block tables, a row leaves and one joins, {name}", median(update, REPEATS, swap)
-    yield f"block tables, a row has grown, {name}", median(update, REPEATS, lambda: held[-1].append(5))
+    for what, work in (("block tables", update), ("block tables of a captured step", fill)):
+        yield f"{what}, a row leaves and one joins, {name}", median(work, REPEATS, swap)
+        yield f"{what}, a row has grown, {name}", median(work, REPEATS, lambda: held[0].append(5))
+
+
+def _graphs(rows: int, tokens: int) -> DecodeGraphs:
+    """The buffer of captured steps of so many rows, with nothing behind it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": tokens}
+    spec = ModelSpec.from_config({"model_type": "llama", "rms_norm_eps": 1e-5, **sizes, **heads})
+    decoder = Decoder(spec, dtype=torch.float32, device=torch.device("cpu"))
+    nothing: Any = None  # neither adapters nor a device to capture on
+    cache = KVCache.allocate(spec, 1, BLOCK)
+    return DecodeGraphs(decoder, cache, nothing, nothing, max_rows=rows, max_context=tokens + BLOCK * 100)
 
 
 CASES: dict[str, Callable[[], Iterator[tuple[str, float]]]] = {

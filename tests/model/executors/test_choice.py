@@ -12,6 +12,7 @@ import torch
 
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
+from tenora.model.executors import modules
 from tenora.model.executors.base import Batch, Executor
 from tenora.model.executors.choice import executor_for
 from tenora.model.executors.compiled_cpu import CompiledExecutor
@@ -97,3 +98,23 @@ def test_only_steps_that_decode_and_fit_are_replayed(
     step(1, 1, 1)
     step(1, 3)
     assert ways == ["replayed", "launched", "launched"]
+
+
+def test_a_launched_step_has_the_table_of_each_row_side_by_side(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernels want it that read pages where they lie; the engine's tables lie as a captured step reads them."""
+    seen: list[torch.Tensor] = []
+    real = modules.paged_attention
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(given[4])
+        return real(*given, **named)
+
+    monkeypatch.setattr(modules, "paged_attention", watched)
+    numbers, tables = np.arange(2), np.array([[0, 1], [2, 3]], dtype=np.int32)
+    batch = Batch(numbers, numbers, tables[:, 0] * 16 + numbers, numbers - 2, np.asfortranarray(tables))
+    with torch.no_grad():
+        chosen(load_decoder(tiny("smollm2"))).run(batch)
+    assert [table.tolist() for table in seen] == [tables.tolist()]
+    assert seen[0].is_contiguous()

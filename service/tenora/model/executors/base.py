@@ -21,7 +21,7 @@ class Batch(NamedTuple):
         positions: [T], of each token in its sequence: the tokens before it.
         kv_slots: [T], where its keys and values go.
         adapters: [B], adapter slots, ascending; -1 for a sequence of the base.
-        block_tables: [B, width]; what lies behind a context is not read.
+        block_tables: [B, width] with any strides; what lies behind a context is not read.
         lengths: [T], what each token is rotated for; None if the model does not care.
         query_start: [B + 1], from 0 to T: sequence b's tokens are query_start[b] … query_start[b + 1]. None: one each.
     """

@@ -31,7 +31,7 @@ class ModulesExecutor:
             self._tensor(batch.kv_slots),
             batch.starts.tolist(),
             batch.contexts.tolist(),
-            self._tensor(batch.block_tables),
+            self._tensor(np.ascontiguousarray(batch.block_tables)),  # kernels that read pages want whole rows
             team=self._decoder.team,
         )
         rope = self._decoder.rope(positions, None if batch.lengths is None else torch.from_numpy(batch.lengths))
