@@ -96,7 +96,7 @@ async def read_message(reader: asyncio.StreamReader) -> bytes | None:
     try:
         length = _checked(await reader.readexactly(_PREFIX))
         return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):
         return None
 
 

@@ -70,9 +70,9 @@ class EngineConnection:
     async def _keep(self) -> None:
         backoff, told = Backoff(*PAUSE_SECONDS, stable=0.0), False
         while True:
-            lived, began = 0.0, time.monotonic()
+            lived = 0.0
             try:
-                await self._live_once()
+                reader, self._writer = await asyncio.open_unix_connection(sock=connect(self._door))
             except OSError as error:
                 if not told:  # once, however often it is tried
                     _log.info(
@@ -80,14 +80,15 @@ class EngineConnection:
                     )
                 told = True
             else:
+                began = time.monotonic()
+                await self._hear(reader, self._writer)
                 lived, told = time.monotonic() - began, False
                 self.restarts += 1
                 _log.warning("the connection to the engine was lost; connecting again")
             await asyncio.sleep(backoff.after(lived))
 
-    async def _live_once(self) -> None:
-        """One connection from its beginning to its end. Raises OSError if there is nobody to connect to."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=connect(self._door))
+    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection, to its end."""
         try:
             while (frame := await read_message(reader)) is not None:
                 self._receive(decode_event(frame))
@@ -95,7 +96,7 @@ class EngineConnection:
             _log.error("the engine sent what cannot be read", extra={"reason": str(error)})
         finally:
             self.up.clear()
-            self._writer.close()
+            writer.close()
             self._writer = None
             self._on_lost()
 
