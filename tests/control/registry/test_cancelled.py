@@ -1,17 +1,19 @@
-"""Transactions whose task is cancelled."""
+"""Transactions, and connections, whose task is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 
 from tenora.config import Settings
 from tenora.control.registry.database import Database
+from tenora.control.registry.dialects import sqlite
 
 LONG = text(
     "UPDATE alembic_version SET version_num = version_num || (WITH RECURSIVE n(x) AS"
@@ -49,3 +51,37 @@ async def test_a_write_that_is_cancelled_within_a_statement_holds_up_no_other(da
     async with database.write() as session:
         await session.execute(text("UPDATE alembic_version SET version_num = version_num"))
     assert kept.tb is not None
+
+
+@pytest.mark.parametrize("setting", ["journal_mode", "synchronous", "foreign_keys", "busy_timeout"])
+async def test_a_connection_that_is_cancelled_while_it_is_set_up_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    loop, begun, goes_on, closed = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), threading.Event()
+
+    class Held(sqlite._Connection):
+        """Stays within the statement that sets it."""
+
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            self.set_trace_callback(self._hold)
+
+        def _hold(self, statement: str) -> None:
+            if setting in statement:
+                loop.call_soon_threadsafe(begun.set)
+                goes_on.wait()
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(sqlite, "_Connection", Held)
+    engine, _ = await sqlite.SQLite(make_url(f"sqlite:///{tmp_path}/registry.db")).connect()
+    task = asyncio.ensure_future(engine.connect().start())
+    await begun.wait()
+    task.cancel()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed.is_set()
+    await engine.dispose()
