@@ -74,6 +74,8 @@ def test_a_killed_worker_ends_no_stream_and_its_job_goes_on_with_the_same_bits(s
         assert client.jobs.wait(job.id, poll=0.2).status == "succeeded"
         assert digest_of(client, "broken") == digest_of(client, "whole")
         assert losses(client, job.id) == losses(client, whole.id)
+        told = [event for event in client.jobs.events(job.id) if event.data and "train_loss" in event.data]
+        assert len(told) == len(losses(client, job.id)), "no step was made twice: the engine has saved the last one"
         assert client.jobs.get(job.id).status == "succeeded"
 
 

@@ -26,7 +26,7 @@ from tenora.training.spec import StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tenora.unix_socket import MAX_MESSAGE, Unpacker, connect, pack
 from tests.engine.requests import generate, sampling
 from tests.support.patience import PATIENCE
-from tests.support.scripted_engine import SILENT, Script, ScriptedEngine
+from tests.support.scripted_engine import Script, ScriptedEngine
 
 
 class Owned:
@@ -88,8 +88,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def spec(run_id: str) -> TrainSpec:
-    return TrainSpec(run_id=run_id, share_group="", tasks=(), workdir="", base_model="")
+def spec(run_id: str, *, acknowledged: bool = False) -> TrainSpec:
+    return TrainSpec(run_id=run_id, share_group="", tasks=(), workdir="", base_model="", acknowledged=acknowledged)
 
 
 async def test_clients_with_equal_request_ids_hear_each_its_own_tokens(clients: list[AsyncEngine]) -> None:
@@ -109,28 +109,32 @@ async def test_a_client_that_leaves_a_stream_ends_its_own_sequence_alone(
     first = [await anext(stream) for stream in streams]
     assert len(first) == 2
     await streams[0].aclose()
-    await until(lambda: len(owned.engine.running) == 1)
+    await owned.engine.script.until(lambda: owned.engine.script.aborted == ["client-1/x"])
+    assert "client-2/x" in owned.engine.running
     assert (await anext(streams[1])).token_ids
     await streams[1].aclose()
 
 
+@pytest.mark.parametrize("acknowledged", [True, False])
 async def test_a_client_that_goes_away_ends_its_sequences_and_its_runs(
-    clients: list[AsyncEngine], owned: Owned
+    clients: list[AsyncEngine], owned: Owned, acknowledged: bool
 ) -> None:
-    silent = asyncio.create_task(anext(clients[0].generate(generate([SILENT]))))
-    stays = clients[1].generate(generate([7], sampling(max_tokens=10**9)))
-    await anext(stays)
-    run = clients[0].train(spec("a"))
+    script = owned.engine.script
+    script.hold_after = 1
+    goes, stays = (client.generate(generate([7], sampling(max_tokens=2), request_id="x")) for client in clients)
+    for stream in (goes, stays):
+        await anext(stream)
+    run = clients[0].train(spec("a", acknowledged=acknowledged))
     await anext(run)
     await clients[0].close(0)
     with pytest.raises(UnavailableError):
-        await silent
-    await until(lambda: bool(owned.engine.script.aborted) and not owned.engine.runs)
-    assert owned.engine.script.stopped == [("a", False)], (
-        "given up: what was said since its last saved state is said again"
-    )
-    assert (await anext(stays)).token_ids, "the other client's stream goes on"
-    await stays.aclose()
+        await anext(goes)
+    await script.until(lambda: bool(script.aborted and script.stopped))
+    assert script.aborted == ["client-1/x"]
+    assert script.stopped == [("a", acknowledged)], "saved only if what it said until then is kept with that"
+    script.hold_after = None
+    owned.engine.wake()
+    assert (await anext(stays)).finish_reason == "length", "the other client's stream goes on"
     await run.aclose()
 
 

@@ -1,8 +1,9 @@
 """The processes that an engine works for, told apart: each has ids of its own, and hears of its own alone.
 
 One of them owns the engine: it started it and ends it. The others come and go. What one of them had begun ends when it
-goes: its sequences are aborted, and its runs are given up. A run goes on from its last saved state when it is started
-again, and what it has said since then it says again, so that whoever comes back misses nothing.
+goes: its sequences are aborted, and its runs are stopped so that whoever starts one again misses nothing. A run that
+keeps what nobody has acknowledged is paused: it goes on from there, and says that again. Any other is given up: it goes
+on from its last saved state, and what it has said since then it says again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ OWNER: Final = "owner"
 Addressed = tuple[str, Event]
 """A client and what it is to hear."""
 
+_Asked = tuple[str, StartTraining | StartSession]
+"""A client and the run that it has asked for."""
+
 
 class Clients:
     """Between the loop and its engine: commands in from each client, events out to the one that they concern."""
@@ -49,10 +53,8 @@ class Clients:
         self._present = [OWNER]
         # Of all but the owner, whose ids are the engine's: id in the engine → the client and its own id.
         self._sequences: dict[str, tuple[str, str]] = {}
-        self._runs: dict[str, str] = {}  # run → client
-        self._waiting: dict[
-            str, tuple[str, StartTraining | StartSession]
-        ] = {}  # until another client's run of the same id has ended
+        self._runs: dict[str, _Asked] = {}
+        self._waiting: dict[str, _Asked] = {}  # until another client's run of the same id has ended
 
     def joined(self, client: str) -> list[Addressed]:
         """A client has come."""
@@ -66,8 +68,9 @@ class Clients:
             del self._sequences[inner]
             self._engine.add(Abort(inner))
         self._waiting = {run: asked for run, asked in self._waiting.items() if asked[0] != client}
-        for run in [run for run, of in self._runs.items() if of == client]:
-            self._engine.add(StopTraining(run))
+        for run, (of, command) in self._runs.items():
+            if of == client:
+                self._engine.add(StopTraining(run, pause=_keeps_what_it_said(command)))
 
     def take(self, client: str, command: Command) -> list[Addressed]:
         """Give a command other than Shutdown to the engine, or keep it; what is to be said at once."""
@@ -82,20 +85,20 @@ class Clients:
                 self._sequences.pop(inner, None)
                 command = Abort(inner)
             case StartTraining(spec=spec) | StartSession(spec=spec):
-                if self._runs.setdefault(spec.run_id, client) != client:
+                if self._runs.setdefault(spec.run_id, (client, command))[0] != client:
                     self._waiting[spec.run_id] = (client, command)
                     return told
-            case PutCommand(run_id=run_id, command=put) if self._runs.get(run_id) != client:
+            case PutCommand(run_id=run_id, command=put) if not self._follows(client, run_id):
                 unknown = "No run of this name has been started here."
                 refused = Refused(run_id=run_id, command_id=put.command_id, code="unknown_run", message=unknown)
                 return [(client, Training(refused))]
-            case Acknowledge(run_id=run_id) if self._runs.get(run_id) != client:
+            case Acknowledge(run_id=run_id) if not self._follows(client, run_id):
                 return told  # another client follows it by now
             case StopTraining(run_id=run_id):
                 if run_id in self._waiting and self._waiting[run_id][0] == client:
                     del self._waiting[run_id]
                     return [(client, Training(StoppedEvent(run_id=run_id, step=0, paused=command.pause)))]
-                if self._runs.get(run_id) != client:
+                if not self._follows(client, run_id):
                     return told
             case PinAdapter() | EvictAdapter():
                 # The owner says it again to the engine's successor.
@@ -109,10 +112,10 @@ class Clients:
             case Outputs(items=items) if self._sequences:
                 return self._outputs(items)
             case Training(event=training):
-                client = self._runs.get(training.run_id)
+                client = next((client for client in self._present if self._follows(client, training.run_id)), None)
                 if isinstance(training, FinishedEvent | StoppedEvent | FailedEvent):
                     self._ended(training.run_id)
-                return [(client, event)] if client in self._present else []
+                return [] if client is None else [(client, event)]
         return [(OWNER, event)]
 
     def heartbeats(self) -> list[Addressed]:
@@ -134,12 +137,18 @@ class Clients:
             shares.setdefault(client, []).append(item)
         return [(client, Outputs(share)) for client, share in shares.items()]
 
+    def _follows(self, client: str, run_id: str) -> bool:
+        return run_id in self._runs and self._runs[run_id][0] == client
+
     def _ended(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
         if (asked := self._waiting.pop(run_id, None)) is not None:
-            client, command = asked
-            self._runs[run_id] = client
-            self._engine.add(command)
+            self._runs[run_id] = asked
+            self._engine.add(asked[1])
+
+
+def _keeps_what_it_said(command: StartTraining | StartSession) -> bool:
+    return isinstance(command, StartTraining) and command.spec.acknowledged
 
 
 def _inner(client: str, request_id: str) -> str:

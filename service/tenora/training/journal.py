@@ -2,8 +2,8 @@
 
     <workdir>/unacknowledged.msgpack     the events, oldest first
 
-A follower records events some time after it has heard them, and may die before; then the run is given up, and whatever
-was under way with it. States are saved meanwhile, and the run goes on from the latest: what was said before that would
+A follower records events some time after it has heard them, and it or the engine may die before. States are saved
+meanwhile, the last one when the follower is gone, and the run goes on from the latest: what was said before that would
 never be said again. So every state is saved after the journal, which ends no earlier than the state.
 """
 
