@@ -36,12 +36,17 @@ async def other(database: Database) -> Presence:
     presence = Presence(database, "there")
     presence._started = int(time.time() - STARTED)
     await presence.begin()
+    await live(database, until=2**40)
     return presence
 
 
-async def die(database: Database) -> None:
+async def live(database: Database, *, until: int) -> None:
     async with database.write() as session:
-        await session.execute(update(ProcessRow).values(alive_until=1))
+        await session.execute(update(ProcessRow).values(alive_until=until))
+
+
+async def die(database: Database) -> None:
+    await live(database, until=1)
 
 
 def left_in_staging(home: Path, age: float) -> Path:
