@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tenora.api.schemas.fine_tuning import JobCreateRequest
 from tests.api.conftest import Service, upload
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -196,3 +197,9 @@ async def test_the_same_post_twice_is_one_job(service: Service, base_id: str, fi
     other = await client.post(JOBS, json={**body, "seed": 1}, headers=headers)
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
     assert len((await client.get(JOBS)).json()["data"]) == 1
+
+
+def test_a_whole_number_that_stands_for_any_is_taken_without_a_warning(base_id: str) -> None:
+    asked = {"beta": 1, "learning_rate_multiplier": 2, "n_epochs": "auto"}
+    body = {"model": base_id, "training_file": "file-1", "method": {"type": "dpo", "dpo": {"hyperparameters": asked}}}
+    assert JobCreateRequest.model_validate(body).to_request().method == body["method"]

@@ -186,7 +186,7 @@ async def came_of(service: Service, schema: type[BaseModel], fields: Fields) -> 
     answer = await service.client("infer").post(f"/v1/{path}", json=sent)
     assert answer.status_code == 200, answer.text
     asked = [
-        (one.token_ids, one.sampling, one.adapter, one.group, one.cache_salt, one.priority)
+        (one.token_ids, one.sampling, one.adapter, one.share_group, one.cache_salt, one.priority)
         for one in service.script.requests
     ]
     if answer.headers["content-type"].startswith("text/event-stream"):

@@ -84,9 +84,9 @@ def _type(setting: Setting) -> Any:
     kind = _value_type(setting)
     if setting.auto:
         sent = kind | Literal["auto"] | None
-        return Annotated[
-            sent, PlainValidator(auto_or_number(kind, setting.least, setting.most), json_schema_input_type=sent)
-        ]
+        check = auto_or_number(kind, setting.least, setting.most)
+        # A whole number may stand for any, and is handed on as it came.
+        return Annotated[int | sent, PlainValidator(check, json_schema_input_type=sent)]
     if setting.true or setting.kind is tuple:
         sent = (bool | kind if setting.true else kind) | None
         return Annotated[sent, PlainValidator(_held_by(setting), json_schema_input_type=sent)]
