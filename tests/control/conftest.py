@@ -1,4 +1,4 @@
-"""A control plane on a real database and a real directory, over a scripted engine; and what tests put into it.
+"""A control plane on a real database and directory, over the real client of a scripted engine; what tests put into it.
 
 What asks for `registry_url` runs on SQLite and on Postgres: the files `ON_BOTH` always, the others on Postgres in
 `make test-full` only. What only SQLite has is tested by tests marked `sqlite`.
@@ -10,8 +10,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import msgspec
 import pytest
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, write_adapter
@@ -24,14 +25,16 @@ from tenora.control.jobs.records import JobRecord, JobRequest
 from tenora.control.registry.tables import TERMINAL
 from tenora.control.tenancy.idempotency import Receipt
 from tenora.control.tenancy.records import Principal
+from tenora.engine.client import supervisor
 from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
-from tests.control.scripted import ScriptedEngine, random_modules
+from tests.support.loop_link import in_loop
 from tests.support.patience import PATIENCE
 from tests.support.postgres import Postgres, running
+from tests.support.scripted_jobs import JobScript, random_modules
 from tests.support.state import migrate
 
 BASE = "tiny"
@@ -95,8 +98,32 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def engine(targets: Sequence[TargetModule]) -> ScriptedEngine:
-    return ScriptedEngine(targets)
+def script(targets: Sequence[TargetModule]) -> JobScript:
+    """What the engine does, and what it was told."""
+    return JobScript(targets)
+
+
+@pytest.fixture
+async def engine(home: Path, script: JobScript, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AsyncEngine]:
+    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.001, 0.01))
+    engine = in_loop(Settings(home=home), script)
+    await engine.start()
+    yield engine
+    await engine.close(0)
+
+
+async def without_engine(engine: AsyncEngine, script: JobScript) -> None:
+    """The engine dies, and stays away until `script.come_back()`."""
+    script.leave()
+    await until_true(lambda: not engine.alive)
+
+
+async def another_engine(engine: AsyncEngine, script: JobScript, **ready: Any) -> None:
+    """The engine dies, and what takes its place is of another make."""
+    await without_engine(engine, script)
+    script.ready = msgspec.structs.replace(script.ready, **ready)
+    script.come_back()
+    await engine.wait_alive()
 
 
 OpenControl = Callable[..., Awaitable[Control]]
@@ -106,7 +133,7 @@ OpenControl = Callable[..., Awaitable[Control]]
 async def open_control(
     home: Path,
     registry_url: str | None,
-    engine: ScriptedEngine,
+    engine: AsyncEngine,
     tokenizer: Tokenizer,
     tiny_base: Path,
     targets: Sequence[TargetModule],
@@ -119,7 +146,7 @@ async def open_control(
         if registry_url is None and not home.exists():  # noqa: ASYNC240 (the state of a directory)
             await migrate(settings)
         model = ResolvedModel(tiny_base, BASE)
-        control = await Control.open(settings, cast("AsyncEngine", engine), tokenizer, model, targets)
+        control = await Control.open(settings, engine, tokenizer, model, targets)
         await control.start()
         opened.append(control)
         close = control.close

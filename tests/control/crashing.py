@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tenora.config import Settings
 from tenora.control.adapters.records import AdapterRecord
@@ -14,12 +14,12 @@ from tenora.control.files.records import FileRecord
 from tenora.control.jobs.records import JobRecord, JobRequest
 from tenora.control.tenancy.idempotency import Receipt, StoredAnswer
 from tenora.control.tenancy.records import Principal
-from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, adapter_files, tenant, until, upload
-from tests.control.scripted import ScriptedEngine
+from tests.support.loop_link import in_loop
+from tests.support.scripted_jobs import JobScript
 
 WORSE = 1.5  # nats per token, where what the name means comes to 1
 KEYED = ("POST /v1/things", "key", b"payload")  # route, key and payload of a request with an Idempotency-Key
@@ -60,13 +60,15 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
 
 async def main(home: Path, base: Path, point: str, deed: str, registry_url: str | None) -> None:
     targets = target_modules(ModelSpec.from_directory(base))
-    engine = ScriptedEngine(targets)
+    script = JobScript(targets)
     if deed == "worse-job":
-        engine.loss = WORSE
+        script.loss = WORSE
     settings = Armed(home=home, database_url=registry_url, failpoints=f"{point}=kill" if point else "")
+    engine = in_loop(settings, script)
+    await engine.start()
     control = await Control.open(
         settings,
-        cast("AsyncEngine", engine),
+        engine,
         Tokenizer.load(base),
         ResolvedModel(base, BASE),
         targets,

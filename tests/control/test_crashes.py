@@ -15,12 +15,22 @@ from tenora.control.storage import failpoints
 from tenora.control.storage.failpoints import Failpoints, InjectedError
 from tenora.control.tenancy.idempotency import StoredAnswer
 from tenora.control.tenancy.records import Principal
+from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError, NotFoundError
-from tests.control.conftest import ImportAdapter, OpenControl, content_of, create_job, tenant, until, upload
+from tests.control.conftest import (
+    ImportAdapter,
+    OpenControl,
+    content_of,
+    create_job,
+    tenant,
+    until,
+    upload,
+    without_engine,
+)
 from tests.control.crashing import KEYED, WORSE
-from tests.control.scripted import ScriptedEngine
 from tests.support.full import full_but
 from tests.support.patience import PATIENCE
+from tests.support.scripted_jobs import JobScript
 
 JOB_POINTS = sorted(point for point in failpoints.POINTS if point.startswith(("jobs.", "publish.")))
 
@@ -76,7 +86,8 @@ async def check_whole(control: Control, who: Principal, home: Path) -> None:
 async def test_killed_in_a_job(
     open_control: OpenControl,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    engine: AsyncEngine,
+    script: JobScript,
     home: Path,
     killed_at: KilledAt,
     point: str,
@@ -87,7 +98,7 @@ async def test_killed_in_a_job(
     await control.close()
     await killed_at(point, "job")
 
-    engine.alive = False  # the registry as the crash left it, before the job can go on
+    await without_engine(engine, script)  # the registry as the crash left it, before the job can go on
     control = await open_control()
     (job,) = (await control.jobs.list(acme)).items
     await check_whole(control, acme, home)
@@ -99,7 +110,7 @@ async def test_killed_in_a_job(
         assert [one.digest for one in versions] == [old.digest]
         assert job.fine_tuned_model is None
         assert job.result_files == ()
-    engine.alive = True
+    script.come_back()
     done = await until(control, acme, job.id)
     assert done.status == "succeeded"
     versions = await control.adapters.versions(acme, "desk")
@@ -117,7 +128,8 @@ async def test_killed_in_a_job(
 async def test_killed_while_a_worse_result_is_withheld(
     open_control: OpenControl,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    engine: AsyncEngine,
+    script: JobScript,
     home: Path,
     killed_at: KilledAt,
     point: str,
@@ -129,14 +141,14 @@ async def test_killed_while_a_worse_result_is_withheld(
     await control.close()
     await killed_at(point, "worse-job")
 
-    engine.loss = WORSE
-    engine.alive = False
+    script.loss = WORSE
+    await without_engine(engine, script)
     control = await open_control()
     (job,) = (await control.jobs.list(acme)).items
     await check_whole(control, acme, home)
     assert (await control.adapters.get(acme, "desk")).digest == old.digest
     assert (job.published is None) == (point != "publish.after_commit")
-    engine.alive = True
+    script.come_back()
     done = await until(control, acme, job.id)
     assert (done.status, done.published and done.published["code"]) == ("succeeded", "not_better")
     versions = await control.adapters.versions(acme, "desk")

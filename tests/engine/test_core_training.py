@@ -19,7 +19,7 @@ from tenora.training.fusion import FusedTraining
 from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
 from tests.engine.driver import MakeDriver
 from tests.engine.requests import generate, prompt, sampling
-from tests.support.scripted_engine import step_event
+from tests.support.scripted_runs import step_event
 
 
 class FakeRun:

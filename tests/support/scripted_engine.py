@@ -1,12 +1,14 @@
 """An engine without a model behind everything else that is real: its client, its protocol, its loop.
 
-It speaks a given text, or counts, and does what the test says: hangs, dies, fails, holds. Of runs it has the events.
+It speaks a given text, or counts, or answers what the test wants, and does what the test says: hangs, dies, fails,
+holds. Of runs it has the events (`tests/support/scripted_runs.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from tenora.engine.messages import (
     EngineStats,
     Event,
     EvictAdapter,
+    ForgetPrefixes,
     Generate,
     Outputs,
     PinAdapter,
@@ -29,8 +32,9 @@ from tenora.engine.messages import (
     TokenLogprob,
     Training,
 )
-from tenora.training.spec import StepEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import StoppedEvent, TrainSpec
 from tests.support.patience import PATIENCE
+from tests.support.scripted_runs import RunScript, ScriptedRun, is_last, step_event
 
 CRASH = 666  # while it counts, a prompt that begins with it kills the engine
 FAIL = 404  # … is answered by a failure whose code is the group
@@ -48,28 +52,35 @@ READY = Ready(
 )
 
 
+Answer = Sequence[SequenceOutput | SequenceFailed]
+"""What a sequence comes to, an item with each step of the engine."""
+
+
 @dataclass
-class Script:
+class Script(RunScript):
     """What the engine says, and what it was told. Shared with the test's thread.
 
     Attributes:
+        ready: what it says when it is loaded.
+        answer: what a request is answered; None: as `tokens` has it. An answer without an end leaves the sequence open,
+            and an error that it raises is the engine's death.
         tokens: every sequence generates these, over and over; None counts upwards from the prompt's last token, and a
             prompt may then begin with one of the words above.
         hold_after: a sequence stops giving tokens after this many, and goes on only when this changes.
         fail_after: a sequence fails with `fail_code` after this many tokens.
         hang: while set, the loop hangs inside a step, until `released`.
         alternatives: the likeliest tokens at each place, after the one that is generated.
-        training: the events of a training run; without them a run waits to be stopped.
-        makes_steps: without `training`, a run makes an optimizer step with each step of the engine.
+        resident: the digests on the device.
     """
 
+    ready: Ready = READY
+    answer: Callable[[Generate], Answer | None] | None = None
     tokens: Sequence[int] | None = (5,)
     hold_after: int | None = None
     fail_after: int | None = None
     fail_code: str = "engine_error"
     alternatives: Sequence[int] = (7, 8, 9)
-    training: Callable[[TrainSpec], Sequence[TrainEvent]] | None = None
-    makes_steps: bool = False
+    resident: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
@@ -77,15 +88,56 @@ class Script:
         self.aborted: list[str] = []
         self.pins: list[tuple[AdapterRef, bool]] = []
         self.evicted: list[str] = []
+        self.forgotten: list[str] = []
+        self.specs: list[TrainSpec] = []
         self.stopped: list[tuple[str, bool]] = []
         self.acknowledged: dict[str, int] = {}
         self.hang = threading.Event()
         self.released = threading.Event()
+        self.held = 0  # runs that have come to where they wait, and that nobody has asked for yet
+        self.dies = False
+        self.away = False  # no engine is loaded, of those in an event loop
+        self.wake: Callable[[], None] = lambda: None  # of the engine that there is
 
     @classmethod
     def counting(cls) -> Script:
         """Counts upwards, and makes steps of runs until they are stopped."""
         return cls(tokens=None, makes_steps=True)
+
+    @property
+    def generated(self) -> list[Generate]:
+        """The requests for tokens."""
+        return [request for request in self.requests if request.sampling.max_tokens != 0]
+
+    @property
+    def scored(self) -> list[Generate]:
+        """The requests that ask for no token."""
+        return [request for request in self.requests if request.sampling.max_tokens == 0]
+
+    @property
+    def pinned(self) -> dict[str, bool]:
+        """By digest, what was said last of each."""
+        return {ref.digest: pinned for ref, pinned in self.pins}
+
+    def leave(self) -> None:
+        """The engine dies, and none takes its place until one may come back."""
+        self.away = self.dies = True
+        self.wake()
+
+    def come_back(self) -> None:
+        """There may be an engine again."""
+        self.away = False
+        self.wake()
+
+    def go_on(self) -> None:
+        """Runs that wait go on, and none waits any more."""
+        self.hold_at, self.hold_end = None, False
+        self.wake()
+
+    async def until_held(self) -> None:
+        """Wait until one more run waits."""
+        await self.until(lambda: self.held > 0)
+        self.held -= 1
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something to be true of what the engine, in its thread, was told."""
@@ -102,23 +154,32 @@ class ScriptedEngine:
 
     Attributes:
         running: of each sequence that generates, its request and how many tokens it has had.
+        answers: of each sequence whose answer is given, what is to come of it.
         runs: of each run that is neither stopped nor scripted, how many steps it has made.
+        scripted: the runs whose events are given.
         pending: what it says next.
     """
 
     def __init__(self, script: Script, wake: Callable[[], None]) -> None:
-        self.ready = READY
+        self.ready = script.ready
         self.script = script
-        self.wake = wake
+        self.script.wake = self.wake = wake
         self.running: dict[str, tuple[Generate, int]] = {}
+        self.answers: dict[str, deque[SequenceOutput | SequenceFailed]] = {}
         self.runs: dict[str, int] = {}
+        self.scripted: dict[str, ScriptedRun] = {}
         self.pending: list[Event] = []
         self.generated = 0
 
     @property
     def has_work(self) -> bool:
-        trains = self.script.makes_steps and self.runs
-        return bool(self.pending or trains) or any(not self._held(done) for _, done in self.running.values())
+        return (
+            self.script.dies
+            or bool(self.pending or (self.script.makes_steps and self.runs))
+            or any(self.answers.values())
+            or any(not self._held(done) for _, done in self.running.values())
+            or any(run.may_go_on or not run.held for run in self.scripted.values())
+        )
 
     def add(self, command: Command) -> None:
         self._take(command)
@@ -134,23 +195,33 @@ class ScriptedEngine:
             case Abort(request_id=request_id):
                 script.aborted.append(request_id)
                 self.running.pop(request_id, None)
-            case StartTraining(spec=spec) if script.training is not None:
-                self.pending += [Training(event) for event in script.training(spec)]
+                self.answers.pop(request_id, None)
             case StartTraining(spec=spec):
-                self.runs[spec.run_id] = 0
+                script.specs.append(spec)
+                if script.training is not None:
+                    self.scripted[spec.run_id] = ScriptedRun(spec, script, script.training(spec))
+                else:
+                    self.runs[spec.run_id] = 0
             case Acknowledge(run_id=run_id, count=count):
                 script.acknowledged[run_id] = count
             case StopTraining(run_id=run_id, pause=pause):
                 script.stopped.append((run_id, pause))
-                if run_id in self.runs:
+                if run_id in self.scripted:
+                    self.scripted[run_id].stop(pause)
+                elif run_id in self.runs:
                     step = self.runs.pop(run_id)
                     self.pending.append(Training(StoppedEvent(run_id=run_id, step=step, paused=pause)))
             case PinAdapter(adapter=ref, pinned=pinned):
                 script.pins.append((ref, pinned))
             case EvictAdapter(digest=digest):
                 script.evicted.append(digest)
+            case ForgetPrefixes(cache_salt=cache_salt):
+                script.forgotten.append(cache_salt)
 
     def _begin(self, request: Generate) -> None:
+        if self.script.answer is not None and (answer := self.script.answer(request)) is not None:
+            self.answers[request.request_id] = deque(answer)
+            return
         word = request.token_ids[0] if self.script.tokens is None else None
         if word == CRASH:
             raise RuntimeError("crash")
@@ -163,6 +234,9 @@ class ScriptedEngine:
     def step(self) -> list[Event]:
         if self.script.hang.is_set():
             self.script.released.wait()
+        if self.script.dies:
+            self.script.dies = False
+            raise RuntimeError("crash")
         events, self.pending = self.pending, []
         items: list[SequenceOutput | SequenceFailed] = []
         for request_id, (request, done) in list(self.running.items()):
@@ -171,8 +245,33 @@ class ScriptedEngine:
                 del self.running[request_id]
             elif not self._held(done):
                 items.append(self._next(request, done))
+        items += self._answered()
         if items:
             events.append(Outputs(items))
+        events += self._train()
+        return events
+
+    def _answered(self) -> list[SequenceOutput | SequenceFailed]:
+        """The next of each answer that is given."""
+        items = [answer.popleft() for answer in self.answers.values() if answer]
+        for item in items:
+            if isinstance(item, SequenceFailed) or item.finish_reason is not None:
+                del self.answers[item.request_id]
+        return items
+
+    def _train(self) -> list[Event]:
+        events: list[Event] = []
+        for run_id, run in list(self.scripted.items()):
+            if run.may_go_on:
+                run.held = False
+                events.append(Training(event := run.next()))
+                if is_last(event):
+                    del self.scripted[run_id]
+            elif not run.held:
+                run.held = True
+                with self.script.changed:
+                    self.script.held += 1
+                    self.script.changed.notify_all()
         if self.script.makes_steps:
             for run_id in self.runs:
                 self.runs[run_id] += 1
@@ -181,18 +280,20 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            running=len(self.running),
+            running=len(self.running) + len(self.answers),
             kv_blocks_total=32,
             kv_blocks_used=8,
             generation_tokens=self.generated,
             adapter_slots=4,
+            adapters_resident=self.script.resident,
             adapters_running=("ab" * 32,),
-            training_runs=len(self.runs),
+            training_runs=len(self.runs) + len(self.scripted),
         )
 
     def shutdown(self) -> list[Event]:
-        failed = [SequenceFailed(request_id=name, code="engine_shutdown", message="bye") for name in self.running]
-        stopped = [Training(StoppedEvent(run_id=run, step=step, paused=True)) for run, step in self.runs.items()]
+        names, runs = [*self.running, *self.answers], {**self.runs, **dict.fromkeys(self.scripted, 0)}
+        failed = [SequenceFailed(request_id=name, code="engine_shutdown", message="bye") for name in names]
+        stopped = [Training(StoppedEvent(run_id=run, step=step, paused=True)) for run, step in runs.items()]
         return [Outputs([*failed]), *stopped]
 
     def _held(self, done: int) -> bool:
@@ -225,19 +326,3 @@ class ScriptedEngine:
         others = (other for other in self.script.alternatives if other != token)
         top = tuple((other, -0.5 - rank) for rank, other in enumerate((token, *others)[:count]))
         return TokenLogprob(token_id=token, logprob=-0.5, top=top)
-
-
-def step_event(run_id: str, step: int) -> StepEvent:
-    """An optimizer step of a run whose length nobody asks for."""
-    return StepEvent(
-        run_id=run_id,
-        step=step,
-        total_steps=0,
-        epoch=0.0,
-        train_loss=1.0,
-        train_accuracy=0.0,
-        learning_rate=0.1,
-        grad_norm=1.0,
-        trained_tokens=step,
-        tokens_per_second=1.0,
-    )

@@ -19,7 +19,7 @@ from tenora.control.adapters.model_card import README_NAME
 from tenora.control.control import Control
 from tenora.control.tenancy.records import Principal
 from tenora.control.tenancy.tenants import DEFAULT_TENANT
-from tenora.engine.messages import EngineStats
+from tenora.engine import loop
 from tenora.errors import (
     AdapterFormatError,
     InvalidRequestError,
@@ -28,8 +28,8 @@ from tenora.errors import (
     PayloadTooLargeError,
     PermissionDeniedError,
 )
-from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, archive_of, tenant
-from tests.control.scripted import ScriptedEngine
+from tests.control.conftest import BASE, ImportAdapter, OpenControl, adapter_files, archive_of, tenant, until_true
+from tests.support.scripted_jobs import JobScript
 
 
 def blobs(home: Path) -> set[str]:
@@ -37,7 +37,12 @@ def blobs(home: Path) -> set[str]:
 
 
 async def test_import(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
+    control: Control,
+    acme: Principal,
+    import_adapter: ImportAdapter,
+    script: JobScript,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     record = await import_adapter(control, acme, "desk", rank=6)
     assert (record.name, record.tenant, record.version, record.active) == ("desk", "acme", 1, True)
@@ -49,7 +54,10 @@ async def test_import(
     assert await control.adapters.get(acme, "desk") == record
     assert await control.adapters.get(acme, "acme/desk") == record
     assert await control.adapters.list(acme) == [record]
-    engine.stats = EngineStats(adapters_resident=(record.digest,))
+    script.resident = (record.digest,)
+    monkeypatch.setattr(loop, "HEARTBEAT_SECONDS", 0.0)
+    script.wake()
+    await until_true(lambda: control.engine.stats.adapters_resident == script.resident)
     assert (await control.adapters.get(acme, "desk")).resident == "device"
     assert list((home / "staging").iterdir()) == []
 
@@ -122,29 +130,29 @@ async def test_versions_and_rollback(control: Control, acme: Principal, import_a
 
 
 async def test_pins_follow_the_alias(
-    open_control: OpenControl, import_adapter: ImportAdapter, engine: ScriptedEngine
+    open_control: OpenControl, import_adapter: ImportAdapter, script: JobScript
 ) -> None:
     control = await open_control()
     acme, umbrella = await tenant(control, "acme"), await tenant(control, "umbrella")
     first = await import_adapter(control, acme, "desk", seed=1)
     assert (await control.adapters.pin(acme, "desk", True)).pinned
-    assert engine.pins == {first.digest: True}
+    assert script.pinned == {first.digest: True}
     second = await import_adapter(control, acme, "desk", seed=2)
     assert second.pinned
-    assert engine.pins == {first.digest: False, second.digest: True}
+    assert script.pinned == {first.digest: False, second.digest: True}
     await control.adapters.rollback(acme, "desk", 1)
-    assert engine.pins == {first.digest: True, second.digest: False}
+    assert script.pinned == {first.digest: True, second.digest: False}
     # The same content pinned by another tenant stays pinned when one of the two lets go.
     await import_adapter(control, umbrella, "theirs", seed=1)
     await control.adapters.pin(umbrella, "theirs", True)
     await control.adapters.pin(acme, "desk", False)
-    assert engine.pins[first.digest]
+    assert script.pinned[first.digest]
     await control.close()
-    engine.pins.clear()
+    script.pins.clear()
     control = await open_control()
-    assert engine.pins == {first.digest: True}
+    assert script.pinned == {first.digest: True}
     await control.adapters.pin(umbrella, "theirs", False)
-    assert engine.pins == {first.digest: False}
+    assert script.pinned == {first.digest: False}
 
 
 async def test_blobs_are_shared_and_freed_with_the_last_row(
@@ -152,7 +160,7 @@ async def test_blobs_are_shared_and_freed_with_the_last_row(
     acme: Principal,
     umbrella: Principal,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    script: JobScript,
     home: Path,
 ) -> None:
     ours = await import_adapter(control, acme, "desk", seed=1)
@@ -163,13 +171,13 @@ async def test_blobs_are_shared_and_freed_with_the_last_row(
     assert blobs(home) == {ours.digest, own.digest}
     await control.adapters.delete(acme, "desk")
     assert blobs(home) == {ours.digest}
-    assert engine.evicted == [own.digest]
+    assert script.evicted == [own.digest]
     await control.adapters.delete(acme, "acme/other")
     assert (await control.adapters.get(umbrella, "desk")).digest == ours.digest
     assert (await control.inference.resolve(umbrella, "desk", None)).adapter is not None
     await control.adapters.delete(umbrella, "desk")
     assert blobs(home) == set()
-    assert engine.evicted == [own.digest, ours.digest]
+    assert script.evicted == [own.digest, ours.digest]
     with pytest.raises(ModelNotFoundError):
         await control.inference.resolve(umbrella, "desk", None)
     again = await import_adapter(control, acme, "desk", seed=1)

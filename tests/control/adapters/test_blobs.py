@@ -19,7 +19,7 @@ from tenora.control.adapters.versions import NewVersion, add_version
 from tenora.control.control import Control
 from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
-from tenora.engine.messages import Generate, SequenceOutput
+from tenora.engine.messages import Generate
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,
@@ -28,11 +28,11 @@ from tenora.errors import (
     NotFoundError,
 )
 from tests.control.adapters.test_adapters import blobs
-from tests.control.adapters.test_pins import limit
 from tests.control.conftest import (
     BASE,
     ImportAdapter,
     adapter_files,
+    another_engine,
     archive_of,
     create_job,
     until,
@@ -40,8 +40,10 @@ from tests.control.conftest import (
     upload,
 )
 from tests.control.gate.test_takeover import train, warnings
-from tests.control.scripted import ScriptedEngine, scores
 from tests.support.patience import PATIENCE
+from tests.support.scripted_answers import refusal, scores
+from tests.support.scripted_engine import Answer
+from tests.support.scripted_jobs import JobScript
 
 
 def damage(home: Path, digest: str) -> None:
@@ -54,10 +56,10 @@ def damage(home: Path, digest: str) -> None:
 
 
 async def test_an_adapter_that_could_never_be_served_is_refused_at_import(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter, home: Path
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter, home: Path
 ) -> None:
     size = (await import_adapter(control, acme, "desk")).bytes
-    limit(engine, adapter_pool_bytes=size)
+    await another_engine(control.engine, script, adapter_pool_bytes=size)
     await import_adapter(control, acme, "desk", seed=1)
     with pytest.raises(
         AdapterFormatError, match=f"all of the pool has {size}: it can never be served. Train"
@@ -69,22 +71,22 @@ async def test_an_adapter_that_could_never_be_served_is_refused_at_import(
 
 
 async def test_weights_that_the_compute_type_cannot_hold_are_refused_at_import(
-    control: Control, acme: Principal, engine: ScriptedEngine, tmp_path: Path, targets: Sequence[TargetModule]
+    control: Control, acme: Principal, script: JobScript, tmp_path: Path, targets: Sequence[TargetModule]
 ) -> None:
     config, weights = adapter_files(tmp_path, targets)
     arrays = safetensors.numpy.load_file(weights)
     next(iter(arrays.values()))[0, 0] = 65520.0  # the smallest number that float16 rounds to infinity
     safetensors.numpy.save_file(arrays, weights)
     await control.adapters.import_(acme, name="desk", config=config, weights=str(weights))
-    limit(engine, dtype="float16")
+    await another_engine(control.engine, script, dtype="float16")
     with pytest.raises(AdapterFormatError, match="holds 65520, which the type that this server computes in cannot"):
         await control.adapters.import_(acme, name="desk", config=config, weights=str(weights))
 
 
 async def test_a_job_whose_adapter_could_never_be_served_is_refused(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
-    limit(engine, adapter_pool_bytes=2**16)
+    await another_engine(control.engine, script, adapter_pool_bytes=2**16)
     with pytest.raises(InvalidRequestError, match="it can never be served") as caught:
         await create_job(control, acme, lora={"rank": 64})
     assert (caught.value.param, caught.value.code) == ("lora.rank", "adapter_too_large")
@@ -93,10 +95,10 @@ async def test_a_job_whose_adapter_could_never_be_served_is_refused(
 
 @pytest.mark.parametrize("ranks", [[1, 64], {"min": 1, "max": 64}])
 async def test_a_sweep_over_ranks_that_could_never_be_served_is_refused_before_anything_is_stored(
-    ranks: object, control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    ranks: object, control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     await import_adapter(control, acme, "parent", rank=1)
-    limit(engine, adapter_pool_bytes=2**17)
+    await another_engine(control.engine, script, adapter_pool_bytes=2**17)
     file = await upload(control, acme)
     for fields in {}, {"model": "parent"}:
         asked = {"model": BASE, "lora": {"target_modules": "all-linear"}, **fields}
@@ -109,42 +111,42 @@ async def test_a_sweep_over_ranks_that_could_never_be_served_is_refused_before_a
 
 
 async def test_a_deleted_version_stays_for_the_requests_that_were_accepted(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, import_adapter: ImportAdapter, script: JobScript, home: Path
 ) -> None:
     record = await import_adapter(control, acme, "desk", seed=1)
     with control._blobs.use(record.digest), control._blobs.use(record.digest):
         await control.adapters.delete(acme, "desk")
         assert blobs(home) == {record.digest}
-        assert engine.evicted == []
+        assert script.evicted == []
         with pytest.raises(ModelNotFoundError):
             await control.inference.resolve(acme, "desk", None)
     await control._blobs.settle()
     assert blobs(home) == set()
-    assert engine.evicted == [record.digest]
+    assert script.evicted == [record.digest]
     with pytest.raises(NotFoundError), control._blobs.use(record.digest):
         pass
 
 
 async def test_content_imported_again_while_an_old_request_ends_keeps_pin_and_cache(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, import_adapter: ImportAdapter, script: JobScript, home: Path
 ) -> None:
     record = await import_adapter(control, acme, "desk", seed=1)
     await control.adapters.pin(acme, "desk", True)
     with control._blobs.use(record.digest):
         await control.adapters.delete(acme, "desk")
-        assert engine.pins == {record.digest: False}
+        assert script.pinned == {record.digest: False}
         await import_adapter(control, acme, "again", seed=1)
         await control.adapters.pin(acme, "again", True)
     await control._blobs.settle()
     assert blobs(home) == {record.digest}
-    assert (engine.evicted, engine.pins) == ([], {record.digest: True})
+    assert (script.evicted, script.pinned) == ([], {record.digest: True})
 
 
 async def test_content_that_is_imported_while_its_old_adapter_goes_stays(
     control: Control,
     acme: Principal,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    script: JobScript,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,7 +165,7 @@ async def test_content_that_is_imported_while_its_old_adapter_goes_stays(
             await asyncio.sleep(0)  # it has begun
 
     ends: list[asyncio.Task[None]] = []
-    monkeypatch.setattr(engine, "evict", evict)
+    monkeypatch.setattr(control.engine, "evict", evict)
     await control.adapters.delete(acme, "desk")
     await asyncio.gather(*ends)
     assert blobs(home) == {kept}
@@ -236,7 +238,7 @@ async def test_content_that_is_imported_in_the_middle_of_its_deletion_is_stored_
     control: Control,
     acme: Principal,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    script: JobScript,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And whoever imports it waits for the end of the deletion, instead of trying over and over."""
@@ -247,7 +249,7 @@ async def test_content_that_is_imported_in_the_middle_of_its_deletion_is_stored_
         deleting.set()
         await may_end.wait()
 
-    monkeypatch.setattr(engine, "evict", evict)
+    monkeypatch.setattr(control.engine, "evict", evict)
     slow = SlowStore(control, monkeypatch)
     slow.may_end.set()
     deletion = asyncio.create_task(control.adapters.delete(acme, "desk"))
@@ -318,16 +320,17 @@ async def test_nobody_waits_for_the_check_of_a_pin(
 
 
 async def test_a_damaged_version_keeps_its_name_and_the_log_says_how_to_move_it(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     broken = await import_adapter(control, acme, "desk", seed=9)
 
-    def score(request: Generate) -> list[SequenceOutput]:
+    def score(request: Generate) -> Answer:
         if request.adapter is not None and request.adapter.digest == broken.digest:
-            raise damaged(broken.digest)
+            error = damaged(broken.digest)
+            return refusal(request, str(error.code), error.message)
         return scores(request)
 
-    engine.score = score
+    script.score = score
     (warning,) = await warnings(control, acme, await train(control, acme))
     assert "version 1 could not be scored: The stored files" in warning
     assert 'POST /v1/adapters/desk/rollback {"version": 2}' in warning

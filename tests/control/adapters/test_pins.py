@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
 from tenora.control.control import Control
 from tenora.control.tenancy.records import Principal
 from tenora.errors import ConflictError
-from tests.control.conftest import ImportAdapter, OpenControl, create_job, messages, tenant, until
-from tests.control.scripted import ScriptedEngine
-
-
-def limit(engine: ScriptedEngine, **room: object) -> None:
-    """Give the engine another pool."""
-    engine.ready = msgspec.structs.replace(engine.ready, **room)
+from tests.control.conftest import ImportAdapter, OpenControl, another_engine, create_job, messages, tenant, until
+from tests.support.scripted_jobs import JobScript
 
 
 async def test_pins_leave_half_of_the_slots_to_everyone_else(
-    control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, umbrella: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
-    limit(engine, adapter_slots=4)
+    await another_engine(control.engine, script, adapter_slots=4)
     digests = [(await import_adapter(control, acme, f"a{seed}", seed=seed)).digest for seed in range(3)]
     await import_adapter(control, umbrella, "same", seed=0)
     for name in ("a0", "a1", "a1"):
@@ -31,17 +25,17 @@ async def test_pins_leave_half_of_the_slots_to_everyone_else(
         await control.adapters.pin(acme, "a2", True)
     assert caught.value.code == "pins_full"
     assert not (await control.adapters.get(acme, "a2")).pinned
-    assert engine.pins == {digests[0]: True, digests[1]: True}
+    assert script.pinned == {digests[0]: True, digests[1]: True}
     assert (await control.adapters.pin(umbrella, "same", True)).pinned  # of the same content, which takes no more
     await control.adapters.pin(acme, "a1", False)
     assert (await control.adapters.pin(acme, "a2", True)).pinned
 
 
 async def test_pins_leave_room_for_the_largest_adapter(
-    control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, umbrella: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     unit = (await import_adapter(control, acme, "one", seed=1, rank=1)).bytes
-    limit(engine, adapter_pool_bytes=8 * unit)
+    await another_engine(control.engine, script, adapter_pool_bytes=8 * unit)
     await import_adapter(control, acme, "four", seed=2, rank=4)
     await import_adapter(control, acme, "five", seed=3, rank=5)
     with pytest.raises(ConflictError, match=f"would take {5 * unit} bytes, and they may take half of the pool"):
@@ -59,10 +53,10 @@ async def test_pins_leave_room_for_the_largest_adapter(
 
 
 async def test_a_pin_that_cannot_go_on_to_a_jobs_result_ends_in_the_jobs_log(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     small = await import_adapter(control, acme, "desk", seed=1, rank=1)
-    limit(engine, adapter_pool_bytes=60_000)  # of which the result takes 48,000
+    await another_engine(control.engine, script, adapter_pool_bytes=60_000)  # of which the result takes 48,000
     await control.adapters.pin(acme, "desk", True)
     job = await create_job(control, acme, name="desk", publish="always", lora={"rank": 5})
     assert (await until(control, acme, job.id)).status == "succeeded"
@@ -71,13 +65,13 @@ async def test_a_pin_that_cannot_go_on_to_a_jobs_result_ends_in_the_jobs_log(
     )
     moved = await control.adapters.get(acme, "desk")
     assert (moved.version, moved.pinned) == (2, False)
-    assert engine.pins == {small.digest: False}
+    assert script.pinned == {small.digest: False}
 
 
 async def test_pins_that_no_longer_fit_are_reported_at_start(
     open_control: OpenControl,
     import_adapter: ImportAdapter,
-    engine: ScriptedEngine,
+    script: JobScript,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     control = await open_control()
@@ -86,9 +80,9 @@ async def test_pins_that_no_longer_fit_are_reported_at_start(
     for name in ("a0", "a1"):
         await control.adapters.pin(acme, name, True)
     await control.close()
-    engine.pins.clear()
-    limit(engine, adapter_slots=2)
+    await another_engine(control.engine, script, adapter_slots=2)
+    script.pins.clear()
     control = await open_control()
-    assert len(engine.pins) == 1
-    assert set(engine.pins) < set(digests)
+    assert len(script.pinned) == 1
+    assert set(script.pinned) < set(digests)
     assert "a pin is not kept: 2 adapters would be pinned, and pins may take half of the 2 slots" in caplog.text

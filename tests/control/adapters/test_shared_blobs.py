@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -20,18 +19,17 @@ from tenora.control.tenancy.records import Principal
 from tenora.engine.client.client import AsyncEngine
 from tests.control.adapters.test_adapters import blobs
 from tests.control.conftest import adapter_files
-from tests.control.scripted import ScriptedEngine
 
 LATER = 2.0**40  # everything is older than that
 
 
 @pytest.fixture
 async def other(
-    control: Control, home: Path, engine: ScriptedEngine, targets: Sequence[TargetModule]
+    control: Control, home: Path, engine: AsyncEngine, targets: Sequence[TargetModule]
 ) -> AsyncIterator[Blobs]:
     """What another process has of the same adapters."""
     database = await Database.open(control.settings.database)
-    yield Blobs(database, AdapterStore(home / "adapters"), cast("AsyncEngine", engine), targets, 64)
+    yield Blobs(database, AdapterStore(home / "adapters"), engine, targets, 64)
     await database.close()
 
 

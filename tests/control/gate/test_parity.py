@@ -23,8 +23,8 @@ from tenora.engine import core
 from tenora.errors import ModelNotFoundError, NotFoundError, TrainingError
 from tenora.training.spec import LoraSpec
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
-from tests.control.scripted import random_modules
 from tests.control.test_real_engine import Service, _one_thread, service
+from tests.support.scripted_jobs import random_modules
 
 __all__ = ["_one_thread", "service"]  # fixtures
 

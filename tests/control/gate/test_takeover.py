@@ -23,7 +23,7 @@ from tenora.errors import InvalidRequestError, NotFoundError
 from tenora.training.settings import Publish
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, ImportAdapter, archive_of, create_job, until, upload
 from tests.control.jobs.test_job_methods import PAIRS
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 OTHER_ROWS = [
     {"messages": [{"role": "user", "content": f"Riddle {i}?"}, {"role": "assistant", "content": f"Solution {i}."}]}
@@ -110,12 +110,12 @@ async def means(control: Control, who: Principal, name: str = "desk") -> int:
 
 
 async def test_a_worse_result_is_stored_and_does_not_take_the_name_over(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     good = await train(control, acme)
     assert good.published is not None
     assert (good.published["alias_moved"], good.published["code"]) == (True, "first_version")
-    engine.loss = 0.7
+    script.loss = 0.7
     bad = await train(control, acme, seed=1, learning_rate=0.5)
     assert await means(control, acme) == 1
     said = bad.published
@@ -140,10 +140,10 @@ async def test_a_worse_result_is_stored_and_does_not_take_the_name_over(
 
 
 async def test_a_better_result_takes_the_name_over_and_says_by_how_much(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     await train(control, acme)
-    engine.loss = 0.4
+    script.loss = 0.4
     better = await train(control, acme, seed=1, learning_rate=1e-4)
     assert (await means(control, acme), await warnings(control, acme, better)) == (2, [])
     assert better.published is not None
@@ -155,38 +155,36 @@ async def test_a_better_result_takes_the_name_over_and_says_by_how_much(
 
 
 async def test_rows_that_the_version_in_use_was_measured_on_are_not_scored_again(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     await train(control, acme)
-    before = len(engine.scored)
-    engine.loss = 0.4
+    before = len(script.scored)
+    script.loss = 0.4
     await train(control, acme, seed=1, learning_rate=1e-4)
-    again = [request for request in engine.scored[before:] if request.adapter is not None]
+    again = [request for request in script.scored[before:] if request.adapter is not None]
     assert again == []
 
 
 async def test_rows_that_the_version_in_use_has_learned_are_left_out_of_the_comparison(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     """Of the 12 rows to measure on it has learned 4, and would shine there."""
     valid = (await upload(control, acme, [*MANY_ROWS[:4], *OTHER_ROWS[:8]])).id
     await train(control, acme, validation_file=(await upload(control, acme, OTHER_ROWS[20:30])).id)
-    before = len(engine.scored)
+    before = len(script.scored)
     job = await train(control, acme, OTHER_ROWS[30:], validation_file=valid, learning_rate=1e-5)
     assert job.published is not None
     assert job.published["replaced"]["comparison"]["rows"] == 8
     assert job.published["alias_moved"]
-    asked = [request for request in engine.scored[before:] if request.adapter is not None]
+    asked = [request for request in script.scored[before:] if request.adapter is not None]
     assert len(asked) == 8
     assert job.evaluation is not None
     assert any("4 held-out rows that version 1 of desk has learned" in note for note in job.evaluation["notes"])
 
 
-async def test_where_every_row_was_learned_the_name_stays(
-    control: Control, acme: Principal, engine: ScriptedEngine
-) -> None:
+async def test_where_every_row_was_learned_the_name_stays(control: Control, acme: Principal, script: JobScript) -> None:
     await train(control, acme, validation_file=(await upload(control, acme, OTHER_ROWS[:10])).id)
-    engine.loss = 0.1
+    script.loss = 0.1
     valid = (await upload(control, acme, MANY_ROWS[:10])).id
     job = await train(control, acme, OTHER_ROWS[20:], validation_file=valid, learning_rate=1e-5)
     assert job.published is not None
@@ -196,13 +194,13 @@ async def test_where_every_row_was_learned_the_name_stays(
 
 
 async def test_few_rows_are_compared_by_what_each_came_to_on_rows_it_had_not_seen(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     """Both learn the same 20 rows: the one in use is not asked about rows that it has learned by now."""
     await train(control, acme, ROWS)
-    engine.loss = 0.4
+    script.loss = 0.4
     better = await train(control, acme, ROWS, learning_rate=1e-4)
-    engine.loss = 0.45
+    script.loss = 0.45
     worse = await train(control, acme, ROWS, learning_rate=1e-3)
     assert better.published is not None
     assert worse.published is not None
@@ -212,12 +210,12 @@ async def test_few_rows_are_compared_by_what_each_came_to_on_rows_it_had_not_see
 
 
 async def test_an_imported_version_is_scored_as_it_is_served(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     await import_adapter(control, acme, "desk", seed=9)  # scored at 1 nat a token
-    engine.loss = 1.25
+    script.loss = 1.25
     worse = await train(control, acme)
-    engine.loss = 0.75
+    script.loss = 0.75
     better = await train(control, acme, seed=2)
     assert worse.published is not None
     assert better.published is not None
@@ -230,7 +228,7 @@ async def test_an_imported_version_is_scored_as_it_is_served(
     assert any("not known which rows version 1 of desk" in note for note in better.evaluation["notes"])
 
 
-async def test_always_and_never(control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine) -> None:
+async def test_always_and_never(control: Control, acme: Principal, umbrella: Principal, script: JobScript) -> None:
     hidden = await train(control, acme, publish="never", name="new")
     assert hidden.published is not None
     assert (hidden.published["alias_moved"], hidden.published["code"]) == (False, "never")
@@ -253,7 +251,7 @@ async def test_always_and_never(control: Control, acme: Principal, umbrella: Pri
     assert await means(control, acme, "new") == 1
 
     await train(control, acme)
-    engine.loss = 0.9
+    script.loss = 0.9
     kept = await train(control, acme, seed=2, publish="never")
     forced = await train(control, acme, seed=3, publish="always")
     assert await means(control, acme) == 3
@@ -270,9 +268,9 @@ async def test_what_means_nothing_can_be_deleted(control: Control, acme: Princip
 
 
 async def test_a_first_version_that_is_worse_than_the_base_is_published_with_a_warning(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
-    engine.loss = 3.5
+    script.loss = 3.5
     job = await train(control, acme)
     assert await means(control, acme) == 1
     (warning,) = await warnings(control, acme, job)
@@ -281,12 +279,12 @@ async def test_a_first_version_that_is_worse_than_the_base_is_published_with_a_w
     assert job.evaluation["verdicts"]["base"]["verdict"] == "worse"
 
 
-async def test_min_gain_is_a_gate(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_min_gain_is_a_gate(control: Control, acme: Principal, script: JobScript) -> None:
     await train(control, acme)
-    engine.loss = 0.45
+    script.loss = 0.45
     little = await train(control, acme, seed=1, learning_rate=1e-4, min_gain=0.1)
     assert (little.settings["min_gain"], little.published and little.published["code"]) == (0.1, "below_min_gain")
-    engine.loss = 0.35
+    script.loss = 0.35
     enough = await train(control, acme, seed=1, learning_rate=1e-5, min_gain=0.1)
     assert enough.published is not None
     assert enough.published["alias_moved"]
@@ -299,7 +297,7 @@ async def test_min_gain_is_a_gate(control: Control, acme: Principal, engine: Scr
     assert refused.value.param == "publish"
 
 
-async def test_preferences_are_judged_too(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_preferences_are_judged_too(control: Control, acme: Principal, script: JobScript) -> None:
     first = await train(control, acme, PAIRS, method={"type": "dpo"})
     said = first.evaluation
     assert said is not None
@@ -311,7 +309,7 @@ async def test_preferences_are_judged_too(control: Control, acme: Principal, eng
     assert verdicts["few_shot_base"]["verdict"] == "not measured"
     assert "Preferences are measured beside what training started from" in verdicts["few_shot_base"]["reason"]
     assert verdicts["start"] == verdicts["base"]
-    engine.loss = 0.1  # prefers the chosen answer by less
+    script.loss = 0.1  # prefers the chosen answer by less
     second = await train(control, acme, PAIRS, method={"type": "dpo"}, learning_rate=1e-6)
     assert second.published is not None
     assert (second.published["alias_moved"], second.published["code"]) == (False, "not_better")
@@ -319,7 +317,7 @@ async def test_preferences_are_judged_too(control: Control, acme: Principal, eng
 
 
 async def test_of_two_jobs_that_end_together_the_better_one_has_the_name(
-    control: Control, acme: Principal, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, script: JobScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are held against version 1 before either is written; the second to be written is judged once more."""
     await train(control, acme)
@@ -334,13 +332,13 @@ async def test_of_two_jobs_that_end_together_the_better_one_has_the_name(
 
     monkeypatch.setattr(publication, "_judge", together)
     losses = {1e-4: 0.4, 1e-5: 0.3}
-    held_out = engine.held_out
+    held_out = script.held_out
 
     def by_rate(spec: Any) -> Any:
-        engine.loss = losses[spec.learning_rate]
+        script.loss = losses[spec.learning_rate]
         return held_out(spec)
 
-    monkeypatch.setattr(engine, "held_out", by_rate)
+    monkeypatch.setattr(script, "held_out", by_rate)
     file = (await upload(control, acme, MANY_ROWS)).id
     made = [
         await control.jobs.create(
@@ -359,10 +357,10 @@ async def test_of_two_jobs_that_end_together_the_better_one_has_the_name(
 
 
 async def test_a_transfer_is_held_against_the_base_as_well_as_its_start(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     await train(control, acme, name="start")
-    engine.loss = 2.5
+    script.loss = 2.5
     job = await train(control, acme, OTHER_ROWS, name="moved", lora={"init_from": "start"}, learning_rate=1e-5)
     assert job.evaluation is not None
     assert job.evaluation["held_out"]["other_loss"] == 3.0  # as the run says of its start

@@ -20,13 +20,14 @@ from tenora.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelNotFoundError,
-    RateLimitedError,
     UnavailableError,
 )
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, ImportAdapter
 from tests.control.inference.test_stops import slowly
-from tests.control.scripted import ScriptedEngine, outputs
+from tests.support.scripted_answers import outputs, refusal
+from tests.support.scripted_engine import Answer
+from tests.support.scripted_jobs import JobScript
 
 TARGET = Target(BASE, None, "tenant-x", "tenant-x")
 
@@ -145,10 +146,10 @@ async def test_what_fits(control: Control) -> None:
             inference.fit_max_tokens(prompt, wanted)
 
 
-async def test_text_comes_as_it_is_made(control: Control, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+async def test_text_comes_as_it_is_made(control: Control, script: JobScript, tokenizer: Tokenizer) -> None:
     text = "Ärzte, 東京 and 🙂 too."
     ids = tokenizer.encode(text)
-    engine.reply = lambda request: outputs(request, ids, finish="stop", stop_token=2)
+    script.reply = lambda request: outputs(request, ids, finish="stop", stop_token=2)
     deltas = await collect(control, asked())
     assert "".join(delta.text for delta in deltas) == text
     assert [token for delta in deltas for token in delta.token_ids] == ids
@@ -159,35 +160,33 @@ async def test_text_comes_as_it_is_made(control: Control, engine: ScriptedEngine
     assert {delta.cached_tokens for delta in deltas} == {16}
     assert all(delta.logprobs is None for delta in deltas)
     assert not any("\ufffd" in delta.text for delta in deltas)
-    assert engine.aborted == []
-    sent = engine.generated[0]
+    assert script.aborted == []
+    sent = script.generated[0]
     assert (sent.share_group, sent.cache_salt, sent.token_ids) == ("tenant-x", "tenant-x", [3, 4])
 
 
-async def test_an_asked_for_stop_token_is_named(control: Control, engine: ScriptedEngine) -> None:
-    engine.reply = lambda request: outputs(request, [40, 41], finish="stop", stop_token=7)
+async def test_an_asked_for_stop_token_is_named(control: Control, script: JobScript) -> None:
+    script.reply = lambda request: outputs(request, [40, 41], finish="stop", stop_token=7)
     (last,) = [
         delta for delta in await collect(control, asked(sampling={"stop_token_ids": (7,)})) if delta.finish_reason
     ]
     assert last.stop_reason == 7
 
 
-async def test_a_stop_string_ends_and_aborts(control: Control, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("one two three four")
-    engine.reply = lambda request: outputs(request, ids)
+async def test_a_stop_string_ends_and_aborts(control: Control, script: JobScript, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three four" + " and so on" * 20)
+    script.reply = lambda request: outputs(request, ids)
     deltas = await collect(control, asked(stop=["e f", "zzz"]))
     assert "".join(delta.text for delta in deltas) == "one two thre"
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "e f")
-    assert engine.aborted == [engine.generated[0].request_id]
+    assert script.aborted == [script.generated[0].request_id]
     deltas = await collect(control, asked(stop=["e f"], include_stop=True))
     assert "".join(delta.text for delta in deltas) == "one two three f"
 
 
-async def test_min_tokens_holds_stop_strings_off(
-    control: Control, engine: ScriptedEngine, tokenizer: Tokenizer
-) -> None:
+async def test_min_tokens_holds_stop_strings_off(control: Control, script: JobScript, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a stop b stop c")
-    engine.reply = lambda request: outputs(request, ids)
+    script.reply = lambda request: outputs(request, ids)
     first = tokenizer.encode("a stop b")
     deltas = await collect(control, asked(stop=["stop"], sampling={"min_tokens": len(first)}))
     assert "".join(delta.text for delta in deltas) == "a stop b "
@@ -236,9 +235,9 @@ def test_tokens_go_with_their_text(
         assert earlier.text or earlier.token_ids
 
 
-async def test_logprobs_are_text(control: Control, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+async def test_logprobs_are_text(control: Control, script: JobScript, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hi 東")
-    engine.reply = lambda request: [
+    script.reply = lambda request: [
         SequenceOutput(
             request_id=request.request_id,
             token_ids=ids,
@@ -263,53 +262,52 @@ async def test_logprobs_are_text(control: Control, engine: ScriptedEngine, token
     assert delta.prompt_logprobs[1].logprob == -1.5
 
 
-async def test_several_choices(control: Control, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+async def test_several_choices(control: Control, script: JobScript, tokenizer: Tokenizer) -> None:
     said = [tokenizer.encode(text) for text in ("first", "the second", "third")]
-    engine.reply = lambda request: outputs(request, said[int(request.request_id.rpartition("-")[2])])
+    script.reply = lambda request: outputs(request, said[int(request.request_id.rpartition("-")[2])])
     deltas = await collect(control, asked(n=3, sampling={"seed": 2**63 - 1}))
     for index, ids in enumerate(said):
         own = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in own) == tokenizer.decode(ids)
         assert [delta.finish_reason for delta in own if delta.finish_reason] == ["length"]
-    assert [request.sampling.seed for request in engine.generated] == [2**63 - 1, 0, 1]
-    assert len({request.request_id for request in engine.generated}) == 3
+    assert [request.sampling.seed for request in script.generated] == [2**63 - 1, 0, 1]
+    assert len({request.request_id for request in script.generated}) == 3
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_closing_aborts_every_choice(
-    control: Control, engine: ScriptedEngine, tokenizer: Tokenizer, n: int
-) -> None:
+async def test_closing_aborts_every_choice(control: Control, script: JobScript, tokenizer: Tokenizer, n: int) -> None:
     ids = tokenizer.encode("a long story " * 20)
-    engine.reply = lambda request: outputs(request, ids)
+    script.reply = lambda request: outputs(request, ids)
     stream = control.inference.generate([asked(n=n)])
     await anext(stream)
     await stream.aclose()
-    assert sorted(engine.aborted) == sorted(request.request_id for request in engine.generated)
-    assert len(engine.aborted) == n
+    assert sorted(script.aborted) == sorted(request.request_id for request in script.generated)
+    assert len(script.aborted) == n
     assert [task for task in asyncio.all_tasks() if "forward" in repr(task.get_coro())] == []
 
 
 @pytest.mark.parametrize("n", [1, 3])
 async def test_an_engine_error_ends_every_choice(
-    control: Control, engine: ScriptedEngine, tokenizer: Tokenizer, n: int
+    control: Control, script: JobScript, tokenizer: Tokenizer, n: int
 ) -> None:
-    def reply(request: Generate) -> list[SequenceOutput]:
+    def reply(request: Generate) -> Answer:
         if request.request_id.endswith("-0"):
-            raise RateLimitedError("The queue is full.")
+            return refusal(request, "out_of_memory", "The step did not fit.")
         return outputs(request, tokenizer.encode("a long story " * 20))
 
-    engine.reply = reply
-    with pytest.raises(RateLimitedError):
+    script.reply = reply
+    with pytest.raises(UnavailableError, match="did not fit") as caught:
         await collect(control, asked(n=n))
-    assert len(engine.aborted) == n
+    assert caught.value.code == "out_of_memory"
+    assert len(script.aborted) == n - 1  # the others
 
 
-async def test_draining_takes_nothing_new(control: Control, engine: ScriptedEngine) -> None:
+async def test_draining_takes_nothing_new(control: Control, script: JobScript) -> None:
     control.begin_drain()
     with pytest.raises(UnavailableError) as caught:
         await collect(control, asked())
     assert caught.value.code == "draining"
-    assert engine.generated == []
+    assert script.generated == []
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True)

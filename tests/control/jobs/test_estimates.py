@@ -16,7 +16,7 @@ from tenora.training.corpus import Corpus
 from tenora.training.packing import pack
 from tenora.training.settings import BY_THEMSELVES
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload, workdir
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 PAIRS = [{"prompt": f"Question {n}? ", "chosen": f"Yes, {n}.", "rejected": "No."} for n in range(60)]
 
@@ -27,16 +27,16 @@ async def request(control: Control, who: Principal, rows: Any = MANY_ROWS, **fie
     return JobRequest(model=BASE, seed=5, **fields)
 
 
-async def prepared_corpus(control: Control, who: Principal, engine: ScriptedEngine, asked: JobRequest) -> Corpus:
+async def prepared_corpus(control: Control, who: Principal, script: JobScript, asked: JobRequest) -> Corpus:
     """What the job of the same request would train on."""
-    engine.hold_at = 1
+    script.hold_at = 1
     job = await control.jobs.create(who, asked)
     await until(control, who, job.id, "running")
-    await engine.held.wait()
-    spec = engine.specs[-1]
+    await script.until_held()
+    spec = script.specs[-1]
     corpus = Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
     await control.jobs.cancel(who, job.id)
-    engine.release.set()
+    script.go_on()
     return corpus
 
 
@@ -50,12 +50,12 @@ async def prepared_corpus(control: Control, who: Principal, engine: ScriptedEngi
     ],
 )
 async def test_it_is_what_the_job_then_does(
-    control: Control, acme: Principal, engine: ScriptedEngine, rows: Any, fields: dict[str, Any]
+    control: Control, acme: Principal, script: JobScript, rows: Any, fields: dict[str, Any]
 ) -> None:
     asked = await request(control, acme, rows, **fields)
     found = await control.estimates.estimate(acme, asked)
-    corpus = await prepared_corpus(control, acme, engine, asked)
-    spec = engine.specs[-1]
+    corpus = await prepared_corpus(control, acme, script, asked)
+    spec = script.specs[-1]
     assert [found.settings[name] for name in BY_THEMSELVES] == [getattr(spec, name) for name in BY_THEMSELVES]
     assert (found.rows, found.held_out_rows) == (corpus.train.examples, corpus.valid.examples)
     assert (found.tokens, found.trained_tokens) == (corpus.train.num_tokens, corpus.train.num_trained)
@@ -70,15 +70,15 @@ async def test_it_is_what_the_job_then_does(
     assert found.measured_tokens == found.evaluations * (held_out + len(spec.general_text) - 1) + reference
 
 
-async def test_several_files_count_by_their_weights(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_several_files_count_by_their_weights(control: Control, acme: Principal, script: JobScript) -> None:
     files = [(await upload(control, acme, MANY_ROWS[:count])).id for count in (60, 40)]
     listed = [{"file": files[0], "name": "a"}, {"file": files[1], "name": "b", "weight": 0.5}]
     asked = await request(control, acme, training_files=listed)
     found = await control.estimates.estimate(acme, asked)
-    corpus = await prepared_corpus(control, acme, engine, asked)
+    corpus = await prepared_corpus(control, acme, script, asked)
     assert [(task.name, task.file, task.weight) for task in found.tasks] == [("a", files[0], 1.0), ("b", files[1], 0.5)]
     assert found.rows == corpus.train.examples == sum(task.rows for task in found.tasks)
-    spec = engine.specs[-1]
+    spec = script.specs[-1]
     assert found.steps == spec.n_epochs * corpus.steps_per_epoch(spec.batch_size)
     assert found.read_tokens < found.tokens * spec.n_epochs
 
@@ -134,7 +134,7 @@ async def test_it_fails_as_the_job_would(control: Control, acme: Principal, umbr
 
 
 async def test_leaks_between_the_sides_are_counted_and_the_job_warns(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     rows = [*MANY_ROWS, MANY_ROWS[3], MANY_ROWS[7]]
     valid = await upload(control, acme, [MANY_ROWS[3], {"text": ""}, MANY_ROWS[3]][::2])

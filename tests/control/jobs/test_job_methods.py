@@ -13,6 +13,7 @@ from tenora.control.control import Control
 from tenora.control.jobs.records import JobRecord, JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
+from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
 from tenora.training.spec import FoldEvent, TaskSpec, TrainEvent, TrainSpec
 from tests.control.conftest import (
@@ -30,8 +31,9 @@ from tests.control.conftest import (
     until_told,
     until_true,
     upload,
+    without_engine,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": "I do not know."} for i in range(20)]
 OPENAI_PAIRS = [
@@ -47,10 +49,10 @@ OPENAI_PAIRS = [
 class Rows:
     """Loads what runs are given before it is removed."""
 
-    def __init__(self, engine: ScriptedEngine) -> None:
+    def __init__(self, script: JobScript) -> None:
         self.of: dict[str, list[tuple[TokenizedDataset, TokenizedDataset | None]]] = {}
-        self._write = engine.write
-        engine.write = self._look  # type: ignore[method-assign]  # looks at what the run is given
+        self._write = script.write
+        script.write = self._look  # type: ignore[method-assign]  # looks at what the run is given
 
     def _look(self, path: Path, spec: TrainSpec) -> None:
         self.of[spec.run_id] = [self._load(task) for task in spec.tasks]
@@ -63,8 +65,8 @@ class Rows:
 
 
 @pytest.fixture
-def rows(engine: ScriptedEngine) -> Rows:
-    return Rows(engine)
+def rows(script: JobScript) -> Rows:
+    return Rows(script)
 
 
 async def finish(control: Control, who: Principal, content: list[dict[str, Any]], **fields: Any) -> JobRecord:
@@ -75,10 +77,10 @@ async def finish(control: Control, who: Principal, content: list[dict[str, Any]]
 
 
 async def test_few_rows_are_all_learned_and_the_steps_cross_validated(
-    control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows
+    control: Control, acme: Principal, script: JobScript, rows: Rows
 ) -> None:
     job = await finish(control, acme, ROWS)
-    (spec,) = engine.specs
+    (spec,) = script.specs
     assert (spec.folds, spec.lora.rank, spec.lora.alpha, spec.tasks[0].valid_path) == (5, 8, 16.0, "")
     assert spec.n_epochs > 3
     assert spec.batch_size == 4
@@ -88,13 +90,13 @@ async def test_few_rows_are_all_learned_and_the_steps_cross_validated(
     assert any("5-fold cross-validation chooses the number of steps" in line for line in said)
     assert "Files validated (20 rows to train on), moving job to queued state" in said
     await finish(control, acme, ROWS[:3], lora={"rank": 4}, n_epochs=2)
-    assert (engine.specs[1].folds, engine.specs[1].lora.rank, engine.specs[1].n_epochs) == (3, 4, 2)
+    assert (script.specs[1].folds, script.specs[1].lora.rank, script.specs[1].n_epochs) == (3, 4, 2)
 
 
 async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
-    events, engine.hold_at = engine._events, 1
+    events, script.hold_at = script.training, 1
 
     def with_folds(spec: TrainSpec) -> list[TrainEvent]:
         folds: list[TrainEvent] = [
@@ -113,9 +115,9 @@ async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
         ]
         return [*folds, *events(spec)]
 
-    engine._events = with_folds  # type: ignore[method-assign]  # adds to what it says
+    script.training = with_folds
     made = await create_job(control, acme)
-    await engine.held.wait()  # before the first step of the fit on all rows
+    await script.until_held()  # before the first step of the fit on all rows
     job = await until_told(control, acme, made.id, lambda job: job.trained_tokens == 1000)
     assert job.estimated_finish is not None
     assert made.created_at <= job.estimated_finish < made.created_at + 60
@@ -124,7 +126,7 @@ async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
     assert said.index("Fold 5/5: validation loss=1.50 (base 3.00)") > said.index(
         "Fold 1/5: validation loss=1.50 (base 3.00)"
     )
-    engine.release.set()
+    script.go_on()
     job = await until(control, acme, made.id)
     assert job.status == "succeeded", job.error
     metrics = [event.data for event in (await control.jobs.events(acme, job.id, limit=100)).items if event.data]
@@ -139,16 +141,16 @@ async def test_folds_are_told_and_the_end_is_estimated_while_they_run(
 
 
 async def test_enough_rows_or_a_validation_file_hold_rows_out(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     valid = await upload(control, acme, MANY_ROWS[:5])
     await finish(control, acme, MANY_ROWS)
     await finish(control, acme, ROWS, validation_file=valid.id)
-    for spec in engine.specs:
+    for spec in script.specs:
         assert (spec.folds, spec.lora.rank, bool(spec.tasks[0].valid_path)) == (0, 16, True)
 
 
-async def test_several_files_are_tasks(control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows) -> None:
+async def test_several_files_are_tasks(control: Control, acme: Principal, script: JobScript, rows: Rows) -> None:
     async def file(name: str, count: int) -> str:
         content = jsonl(MANY_ROWS[:count])
         return (await control.files.create(acme, filename=name, purpose="fine-tune", chunks=pieces(content, 4096))).id
@@ -164,7 +166,7 @@ async def test_several_files_are_tasks(control: Control, acme: Principal, engine
     ]
     job = await until(control, acme, made.id)
     assert job.status == "succeeded", job.error
-    (spec,) = engine.specs
+    (spec,) = script.specs
     assert [(task.name, task.weight) for task in spec.tasks] == [("Q-A", 1.0), ("Q-A-2", 3.0), ("defs", 0.5)]
     assert (spec.folds, spec.lora.rank) == (0, 16)  # no folds of several tasks
     sizes = [(len(train), 0 if valid is None else len(valid)) for train, valid in rows.of[job.id]]
@@ -221,29 +223,29 @@ async def test_a_file_of_the_list_that_cannot_be_used_is_named(
     assert "line 5" in job.error["message"]
 
 
-async def test_all_files_of_an_unfinished_job_are_kept(open_control: OpenControl, engine: ScriptedEngine) -> None:
+async def test_all_files_of_an_unfinished_job_are_kept(open_control: OpenControl, script: JobScript) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     first, second = await upload(control, acme), await upload(control, acme)
-    engine.hold_at = 2
+    script.hold_at = 2
     listed = [{"file": first.id}, {"file": second.id}]
     job = await control.jobs.create(acme, JobRequest(model=BASE, training_files=listed))
-    await engine.held.wait()
+    await script.until_held()
     for file in (first, second):
         with pytest.raises(ConflictError, match=job.id):
             await control.files.delete(acme, file.id)
-    engine.release.set()
+    script.go_on()
     await until(control, acme, job.id)
     await control.files.delete(acme, second.id)
 
 
 @pytest.mark.parametrize("content", [PAIRS, OPENAI_PAIRS], ids=["trl", "openai"])
 async def test_preferences(
-    control: Control, acme: Principal, engine: ScriptedEngine, rows: Rows, content: list[dict[str, Any]]
+    control: Control, acme: Principal, script: JobScript, rows: Rows, content: list[dict[str, Any]]
 ) -> None:
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
     job = await finish(control, acme, content, method=method)
-    (spec,) = engine.specs
+    (spec,) = script.specs
     assert (spec.method, spec.method_settings["beta"], spec.learning_rate, spec.n_epochs) == ("dpo", 0.2, 5e-5, 1)
     assert spec.folds == 0  # never of pairs
     ((train, valid),) = rows.of[job.id]
@@ -256,10 +258,10 @@ async def test_preferences(
     assert (metrics[1]["rewards/chosen"], metrics[1]["rewards/rejected"]) == (0.5, -0.5)
 
 
-async def test_auto_beta_is_a_tenth(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_auto_beta_is_a_tenth(control: Control, acme: Principal, script: JobScript) -> None:
     for method in ({"type": "dpo"}, {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}):
         job = await finish(control, acme, PAIRS, method=method)
-        assert (engine.specs[-1].method_settings["beta"], job.hyperparameters["beta"]) == (0.1, 0.1)
+        assert (script.specs[-1].method_settings["beta"], job.hyperparameters["beta"]) == (0.1, 0.1)
 
 
 async def test_rows_of_another_method_are_refused_with_what_to_do(control: Control, acme: Principal) -> None:
@@ -272,14 +274,14 @@ async def test_rows_of_another_method_are_refused_with_what_to_do(control: Contr
 
 
 async def test_early_stopping_and_other_settings_reach_the_run(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     for asked, evaluations in ((None, 0), (False, 0), (0, 0), (True, 3), (5, 5)):
         job = await finish(control, acme, ROWS, early_stopping=asked)
-        assert engine.specs[-1].early_stopping == job.settings["early_stopping"] == evaluations
+        assert script.specs[-1].early_stopping == job.settings["early_stopping"] == evaluations
     fields = {"packing": False, "eval_interval": 7, "max_steps": 9, "warmup_ratio": 0.0, "weight_decay": 0.1}
     job = await finish(control, acme, ROWS, max_grad_norm=0.5, max_seq_length=64, truncate=True, **fields)
-    spec = engine.specs[-1]
+    spec = script.specs[-1]
     assert {name: getattr(spec, name) for name in fields} == fields
     assert spec.max_grad_norm == 0.5
     assert {name: job.settings[name] for name in fields} == fields
@@ -287,16 +289,18 @@ async def test_early_stopping_and_other_settings_reach_the_run(
     assert (job.settings["scheduler"], job.settings["learning_rate"]) == ("cosine", 5e-4)
 
 
-async def test_rows_read_again_give_the_same_run(open_control: OpenControl, engine: ScriptedEngine, home: Path) -> None:
+async def test_rows_read_again_give_the_same_run(
+    open_control: OpenControl, engine: AsyncEngine, script: JobScript, home: Path
+) -> None:
     """What is shown has numbers by then; what was asked for has not changed, so nothing clashes with itself."""
     control = await open_control()
     acme = await tenant(control, "acme")
-    engine.alive = False
+    await without_engine(engine, script)
     job = await create_job(control, acme, learning_rate=1e-3, lora={"rank": 4}, early_stopping=True)
     queued = await until(control, acme, job.id, "queued")
     await control.close()
     shutil.rmtree(home / "tenants" / acme.tenant_id / "jobs" / job.id)
-    engine.alive = True
+    script.come_back()
     control = await open_control()
     done = await until(control, acme, job.id)
     assert done.status == "succeeded", done.error
@@ -306,12 +310,12 @@ async def test_rows_read_again_give_the_same_run(open_control: OpenControl, engi
 
 @pytest.mark.parametrize("fields", [{}, {"sweep": {"rank": [2, 4, 8]}}], ids=["steps", "trials"])
 async def test_the_end_is_estimated_while_a_job_runs(
-    control: Control, acme: Principal, engine: ScriptedEngine, fields: dict[str, Any]
+    control: Control, acme: Principal, script: JobScript, fields: dict[str, Any]
 ) -> None:
-    engine.hold_at = 4
+    script.hold_at = 4
     made = await create_job(control, acme, **fields)
     assert made.estimated_finish is None
-    await engine.held.wait()
+    await script.until_held()
     job = await until_told(control, acme, made.id, lambda job: job.estimated_finish is not None)
     assert job.estimated_finish is not None
     assert made.created_at <= job.estimated_finish < made.created_at + 60

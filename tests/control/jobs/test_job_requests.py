@@ -31,7 +31,7 @@ from tests.control.conftest import (
     until,
     upload,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 
 def supervised(**hyperparameters: Any) -> dict[str, Any]:
@@ -108,11 +108,11 @@ async def test_bad_requests_name_the_field(
     assert (await control.jobs.list(acme)).items == []
 
 
-async def test_hyperparameters_in_the_method_count(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_hyperparameters_in_the_method_count(control: Control, acme: Principal, script: JobScript) -> None:
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 5}}}
     job = await create_job(control, acme, method=method)
     assert (await until(control, acme, job.id)).method == method
-    assert engine.specs[0].n_epochs == 5
+    assert script.specs[0].n_epochs == 5
 
 
 async def test_files_must_be_training_files_of_the_tenant(

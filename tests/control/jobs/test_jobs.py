@@ -18,7 +18,7 @@ from tenora.errors import (
     ConflictError,
     ModelNotFoundError,
 )
-from tenora.training.spec import CheckpointEvent, FailedEvent
+from tenora.training.spec import CheckpointEvent
 from tests.control.conftest import (
     BASE,
     MANY_ROWS,
@@ -32,11 +32,11 @@ from tests.control.conftest import (
     upload,
     workdir,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 
 async def test_a_job_becomes_a_callable_adapter(
-    control: Control, acme: Principal, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, script: JobScript, home: Path
 ) -> None:
     job = await create_job(
         control,
@@ -63,7 +63,7 @@ async def test_a_job_becomes_a_callable_adapter(
     assert isinstance(done.hyperparameters["batch_size"], int)
     assert done.evaluation is not None
     assert (done.evaluation["valid_loss"], done.evaluation["base_loss"], done.evaluation["best_step"]) == (1.5, 3.0, 4)
-    (spec,) = engine.specs
+    (spec,) = script.specs
     assert (spec.lora.rank, spec.lora.alpha, spec.scheduler, spec.n_epochs, spec.learning_rate) == (
         8,
         16,
@@ -112,9 +112,9 @@ async def test_a_job_becomes_a_callable_adapter(
     await until_true(lambda: not workdir(home, acme, job.id).exists())
 
 
-async def test_the_rows_are_split_by_seed_or_by_file(control: Control, acme: Principal, engine: ScriptedEngine) -> None:
+async def test_the_rows_are_split_by_seed_or_by_file(control: Control, acme: Principal, script: JobScript) -> None:
     seen: list[tuple[int, int]] = []
-    write = engine.write
+    write = script.write
 
     def load(path: str) -> int:
         return len(TokenizedDataset.load(Path(path)))
@@ -124,7 +124,7 @@ async def test_the_rows_are_split_by_seed_or_by_file(control: Control, acme: Pri
         seen.append((load(task.train_path), load(task.valid_path) if task.valid_path else 0))
         write(path, spec)
 
-    engine.write = look  # type: ignore[method-assign]  # looks at what the run is given
+    script.write = look  # type: ignore[method-assign]  # looks at what the run is given
     for rows in (ROWS, MANY_ROWS):
         file = await upload(control, acme, rows)
         await until(control, acme, (await create_job(control, acme, training_file=file.id)).id)
@@ -149,7 +149,7 @@ async def test_names(control: Control, acme: Principal, import_adapter: ImportAd
 
 
 async def test_a_job_with_rows_that_do_not_fit_fails_with_their_lines(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     long = {"messages": [{"role": "user", "content": "long " * 400}, {"role": "assistant", "content": "x"}]}
     file = await upload(control, acme, [*ROWS[:3], long])
@@ -158,7 +158,7 @@ async def test_a_job_with_rows_that_do_not_fit_fails_with_their_lines(
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
     assert "line 4" in job.error["message"]
-    assert engine.specs == []
+    assert script.specs == []
     assert (await messages(control, acme, job.id))[-1].startswith("The job failed: ")
     cut = await create_job(control, acme, training_file=file.id, truncate=True, max_seq_length=64)
     failed = await until(control, acme, cut.id)
@@ -171,25 +171,24 @@ async def test_a_job_with_rows_that_do_not_fit_fails_with_their_lines(
 
 
 async def test_a_failed_run_fails_the_job_alone(
-    control: Control, acme: Principal, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, script: JobScript, home: Path
 ) -> None:
-    engine.fail_with = FailedEvent(
-        run_id="x", code="nan_loss", message="The loss became NaN at step 4; lower the learning rate."
-    )
+    message = "The loss became NaN at step 4; lower the learning rate."
+    script.fail_with = ("nan_loss", message)
     job = await until(control, acme, (await create_job(control, acme, name="desk")).id)
     assert (job.status, job.fine_tuned_model) == ("failed", None)
-    assert job.error == {"code": "nan_loss", "message": engine.fail_with.message, "param": None}
+    assert job.error == {"code": "nan_loss", "message": message, "param": None}
     await until_true(lambda: not workdir(home, acme, job.id).exists())
     with pytest.raises(ModelNotFoundError):
         await control.inference.resolve(acme, "desk", None)
-    engine.fail_with = None
+    script.fail_with = None
     assert (await until(control, acme, (await create_job(control, acme, name="desk")).id)).status == "succeeded"
 
 
 async def test_an_adapter_that_cannot_be_served_is_not_published(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
-    engine.broken = True
+    script.broken = True
     job = await until(control, acme, (await create_job(control, acme, name="desk")).id)
     assert job.status == "failed"
     assert job.error is not None
@@ -198,9 +197,9 @@ async def test_an_adapter_that_cannot_be_served_is_not_published(
 
 
 async def test_only_the_last_checkpoints_are_kept(
-    control: Control, acme: Principal, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, script: JobScript, home: Path
 ) -> None:
-    events = engine._events
+    events = script.training
 
     def many(spec: Any) -> Any:
         *before, last = events(spec)
@@ -208,7 +207,7 @@ async def test_only_the_last_checkpoints_are_kept(
         for step in range(1, 6):
             path = Path(spec.workdir) / "checkpoints" / f"more-{step}"
             if not path.exists():
-                engine.write(path, _replace_seed(spec, step))
+                script.write(path, _replace_seed(spec, step))
             made.append(
                 CheckpointEvent(
                     run_id=spec.run_id,
@@ -223,7 +222,7 @@ async def test_only_the_last_checkpoints_are_kept(
         gone = [type(made[0])(**{**_fields(made[0]), "step": 9, "path": str(Path(spec.workdir) / "gone")})]
         return [*[one for one in before if not isinstance(one, CheckpointEvent)], *made, *gone, last]
 
-    engine._events = many  # type: ignore[method-assign]  # a run with more checkpoints
+    script.training = many  # a run with more checkpoints
     job = await until(control, acme, (await create_job(control, acme, name="desk")).id)
     kept = (await control.jobs.checkpoints(acme, job.id)).items
     assert [one.step_number for one in kept] == [5, 4, 3]
@@ -245,10 +244,10 @@ def _fields(event: Any) -> dict[str, Any]:
 
 
 async def test_a_result_can_be_deleted_by_its_ft_name(
-    control: Control, acme: Principal, umbrella: Principal, engine: ScriptedEngine, home: Path
+    control: Control, acme: Principal, umbrella: Principal, script: JobScript, home: Path
 ) -> None:
     first = await until(control, acme, (await create_job(control, acme, name="desk", seed=1)).id)
-    engine.loss /= 2
+    script.loss /= 2
     second = await until(control, acme, (await create_job(control, acme, name="desk", seed=2)).id)
     assert first.fine_tuned_model is not None
     assert second.fine_tuned_model is not None

@@ -11,21 +11,19 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
 from tenora.training.settings import RowSettings
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-async def corpus_of(control: Control, who: Principal, engine: ScriptedEngine, **fields: Any) -> Corpus:
+async def corpus_of(control: Control, who: Principal, script: JobScript, **fields: Any) -> Corpus:
     """What a job trains on and is measured on."""
-    engine.hold_at = 1
-    engine.held.clear()
-    engine.release.clear()
+    script.hold_at = 1
     job = await create_job(control, who, **fields)
-    await engine.held.wait()
-    spec = engine.specs[-1]
+    await script.until_held()
+    spec = script.specs[-1]
     corpus = Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
     if spec.folds:
         corpus, _ = corpus.fold(0, spec.folds, seed=spec.split_seed)
@@ -38,44 +36,42 @@ def contents(rows: TokenizedDataset) -> list[list[int]]:
 
 
 async def test_two_jobs_on_the_same_rows_hold_out_the_same_unless_a_seed_is_given(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     for rows in (MANY_ROWS, MANY_ROWS[:20]):  # held out once, and in folds
         first, again = await upload(control, acme, rows), await upload(control, acme, rows[::-1])
-        sides = [await corpus_of(control, acme, engine, training_file=file.id) for file in (first, again)]
+        sides = [await corpus_of(control, acme, script, training_file=file.id) for file in (first, again)]
         assert contents(sides[0].valid) == contents(sides[1].valid)
         assert contents(sides[0].train) == contents(sides[1].train)
-        seeded = [await corpus_of(control, acme, engine, training_file=first.id, seed=seed) for seed in (7, 7, 8)]
+        seeded = [await corpus_of(control, acme, script, training_file=first.id, seed=seed) for seed in (7, 7, 8)]
         assert contents(seeded[0].valid) == contents(seeded[1].valid) != contents(seeded[2].valid)
         assert contents(seeded[0].valid) != contents(sides[0].valid)
 
 
-async def test_the_seed_that_a_job_shows_makes_it_again(
-    control: Control, acme: Principal, engine: ScriptedEngine
-) -> None:
+async def test_the_seed_that_a_job_shows_makes_it_again(control: Control, acme: Principal, script: JobScript) -> None:
     file = await upload(control, acme, MANY_ROWS)
-    first = await corpus_of(control, acme, engine, training_file=file.id)
+    first = await corpus_of(control, acme, script, training_file=file.id)
     shown = (await control.jobs.list(acme)).items[0].seed
-    again = await corpus_of(control, acme, engine, training_file=file.id, seed=shown)
+    again = await corpus_of(control, acme, script, training_file=file.id, seed=shown)
     assert contents(first.valid) == contents(again.valid)
-    assert [spec.seed for spec in engine.specs] == [shown, shown]
+    assert [spec.seed for spec in script.specs] == [shown, shown]
 
 
 async def test_doubled_rows_do_not_leak_between_folds_or_tasks(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     few = await upload(control, acme, [*MANY_ROWS[:12], *MANY_ROWS[:12]])
-    folded = await corpus_of(control, acme, engine, training_file=few.id)
+    folded = await corpus_of(control, acme, script, training_file=few.id)
     assert not {tuple(row) for row in contents(folded.train)} & {tuple(row) for row in contents(folded.valid)}
     one, other = await upload(control, acme, MANY_ROWS), await upload(control, acme, MANY_ROWS[::-1])
     sources = [{"file": one.id, "name": "one"}, {"file": other.id, "name": "other"}]
-    tasks = await corpus_of(control, acme, engine, training_file=None, training_files=sources)
+    tasks = await corpus_of(control, acme, script, training_file=None, training_files=sources)
     assert len(tasks.valid) == 12
     assert not {tuple(row) for row in contents(tasks.train)} & {tuple(row) for row in contents(tasks.valid)}
 
 
 async def test_near_duplicates_in_another_file_of_the_job_are_named_with_it(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     """Rows that are all alike cannot be kept apart: what is measured is trained on, and that is said."""
     one, other = await upload(control, acme, MANY_ROWS), await upload(control, acme, [MANY_ROWS[0]] * 4)
@@ -93,7 +89,7 @@ async def test_near_duplicates_in_another_file_of_the_job_are_named_with_it(
 
 
 async def test_pairs_that_are_equal_once_they_are_cut_are_left_out_and_counted(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     rows = [{"prompt": f"{n}?", "chosen": f"Yes, {n}.", "rejected": f"No, {n}."} for n in range(60)]
     long = "and so on " * 40

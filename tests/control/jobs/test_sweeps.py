@@ -28,7 +28,7 @@ from tests.control.conftest import (
     until_told,
     upload,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 LIMITS = Limits(BASE, 64, 256, frozenset({"q_proj"}))
 
@@ -132,16 +132,16 @@ async def test_bad_sweeps_name_the_field(control: Control, acme: Principal, fiel
 
 
 async def test_a_sweep_ends_in_a_table_and_the_winners_settings(
-    control: Control, acme: Principal, engine: ScriptedEngine
+    control: Control, acme: Principal, script: JobScript
 ) -> None:
     sweep = {"rank": [4, 8], "learning_rate": [1e-3, 2e-3], "batch_size": [2], "sampler": "grid"}
-    engine.winner = 2
+    script.winner = 2
     file = await upload(control, acme, MANY_ROWS)
     made = await create_job(control, acme, training_file=file.id, name="best", sweep=sweep)
     assert (made.sweep, made.sweep_results) == (sweep, None)
     job = await until(control, acme, made.id)
     assert job.status == "succeeded", job.error
-    (spec,) = engine.specs
+    (spec,) = script.specs
     assert [(trial["rank"], trial["alpha"], trial["learning_rate"], trial["batch_size"]) for trial in spec.trials] == [
         (4, 8.0, 1e-3, 2),
         (4, 8.0, 2e-3, 2),
@@ -185,41 +185,39 @@ async def test_a_sweep_ends_in_a_table_and_the_winners_settings(
     ]
 
 
-async def test_what_a_sweep_chooses_is_open_until_it_has(
-    control: Control, acme: Principal, engine: ScriptedEngine
-) -> None:
-    engine.hold_at = 4
+async def test_what_a_sweep_chooses_is_open_until_it_has(control: Control, acme: Principal, script: JobScript) -> None:
+    script.hold_at = 4
     sweep = {"rank": [4, 8], "n_epochs": {"min": 1, "max": 9}, "learning_rate": [1e-3, 2e-3], "trials": 3}
     made = await create_job(control, acme, sweep=sweep, lora={"dropout": 0.1, "alpha": 12})
-    await engine.held.wait()
+    await script.until_held()
     job = await until_told(control, acme, made.id, lambda job: job.trained_tokens == 30)
     assert job.hyperparameters["n_epochs"] == job.hyperparameters["learning_rate_multiplier"] == "auto"
     assert isinstance(job.hyperparameters["batch_size"], int)
     assert "rank" not in job.lora
     assert (job.lora["dropout"], job.lora["alpha"]) == (0.1, 12)  # what was asked for stays
-    assert {trial["alpha"] for trial in engine.specs[0].trials} == {12}
+    assert {trial["alpha"] for trial in script.specs[0].trials} == {12}
     assert "learning_rate" not in job.settings
     assert job.sweep_results is not None
     assert [one["status"] for one in job.sweep_results] == ["failed", "running", "running"]
     assert job.trained_tokens == 30  # of all trials, as the latest event says
-    assert engine.specs[0].tasks[0].valid_path  # trials are compared on held-out rows, however few there are
-    engine.release.set()
+    assert script.specs[0].tasks[0].valid_path  # trials are compared on held-out rows, however few there are
+    script.go_on()
     assert (await until(control, acme, made.id)).status == "succeeded"
 
 
-async def test_a_restart_keeps_the_table(open_control: OpenControl, engine: ScriptedEngine) -> None:
+async def test_a_restart_keeps_the_table(open_control: OpenControl, script: JobScript) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
-    engine.hold_at = 4
+    script.hold_at = 4
     job = await create_job(control, acme, sweep={"rank": [4, 8, 16]}, seed=5)
-    await engine.held.wait()
+    await script.until_held()
     await control.close()
-    engine.hold_at = None
+    script.hold_at = None
     control = await open_control()
     before = await control.jobs.get(acme, job.id)
     assert [one["step"] for one in before.sweep_results or ()][1] >= 2
     done = await until(control, acme, job.id)
-    assert engine.specs[0] == engine.specs[1]
+    assert script.specs[0] == script.specs[1]
     assert done.sweep_results is not None
     assert [one["winner"] for one in done.sweep_results] == [False, True, False]
     assert done.lora["rank"] == 8

@@ -22,8 +22,9 @@ from tests.control.conftest import (
     until,
     until_true,
     upload,
+    without_engine,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 LIMITS = Limits(BASE, 64, 256, ("q_proj", "k_proj", "v_proj"))
 PARENT = ParentShape(rank=4, scaling=2.0, use_rslora=False, target_modules=frozenset({"q_proj", "v_proj"}))
@@ -62,7 +63,7 @@ def test_what_would_drop_something_of_the_parent_is_refused(asked: dict[str, Any
 
 
 async def test_every_name_of_an_adapter_may_be_the_start(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter
 ) -> None:
     first = await until(control, acme, (await create_job(control, acme, name="desk", lora={"rank": 8})).id)
     (checkpoint,) = (await control.jobs.checkpoints(acme, first.id)).items
@@ -84,16 +85,16 @@ async def test_every_name_of_an_adapter_may_be_the_start(
             job = await until(control, acme, (await control.jobs.create(acme, request)).id)
             assert job.status == "succeeded", job.error
             assert (job.parent, job.parent_digest, job.model) == (name, digest, fields.get("model", BASE))
-            spec = engine.specs[-1]
+            spec = script.specs[-1]
             assert Path(spec.init_path).name == digest
             assert (Path(spec.init_path) / "adapter_config.json").is_file()
             assert spec.lora.rank == (4 if digest == imported.digest else 8)
             version = await control.adapters.get(acme, "next")
             assert (version.parent, version.parent_digest, version.base_model) == (name, digest, BASE)
             assert str(job.fine_tuned_model).startswith(f"ft:{BASE}:acme:")
-    assert engine.specs[-1].lora.target_modules == engine.specs[0].lora.target_modules
+    assert script.specs[-1].lora.target_modules == script.specs[0].lora.target_modules
     assert f"Training starts from {name} (version {digest[:12]})" in await messages(control, acme, job.id)
-    assert engine.specs[0].init_path == ""
+    assert script.specs[0].init_path == ""
     assert (await control.adapters.get(acme, "desk")).parent == BASE
 
 
@@ -135,40 +136,38 @@ async def test_what_does_not_fit_is_refused_before_anything_is_stored(
 
 
 async def test_the_parent_lives_as_long_as_a_job_may_need_it(
-    open_control: OpenControl, engine: ScriptedEngine, import_adapter: ImportAdapter, home: Path
+    open_control: OpenControl, script: JobScript, import_adapter: ImportAdapter, home: Path
 ) -> None:
     control = await open_control(max_running_jobs=1)
     acme = await tenant(control, "acme")
     digest = (await import_adapter(control, acme, "mine")).digest
     blob = home / "adapters" / digest[:2] / digest
-    engine.hold_at = 2
+    script.hold_at = 2
     jobs = [await create_job(control, acme, lora={"init_from": "mine"}) for _ in range(2)]
-    await engine.held.wait()
+    await script.until_held()
     await control.adapters.delete(acme, "mine")
     assert blob.is_dir()
     await control.close()
-    engine.release.clear()
-    engine.held.clear()
     control = await open_control(max_running_jobs=1)  # whose sweep finds no other row that names the blob
     assert blob.is_dir()
-    await engine.held.wait()
+    await script.until_held()
     await control.jobs.pause(acme, jobs[0].id)
     await control.jobs.cancel(acme, jobs[1].id)
     await until_true(lambda: not control._runner._works)
     assert blob.is_dir()
-    engine.hold_at = None
+    script.hold_at = None
     await control.jobs.resume(acme, jobs[0].id)
     assert (await until(control, acme, jobs[0].id)).status == "succeeded"
-    assert Path(engine.specs[-1].init_path) == blob
+    assert Path(script.specs[-1].init_path) == blob
     await until_true(lambda: not blob.exists())
     assert (await control.jobs.get(acme, jobs[0].id)).parent_digest == digest
 
 
 async def test_cancelling_a_waiting_job_lets_go_of_its_parent(
-    control: Control, acme: Principal, engine: ScriptedEngine, import_adapter: ImportAdapter, home: Path
+    control: Control, acme: Principal, script: JobScript, import_adapter: ImportAdapter, home: Path
 ) -> None:
     digest = (await import_adapter(control, acme, "mine")).digest
-    engine.alive = False
+    await without_engine(control.engine, script)
     job = await create_job(control, acme, lora={"init_from": "mine"})
     await until(control, acme, job.id, "queued")
     await control.adapters.delete(acme, "mine")

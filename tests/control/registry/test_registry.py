@@ -24,6 +24,7 @@ from tenora.control.registry.dialects import dialect
 from tenora.control.registry.dialects.by_url import dialect_of
 from tenora.control.registry.tables import Base, TenantRow
 from tenora.control.tenancy import keys
+from tenora.engine.client.client import AsyncEngine
 from tenora.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -33,8 +34,8 @@ from tenora.errors import (
     StorageFullError,
     UnavailableError,
 )
-from tests.control.conftest import OpenControl, tenant
-from tests.control.scripted import ScriptedEngine
+from tests.control.conftest import OpenControl, tenant, without_engine
+from tests.support.scripted_jobs import JobScript
 
 
 @pytest.fixture
@@ -347,12 +348,13 @@ async def test_one_server_per_state_directory(open_control: OpenControl, control
     await open_control()
 
 
-async def test_readiness_and_draining(control: Control, engine: ScriptedEngine) -> None:
+async def test_readiness_and_draining(control: Control, engine: AsyncEngine, script: JobScript) -> None:
     acme = await tenant(control, "acme")
     assert control.ready()
-    engine.healthy = False
+    await without_engine(engine, script)
     assert not control.ready()
-    engine.healthy = True
+    script.come_back()
+    await engine.wait_alive()
     control.begin_drain()
     assert not control.ready()
     with pytest.raises(UnavailableError, match="shutting down"):

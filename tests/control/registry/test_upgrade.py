@@ -10,17 +10,18 @@ from alembic.config import Config
 from sqlalchemy import create_engine
 
 from tenora.control.registry.database import MIGRATIONS
-from tests.control.conftest import MANY_ROWS, OpenControl, create_job, messages, tenant, until, upload
-from tests.control.scripted import ScriptedEngine
+from tenora.engine.client.client import AsyncEngine
+from tests.control.conftest import MANY_ROWS, OpenControl, create_job, messages, tenant, until, upload, without_engine
+from tests.support.scripted_jobs import JobScript
 
 
 @pytest.mark.sqlite
 async def test_after_an_upgrade_jobs_go_on_and_cross_validations_begin_anew(
-    open_control: OpenControl, engine: ScriptedEngine, home: Path
+    open_control: OpenControl, engine: AsyncEngine, script: JobScript, home: Path
 ) -> None:
     control = await open_control(max_running_jobs=2)
     acme = await tenant(control, "acme")
-    engine.alive = False
+    await without_engine(engine, script)
     many = (await upload(control, acme, MANY_ROWS)).id
     few, plain = await create_job(control, acme), await create_job(control, acme, training_file=many)
     for job in (few, plain):
@@ -33,7 +34,7 @@ async def test_after_an_upgrade_jobs_go_on_and_cross_validations_begin_anew(
         config.attributes["connection"] = connection
         command.downgrade(config, "0001")
     engine_of.dispose()
-    engine.alive = True
+    script.come_back()
     control = await open_control()
     for job, again in ((few, True), (plain, False)):
         assert (await until(control, acme, job.id)).status == "succeeded"

@@ -26,8 +26,8 @@ from tests.control.conftest import (
     upload,
     workdir,
 )
-from tests.control.scripted import ScriptedEngine
 from tests.support.patience import PATIENCE
+from tests.support.scripted_jobs import JobScript
 
 NAMED = [table for table in Base.metadata.sorted_tables if "tenant_id" in table.columns]
 
@@ -62,7 +62,7 @@ def test_every_table_of_tenants_things_names_the_tenant() -> None:
 
 
 async def test_all_of_a_tenant_goes_and_nothing_of_another(
-    control: Control, engine: ScriptedEngine, home: Path, import_adapter: ImportAdapter
+    control: Control, script: JobScript, home: Path, import_adapter: ImportAdapter
 ) -> None:
     acme, umbrella = await tenant(control, "acme"), await tenant(control, "umbrella")
     await furnish(control, acme, import_adapter, 1)
@@ -78,41 +78,41 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(
     assert not any((await rows_of(control, acme.tenant_id)).values())
     assert not (home / "tenants" / acme.tenant_id).exists()
     assert (mine - theirs).isdisjoint(control._blobs.store.list())
-    assert engine.pins[pinned] is False
-    assert mine - theirs <= set(engine.evicted)
-    assert engine.forgotten == [acme.tenant_id]
+    assert script.pinned[pinned] is False
+    assert mine - theirs <= set(script.evicted)
+    assert script.forgotten == [acme.tenant_id]
     with pytest.raises(NotFoundError):
         await control.tenants.get("acme")
     assert await rows_of(control, umbrella.tenant_id) == before
     assert theirs <= set(control._blobs.store.list())
-    assert theirs.isdisjoint(engine.evicted)
+    assert theirs.isdisjoint(script.evicted)
     for record in (await control.files.list(umbrella)).items:
         assert await content_of(control, umbrella, record.id)
     with pytest.raises(NotFoundError):
         await control.erasure.erase("acme")
 
 
-async def test_its_jobs_end_and_leave_nothing(control: Control, engine: ScriptedEngine, home: Path) -> None:
+async def test_its_jobs_end_and_leave_nothing(control: Control, script: JobScript, home: Path) -> None:
     acme = await tenant(control, "acme")
-    engine.hold_at = 2
+    script.hold_at = 2
     job = await create_job(control, acme)
     async with asyncio.timeout(PATIENCE):
-        await engine.held.wait()
+        await script.until_held()
     await control.erasure.erase("acme")
-    assert (job.id, False) in engine.stops
+    assert (job.id, False) in script.stopped
     await until_true(lambda: not control._runner._works)
     assert not workdir(home, acme, job.id).exists()
     assert control._blobs.store.list() == ()
 
 
 async def test_a_run_that_saves_its_state_once_more_before_it_ends_leaves_nothing(
-    control: Control, engine: ScriptedEngine, home: Path, monkeypatch: pytest.MonkeyPatch
+    control: Control, script: JobScript, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acme, told = await tenant(control, "acme"), []
-    engine.hold_at = 2
+    script.hold_at = 2
     job = await create_job(control, acme)
     async with asyncio.timeout(PATIENCE):
-        await engine.held.wait()
+        await script.until_held()
     leave = control._runner.leave
 
     async def later(tenant_id: str, job_id: str, *, pause: bool) -> None:

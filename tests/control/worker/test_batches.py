@@ -14,8 +14,8 @@ from tenora.control.jobs import rows as job_rows
 from tenora.control.tenancy.records import Principal
 from tenora.control.worker.batches import batches
 from tests.control.conftest import create_job, messages, until
-from tests.control.scripted import ScriptedEngine
 from tests.support.patience import PATIENCE
+from tests.support.scripted_jobs import JobScript
 
 
 class Source:
@@ -71,7 +71,7 @@ async def test_what_came_before_an_error_is_told_before_it() -> None:
 
 
 async def test_a_step_costs_no_transaction_of_its_own(
-    control: Control, acme: Principal, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, script: JobScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tenora.control.worker.training.BATCH_SECONDS", PATIENCE)
     commits = 0
@@ -80,13 +80,12 @@ async def test_a_step_costs_no_transaction_of_its_own(
         nonlocal commits
         commits += 1
 
-    engine.steps, engine.hold_at = 40, 1
+    script.steps, script.hold_at = 40, 1
     job = await create_job(control, acme)
     async with asyncio.timeout(PATIENCE):
-        await engine.held.wait()
+        await script.until_held()
     sqlalchemy_event.listen(control._registry.database._write.sync_engine, "commit", count)
-    engine.hold_at = None
-    engine.release.set()
+    script.go_on()
     await until(control, acme, job.id)
     steps = [line for line in await messages(control, acme, job.id) if "training loss" in line]
     assert len(steps) > 30

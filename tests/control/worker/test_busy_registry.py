@@ -21,7 +21,7 @@ from tests.control.conftest import (
     until,
     until_true,
 )
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 
 @pytest.fixture
@@ -46,16 +46,16 @@ def hold_registry(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], c
 async def test_a_busy_registry_is_no_stop_of_the_engine(
     hold_registry: Callable[[], contextlib.AbstractContextManager[None]],
     open_control: OpenControl,
-    engine: ScriptedEngine,
+    script: JobScript,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
-    engine.hold_at = 2
+    script.hold_at = 2
     job = await create_job(control, acme)
-    await engine.held.wait()
+    await script.until_held()
     with hold_registry():
-        engine.release.set()
+        script.go_on()
         await until_true(lambda: caplog.text.count("Its run goes on") >= 2)
     done = await until(control, acme, job.id)
     assert done.status == "succeeded"
@@ -63,14 +63,14 @@ async def test_a_busy_registry_is_no_stop_of_the_engine(
     assert not any("engine" in line for line in said)
     steps = [line for line in said if line.startswith("Step ")]
     assert [line.partition(":")[0] for line in steps if "training" in line] == [f"Step {n}/4" for n in range(1, 5)]
-    assert len(engine.specs) == 1
+    assert len(script.specs) == 1
     async with control._registry.database.read() as session:
         assert (await job_rows.find_job(session, acme.tenant_id, job.id)).attempts == 0
 
 
 async def test_a_registry_that_is_busy_when_a_run_begins_does_not_fail_the_job(
     open_control: OpenControl,
-    engine: ScriptedEngine,
+    script: JobScript,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

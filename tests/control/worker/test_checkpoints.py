@@ -15,7 +15,7 @@ from tenora.control.control import Control
 from tenora.control.tenancy.records import Principal
 from tenora.training.spec import CheckpointEvent
 from tests.control.conftest import create_job, until
-from tests.control.scripted import ScriptedEngine
+from tests.support.scripted_jobs import JobScript
 
 Meanwhile = Callable[[Path], None]
 
@@ -36,10 +36,10 @@ async def test_a_checkpoint_that_its_run_takes_away_while_it_is_read_ends_no_job
     kept: int,
     control: Control,
     acme: Principal,
-    engine: ScriptedEngine,
+    script: JobScript,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told, validate = engine._events, blobs.validate_files
+    told, validate = script.events, blobs.validate_files
     early: list[Path] = []
 
     def with_an_early_one(spec: Any) -> list[Any]:
@@ -60,7 +60,7 @@ async def test_a_checkpoint_that_its_run_takes_away_while_it_is_read_ends_no_job
             weights = weights.with_name("gone")
         return validate(config, weights, *given, **settings)
 
-    monkeypatch.setattr(engine, "_events", with_an_early_one)
+    monkeypatch.setattr(script, "training", with_an_early_one)
     monkeypatch.setattr(blobs, "validate_files", validated)
     job = await until(control, acme, (await create_job(control, acme)).id)
     assert job.status == "succeeded"

@@ -23,7 +23,7 @@ from tenora.control.jobs.records import JobRecord
 from tenora.control.jobs.rows import find_job
 from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
-from tenora.engine.messages import Generate, SequenceOutput
+from tenora.engine.messages import Generate, SamplingParams
 from tenora.errors import NotFoundError, UnavailableError
 from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
 from tests.control.conftest import (
@@ -37,19 +37,27 @@ from tests.control.conftest import (
     until,
     upload,
 )
-from tests.control.scripted import ScriptedEngine, scores
+from tests.support import scripted_jobs
 from tests.support.patience import PATIENCE
+from tests.support.scripted_answers import refusal, scores
+from tests.support.scripted_engine import Answer
+from tests.support.scripted_jobs import JobScript
 
 ADAPTER, BASE_SCORE = -1.0, -2.0  # log-probability of every token, as the scripted engine has it
 
 
+@pytest.fixture(autouse=True)
+def _asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine says when it is to be asked again: it is after the usual pause, which is cut short here."""
+    monkeypatch.setitem(UnavailableError.__init__.__kwdefaults__, "retry_after", 0.01)
+
+
 @pytest.fixture
-def measured(engine: ScriptedEngine) -> ScriptedEngine:
+def measured(script: JobScript) -> JobScript:
     """Runs say of their held-out rows what the scripted serving path says, too."""
-    events = engine._events
 
     def with_rows(spec: TrainSpec) -> list[TrainEvent]:
-        *before, last = events(spec)
+        *before, last = script.events(spec)
         if not isinstance(last, FinishedEvent):
             return [*before, last]
         path = spec.tasks[0].valid_path
@@ -62,8 +70,8 @@ def measured(engine: ScriptedEngine) -> ScriptedEngine:
         told = {"last_loss": 1.7, "general_loss": 1.0, "base_general_loss": 2.0}
         return [*before, msgspec.structs.replace(last, held_out=held_out, probe=probe, **told)]
 
-    engine._events = with_rows  # type: ignore[method-assign]  # adds to what it says
-    return engine
+    script.training = with_rows
+    return script
 
 
 async def train(control: Control, who: Principal, **fields: Any) -> JobRecord:
@@ -73,7 +81,7 @@ async def train(control: Control, who: Principal, **fields: Any) -> JobRecord:
 
 
 async def test_the_card_rides_on_job_and_adapter(
-    control: Control, acme: Principal, measured: ScriptedEngine, tiny_base: Path
+    control: Control, acme: Principal, measured: JobScript, tiny_base: Path
 ) -> None:
     done = await train(control, acme)
     assert done.status == "succeeded", done.error
@@ -146,15 +154,13 @@ async def test_the_card_rides_on_job_and_adapter(
     assert version.evaluation == said
 
 
-async def test_the_base_is_measured_while_the_job_runs_and_once(
-    open_control: OpenControl, measured: ScriptedEngine
-) -> None:
+async def test_the_base_is_measured_while_the_job_runs_and_once(open_control: OpenControl, measured: JobScript) -> None:
     control = await open_control()
     acme = await tenant(control, "acme")
     measured.hold_at = 2
     valid = await upload(control, acme, ROWS[:8])
     job = await create_job(control, acme, validation_file=valid.id, name="desk")
-    await measured.held.wait()
+    await measured.until_held()
     async with asyncio.timeout(PATIENCE):
         while True:
             async with control._registry.database.read() as session:
@@ -180,11 +186,14 @@ async def test_the_base_is_measured_while_the_job_runs_and_once(
 
 
 async def test_requests_come_before_the_few_shot_rows(
-    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, measured: JobScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines, "_PATIENCE_SECONDS", 0.05)
-    measured.open_requests = 1
+    waiting = control.engine.generate(Generate(request_id="r", token_ids=[1], sampling=SamplingParams(max_tokens=1)))
+    answer = asyncio.create_task(anext(waiting))
+    await measured.until(lambda: bool(measured.generated))
     done = await train(control, acme)
+    answer.cancel()
     assert done.status == "succeeded"
     assert done.evaluation is not None
     assert done.evaluation["few_shot"] is None
@@ -193,12 +202,12 @@ async def test_requests_come_before_the_few_shot_rows(
 
 
 async def test_another_job_that_is_prepared_holds_up_no_few_shot_rows(
-    control: Control, acme: Principal, measured: ScriptedEngine
+    control: Control, acme: Principal, measured: JobScript
 ) -> None:
     may_end = threading.Event()
     preparing: list[asyncio.Task[bool]] = []
 
-    def prepares_meanwhile(request: Generate) -> list[SequenceOutput]:
+    def prepares_meanwhile(request: Generate) -> Answer:
         if not preparing:
             other = control.inference.tokenizing.job(acme.tenant_id, lambda _: may_end.wait())
             preparing.append(asyncio.ensure_future(other))
@@ -212,15 +221,20 @@ async def test_another_job_that_is_prepared_holds_up_no_few_shot_rows(
     assert done.evaluation["few_shot"]["comparison"]["rows"] == 8
 
 
+@pytest.mark.parametrize("of_the_engine", [True, False], ids=["refused", "defect"])
 async def test_without_the_bases_figures_the_job_still_succeeds(
-    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, measured: JobScript, monkeypatch: pytest.MonkeyPatch, of_the_engine: bool
 ) -> None:
-    def only_adapters(request: Generate) -> list[SequenceOutput]:
-        if request.adapter is None:
-            raise ZeroDivisionError
-        return scores(request)
+    def only_adapters(request: Generate) -> Answer:
+        return scores(request) if request.adapter is not None else refusal(request, "invalid_request", "No.")
 
-    measured.score = only_adapters
+    def defect(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    if of_the_engine:
+        measured.score = only_adapters
+    else:
+        monkeypatch.setattr(baselines, "probe_rows", defect)
     done = await train(control, acme)
     assert done.status == "succeeded", done.error
     assert done.evaluation is not None
@@ -229,16 +243,14 @@ async def test_without_the_bases_figures_the_job_still_succeeds(
     assert done.evaluation["held_out"]["verdict"] == "better"
 
 
-async def test_a_busy_engine_is_asked_again(
-    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_busy_engine_is_asked_again(control: Control, acme: Principal, measured: JobScript) -> None:
     refused = 0
 
-    def busy(request: Generate) -> list[SequenceOutput]:
+    def busy(request: Generate) -> Answer:
         nonlocal refused
         if request.adapter is not None and refused < 3:
             refused += 1
-            raise UnavailableError("Every slot is in use.", retry_after=0.01, code="adapter_unavailable")
+            return refusal(request, "adapter_unavailable", "Every slot is in use.")
         return scores(request)
 
     measured.score = busy
@@ -247,11 +259,11 @@ async def test_a_busy_engine_is_asked_again(
 
 
 async def test_an_adapter_that_cannot_be_tried_out_is_not_published(
-    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, measured: JobScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(request: Generate) -> list[SequenceOutput]:
+    def full(request: Generate) -> Answer:
         if request.adapter is not None:
-            raise UnavailableError("Every adapter slot is pinned.", retry_after=0.01, code="adapter_unavailable")
+            return refusal(request, "adapter_unavailable", "Every adapter slot is pinned.")
         return scores(request)
 
     monkeypatch.setattr(scoring, "PATIENCE_SECONDS", 0.05)
@@ -265,15 +277,15 @@ async def test_an_adapter_that_cannot_be_tried_out_is_not_published(
 
 
 async def test_an_engine_that_dies_in_the_examination_is_waited_for(
-    control: Control, acme: Principal, measured: ScriptedEngine
+    control: Control, acme: Principal, measured: JobScript
 ) -> None:
     died = False
 
-    def dies(request: Generate) -> list[SequenceOutput]:
+    def dies(request: Generate) -> Answer:
         nonlocal died
         if request.adapter is not None and not died:
             died = True
-            raise UnavailableError("The engine stopped.", code="engine_lost")
+            raise RuntimeError
         return scores(request)
 
     measured.score = dies
@@ -283,7 +295,7 @@ async def test_an_engine_that_dies_in_the_examination_is_waited_for(
     assert any("(attempt 1 of 5)" in line for line in await messages(control, acme, done.id))
 
 
-async def test_a_gap_fails_the_job(control: Control, acme: Principal, measured: ScriptedEngine) -> None:
+async def test_a_gap_fails_the_job(control: Control, acme: Principal, measured: JobScript) -> None:
     measured.score = lambda request: scores(request, -1.0025)
     failed = await train(control, acme)
     assert failed.error is not None
@@ -292,18 +304,16 @@ async def test_a_gap_fails_the_job(control: Control, acme: Principal, measured: 
 
 
 async def test_untrained_modules_fail_the_job(
-    control: Control, acme: Principal, measured: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    control: Control, acme: Principal, measured: JobScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.control import scripted
-
-    made = scripted.random_modules
+    made = scripted_jobs.random_modules
 
     def hole(*args: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         modules = made(*args)
         next(iter(modules.values()))[1][:] = 0.0
         return modules
 
-    monkeypatch.setattr(scripted, "random_modules", hole)
+    monkeypatch.setattr(scripted_jobs, "random_modules", hole)
     failed = await train(control, acme)
     assert failed.error is not None
     assert failed.error["code"] == "untrained_modules"
@@ -311,26 +321,24 @@ async def test_untrained_modules_fail_the_job(
     assert control._blobs.store.list() == ()
 
 
-async def examined(control: Control, who: Principal, engine: ScriptedEngine) -> JobRecord:
+async def examined(control: Control, who: Principal, script: JobScript) -> JobRecord:
     """A job whose adapter is being examined, for as long as the engine does not score again."""
     asked = asyncio.Event()
 
-    def ask(request: Generate) -> list[SequenceOutput]:
+    def ask(request: Generate) -> Answer:
         if request.adapter is not None:
             asked.set()
-            raise UnavailableError("Busy.", retry_after=0.05)
+            return refusal(request, "adapter_unavailable", "Busy.")
         return scores(request)
 
-    engine.score = ask
+    script.score = ask
     valid = await upload(control, who, ROWS[:8])
     job = await create_job(control, who, validation_file=valid.id, name="desk")
     await asked.wait()
     return job
 
 
-async def test_cancelling_during_the_examination_wins(
-    control: Control, acme: Principal, measured: ScriptedEngine
-) -> None:
+async def test_cancelling_during_the_examination_wins(control: Control, acme: Principal, measured: JobScript) -> None:
     job = await examined(control, acme, measured)
     await control.jobs.cancel(acme, job.id)
     measured.score = scores
@@ -340,7 +348,7 @@ async def test_cancelling_during_the_examination_wins(
 
 
 async def test_others_publish_while_one_is_examined(
-    control: Control, acme: Principal, measured: ScriptedEngine, import_adapter: ImportAdapter
+    control: Control, acme: Principal, measured: JobScript, import_adapter: ImportAdapter
 ) -> None:
     job = await examined(control, acme, measured)
     async with asyncio.timeout(PATIENCE):
@@ -359,7 +367,7 @@ async def unpack(control: Control, who: Principal, name: str, directory: Path) -
 
 
 async def test_the_card_of_one_tenant_is_not_anothers(
-    control: Control, acme: Principal, umbrella: Principal, measured: ScriptedEngine, tmp_path: Path
+    control: Control, acme: Principal, umbrella: Principal, measured: JobScript, tmp_path: Path
 ) -> None:
     """Who uploads the same weights shares the stored files, and learns nothing of where they come from."""
     done = await train(control, acme)
