@@ -83,7 +83,7 @@ class Script(RunScript):
     resident: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.changed = threading.Condition()
+        self._waiting: list[Callable[[], object]] = []
         self.requests: list[Generate] = []
         self.aborted: list[str] = []
         self.pins: list[tuple[AdapterRef, bool]] = []
@@ -140,13 +140,25 @@ class Script(RunScript):
         self.held -= 1
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something to be true of what the engine, in its thread, was told."""
+        """Wait for something to be true of what the engine was told, whatever thread it is in."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-        def wait() -> bool:
-            with self.changed:
-                return self.changed.wait_for(condition, PATIENCE)
+        def wake() -> None:
+            loop.call_soon_threadsafe(changed.set)
 
-        assert await asyncio.to_thread(wait), "the engine was not told in time"
+        self._waiting.append(wake)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while not condition():
+                    await changed.wait()
+                    changed.clear()
+        finally:
+            self._waiting.remove(wake)
+
+    def has_changed(self) -> None:
+        """Let those who wait look again."""
+        for wake in list(self._waiting):
+            wake()
 
 
 class ScriptedEngine:
@@ -183,8 +195,7 @@ class ScriptedEngine:
 
     def add(self, command: Command) -> None:
         self._take(command)
-        with self.script.changed:
-            self.script.changed.notify_all()
+        self.script.has_changed()
 
     def _take(self, command: Command) -> None:
         script = self.script
@@ -269,9 +280,8 @@ class ScriptedEngine:
                     del self.scripted[run_id]
             elif not run.held:
                 run.held = True
-                with self.script.changed:
-                    self.script.held += 1
-                    self.script.changed.notify_all()
+                self.script.held += 1
+                self.script.has_changed()
         if self.script.makes_steps:
             for run_id in self.runs:
                 self.runs[run_id] += 1
