@@ -63,16 +63,19 @@ $(TOOLS)/bin/helm: deploy/tools/fetch_helm.py | $(READY)
 demo: setup ## the whole product in one run: serve, fine-tune on a sample file, compare base and adapter
 	@$(BIN)/python clients/demo/demo.py $(ARGS)
 
-# Two lanes of about the same length when everything runs: the tests that compute and some small rooms, and those of services.
-COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine \
-  tests/adapters tests/architecture tests/client tests/deploy tests/docs
+# Three lanes of about the same length for two cores, since many tests wait for a process: those that compute, those of
+# the state, and the others, which are the commands and whole services.
+COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine tests/adapters
+STATE := tests/control tests/api tests/architecture tests/client tests/deploy tests/docs
 
 define LANES
-log=$$(mktemp); failed=0; \
-$(BIN)/python -m pytest -m '$(1)' -o cache_dir=.pytest_cache/computing $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
-$(BIN)/python -m pytest -m '$(1)' tests $(COMPUTING:%=--ignore=%) || failed=1; \
-wait $$computing || failed=1; \
-cat "$$log"; rm -f "$$log"; exit $$failed
+logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; \
+lane() { name=$$1; shift; $(BIN)/python -m pytest -m '$(1)' -o cache_dir=.pytest_cache/$$name "$$@"; }; \
+lane computing $(COMPUTING) >"$$logs"/computing 2>&1 & computing=$$!; \
+lane state $(STATE) >"$$logs"/state 2>&1 & state=$$!; \
+failed=0; lane services tests $(COMPUTING:%=--ignore=%) $(STATE:%=--ignore=%) || failed=1; \
+wait $$state || failed=1; cat "$$logs"/state; \
+wait $$computing || failed=1; cat "$$logs"/computing; exit $$failed
 endef
 
 test: setup ## run the tests (ARGS="tests/api -k name" for some of them)
