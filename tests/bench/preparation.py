@@ -1,8 +1,8 @@
 """What a large upload costs the streams beside it: `python -m tests.bench.preparation --model DIR`.
 
 Streams decode without pause. Gaps between their tokens are measured while nothing else happens, while a file of many
-rows is sent and checked, and while a job on it is prepared; what overlaps training is left out. Prints a report as
-JSON: the p95 while preparing is to be at most 1.2 times the idle one.
+rows is sent and checked, and while a job on it is prepared, each for `--longest` seconds at most; what overlaps
+training is left out. Prints a report as JSON: the p95 while preparing is to be at most 1.2 times the idle one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -54,10 +55,11 @@ def write_rows(path: Path, count: int) -> None:
 class Rounds:
     """Rounds of `streams` streams of `tokens` tokens each, one round after the other."""
 
-    def __init__(self, served: Served, streams: int, tokens: int) -> None:
+    def __init__(self, served: Served, streams: int, tokens: int, longest: float | None) -> None:
         self._served = served
         self._streams = streams
         self._tokens = tokens
+        self._longest = math.inf if longest is None else longest
 
     def idle(self, seconds: float) -> list[float]:
         """Seconds between tokens, of whole rounds over at least so long."""
@@ -68,9 +70,10 @@ class Rounds:
         return found
 
     def beside(self, goes_on: Callable[[], bool]) -> list[float]:
-        """The same, of the rounds that ended while `goes_on` was true."""
+        """The same, of the rounds that ended while `goes_on` was true; no round begins after `longest` seconds."""
+        ends = time.monotonic() + self._longest
         found: list[float] = []
-        while goes_on():
+        while goes_on() and time.monotonic() < ends:
             gaps = self._round()
             if goes_on():
                 found += gaps
@@ -82,10 +85,14 @@ class Rounds:
 
 
 class Preparing:
-    """A job from its creation until its rows are prepared; watched from a thread."""
+    """A job from its creation until its rows are prepared; watched from a thread.
+
+    Attributes:
+        seconds: how long that took; None if it was cancelled before.
+    """
 
     def __init__(self, served: Served, file: str) -> None:
-        self.seconds = 0.0
+        self.seconds: float | None = None
         self._jobs = served.client.jobs
         self._began = time.monotonic()
         self._id = self._jobs.create(file, name="beside").id
@@ -98,16 +105,17 @@ class Preparing:
         return not self._ended.is_set()
 
     def end(self) -> None:
-        """Cancel the job, which trains by now, and wait until it has ended."""
-        self._watch.join()
+        """Cancel the job, whether it trains by now or not, and wait until it has ended."""
         self._jobs.cancel(self._id)
+        self._watch.join()
         while self._jobs.get(self._id).status not in {"cancelled", "failed", "succeeded"}:
             time.sleep(POLL)
 
     def _look(self) -> None:
-        while self._jobs.get(self._id).status == PREPARING:
+        while (status := self._jobs.get(self._id).status) == PREPARING:
             time.sleep(POLL)
-        self.seconds = time.monotonic() - self._began
+        if status != "cancelled":
+            self.seconds = time.monotonic() - self._began
         self._ended.set()
 
 
@@ -122,9 +130,11 @@ def sending(served: Served, path: Path) -> Iterator[subprocess.Popen[str]]:
             child.kill()
 
 
-def measure(served: Served, rows: Path, *, streams: int, tokens: int, seconds: float) -> dict[str, Any]:
+def measure(
+    served: Served, rows: Path, *, streams: int, tokens: int, seconds: float, longest: float | None
+) -> dict[str, Any]:
     """One round of phases: idle, sent and checked, idle, prepared. Gaps in milliseconds, ratios of their p95."""
-    rounds = Rounds(served, streams, tokens)
+    rounds = Rounds(served, streams, tokens, longest)
     with Quiet() as quiet:
         idle = rounds.idle(seconds)
         began = time.monotonic()
@@ -170,23 +180,21 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of each stream in a round")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each idle window, two a repeat")
+    parser.add_argument("--longest", type=float, help="seconds that are measured of each other phase; default all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
     end_in_order()
-    shown = {name: getattr(options, name) for name in ("rows", "streams", "tokens", "seconds", "repeats", "threads")}
+    windows = {name: getattr(options, name) for name in ("streams", "tokens", "seconds", "longest")}
+    shown = {**windows, **{name: getattr(options, name) for name in ("rows", "repeats", "threads")}}
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tenora-bench-")))
         rows = work / "rows.jsonl"
         write_rows(rows, options.rows)
         served = serve(stack, Base.of(options.model), work / "home", options.threads)
         served.warm([None] * options.streams)
-        runs = [
-            measure(served, rows, streams=options.streams, tokens=options.tokens, seconds=options.seconds)
-            for _ in range(options.repeats)
-        ]
-    names = ("p95_ratio", "median_ratio", "preparation_seconds")
-    middle = {name: median([run[name] for run in runs]) for name in names}
+        runs = [measure(served, rows, **windows) for _ in range(options.repeats)]
+    middle = {name: median([run[name] for run in runs]) for name in ("p95_ratio", "median_ratio")}
     shown |= {"model": options.model.name}
     print(json.dumps({**head("preparation", shown), "commit": commit(), "median": middle, "runs": runs}, indent=2))
 
