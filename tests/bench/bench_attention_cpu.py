@@ -52,7 +52,7 @@ def measure(name: str, contexts: list[int], counts: list[int], team: Team) -> No
     cache = KVCache.allocate(spec(layers), sum(blocks), SIZE)
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    order = torch.randperm(sum(blocks)).split(blocks)
+    order = torch.randperm(sum(blocks)).split(blocks)  # type: ignore[no-untyped-call]  # torch
     tables = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).int()
     slots = torch.cat(
         [

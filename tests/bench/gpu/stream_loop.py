@@ -32,6 +32,7 @@ def stream(
     engine: Engine,
     seconds: float,
     adapter: Callable[[int], AdapterRef | None] = lambda _: None,
+    /,
     *,
     streams: int = STREAMS,
     prompt: int = PROMPT,

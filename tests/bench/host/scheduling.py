@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,16 @@ def waiting(groups: int, reason: Blocked) -> Scheduler:
 
 def step(scheduler: Scheduler) -> None:
     """What the engine does with the scheduler in one step."""
-    list(scheduler.upcoming_adapters())
+    look_ahead(scheduler)
     for item in scheduler.schedule():
         scheduler.computed(item)
         if item.samples:
             item.sequence.token_ids.append(7)
+
+
+def look_ahead(scheduler: Scheduler) -> None:
+    """Which adapters the engine would have read next."""
+    list(scheduler.upcoming_adapters())
 
 
 def planning() -> Iterator[tuple[str, float]]:
@@ -71,11 +77,9 @@ def planning() -> Iterator[tuple[str, float]]:
     for groups in (1024, 64, 1):
         scheduler = waiting(groups, Blocked.FULL)
         name = f"{WAITING} waiting in {groups} groups"
-        yield f"schedule(), slots taken, {name}", median(scheduler.schedule, REPEATS, lambda s=scheduler: step(s))
-        yield (
-            f"upcoming_adapters(), {name}",
-            median(lambda s=scheduler: list(s.upcoming_adapters()), REPEATS, lambda s=scheduler: step(s)),
-        )
+        between = partial(step, scheduler)
+        yield f"schedule(), slots taken, {name}", median(scheduler.schedule, REPEATS, between)
+        yield f"upcoming_adapters(), {name}", median(partial(look_ahead, scheduler), REPEATS, between)
     scheduler = waiting(1024, Blocked.LOADING)
     name = f"{WAITING} waiting in 1024 groups"
     yield f"schedule(), adapters being read, {name}", median(scheduler.schedule, REPEATS, lambda: step(scheduler))

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -31,9 +31,9 @@ try:
     from tenora.engine.client.client import AsyncEngine
     from tenora.engine.client.link import decode_event, encode
 except ModuleNotFoundError:  # an older checkout, where the client was two modules
-    from tenora.engine.link import decode_event, encode
+    from tenora.engine.link import decode_event, encode  # type: ignore[import-not-found, no-redef]
 
-    from tenora.engine.client import AsyncEngine
+    from tenora.engine.client import AsyncEngine  # type: ignore[attr-defined, no-redef]
 
 PATH = "/v1/chat/completions"
 STREAMS, TOKENS = 32, 150
@@ -166,7 +166,7 @@ class Server(uvicorn.Server):
         yield
 
 
-async def connect(app: FastAPI, key: str, body: bytes) -> AsyncIterator[Process]:
+async def connect(app: FastAPI, key: str, body: bytes) -> AsyncGenerator[Process, None]:
     """Requests over sockets, through the server, from another process; one round after the other."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(app)

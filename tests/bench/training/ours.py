@@ -50,7 +50,9 @@ def load(base: Path, threads: int) -> Decoder:
 def spec(name: str, train: Path, valid: Path, work: Path, **settings: Any) -> TrainSpec:
     """A run with the defaults of a job, but for what is named."""
     task = TaskSpec(name="rows", train_path=str(train), valid_path=str(valid))
-    return TrainSpec(run_id=name, group=name, tasks=(task,), workdir=str(work / name), base_model="base", **settings)
+    return TrainSpec(
+        run_id=name, share_group=name, tasks=(task,), workdir=str(work / name), base_model="base", **settings
+    )
 
 
 def train(decoder: Decoder, specs: list[TrainSpec]) -> Trained:
