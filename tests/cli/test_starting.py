@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -97,15 +98,27 @@ class Fetching:
     def left_over(self) -> list[Path]:
         return [path for path in (self.home / "models").iterdir() if path.name.endswith(".partial")]
 
+    def runs(self, word: str) -> bool:
+        """Whether a child has that word in its command line."""
+        return any(word in child.cmdline() for child in self.children())
+
 
 @pytest.fixture
 def fetching(tmp_path: Path, silent_index: str) -> Iterator[Fetching]:
-    server = Fetching(tmp_path / "home", silent_index)
-    yield server
-    children = server.children()
-    server.process.kill()
-    server.process.communicate()
-    psutil.wait_procs(children, timeout=PATIENCE)
+    with running(tmp_path / "home", silent_index) as server:
+        yield server
+
+
+@contextmanager
+def running(home: Path, index: str) -> Iterator[Fetching]:
+    server = Fetching(home, index)
+    try:
+        yield server
+    finally:
+        children = server.children()
+        server.process.kill()
+        server.process.communicate()
+        psutil.wait_procs(children, timeout=PATIENCE)
 
 
 def test_while_the_base_downloads_probes_answer_and_a_second_server_is_told_at_once(fetching: Fetching) -> None:
@@ -121,6 +134,19 @@ def test_while_the_base_downloads_probes_answer_and_a_second_server_is_told_at_o
     third = fetching.serve(fetching.port)
     _, said = third.communicate(timeout=PATIENCE)
     assert (third.returncode, "Cannot listen on" in said) == (1, True)
+
+
+def test_kernels_are_compiled_while_the_base_downloads(
+    tmp_path: Path, silent_index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))  # of a machine that has compiled nothing yet
+    with running(tmp_path / "home", silent_index) as server:
+        until(lambda: server.runs("tenora.engine.compiling"))
+        assert server.runs("download")
+        children = server.children()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.communicate(timeout=PATIENCE)
+        assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []  # the compiler too
 
 
 def test_a_first_start_that_is_terminated_leaves_no_process_and_no_half_written_base(fetching: Fetching) -> None:
