@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -142,6 +143,63 @@ def test_an_adapter_cannot_be_used_before_it_was_copied_and_what_is_computed_the
     streams.compute(lambda: assert_holds(pool, slot, weights))
     streams.finish()
     pool.check_integrity()
+
+
+def test_host_memory_is_pinned_once_and_not_for_each_adapter(streams: LateStreams, small_ring: None) -> None:
+    pinned: list[int] = []
+    real = streams.pinned
+
+    def counted(nbytes: int) -> Tensor:
+        pinned.append(nbytes)
+        return real(nbytes)
+
+    streams.pinned = counted  # type: ignore[method-assign]
+    pool = make_pool(streams)
+    for name in "ab":
+        put(pool, name, (5, 7, 3))
+        arrived(pool, name)
+    assert pinned == [upload.BLOCK_BYTES] * upload.BLOCKS
+
+
+class Stream:
+    """A stream of CUDA that notes what it was told."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+        self.event = object()
+
+    def record_event(self) -> object:
+        return self.event
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+def test_on_a_gpu_adapters_are_copied_by_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    computing, copying = Stream(), Stream()
+    within: list[Stream] = []
+
+    @contextmanager
+    def current(stream: Stream) -> Iterator[None]:
+        within.append(stream)
+        yield
+        within.append(computing)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(upload.CudaStreams, "pinned", lambda _, nbytes: torch.zeros(nbytes, dtype=torch.uint8))
+    uploader = upload.uploader_for(torch.device("cuda"), lambda: None)
+    assert uploader is not None
+    target = torch.zeros(4, dtype=torch.uint8)
+    under_way = uploader.start(target, torch.arange(4, dtype=torch.uint8))
+    wait([under_way.copied], timeout=PATIENCE)
+    assert target.tolist() == [0, 1, 2, 3]
+    assert within == [copying, computing]
+    assert (copying.waited, computing.waited) == ([computing.event], [])
+    under_way.finish()
+    assert computing.waited == [copying.event]
+    assert upload.uploader_for(torch.device("cpu"), lambda: None) is None
 
 
 def test_until_it_has_arrived_it_has_no_slot_for_anybody(streams: LateStreams) -> None:

@@ -28,3 +28,16 @@ def test_an_event_from_the_template_has_the_bytes_of_the_schema(pieces: list[tup
         texts = TextEvents(event)
         for index, text in pieces:
             assert texts(index, text) == event(index, text).model_dump_json()
+
+
+def test_the_schema_is_asked_once_for_each_choice_and_not_for_each_token() -> None:
+    asked: list[int] = []
+
+    def event(index: int, text: str) -> ChatChunk:
+        asked.append(index)
+        return chat(index, text)
+
+    texts = TextEvents(event)
+    for token in range(50):
+        texts(token % 2, str(token))
+    assert sorted(asked) == [0, 1]

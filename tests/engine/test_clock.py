@@ -7,8 +7,11 @@ from typing import cast
 import pytest
 import torch
 
+from tenora.config import Settings
+from tenora.engine import core
 from tenora.engine.clock import DeviceClock, HostClock, clock_of
 from tenora.engine.trainer import LONGEST_BURST_SECONDS, Trainer
+from tenora.model.decoder import Decoder
 from tenora.training.fusion import FusedTraining
 
 ENQUEUED = 0.05  # milliseconds of the host for a piece
@@ -134,6 +137,25 @@ def test_a_command_ends_a_slice_within_two_layers() -> None:
 
 def test_a_cpu_has_the_hosts_clock() -> None:
     assert isinstance(clock_of(torch.device("cpu")), HostClock)
+
+
+def test_a_gpu_has_a_clock_of_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, bool]] = []
+
+    def event(**how: bool) -> Mark:
+        made.append(how)
+        return Mark(Gpu())
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    assert isinstance(clock_of(torch.device("cuda")), DeviceClock)
+    assert made == [{"enable_timing": True}]
+
+
+def test_the_engines_training_has_the_clock_of_its_device(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = HostClock()
+    monkeypatch.setattr(core, "clock_of", lambda device: clock if device == decoder.device else None)
+    engine = core.Engine(decoder, Settings(kv_cache_bytes=2**20, adapter_pool_bytes=2**20, max_adapters=2))
+    assert engine.trainer._clock is clock
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from tenora.training.spec import FailedEvent, FinishedEvent, TrainSpec
 from tests.engine.driver import Driver, MakeDriver
 from tests.engine.requests import generate, sampling
 from tests.support.errors import OUT_OF_MEMORY
+from tests.support.patience import PATIENCE
 from tests.support.scripted_engine import READY
 from tests.training.runs import default_spec, write_rows
 
@@ -133,6 +137,28 @@ def test_an_adapter_that_cannot_be_pinned_in_host_memory_ends_the_engine_if_its_
         steps(tiny)
 
 
+@pytest.mark.parametrize("call", ["acquire", "settle"])
+def test_an_adapter_that_does_not_arrive_on_a_lost_device_ends_the_engine(
+    call: str, driver: MakeDriver, gpu: Gpu, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether somebody waits for it, or it is only taken in."""
+    tiny = driver()
+    with monkeypatch.context() as once:
+        once.setattr(tiny.engine.pool, call, breaks(ILLEGAL))
+        if call == "acquire":
+            (answer,) = tiny.run(generate([5], adapter=adapters[0]))
+            assert answer.failure is not None
+            assert answer.failure.code == "adapter_unavailable"
+        else:
+            tiny.step()
+    assert gpu.asked > 0
+    gpu.dead = True
+    monkeypatch.setattr(tiny.engine.pool, call, breaks(ILLEGAL))
+    tiny.add(generate([5], adapter=adapters[1]))
+    with pytest.raises(DeviceLostError):
+        steps(tiny)
+
+
 def test_training_survives_a_failed_pass_and_not_a_lost_device(
     decoder: Decoder, spec: TrainSpec, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +220,22 @@ def test_the_process_of_a_lost_device_ends_with_a_status_of_its_own(
     monkeypatch.setattr(Engine, "load", lambda *_, **__: Lost())
     channel: Any = _Channel()
     assert process.serve(Settings(), tmp_path, channel, os.getppid()) == process.DEVICE_LOST != 0
+
+
+HELD_UP = """
+import sys, threading
+from tenora.engine import process
+process.serve = lambda *_: process.DEVICE_LOST
+threading.Thread(target=threading.Event().wait).start()  # as one that waits for the dead device
+sys.exit(process.main())
+"""
+
+
+def test_nothing_that_waits_for_the_lost_device_holds_its_process_up(tmp_path: Path) -> None:
+    launch = {"settings": {}, "model_dir": "", "address": f"ipc://{tmp_path}/e", "door": None, "parent": os.getpid()}
+    command = [sys.executable, "-c", HELD_UP]
+    done = subprocess.run(command, input=json.dumps(launch).encode(), timeout=PATIENCE, check=False)
+    assert done.returncode == process.DEVICE_LOST
 
 
 async def test_everybody_gets_an_error_and_the_next_engine_answers(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from tenora.config import Settings
+from tenora.engine import core
 from tenora.engine.core import Engine
 from tenora.engine.model_runner import ModelRunner
 from tenora.engine.rehearsal import rehearse
@@ -135,6 +137,24 @@ def test_the_engine_says_what_it_settled_on(decoder: Decoder) -> None:
         "max_num_seqs": 3,
         "max_num_batched_tokens": 512,
     }
+
+
+def test_flash_attention_is_looked_for_before_a_base_is_loaded_on_a_gpu(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def activate(device: torch.device) -> str:
+        asked.append(device)
+        raise ConfigurationError("far enough")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(core, "resolve_device", lambda _: gpu)
+    monkeypatch.setattr(core, "resolve_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(core, "activate", activate)
+    with pytest.raises(ConfigurationError, match="far enough"):
+        Engine.load(Settings(threads=1), tiny_base)
+    assert asked == [gpu]
 
 
 @pytest.mark.parametrize(("tokens", "seqs"), [(48, 6), (16, 64), (2000, 2)])
