@@ -74,6 +74,7 @@ def loaded_by(*modules: str) -> set[str]:
         "tenora.engine.client.child",
         "tenora.data.dataset",
         "tenora.training.recipes",
+        "tenora.training.events",
         "tenora.training.spec",
         "tenora.model.catalog",
         "tenora.model.tokenizer",

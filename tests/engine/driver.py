@@ -29,7 +29,7 @@ from tenora.engine.messages import (
 )
 from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
-from tenora.training.spec import TrainEvent
+from tenora.training.events import TrainEvent
 from tests.engine.requests import generate
 from tests.support.patience import PATIENCE
 

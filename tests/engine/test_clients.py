@@ -22,7 +22,8 @@ from tenora.engine.client.link import decode_event, encode
 from tenora.engine.loop import run_loop
 from tenora.engine.messages import Acknowledge, Event, EvictAdapter, PinAdapter, Shutdown
 from tenora.errors import UnavailableError
-from tenora.training.spec import StepEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.events import StepEvent, StoppedEvent, TrainEvent
+from tenora.training.spec import TrainSpec
 from tenora.unix_socket import MAX_MESSAGE, Unpacker, connect, pack
 from tests.engine.requests import generate, sampling
 from tests.support.patience import PATIENCE

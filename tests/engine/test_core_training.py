@@ -15,8 +15,14 @@ from tenora.engine.messages import (
 )
 from tenora.engine.trainer import STEPS_BETWEEN_BURSTS, Trainer
 from tenora.model.decoder import Decoder
+from tenora.training.events import (
+    FailedEvent,
+    StepEvent,
+    StoppedEvent,
+    TrainEvent,
+)
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import FailedEvent, StepEvent, StoppedEvent, TrainEvent, TrainSpec
+from tenora.training.spec import TrainSpec
 from tests.engine.driver import MakeDriver
 from tests.engine.requests import generate, prompt, sampling
 from tests.support.scripted_runs import step_event

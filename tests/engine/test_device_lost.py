@@ -23,8 +23,9 @@ from tenora.engine.messages import Command, Event
 from tenora.errors import DeviceLostError, UnavailableError
 from tenora.model import device
 from tenora.model.decoder import Decoder
+from tenora.training.events import FailedEvent, FinishedEvent
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import FailedEvent, FinishedEvent, TrainSpec
+from tenora.training.spec import TrainSpec
 from tests.engine.driver import Driver, MakeDriver
 from tests.engine.requests import generate, sampling
 from tests.support.errors import OUT_OF_MEMORY

@@ -22,7 +22,8 @@ from tenora.training.commands import (
     SaveAdapter,
     SessionReady,
 )
-from tenora.training.spec import FinishedEvent, LoraSpec, SessionSpec, StoppedEvent
+from tenora.training.events import FinishedEvent, StoppedEvent
+from tenora.training.spec import LoraSpec, SessionSpec
 from tests.engine.driver import Driver, MakeDriver, ref_of
 from tests.engine.requests import generate, prompt, sampling
 from tests.engine.test_training import SENTENCE, make_spec

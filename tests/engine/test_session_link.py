@@ -31,7 +31,8 @@ from tenora.training.commands import (
     SessionReady,
     Stepped,
 )
-from tenora.training.spec import LoraSpec, SessionSpec, TrainEvent
+from tenora.training.events import TrainEvent
+from tenora.training.spec import LoraSpec, SessionSpec
 from tests.engine.requests import sampling
 from tests.support.patience import PATIENCE
 from tests.support.scripted_engine import Script, ScriptedEngine

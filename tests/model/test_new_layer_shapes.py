@@ -22,7 +22,8 @@ from tenora.model.decoder import Make
 from tenora.model.layout import LAYOUTS, Block, Layout, Module, Site, Sizes, gated_decoder
 from tenora.model.loading import load_decoder
 from tenora.model.spec import ModelSpec, target_modules
-from tenora.training.spec import FinishedEvent, LoraSpec, StepEvent
+from tenora.training.events import FinishedEvent, StepEvent
+from tenora.training.spec import LoraSpec
 from tenora_kernels.cpu.runtime.team import Team
 from tests.engine.driver import Driver, greedy, load_peft, ref_of
 from tests.engine.requests import generate, prompt, sampling

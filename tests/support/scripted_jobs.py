@@ -13,8 +13,7 @@ from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.targets import TargetModule
 from tenora.control.gate.held_out import held_out_rows
 from tenora.engine.messages import Generate
-from tenora.training.methods.table import find_method
-from tenora.training.spec import (
+from tenora.training.events import (
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
@@ -22,8 +21,11 @@ from tenora.training.spec import (
     HeldOut,
     StepEvent,
     TrainEvent,
-    TrainSpec,
     TrialEvent,
+)
+from tenora.training.methods.table import find_method
+from tenora.training.spec import (
+    TrainSpec,
     trial_of,
 )
 from tests.support.scripted_answers import scores

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tenora.training.spec import (
+from tenora.training.events import (
     FailedEvent,
     FinishedEvent,
     Recorded,
@@ -14,8 +14,10 @@ from tenora.training.spec import (
     StepEvent,
     StoppedEvent,
     TrainEvent,
-    TrainSpec,
     TrialEvent,
+)
+from tenora.training.spec import (
+    TrainSpec,
 )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.training.spec import TrainEvent
+from tenora.training.events import TrainEvent
 from tests.support.threads import one_thread
 
 from .runs import MakeSpec, TrainingRun, default_spec, write_rows

@@ -82,7 +82,7 @@ def main(base: Path, directory: Path) -> None:
     from tenora.control.worker.log import eval_line, metrics_csv, step_line
     from tenora.model.loading import load_decoder
     from tenora.model.tokenizer import Tokenizer
-    from tenora.training.spec import EvalEvent, FinishedEvent, StepEvent
+    from tenora.training.events import EvalEvent, FinishedEvent, StepEvent
     from tests.data.rows import chat, write_lines
     from tests.training.runs import TrainingRun, events_of
 

@@ -29,7 +29,7 @@ def main(base: Path, directory: Path) -> None:
     from tenora.errors import InvalidRequestError
     from tenora.model.loading import load_decoder
     from tenora.model.tokenizer import Tokenizer
-    from tenora.training.spec import FinishedEvent, TrialEvent
+    from tenora.training.events import FinishedEvent, TrialEvent
     from tests.data.rows import chat, write_lines
     from tests.training.runs import TrainingRun, events_of
 

@@ -11,17 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from tenora.model.decoder import Decoder
-from tenora.training.fusion import FusedTraining
-from tenora.training.spec import (
+from tenora.training.events import (
     CheckpointEvent,
     FailedEvent,
     FinishedEvent,
-    LoraSpec,
     StepEvent,
-    TaskSpec,
     TrainEvent,
-    TrainSpec,
 )
+from tenora.training.fusion import FusedTraining
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 from tests.data.rows import random_rows
 
 MakeSpec = Callable[..., TrainSpec]

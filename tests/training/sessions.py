@@ -11,8 +11,9 @@ import numpy as np
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training.commands import ForwardBackward, Row, RunCommand
+from tenora.training.events import TrainEvent
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import LoraSpec, SessionSpec, TrainEvent
+from tenora.training.spec import LoraSpec, SessionSpec
 
 
 def session_spec(directory: Path, run_id: str = "session", **changes: Any) -> SessionSpec:

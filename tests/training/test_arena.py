@@ -13,7 +13,8 @@ from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
-from tenora.training.spec import FinishedEvent, LoraSpec, StepEvent, StoppedEvent
+from tenora.training.events import FinishedEvent, StepEvent, StoppedEvent
+from tenora.training.spec import LoraSpec
 from tenora_kernels import ops
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables
 from tests.kernels.gpu.launches import TRAINED, OperandTypes

@@ -26,20 +26,18 @@ from tenora.training import learner
 from tenora.training.arena import TrainedAdapter
 from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
-from tenora.training.optimizer import AdamW
-from tenora.training.packing import PackedRows, microbatches
-from tenora.training.pass_queue import Work
-from tenora.training.spec import (
+from tenora.training.events import (
     CheckpointEvent,
     EvalEvent,
     FinishedEvent,
-    LoraSpec,
     StepEvent,
     StoppedEvent,
-    TaskSpec,
     TrainEvent,
-    TrainSpec,
 )
+from tenora.training.optimizer import AdamW
+from tenora.training.packing import PackedRows, microbatches
+from tenora.training.pass_queue import Work
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 from tests.data.rows import random_rows, write_lines
 
 from .runs import TrainingRun, assert_same_bits, comparable, default_spec, events_of, failure, weights_of

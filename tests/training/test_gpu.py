@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tenora.model.loading import load_decoder
-from tenora.training.spec import LoraSpec, StepEvent, TrainEvent
+from tenora.training.events import StepEvent, TrainEvent
+from tenora.training.spec import LoraSpec
 
 from .runs import MakeSpec, TrainingRun, events_of, weights_of
 

@@ -11,23 +11,21 @@ import pytest
 from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
 from tenora.training import journal, learner
-from tenora.training.fusion import FusedTraining
-from tenora.training.journal import Journal
-from tenora.training.plans import sweep
-from tenora.training.spec import (
+from tenora.training.events import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
-    LoraSpec,
     Recorded,
     RetoldEvent,
     StepEvent,
     StoppedEvent,
-    TaskSpec,
     TrainEvent,
-    TrainSpec,
     TrialEvent,
 )
+from tenora.training.fusion import FusedTraining
+from tenora.training.journal import Journal
+from tenora.training.plans import sweep
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 
 from .runs import Items, MakeSpec, TrainingRun, assert_same_bits, comparable, events_of, weights_of
 

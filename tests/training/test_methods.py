@@ -15,22 +15,24 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
-from tenora.training.fusion import FusedTraining
-from tenora.training.pass_queue import Work
-from tenora.training.recipes import halving_rungs
-from tenora.training.spec import (
+from tenora.training.events import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     FoldEvent,
-    LoraSpec,
     StepEvent,
     StoppedEvent,
-    TaskSpec,
     TrainEvent,
+    TrialEvent,
+)
+from tenora.training.fusion import FusedTraining
+from tenora.training.pass_queue import Work
+from tenora.training.recipes import halving_rungs
+from tenora.training.spec import (
+    LoraSpec,
+    TaskSpec,
     TrainSpec,
     Trial,
-    TrialEvent,
     trial_of,
 )
 from tests.data.rows import random_rows

@@ -15,8 +15,9 @@ from tenora.data.dataset import TokenizedDataset, tokenize_file
 from tenora.engine.client.child import available_cpus
 from tenora.model.loading import load_decoder
 from tenora.model.tokenizer import Tokenizer
+from tenora.training.events import EvalEvent, FinishedEvent
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import EvalEvent, FinishedEvent, LoraSpec, TaskSpec, TrainSpec
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 from tenora_kernels.cpu.runtime.team import Team
 
 from .runs import TrainingRun, assert_same_bits, weights_of

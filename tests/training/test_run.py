@@ -24,16 +24,15 @@ from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.checkpoint import fingerprint
 from tenora.training.evaluation import Evaluation
-from tenora.training.fusion import FusedTraining
-from tenora.training.spec import (
+from tenora.training.events import (
     CheckpointEvent,
     EvalEvent,
     FinishedEvent,
-    LoraSpec,
     StepEvent,
     StoppedEvent,
-    TrainSpec,
 )
+from tenora.training.fusion import FusedTraining
+from tenora.training.spec import LoraSpec, TrainSpec
 from tests.support.patience import PATIENCE
 
 from .runs import (
@@ -140,7 +139,8 @@ from tenora.model.loading import load_decoder
 from tenora.training import learner
 from tenora.training.evaluation import Evaluation
 from tenora.training.fusion import FusedTraining
-from tenora.training.spec import StepEvent, TrainSpec
+from tenora.training.events import StepEvent
+from tenora.training.spec import TrainSpec
 torch.set_num_threads(1)
 learner.STATE_INTERVAL_SECONDS = 0.0
 spec = msgspec.json.decode(Path({str(tmp_path / "spec.json")!r}).read_bytes(), type=TrainSpec)

@@ -17,12 +17,8 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
-from tenora.training.spec import (
-    FinishedEvent,
-    LoraSpec,
-    StepEvent,
-    TaskSpec,
-)
+from tenora.training.events import FinishedEvent, StepEvent
+from tenora.training.spec import LoraSpec, TaskSpec
 from tests.data.rows import random_rows
 from tests.support.errors import OUT_OF_MEMORY
 

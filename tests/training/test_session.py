@@ -27,10 +27,11 @@ from tenora.training.commands import (
     Stepped,
 )
 from tenora.training.corpus import Corpus
+from tenora.training.events import FailedEvent, StepEvent, StoppedEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.inbox import MAX_WAITING
 from tenora.training.schedule import learning_rate
-from tenora.training.spec import FailedEvent, LoraSpec, StepEvent, StoppedEvent
+from tenora.training.spec import LoraSpec
 from tests.data.rows import random_rows
 
 from .runs import MakeSpec, TrainingRun, assert_same_bits, events_of

@@ -15,17 +15,19 @@ import pytest
 
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
-from tenora.training.fusion import FusedTraining
-from tenora.training.pass_queue import Work
-from tenora.training.spec import (
+from tenora.training.events import (
     EvalEvent,
     FailedEvent,
     FinishedEvent,
     FoldEvent,
-    LoraSpec,
     StepEvent,
-    TaskSpec,
     TrainEvent,
+)
+from tenora.training.fusion import FusedTraining
+from tenora.training.pass_queue import Work
+from tenora.training.spec import (
+    LoraSpec,
+    TaskSpec,
     TrainSpec,
     Trial,
 )

@@ -33,7 +33,7 @@ from tenora.engine.messages import (
 )
 from tenora.engine.protocols import StepEngine
 from tenora.training.commands import Refused
-from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent
+from tenora.training.events import FailedEvent, FinishedEvent, StoppedEvent
 
 OWNER: Final = "owner"
 """The name of the client that started the engine."""

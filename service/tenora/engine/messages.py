@@ -9,7 +9,8 @@ import msgspec
 from tenora.adapters.ref import AdapterRef
 from tenora.model.sampling import FinishReason, SamplingParams, TokenLogprob
 from tenora.training.commands import RunCommand
-from tenora.training.spec import SessionSpec, TrainEvent, TrainSpec
+from tenora.training.events import TrainEvent
+from tenora.training.spec import SessionSpec, TrainSpec
 
 __all__ = ["FinishReason", "SamplingParams", "TokenLogprob"]  # handed on with the messages that carry them
 

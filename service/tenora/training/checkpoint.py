@@ -33,9 +33,10 @@ from tenora.adapters.peft_format import write_adapter
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
+from tenora.training.events import EvaluationPoint
 from tenora.training.optimizer import AdamW
 from tenora.training.settings import RunSettings
-from tenora.training.spec import EvaluationPoint, TrainSpec
+from tenora.training.spec import TrainSpec
 
 _MOST_POINTS = 256  # of the curve that is kept
 _KEPT = 3  # latest checkpoints that stay beside the best one

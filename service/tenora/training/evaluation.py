@@ -11,11 +11,12 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.model.readouts.base import ReadoutKind
 from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
+from tenora.training.events import PROBE_ROWS
 from tenora.training.objectives import row_sums
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.pass_queue import Work, WorkQueue
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import PROBE_ROWS, TrainSpec
+from tenora.training.spec import TrainSpec
 from tenora.training.step import TokenLosses
 
 _PACKED_AT_ONCE = 64  # examples; packing is quadratic, and nothing else runs meanwhile

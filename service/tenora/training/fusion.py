@@ -22,20 +22,19 @@ from tenora.model.executors.layers import Keep
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.commands import Refused, RunCommand
+from tenora.training.events import (
+    FailedEvent,
+    FinishedEvent,
+    Items,
+    StoppedEvent,
+    TrainEvent,
+)
 from tenora.training.failures import explain
 from tenora.training.pass_queue import Work, WorkQueue
 from tenora.training.resident_base import TrainingHost
 from tenora.training.run import JobRun
 from tenora.training.samples import NoSampler, Sampler
-from tenora.training.spec import (
-    FailedEvent,
-    FinishedEvent,
-    Items,
-    SessionSpec,
-    StoppedEvent,
-    TrainEvent,
-    TrainSpec,
-)
+from tenora.training.spec import SessionSpec, TrainSpec
 from tenora.training.step import TokenLosses, forward, forward_backward, load_pass
 
 _log = logging.getLogger(__name__)

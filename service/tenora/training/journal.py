@@ -16,7 +16,7 @@ import msgspec
 
 from tenora.adapters.atomic import replace_file
 from tenora.errors import TrainingError
-from tenora.training.spec import Recorded, TrainEvent
+from tenora.training.events import Recorded, TrainEvent
 
 MAX_EVENTS = 10_000
 """Of more than so many that nobody acknowledges the oldest are given up: as many steps as a job's log keeps at most."""

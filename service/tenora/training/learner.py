@@ -29,6 +29,13 @@ from tenora.training.checkpoint import (
 from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
+from tenora.training.events import (
+    CheckpointEvent,
+    EvalEvent,
+    EvaluationPoint,
+    Items,
+    StepEvent,
+)
 from tenora.training.init_from import start_adapter
 from tenora.training.journal import Journal
 from tenora.training.methods.method import Figures, Learning
@@ -38,7 +45,7 @@ from tenora.training.packing import PackedRows, microbatches, shared_prefix
 from tenora.training.pass_queue import Dropping, Work
 from tenora.training.resident_base import TrainingHost
 from tenora.training.schedule import learning_rate
-from tenora.training.spec import CheckpointEvent, EvalEvent, EvaluationPoint, Items, StepEvent, TrainSpec
+from tenora.training.spec import TrainSpec
 from tenora.training.step import LoraDropout, TokenLosses
 from tenora.training.watch import Watch
 

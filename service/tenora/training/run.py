@@ -16,6 +16,14 @@ from typing import Protocol
 
 from tenora.model.device import survive
 from tenora.training.commands import Refused, RunCommand
+from tenora.training.events import (
+    FailedEvent,
+    FinishedEvent,
+    Items,
+    RetoldEvent,
+    StoppedEvent,
+    TrainEvent,
+)
 from tenora.training.failures import explain
 from tenora.training.inbox import Inbox
 from tenora.training.journal import Journal
@@ -24,16 +32,7 @@ from tenora.training.plans.session import SessionPlan
 from tenora.training.plans.single import PlainPlan
 from tenora.training.plans.sweep import SweepPlan
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import (
-    FailedEvent,
-    FinishedEvent,
-    Items,
-    RetoldEvent,
-    SessionSpec,
-    StoppedEvent,
-    TrainEvent,
-    TrainSpec,
-)
+from tenora.training.spec import SessionSpec, TrainSpec
 
 _log = logging.getLogger(__name__)
 

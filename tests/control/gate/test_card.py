@@ -16,7 +16,7 @@ from tenora.control.gate.card import MIN_ROWS, Card, Judgement, TaskCard, bootst
 from tenora.control.gate.lineage import Lineage, Parent, Rows, TrainingFile
 from tenora.control.gate.parity import Parity
 from tenora.model.provenance import BaseSource
-from tenora.training.spec import EvaluationPoint
+from tenora.training.events import EvaluationPoint
 
 
 def rows(count: int, shift: float, *, noise: float = 0.1, seed: int = 0) -> tuple[list[int], list[float], list[float]]:

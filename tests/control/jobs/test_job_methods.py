@@ -15,7 +15,8 @@ from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
 from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConflictError, InvalidRequestError, NotFoundError
-from tenora.training.spec import FoldEvent, TaskSpec, TrainEvent, TrainSpec
+from tenora.training.events import FoldEvent, TrainEvent
+from tenora.training.spec import TaskSpec, TrainSpec
 from tests.control.conftest import (
     BASE,
     MANY_ROWS,

@@ -18,7 +18,9 @@ from tenora.errors import (
     ConflictError,
     ModelNotFoundError,
 )
-from tenora.training.spec import CheckpointEvent
+from tenora.training.events import (
+    CheckpointEvent,
+)
 from tests.control.conftest import (
     BASE,
     MANY_ROWS,

@@ -13,7 +13,7 @@ import pytest
 from tenora.control.adapters import blobs
 from tenora.control.control import Control
 from tenora.control.tenancy.records import Principal
-from tenora.training.spec import CheckpointEvent
+from tenora.training.events import CheckpointEvent
 from tests.control.conftest import create_job, until
 from tests.support.scripted_jobs import JobScript
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tenora.control.worker.eta import Pace
-from tenora.training.recipes import halving_rungs
-from tenora.training.spec import (
+from tenora.training.events import (
     EvalEvent,
     FoldEvent,
     StepEvent,
-    TaskSpec,
-    TrainSpec,
-    Trial,
     TrialEvent,
     TrialStatus,
 )
+from tenora.training.recipes import halving_rungs
+from tenora.training.spec import TaskSpec, TrainSpec, Trial
 
 
 class Clock:

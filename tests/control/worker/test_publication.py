@@ -25,7 +25,13 @@ from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.errors import NotFoundError, UnavailableError
-from tenora.training.spec import FinishedEvent, HeldOut, Probe, TrainEvent, TrainSpec
+from tenora.training.events import (
+    FinishedEvent,
+    HeldOut,
+    Probe,
+    TrainEvent,
+)
+from tenora.training.spec import TrainSpec
 from tests.control.conftest import (
     ROWS,
     ImportAdapter,

@@ -25,7 +25,8 @@ from tenora.errors import (
     UnavailableError,
     UnsupportedModelError,
 )
-from tenora.training.spec import StepEvent, StoppedEvent, TrainSpec
+from tenora.training.events import StepEvent, StoppedEvent
+from tenora.training.spec import TrainSpec
 from tests.engine.requests import generate, sampling
 from tests.support.hanging import impatient
 from tests.support.patience import PATIENCE

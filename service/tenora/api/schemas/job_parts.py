@@ -8,9 +8,10 @@ from pydantic import Field, create_model
 
 from tenora.api.schemas.base import Number, StoredModel
 from tenora.api.schemas.settings import stored_method, stored_model
+from tenora.training.events import TrialStatus
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import HYPERPARAMETERS, JOB, RUN
-from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL, TrialStatus
+from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL
 
 
 class RangeObject(StoredModel):

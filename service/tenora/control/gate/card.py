@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tenora.control.gate.lineage import Lineage
 from tenora.control.gate.parity import Parity
 from tenora.control.jobs.rows import finite
+from tenora.training.events import EvaluationPoint
 from tenora.training.methods.method import PER_TOKEN, Unit
 from tenora.training.methods.table import find_unit
-from tenora.training.spec import EvaluationPoint
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

@@ -31,8 +31,9 @@ from tenora.control.registry.tables import JobRow
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
 from tenora.model.provenance import BaseSource
+from tenora.training.events import FinishedEvent, HeldOut
 from tenora.training.methods.table import find_method
-from tenora.training.spec import FinishedEvent, HeldOut, TrainSpec
+from tenora.training.spec import TrainSpec
 
 WITHHELD = frozenset({"parity_failed", "parity_unavailable", "untrained_modules"})
 """Codes of jobs whose adapter did not pass."""

@@ -15,9 +15,10 @@ from tenora.adapters.ref import AdapterRef
 from tenora.control.gate.card import Comparison, compare
 from tenora.control.inference.scoring import Scorer
 from tenora.data.dataset import TokenizedDataset, concatenate
+from tenora.training.events import HeldOut
 from tenora.training.methods.method import Float64Array, Method
 from tenora.training.methods.table import find_method
-from tenora.training.spec import HeldOut, TrainSpec
+from tenora.training.spec import TrainSpec
 
 MOST_EXAMPLES = 128
 """That are scored for a comparison: its interval narrows with the root of them, and a finished adapter waits."""

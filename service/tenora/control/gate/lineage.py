@@ -11,9 +11,10 @@ from tenora.control.jobs.requests import Asked
 from tenora.control.registry.ids import unix_now
 from tenora.control.registry.tables import JobRow
 from tenora.model.provenance import BaseSource
+from tenora.training.events import FinishedEvent
 from tenora.training.methods.table import find_method
 from tenora.training.settings import PUBLISHING, ROWS, RUN
-from tenora.training.spec import FinishedEvent, TrainSpec, trial_of
+from tenora.training.spec import TrainSpec, trial_of
 
 _PACKAGES = ("tenora", "torch", "transformers")
 _OF_SPEC = ("method", "lora", *RUN, "folds")

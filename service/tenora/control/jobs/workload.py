@@ -10,11 +10,11 @@ from tenora.control.jobs.plan import Resolved
 from tenora.control.jobs.preparation import TaskRows
 from tenora.data.dataset import TokenizedDataset
 from tenora.data.division import fold
+from tenora.training.events import PROBE_ROWS
 from tenora.training.methods.method import Method
 from tenora.training.packing import stream_length
 from tenora.training.recipes import halving_rungs
 from tenora.training.schedule import evaluation_steps
-from tenora.training.spec import PROBE_ROWS
 
 
 @dataclass(frozen=True, slots=True)

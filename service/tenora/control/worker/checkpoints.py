@@ -13,7 +13,7 @@ from tenora.control.registry.database import Session
 from tenora.control.registry.ids import new_id, unix_now
 from tenora.control.registry.tables import CheckpointRow, JobRow
 from tenora.errors import AdapterFormatError
-from tenora.training.spec import CheckpointEvent
+from tenora.training.events import CheckpointEvent
 
 KEPT_CHECKPOINTS = 3  # callable ones of a job, as OpenAI keeps
 

@@ -7,8 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tenora.training.events import (
+    EvalEvent,
+    FoldEvent,
+    StepEvent,
+    TrainEvent,
+    TrialEvent,
+)
 from tenora.training.recipes import halving_rungs
-from tenora.training.spec import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrainSpec, TrialEvent, trial_of
+from tenora.training.spec import TrainSpec, trial_of
 
 _MEMORY = 0.1  # weight of the newest duration: the pace follows the load of the machine
 

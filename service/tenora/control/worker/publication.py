@@ -29,8 +29,9 @@ from tenora.control.worker.checkpoints import withdraw_checkpoints
 from tenora.control.worker.log import evaluation_of
 from tenora.control.worker.result_files import ResultFile, discard_results, write_results
 from tenora.errors import TrainingError
+from tenora.training.events import FinishedEvent
 from tenora.training.settings import PUBLISHING
-from tenora.training.spec import FinishedEvent, TrainSpec
+from tenora.training.spec import TrainSpec
 
 
 async def publish_result(

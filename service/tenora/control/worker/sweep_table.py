@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tenora.control.jobs.rows import finite
 from tenora.control.registry.tables import JobRow
+from tenora.training.events import TrialEvent
 from tenora.training.methods.table import find_method
 from tenora.training.settings import SETTINGS
-from tenora.training.spec import LORA, TRIAL, TrialEvent
+from tenora.training.spec import LORA, TRIAL
 
 
 def record_trial(row: JobRow, event: TrialEvent) -> None:

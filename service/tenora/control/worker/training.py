@@ -25,7 +25,7 @@ from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, 
 from tenora.control.worker.publication import publish_result
 from tenora.control.worker.sweep_table import choose_winner, record_trial, shares_done
 from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
-from tenora.training.spec import (
+from tenora.training.events import (
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
@@ -36,9 +36,9 @@ from tenora.training.spec import (
     StepEvent,
     StoppedEvent,
     TrainEvent,
-    TrainSpec,
     TrialEvent,
 )
+from tenora.training.spec import TrainSpec
 
 _log = logging.getLogger(__name__)
 

@@ -39,7 +39,8 @@ from tenora.engine.messages import (
 from tenora.engine.protocols import StepEngine
 from tenora.errors import ConflictError, NotFoundError, RateLimitedError, UnavailableError
 from tenora.training.commands import RunCommand
-from tenora.training.spec import SessionSpec, TrainEvent, TrainSpec
+from tenora.training.events import TrainEvent
+from tenora.training.spec import SessionSpec, TrainSpec
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,12 @@ from tenora.errors import (
     TenoraError,
     UnavailableError,
 )
-from tenora.training.spec import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent
+from tenora.training.events import (
+    FailedEvent,
+    FinishedEvent,
+    StoppedEvent,
+    TrainEvent,
+)
 
 OF_THE_ADAPTER: Mapping[str, type[TenoraError]] = {
     "invalid_adapter": AdapterFormatError,

@@ -21,14 +21,7 @@ import numpy as np
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Evaluated, write_checkpoint
 from tenora.training.evaluation import general_loss, measure
-from tenora.training.journal import Journal
-from tenora.training.learner import Learner
-from tenora.training.packing import Int64Array
-from tenora.training.plans.interleave import interleave
-from tenora.training.plans.single import load_corpus
-from tenora.training.resident_base import TrainingHost
-from tenora.training.schedule import evaluation_steps
-from tenora.training.spec import (
+from tenora.training.events import (
     PROBE_ROWS,
     EvalEvent,
     EvaluationPoint,
@@ -38,8 +31,15 @@ from tenora.training.spec import (
     Items,
     Probe,
     StepEvent,
-    TrainSpec,
 )
+from tenora.training.journal import Journal
+from tenora.training.learner import Learner
+from tenora.training.packing import Int64Array
+from tenora.training.plans.interleave import interleave
+from tenora.training.plans.single import load_corpus
+from tenora.training.resident_base import TrainingHost
+from tenora.training.schedule import evaluation_steps
+from tenora.training.spec import TrainSpec
 
 _NEVER = 2**31  # steps: more than any run makes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tenora.training.spec import Items
+from tenora.training.events import Items
 
 
 def interleave(parts: Iterable[Items]) -> Items:

@@ -34,13 +34,14 @@ from tenora.training.commands import (
     Stepped,
 )
 from tenora.training.evaluation import finish
+from tenora.training.events import Items
 from tenora.training.failures import explain
 from tenora.training.inbox import Inbox
 from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.packing import microbatches, shared_prefix
 from tenora.training.pass_queue import Work
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import Items, SessionSpec
+from tenora.training.spec import SessionSpec
 
 STATE_INTERVAL_SECONDS = 120.0
 """At most this much work is lost when the process is killed."""

@@ -19,6 +19,13 @@ from tenora.adapters.atomic import replace_file
 from tenora.errors import TrainingError
 from tenora.model.device import survive
 from tenora.training.evaluation import general_loss
+from tenora.training.events import (
+    EvalEvent,
+    FinishedEvent,
+    Items,
+    TrialEvent,
+    TrialStatus,
+)
 from tenora.training.failures import explain
 from tenora.training.journal import Journal
 from tenora.training.learner import Learner
@@ -26,15 +33,7 @@ from tenora.training.plans.interleave import interleave
 from tenora.training.plans.single import finished, load_corpus
 from tenora.training.recipes import halving_rungs
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import (
-    EvalEvent,
-    FinishedEvent,
-    Items,
-    TrainSpec,
-    TrialEvent,
-    TrialStatus,
-    trial_of,
-)
+from tenora.training.spec import TrainSpec, trial_of
 
 _log = logging.getLogger(__name__)
 
