@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import zipfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, chunks, content_hasher, damaged
 from tenora.config import Settings
 from tenora.control.adapters import rows
+from tenora.control.adapters.archive import write_archive
 from tenora.control.adapters.blobs import Blob, Blobs
-from tenora.control.adapters.model_card import README_NAME, model_card
+from tenora.control.adapters.lookup import missing, require_active, require_alias, require_meant, require_version
+from tenora.control.adapters.model_card import model_card
 from tenora.control.adapters.peft_upload import check_loadable, stage_upload
 from tenora.control.adapters.pins import Pins
 from tenora.control.adapters.records import AdapterRecord
-from tenora.control.adapters.resolution import split_canonical
 from tenora.control.adapters.versions import NewVersion, adapter_record, add_version
 from tenora.control.registry.database import Database, Session
-from tenora.control.registry.ids import DIGEST_PREFIX, check_name
+from tenora.control.registry.ids import check_name
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow
-from tenora.control.storage.directory import Storage, full_disk, remove
+from tenora.control.storage.directory import Storage, remove
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.idempotency import Receipt
@@ -123,22 +121,22 @@ class Adapters:
     async def get(self, principal: Principal, name: str) -> AdapterRecord:
         """The version that a name means now, or that `name@digest` or a job's result (`ft:…`) means for ever."""
         async with self._database.read() as session:
-            return self._record(principal, await self._meant(session, principal, name))
+            return self._record(principal, await require_meant(session, principal, name))
 
     async def versions(self, principal: Principal, name: str) -> Sequence[AdapterRecord]:
         """Every version, newest first."""
         async with self._database.read() as session:
-            alias = await self._alias(session, principal, name)
+            alias = await require_alias(session, principal, name)
             return self._records(principal, await rows.versions_of(session, principal.tenant_id, alias.name))
 
     async def rollback(self, principal: Principal, name: str, version: int | str) -> AdapterRecord:
         """Point the alias at one of its versions, given as a number or as hex digits of its digest."""
         async with self._database.read() as session:
-            alias, row = await self._version(session, principal, name, version)
+            alias, row = await require_version(session, principal, name, version)
         if alias.pinned:
             await self.pins.require_intact(row.digest)
         async with self._database.write() as session:
-            alias, row = await self._version(session, principal, name, version)
+            alias, row = await require_version(session, principal, name, version)
             before = await rows.active_version(session, principal.tenant_id, alias.name)
             alias.version = row.version
             if alias.pinned:
@@ -157,7 +155,7 @@ class Adapters:
         if pinned:
             await self.pins.require_intact((await self.get(principal, name)).digest)
         async with self._database.write() as session:
-            alias, row = await self._active(session, principal, name)
+            alias, row = await require_active(session, principal, name)
             if pinned and not alias.pinned:
                 alias.pinned = True
                 await self.pins.require_allowed(session)
@@ -181,12 +179,12 @@ class Adapters:
         archive = self._storage.stage(".zip")
         try:
             with self._blobs.use(record.digest):
-                directory = self._blobs.store.path(record.digest)
-                await asyncio.to_thread(_zip, directory, record.digest, model_card(record), archive)
+                directory = str(self._blobs.store.path(record.digest))
+                await asyncio.to_thread(write_archive, directory, record.digest, model_card(record), str(archive))
         except BaseException as error:
             await asyncio.to_thread(remove, archive)
             if isinstance(error, NotFoundError):
-                raise _missing(name) from error  # deleted meanwhile
+                raise missing(name) from error  # deleted meanwhile
             raise
         return str(archive)
 
@@ -197,7 +195,7 @@ class Adapters:
         another adapter has the same content.
         """
         async with self._database.write(frees=True) as session:
-            alias = await self._alias(session, principal, name)
+            alias = await require_alias(session, principal, name)
             versions = [row for _, row in await rows.versions_of(session, principal.tenant_id, alias.name)]
             digests = await rows.delete_versions(session, principal.tenant_id, versions)
             await session.delete(alias)
@@ -216,7 +214,7 @@ class Adapters:
         async with self._database.write(frees=True) as session:
             row = await rows.result_version(session, principal.tenant_id, model_name)
             if row is None:
-                raise _missing(model_name)
+                raise missing(model_name)
             alias = await rows.alias_of(session, row)
             count = 0 if alias is None else await rows.count_versions(session, alias)
             if alias is not None and alias.version == row.version and count > 1:
@@ -272,49 +270,6 @@ class Adapters:
             await self.pins.move(before, row.digest)
         return self._record(principal, (alias, row))
 
-    async def _active(self, session: Session, principal: Principal, name: str) -> tuple[AdapterRow, AdapterVersionRow]:
-        bare = split_canonical(principal, name)
-        found: tuple[AdapterRow, AdapterVersionRow] | None = None
-        if bare is not None:
-            found = await rows.active_version(session, principal.tenant_id, bare)
-        if found is None:
-            raise _missing(name)
-        return found
-
-    async def _meant(self, session: Session, principal: Principal, name: str) -> tuple[AdapterRow, AdapterVersionRow]:
-        if name.startswith("ft:"):
-            version = await rows.result_version(session, principal.tenant_id, name)
-            owner = None if version is None else await rows.alias_of(session, version)
-            if version is None or owner is None:
-                raise _missing(name)
-            return owner, version
-        alias, at, digits = name.partition("@")
-        if not at:
-            return await self._active(session, principal, name)
-        if DIGEST_PREFIX.fullmatch(digits) is None:
-            raise _missing(name)
-        return await self._version(session, principal, alias, digits)
-
-    async def _version(
-        self, session: Session, principal: Principal, name: str, version: int | str
-    ) -> tuple[AdapterRow, AdapterVersionRow]:
-        """The alias, and the version of it that a number or hex digits mean."""
-        alias = await self._alias(session, principal, name)
-        found = await rows.versions_of(session, principal.tenant_id, alias.name, version)
-        if not found:
-            raise NotFoundError(f"The adapter {name!r} has no version {version!r}; list its versions.", param="version")
-        if len({row.digest for _, row in found}) > 1:
-            raise InvalidRequestError(f"Several versions begin with {version!r}; give more digits.", param="version")
-        return alias, found[0][1]
-
-    async def _alias(self, session: Session, principal: Principal, name: str) -> AdapterRow:
-        """The alias, which may mean none of its versions: a job's result that was not to take its name over."""
-        bare = split_canonical(principal, name)
-        found = None if bare is None else await rows.find_alias(session, principal.tenant_id, bare)
-        if found is None:
-            raise _missing(name)
-        return found
-
     def _records(
         self, principal: Principal, pairs: Iterable[tuple[AdapterRow, AdapterVersionRow]]
     ) -> Sequence[AdapterRecord]:
@@ -323,29 +278,3 @@ class Adapters:
 
     def _record(self, principal: Principal, pair: tuple[AdapterRow, AdapterVersionRow]) -> AdapterRecord:
         return self._records(principal, [pair])[0]
-
-
-def _zip(directory: Path, digest: str, card: str, archive: Path) -> None:
-    """Pack a version, whose bytes are compared with its digest on their way."""
-    readme = zipfile.ZipInfo(README_NAME)  # its time is a constant: equal cards make equal archives
-    readme.external_attr = 0o644 << 16
-    # Stored, not deflated: trained weights are noise to a compressor.
-    with full_disk(), zipfile.ZipFile(archive, "x", zipfile.ZIP_STORED) as file:
-        try:
-            config = (directory / CONFIG_NAME).read_bytes()
-            hasher = content_hasher(config)
-            file.writestr(zipfile.ZipInfo.from_file(directory / CONFIG_NAME, CONFIG_NAME), config)
-            entry = zipfile.ZipInfo.from_file(directory / WEIGHTS_NAME, WEIGHTS_NAME)
-            with (directory / WEIGHTS_NAME).open("rb") as weights, file.open(entry, "w") as packed:
-                for chunk in chunks(weights):
-                    hasher.update(chunk)
-                    packed.write(chunk)
-        except FileNotFoundError as error:
-            raise damaged(digest) from error
-        file.writestr(readme, card)
-    if hasher.hexdigest() != digest:
-        raise damaged(digest)
-
-
-def _missing(name: str) -> NotFoundError:
-    return NotFoundError(f"There is no adapter {name!r}; GET /v1/adapters lists yours.", param="name")
