@@ -20,7 +20,7 @@ GENERATED = "clients/python/src/tenora_client/settings.py"
 NOT_STATED = {
     **dict.fromkeys(("Rows", "RowsObject"), "how rows were cut"),
     **dict.fromkeys(
-        ("Hyperparameters", "AdamWSettings", "OptimStep", "StepEvent", "EventData"),
+        ("ResolvedHyperparameters", "AdamWSettings", "OptimStep", "StepEvent", "EventData"),
         "numbers of a run, a step",
     ),
     **dict.fromkeys(("AdapterObject", "Adapter", "AdapterRecord", "AdapterVersionRow"), "an adapter that there is"),

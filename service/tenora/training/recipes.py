@@ -38,7 +38,7 @@ _MAX_HELD_OUT = 100  # rows; an evaluation of more costs time and moves the mean
 
 
 @dataclass(frozen=True, slots=True)
-class Hyperparameters:
+class ResolvedHyperparameters:
     """Concrete numbers of a run. `batch_size` is in examples; `own` are the settings of the method alone."""
 
     n_epochs: int
@@ -55,7 +55,7 @@ def resolve_hyperparameters(
     *,
     method: Method = USUAL,
     few_shot: bool = False,
-) -> Hyperparameters:
+) -> ResolvedHyperparameters:
     """Replace "auto" and absent values by numbers that suit the training rows.
 
     Args:
@@ -79,7 +79,7 @@ def resolve_hyperparameters(
         )
     rate = rate if rate is not None else method.learning_rate * (1.0 if multiplier is None else multiplier)
     batch_size = min(asked["batch_size"] or _auto_batch_size(rows, few_shot=few_shot), max(rows, 1))
-    return Hyperparameters(
+    return ResolvedHyperparameters(
         n_epochs=asked["n_epochs"] or _auto_epochs(rows, tokens, method=method, few_shot=few_shot),
         batch_size=batch_size,
         learning_rate=rate,

@@ -356,7 +356,7 @@ async def test_a_defect_ends_the_job_and_nothing_else(
     def defect(*_: Any) -> Any:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(job_training, "Pace", defect)
+    monkeypatch.setattr(job_training, "Eta", defect)
     job = await until(control, acme, (await create_job(control, acme)).id)
     assert (job.status, job.error and job.error["code"]) == ("failed", "internal_error")
     assert "secret detail" not in json.dumps(dict(job.error or {}))

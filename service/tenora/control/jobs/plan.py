@@ -15,7 +15,7 @@ from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sweeps import points
 from tenora.training.recipes import (
     FEW_SHOT_RANK,
-    Hyperparameters,
+    ResolvedHyperparameters,
     cross_validation_folds,
     resolve_hyperparameters,
 )
@@ -57,7 +57,7 @@ class Resolved:
         spec_fields: fields of the TrainSpec: the hyperparameters among them, and others that were asked for.
     """
 
-    hyperparameters: Hyperparameters
+    hyperparameters: ResolvedHyperparameters
     lora: LoraSpec
     folds: int
     trials: tuple[Resolved, ...]

@@ -33,7 +33,7 @@ class _Duration:
 
 
 @dataclass(slots=True)
-class Pace:
+class Eta:
     """Steps and evaluations of a run, or the trials of its sweep, or its folds, against the clock.
 
     Attributes:

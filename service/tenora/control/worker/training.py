@@ -20,7 +20,7 @@ from tenora.control.jobs.rows import PAUSED_LINE, PausedError, finite, log, rece
 from tenora.control.registry.database import RegistryBusyError
 from tenora.control.worker.batches import batches
 from tenora.control.worker.checkpoints import keep_checkpoint
-from tenora.control.worker.eta import Pace
+from tenora.control.worker.eta import Eta
 from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, trial_line
 from tenora.control.worker.publication import publish_result
 from tenora.control.worker.sweep_table import choose_winner, record_trial, shares_done
@@ -189,12 +189,12 @@ class JobTraining:
 
     async def _attempt(self, spec: TrainSpec) -> bool:
         """Follow the run; False if the engine died and it should be tried again."""
-        pace = Pace(spec, self._before)
+        eta = Eta(spec, self._before)
         try:
             async with (
                 measuring(self._context, self._claim, spec) as base,
                 aclosing(self._context.engine.train(spec)) as events,
-                aclosing(batches(self._told(events, pace), Told.is_line, BATCH_SECONDS)) as told,
+                aclosing(batches(self._told(events, eta), Told.is_line, BATCH_SECONDS)) as told,
             ):
                 complete = True  # nothing is recorded behind a gap: whoever resumes the run hears all of that again
                 async for batch in told:
@@ -209,15 +209,15 @@ class JobTraining:
         return True
 
     @staticmethod
-    async def _told(events: AsyncIterator[TrainEvent], pace: Pace) -> AsyncIterator[Told]:
+    async def _told(events: AsyncIterator[TrainEvent], eta: Eta) -> AsyncIterator[Told]:
         async for event in events:
             if isinstance(event, RetoldEvent):
                 for earlier in event.events:
-                    pace.recall(earlier)
-                    yield Told(earlier, None, pace.total_steps, again=True)
+                    eta.recall(earlier)
+                    yield Told(earlier, None, eta.total_steps, again=True)
             else:
-                left = pace.left(event)
-                yield Told(event, left, pace.total_steps)
+                left = eta.left(event)
+                yield Told(event, left, eta.total_steps)
 
     async def _record(self, batch: Sequence[Told], spec: TrainSpec, base: Measuring) -> bool:
         """Put events of the run into the registry, unless the job is in other hands; whether they are there.
