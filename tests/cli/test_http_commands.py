@@ -129,6 +129,8 @@ async def test_settings_on_the_command_line_are_those_of_the_job(shell: Shell, t
         (("--sweep", "rank=8,16", "--trials", "9999"), "trials"),
         (("--sweep", "colour=1,2"), "colour"),
         (("--sweep", "rank"), "not understood"),
+        (("--learning-rate", "inf"), "learning_rate cannot be sent"),
+        (("--sweep", "learning_rate=1e-4..Infinity"), "sweep.learning_rate.max cannot be sent"),
         (("--validation", "nothing.jsonl"), "nothing.jsonl"),
     ],
 )

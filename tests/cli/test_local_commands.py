@@ -45,6 +45,9 @@ def test_tenants_and_keys(invoke: Invoke) -> None:
     key_id = listed.splitlines()[1].split()[0]
     assert "is revoked" in invoke("keys", "revoke", key_id, "--tenant", "acme").stdout
     assert invoke("keys", "create", "--tenant", "acme", "--scope", "everything").exit_code == 1
+    for days in ("inf", "nan", "0", "1e15"):
+        wrong = invoke("keys", "create", "--tenant", "acme", "--scope", "infer", "--expires-days", days)
+        assert (wrong.exit_code, "--expires-days" in wrong.stderr) == (2, True), days
     assert invoke("keys", "list", "--tenant", "nobody").exit_code == 1
 
 

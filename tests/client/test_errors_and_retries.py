@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from typing import Any
 
 import httpx
 import pytest
@@ -45,6 +47,26 @@ def test_each_status_has_its_error_with_everything_that_the_server_said(
     assert (error.status_code, error.code, error.type, error.param) == (status, "some_code", "some_type", "model")
     assert (error.message, error.request_id, error.retry_after) == ("It went wrong; do that.", "req-9", 7.0)
     assert "req-9" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"lora": {"alpha": float("nan")}}, "lora.alpha"),
+        ({"sweep": {"learning_rate": [1e-3, float("nan")]}}, "sweep.learning_rate[1]"),
+        ({"name": "\ud800"}, "name"),
+    ],
+)
+def test_what_json_cannot_carry_is_named_and_nothing_is_sent(given: dict[str, Any], place: str) -> None:
+    script = Script()
+    with (
+        script.client() as client,
+        pytest.raises(tc.RequestError, match=f"^{re.escape(place)} cannot be sent: ") as told,
+    ):
+        client.jobs.create(training_file="file-1", model="tiny", **given)
+    assert isinstance(told.value, (tc.TenoraError, ValueError))
+    assert script.requests == []
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>Bad gateway</html>", b"[1]", b'{"error": "text"}', b"\xff"])

@@ -10,13 +10,14 @@ import typer
 from tenora.cli.groups import Group
 from tenora.cli.output import moment, show_table
 from tenora.cli.registry import Local, operate
-from tenora.control.tenancy.records import SCOPES, KeyRecord
+from tenora.control.tenancy.records import LONGEST_KEY_LIFE, SCOPES, KeyRecord
 from tenora_client import ApiKey, Client
 
 if TYPE_CHECKING:
     from tenora.control.tenancy.bootstrap import Registry
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="API keys of tenants, for the operator: create, list, revoke.")
+_DAY = 24 * 3600
 Tenant = Annotated[str, typer.Option("--tenant", help="The tenant's name.")]
 
 
@@ -27,11 +28,14 @@ def create(
         list[str], typer.Option("--scope", help=f"What the key may do: {', '.join(SCOPES)}; repeat for several.")
     ],
     name: Annotated[str | None, typer.Option("--name", help="A note to tell keys apart.")] = None,
-    expires_days: Annotated[float | None, typer.Option("--expires-days", min=0.01, help="Never, if absent.")] = None,
+    expires_days: Annotated[
+        float | None,
+        typer.Option("--expires-days", min=0.01, max=LONGEST_KEY_LIFE / _DAY, help="Never, if absent."),
+    ] = None,
     local: Local = False,
 ) -> None:
     """Create a key and print its secret, which is shown this once and kept nowhere."""
-    expires_in = None if expires_days is None else round(expires_days * 86400)
+    expires_in = None if expires_days is None else round(expires_days * _DAY)
 
     def ask(client: Client) -> tuple[ApiKey, str]:
         made = client.admin.keys.create(tenant, scope, name=name, expires_in=expires_in)

@@ -44,6 +44,10 @@ class ConfigurationError(TenoraError):
     """The client cannot be built: no key was found, or the address is malformed."""
 
 
+class RequestError(TenoraError, ValueError):
+    """The request cannot be sent: it holds what JSON has no form for, as NaN, infinity or half a surrogate pair."""
+
+
 class TransportError(TenoraError):
     """No answer came.
 

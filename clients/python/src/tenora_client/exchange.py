@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from tenora_client.calls import Call, OnBytes, Upload
-from tenora_client.errors import ResponseError, StreamError, TransportError, error_fields, transport_error
+from tenora_client.errors import RequestError, ResponseError, StreamError, TransportError, error_fields, transport_error
 
 T = TypeVar("T")
 DONE: Final = "[DONE]"
@@ -52,9 +53,34 @@ def build_request(http: httpx.Client | httpx.AsyncClient, call: Call[T], files: 
     """The request of one attempt; files of an upload are opened in `files` and read while it is sent."""
     headers = {"Idempotency-Key": call.idempotency_key} if call.idempotency_key else {}
     if call.upload is None:
-        return http.build_request(call.method, call.path, params=dict(call.params), json=call.body, headers=headers)
+        try:
+            return http.build_request(call.method, call.path, params=dict(call.params), json=call.body, headers=headers)
+        except ValueError as error:
+            place = next(_unsendable(call.body, ""), None)
+            if place is None:
+                raise
+            reason = "it is NaN, infinite or no UTF-8 text, which JSON does not have."
+            raise RequestError(f"{place} cannot be sent: {reason}") from error
     parts = _open_parts(call.upload, files)
     return http.build_request(call.method, call.path, data=dict(call.upload.fields), files=parts, headers=headers)
+
+
+def _unsendable(value: Any, place: str) -> Iterator[str]:
+    """Where values are that JSON cannot carry, as `lora.alpha` or `messages[0].content`."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _unsendable(inner, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unsendable(inner, f"{place}[{index}]")
+    elif not _is_sendable(value):
+        yield place
+
+
+def _is_sendable(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not (isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def _open_parts(upload: Upload, stack: ExitStack) -> dict[str, tuple[str, io.FileIO, str]]:

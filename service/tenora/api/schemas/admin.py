@@ -9,9 +9,7 @@ from pydantic import Field
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
 from tenora.control.registry.ids import TENANT_PATTERN
-from tenora.control.tenancy.records import LEAST_WEIGHT, MOST_WEIGHT, SCOPES, KeyRecord, Scope
-
-LONGEST_KEY_LIFE = 100 * 365 * 24 * 3600
+from tenora.control.tenancy.records import LEAST_WEIGHT, LONGEST_KEY_LIFE, MOST_WEIGHT, SCOPES, KeyRecord, Scope
 
 
 class TenantCreateRequest(RequestModel):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import new_id, random_word, unix_now
 from tenora.control.registry.tables import KeyRow, TenantRow
-from tenora.control.tenancy.records import SCOPES, KeyRecord, Principal
+from tenora.control.tenancy.records import LONGEST_KEY_LIFE, SCOPES, KeyRecord, Principal
 from tenora.control.tenancy.rows import find_key, key_with_tenant, keys_of, revoke_keys
 from tenora.errors import AuthenticationError, InvalidRequestError, NotFoundError
 
@@ -92,9 +92,10 @@ class Keys:
             raise InvalidRequestError(
                 f"scopes must name at least one of {', '.join(SCOPES)}; got {sorted(unknown)}.", param="scopes"
             )
-        if expires_in is not None and expires_in <= 0:
+        if expires_in is not None and not 0 < expires_in <= LONGEST_KEY_LIFE:
             raise InvalidRequestError(
-                "expires_in must be a positive number of seconds; leave it out for no expiry.", param="expires_in"
+                f"expires_in must be a number of seconds from 1 to {LONGEST_KEY_LIFE}; leave it out for no expiry.",
+                param="expires_in",
             )
         if name is not None and not 0 < len(name) <= 128:
             raise InvalidRequestError("The name of a key must have 1 to 128 characters.", param="name")

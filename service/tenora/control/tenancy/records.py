@@ -9,6 +9,8 @@ Scope = Literal["infer", "train", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "train", "adapters", "admin")
 
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
+LONGEST_KEY_LIFE = 100 * 365 * 24 * 3600
+"""Seconds; a key that shall live longer never expires."""
 
 
 @dataclass(frozen=True, slots=True)
