@@ -93,7 +93,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Host memory for prepared adapters; if larger than the pool, evicted adapters are kept there too.",
     )
-    max_adapters: int = Field(default=256, ge=1, description="Adapter slots on the device.")
+    max_adapters: int = Field(default=256, ge=1, le=65_536, description="Adapter slots on the device.")
     max_lora_rank: int = Field(default=256, ge=1, le=256, description="Highest rank that is accepted.")
 
     # limits of connections, of one request, of the queue and of uploads

@@ -182,6 +182,7 @@ def test_what_a_killed_process_ran_ends_with_it(tmp_path: Path) -> None:
         ("--port", "99999", ("65535",)),
         ("--port", "http", ("integer",)),
         ("--threads", "-1", ("greater than or equal to 0",)),
+        ("--max-adapters", "1000000000", ("65536",)),  # of each slot there is a row in tables in memory
         ("--training-share", "2", ("0.95",)),
         ("--drain-seconds", "inf", ("finite",)),
         ("--engine-start-seconds", "nan", ("finite",)),
