@@ -87,6 +87,8 @@ async def test_few_rows_and_sweeps_count_all_that_is_trained(control: Control, a
     few = await control.estimates.estimate(acme, await request(control, acme, MANY_ROWS[:20], n_epochs=4, batch_size=4))
     assert (few.rows, few.held_out_rows, few.folds) == (20, 0, 5)
     assert few.steps == 5 * 4 * 4 + 4 * 5  # five fits on 16 rows, one on 20, four epochs each
+    capped = await control.estimates.estimate(acme, await request(control, acme, MANY_ROWS[:20], max_steps=3))
+    assert (capped.folds, capped.steps) == (5, 6 * 3)
     one = await control.estimates.estimate(acme, await request(control, acme, n_epochs=3, batch_size=8))
     sweep = {"rank": [4, 8], "learning_rate": [1e-4, 5e-4, 1e-3]}
     many = await control.estimates.estimate(acme, await request(control, acme, n_epochs=3, batch_size=8, sweep=sweep))
