@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tenora.training.corpus import Corpus
 from tenora.training.events import FailedEvent, StepEvent, StoppedEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.inbox import MAX_WAITING
+from tenora.training.plans import session
 from tenora.training.schedule import learning_rate
 from tenora.training.spec import LoraSpec
 from tests.data.rows import random_rows
@@ -150,6 +152,25 @@ def test_a_paused_session_goes_on_with_its_gradient_and_without_what_it_was_at(
     resumed = Sessions(decoder, session_spec(tmp_path))
     assert resumed.events["session"] == [SessionReady(run_id="session", step=2)]
     resumed.do(step(5))
+    assert_same_bits(adapter_of(resumed, "end"), adapter_of(whole, "end", "whole"))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_session_that_is_killed_goes_on_from_the_state_that_was_saved_last(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setattr(session, "STATE_INTERVAL_SECONDS", math.inf if told else 0.0)
+    killed = Sessions(decoder, session_spec(tmp_path))
+    train(killed, 0, 2)
+    if told:
+        killed.do(SaveState(command_id=50, name="two"))
+        train(killed, 2, 3)
+    killed.do(forward_backward(6, rows_of(DATA, [0])))
+    resumed = Sessions(decoder, session_spec(tmp_path))
+    assert resumed.events["session"] == [SessionReady(run_id="session", step=2)]
+    train(resumed, 2, 4)
+    whole = Sessions(decoder, session_spec(tmp_path, "whole"))
+    train(whole, 0, 4, run_id="whole")
     assert_same_bits(adapter_of(resumed, "end"), adapter_of(whole, "end", "whole"))
 
 
