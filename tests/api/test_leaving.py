@@ -1,4 +1,4 @@
-"""Uploads and imports end with their client, and nothing of them stays."""
+"""Uploads, imports and loads end with their client, and nothing of them stays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tenora.config import Settings
 from tenora.control.files import files
 from tests.api.asgi import Call
 from tests.api.conftest import Service
@@ -98,3 +99,25 @@ async def test_an_import_ends_with_its_client_and_may_be_repeated(
     again = await client.post("/v1/adapters", **adapter_form, headers={"Idempotency-Key": "import-1"})
     assert again.status_code == 201, again.text
     assert "idempotency-replayed" not in again.headers
+
+
+class TestLoading:
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> Settings:
+        return Settings(home=tmp_path / "home", device="cpu", dtype="float32", adapter_dirs=(tmp_path,), threads=1)
+
+    async def test_a_load_from_a_directory_ends_with_its_client_and_may_be_repeated(
+        self, service: Service, make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        body = {"lora_name": "desk", "lora_path": str(make_adapter())}
+        store = service.control._blobs.store
+        slow = Slow(store.put)
+        monkeypatch.setattr(store, "put", slow)
+        await left_while(slow, Call(service, "/v1/load_lora_adapter", body, scope="admin"), service)
+        slow.may_end.set()
+        await until(lambda: slow.ended == 1)
+        client = service.client("admin")
+        assert (await client.get("/v1/adapters")).json()["data"] == []
+        await until(lambda: store.list() == ())
+        again = await client.post("/v1/load_lora_adapter", json=body)
+        assert again.status_code == 200, again.text
