@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -88,23 +90,27 @@ def test_a_worker_outlives_its_service_to_finish_what_it_prepares_and_the_next_o
         file = client.files.upload(write_rows(tmp_path / "rows.jsonl", 20_000))
         worker = server.worker()
         job = client.jobs.create(file, hyperparameters={"n_epochs": 1, "batch_size": 64})
-        until(
-            lambda: psutil.Process(worker.pid).cpu_times().user > 0 and client.jobs.get(job.id).status != "queued", ""
-        )
-        assert client.jobs.get(job.id).status == "validating_files"
+        until(lambda: is_claimed(server, job.id), "the worker has begun with it")
         worker.suspend()  # so that it is at it still when its service dies
         server.process.kill()
         server.process.wait(PATIENCE)
         worker.resume()
-        assert alive(worker)
-    server.start()
+    server.start(TENORA_FAILPOINTS="jobs.after_prepare=error")  # who prepares it again fails it
     with server.client() as client:
         until(lambda: not alive(worker), "the old worker has ended")
-        until(lambda: client.jobs.get(job.id).status in {"queued", "running"}, "the job goes on")
+        until(lambda: client.jobs.get(job.id).status != "validating_files", "the job goes on")
+        assert client.jobs.get(job.id).status in {"queued", "running"}
         assert server.worker().pid != worker.pid
         said = [event.message for event in client.jobs.events(job.id)]
         assert sum("Files validated" in line for line in said) == 1, "it was prepared once"
         client.jobs.cancel(job.id)
+
+
+def is_claimed(server: Server, job_id: str) -> bool:
+    """Whether a worker has the job in its hands, which the registry alone knows while it is prepared."""
+    with closing(sqlite3.connect(server.home / "tenora.db", timeout=PATIENCE)) as registry:
+        (owner,) = registry.execute("SELECT lease_owner FROM jobs WHERE id = ?", [job_id]).fetchone()
+    return owner is not None
 
 
 def test_a_worker_that_is_told_to_end_saves_its_run_and_ends_in_order(shared: Server, tmp_path: Path) -> None:
