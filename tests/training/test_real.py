@@ -22,7 +22,7 @@ from tenora_kernels.cpu.runtime.team import Team
 
 from .runs import TrainingRun, assert_same_bits, weights_of
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.full]
 
 
 @pytest.fixture(autouse=True)
