@@ -64,8 +64,8 @@ demo: setup ## the whole product in one run: serve, fine-tune on a sample file, 
 	@$(BIN)/python clients/demo/demo.py $(ARGS)
 
 # Three lanes of about the same length for two cores, since many tests wait for a process: those that compute, those of
-# the state, and the others, which are the commands and whole services.
-COMPUTING := tests/kernels tests/model tests/data tests/training tests/engine tests/adapters
+# the state, and the others, which are the engine, the commands and whole services.
+COMPUTING := tests/kernels tests/model tests/data tests/training tests/adapters
 STATE := tests/control tests/api tests/architecture tests/client tests/deploy tests/docs
 
 define LANES
