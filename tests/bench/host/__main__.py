@@ -46,8 +46,9 @@ def main() -> None:
         return
     checkouts = [HERE] if options.against is None else [options.against.resolve(), HERE]
     measured: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in checkouts]
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for checkout, times in zip(checkouts, measured, strict=True):
+            print(f"round {number + 1} of {options.rounds}: {checkout}", file=sys.stderr, flush=True)
             for name, seconds in one_round(checkout, cases).items():
                 times[name].append(seconds)
     for name in measured[-1]:
