@@ -24,6 +24,7 @@ from tenora.model.stack import can_pack
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 from tests.model.paged import PagedRun, Schedule
+from tests.support.full import full_but
 from tests.support.tiny import FAMILIES, VOCAB
 
 TOLERANCE = 1e-5
@@ -85,7 +86,10 @@ def _team(request: pytest.FixtureRequest) -> Team | None:
     return Team(2) if request.param == "packed" else None
 
 
-@pytest.fixture(params=VARIANTS, name="models")
+QUICK = ["smollm2", "qwen3", "mistral", "dynamic_beyond_limit", "longrope_long", "llama_biases", "qwen3_sliding_biases"]
+
+
+@pytest.fixture(params=full_but(QUICK, VARIANTS), name="models")
 def _models(request: pytest.FixtureRequest, tiny: Callable[..., Path], team: Team | None) -> tuple[Decoder, Any]:
     family, overrides = VARIANTS[request.param]
     directory = tiny(family, **overrides)
