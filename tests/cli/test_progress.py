@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 
 import pytest
 
+from tenora.cli import serving
 from tenora.cli.progress import StartProgress
 
 
@@ -38,6 +40,25 @@ def test_silence_of_the_engine_is_not_silence_of_the_log(caplog: pytest.LogCaptu
             now = float(second)
             progress.show()
     assert caplog.messages == ["starting the engine"] * 4
+
+
+async def test_work_that_says_nothing_is_shown_all_the_same(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "SHOW_SECONDS", 0.001)
+    now, done = 0.0, asyncio.Event()
+    progress = StartProgress(io.StringIO(), clock=lambda: now)
+    progress("convert", 0, 3)
+
+    def look() -> None:
+        nonlocal now
+        now += 1.0
+        if now == 5.0:
+            done.set()
+
+    with caplog.at_level(logging.INFO):
+        assert await serving.shown(done.wait(), progress, look)
+    assert caplog.messages == ["converting the base 0 %"] * 2
 
 
 def test_a_terminal_gets_a_bar_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:

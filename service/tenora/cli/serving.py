@@ -11,9 +11,10 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import typer
 import uvicorn
@@ -47,7 +48,8 @@ from tenora.telemetry.metrics import Metrics
 
 FLUSH_SECONDS = 5  # after the grace, for the last events of streams that were cut off
 BACKLOG = 2048
-SHOW_SECONDS = 0.2  # between two looks at how far the engine's start is
+SHOW_SECONDS = 0.2  # between two looks at how far the start is
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ async def serve(
     with StartProgress() as progress:
         front = Starting(progress.state)
         async with answering(front, listener, settings) as serving, compiling(settings):
-            model = await fetch_model(settings, progress)
+            model = await shown(fetch_model(settings, progress), progress)
             async with control_plane(settings, model, progress, at_once) as control:
                 app = create_app(control, settings)
                 front.app = app
@@ -173,17 +175,26 @@ async def control_plane(
 
 async def loaded(engine: AsyncEngine, progress: StartProgress) -> None:
     """Start the engine, and show how far that is until it is there."""
-    start = asyncio.create_task(engine.start())
+
+    def look() -> None:
+        if (step := engine.loading) is not None:
+            progress(step.phase, step.done, step.total, step.found)
+
     progress("engine", 0, 0)
+    await shown(engine.start(), progress, look)
+
+
+async def shown(work: Coroutine[Any, Any, T], progress: StartProgress, look: Callable[[], None] = lambda: None) -> T:
+    """What `work` gives. How far it is stays in sight while it says nothing; `look` asks for what it does not say."""
+    task = asyncio.create_task(work)
     try:
-        while not (await asyncio.wait({start}, timeout=SHOW_SECONDS))[0]:
-            if (step := engine.loading) is not None:
-                progress(step.phase, step.done, step.total, step.found)
+        while not (await asyncio.wait({task}, timeout=SHOW_SECONDS))[0]:
+            look()
             progress.show()
-        start.result()
+        return task.result()
     finally:
-        start.cancel()
-        await asyncio.gather(start, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Server(uvicorn.Server):
