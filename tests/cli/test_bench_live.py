@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.serving import Server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ def test_killed_when_an_upload_is_complete(new_server: StartServer, tmp_path: Pa
         assert [one.id for one in client.files.list()] == [file.id]
 
 
+@pytest.mark.full
 def test_killed_in_a_job(new_server: StartServer, tmp_path: Path) -> None:
     server = new_server()
     server.start()

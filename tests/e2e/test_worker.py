@@ -81,6 +81,7 @@ def test_a_killed_worker_ends_no_stream_and_its_job_goes_on_with_the_same_bits(s
         assert client.jobs.get(job.id).status == "succeeded"
 
 
+@pytest.mark.full
 def test_a_worker_outlives_its_service_to_finish_what_it_prepares_and_the_next_one_waits_for_it(
     new_server: StartServer, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from tenora_kernels.cpu.runtime.team import Team
 from tests.engine.driver import Driver, greedy, load_peft, ref_of
 from tests.engine.requests import generate, prompt, sampling
 from tests.support import tiny
+from tests.support.full import full_but
 from tests.training.runs import TrainingRun, default_spec, events_of, write_rows
 
 NEW: dict[str, dict[str, Any]] = {
@@ -114,7 +115,7 @@ def test_target_modules_are_the_linear_layers_of_transformers(base: Path) -> Non
     assert list(dict.fromkeys(target.name for target in targets)) == MODULES[family_of(base)]
 
 
-@pytest.mark.parametrize("team", [None, 2], ids=["modules", "team"])
+@pytest.mark.parametrize("team", full_but(2, [None, 2]), ids=["modules", "team"])
 def test_it_trains_an_adapter_that_peft_reads_and_serves_it(base: Path, team: int | None, tmp_path: Path) -> None:
     """A run from file to adapter, peft's losses under it, and peft's tokens from the engine that serves it."""
     decoder = load_decoder(base, team=None if team is None else Team(team))
