@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from fastapi import FastAPI
 
@@ -24,6 +23,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.support.patience import PATIENCE
 from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.scripted_jobs import random_modules
 from tests.support.state import migrate
 
 SPEECH = "The quick brown fox jumps over the lazy dog."
@@ -117,20 +117,13 @@ def base_id(service: Service) -> str:
 @pytest.fixture
 def make_adapter(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
     """`make_adapter(seed=0)` → a PEFT directory of rank 4 on q_proj and v_proj of the tiny base."""
-    targets = [t for t in target_modules(ModelSpec.from_directory(tiny_base)) if t.path.endswith(("q_proj", "v_proj"))]
+    targets = target_modules(ModelSpec.from_directory(tiny_base))
+    shape = LoraSpec(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))
 
     def make(seed: int = 0) -> Path:
-        generator = np.random.default_rng(seed)
         directory = tmp_path / f"adapter-{seed}"
         shutil.rmtree(directory, ignore_errors=True)
-        modules = {
-            target.path: (
-                generator.normal(size=(4, target.in_features)).astype(np.float32),
-                generator.normal(size=(target.out_features, 4)).astype(np.float32),
-            )
-            for target in targets
-        }
-        shape = LoraSpec(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))
+        modules = random_modules(targets, shape.target_modules, shape.rank, seed)
         write_adapter(directory, base_model="tiny", lora=shape, modules=modules)
         return directory
 

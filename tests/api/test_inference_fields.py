@@ -7,9 +7,7 @@ on the list of those that change nothing: none is passed over that is not named 
 from __future__ import annotations
 
 import json
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from pydantic import BaseModel
 from tenora.api.schemas.chat import ChatCompletionRequest, Message
 from tenora.api.schemas.completions import CompletionRequest
 from tests.api.conftest import Service
+from tests.support.schemas import leaves
 
 Fields = Mapping[str, Any]
 
@@ -151,23 +150,6 @@ BODIES: Mapping[type[BaseModel], tuple[str, Fields]] = {
     CompletionRequest: ("completions", COMPLETION),
 }
 SCHEMAS = tuple(BODIES)
-
-
-def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        inner = next((kind for kind in parts(field.annotation) if issubclass(kind, BaseModel)), None)
-        if inner is None:
-            yield prefix + name
-        else:
-            yield from leaves(inner, f"{prefix}{name}.")
-
-
-def parts(annotation: Any) -> list[type]:
-    if isinstance(annotation, type):
-        return [annotation]
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, list, typing.Annotated):
-        return [kind for inner in typing.get_args(annotation) for kind in parts(inner)]
-    return []
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

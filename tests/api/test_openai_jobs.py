@@ -13,13 +13,7 @@ import openai
 import pytest
 
 from tenora.control.worker import membership
-from tenora.training.events import (
-    CheckpointEvent,
-    EvalEvent,
-    FinishedEvent,
-    StepEvent,
-    TrainEvent,
-)
+from tenora.training.events import CheckpointEvent, EvalEvent, FinishedEvent, StepEvent, TrainEvent
 from tenora.training.spec import TrainSpec
 from tests.api.conftest import SPEECH, TRAINING_ROWS, Service, import_adapter
 from tests.support.scripted_engine import Script

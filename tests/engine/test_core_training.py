@@ -15,12 +15,7 @@ from tenora.engine.messages import (
 )
 from tenora.engine.trainer import STEPS_BETWEEN_BURSTS, Trainer
 from tenora.model.decoder import Decoder
-from tenora.training.events import (
-    FailedEvent,
-    StepEvent,
-    StoppedEvent,
-    TrainEvent,
-)
+from tenora.training.events import FailedEvent, StepEvent, StoppedEvent, TrainEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import TrainSpec
 from tests.engine.driver import MakeDriver

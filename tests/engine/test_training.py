@@ -10,12 +10,7 @@ import numpy as np
 from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import StartTraining, StopTraining
 from tenora.model.decoder import Decoder
-from tenora.training.events import (
-    EvalEvent,
-    FinishedEvent,
-    StepEvent,
-    StoppedEvent,
-)
+from tenora.training.events import EvalEvent, FinishedEvent, StepEvent, StoppedEvent
 from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 from tests.engine.driver import Driver, greedy, load_peft, ref_of
 from tests.engine.requests import generate, sampling

@@ -26,14 +26,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.tokenizer import Tokenizer
-from tenora.training.events import (
-    EvalEvent,
-    FailedEvent,
-    FinishedEvent,
-    StepEvent,
-    TrainEvent,
-    TrialEvent,
-)
+from tenora.training.events import EvalEvent, FailedEvent, FinishedEvent, StepEvent, TrainEvent, TrialEvent
 from tenora.training.fusion import FusedTraining
 from tests.bench.checkouts.fixed_set import JOBS, PAIRS, QUESTIONS, ROWS
 from tests.engine.driver import Driver, ref_of

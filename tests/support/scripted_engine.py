@@ -32,12 +32,8 @@ from tenora.engine.messages import (
     TokenLogprob,
     Training,
 )
-from tenora.training.events import (
-    StoppedEvent,
-)
-from tenora.training.spec import (
-    TrainSpec,
-)
+from tenora.training.events import StoppedEvent
+from tenora.training.spec import TrainSpec
 from tests.support.patience import PATIENCE
 from tests.support.scripted_runs import RunScript, ScriptedRun, is_last, step_event
 

@@ -24,10 +24,7 @@ from tenora.training.events import (
     TrialEvent,
 )
 from tenora.training.methods.table import find_method
-from tenora.training.spec import (
-    TrainSpec,
-    trial_of,
-)
+from tenora.training.spec import TrainSpec, trial_of
 from tests.support.scripted_answers import scores
 from tests.support.scripted_engine import READY, Answer, Script
 

@@ -16,9 +16,7 @@ from tenora.training.events import (
     TrainEvent,
     TrialEvent,
 )
-from tenora.training.spec import (
-    TrainSpec,
-)
+from tenora.training.spec import TrainSpec
 
 
 @dataclass(kw_only=True)
@@ -68,7 +66,7 @@ class ScriptedRun:
     def may_go_on(self) -> bool:
         """Whether nothing holds it."""
         event, script = self._upcoming(), self._script
-        if isinstance(event, FinishedEvent | FailedEvent | StoppedEvent):
+        if is_last(event):
             return not script.hold_end
         return self._ending is not None or script.hold_at is None or _step(event) != script.hold_at
 

@@ -11,13 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tenora.model.decoder import Decoder
-from tenora.training.events import (
-    CheckpointEvent,
-    FailedEvent,
-    FinishedEvent,
-    StepEvent,
-    TrainEvent,
-)
+from tenora.training.events import CheckpointEvent, FailedEvent, FinishedEvent, StepEvent, TrainEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
 from tests.data.rows import random_rows

@@ -26,14 +26,7 @@ from tenora.training import learner
 from tenora.training.arena import TrainedAdapter
 from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
-from tenora.training.events import (
-    CheckpointEvent,
-    EvalEvent,
-    FinishedEvent,
-    StepEvent,
-    StoppedEvent,
-    TrainEvent,
-)
+from tenora.training.events import CheckpointEvent, EvalEvent, FinishedEvent, StepEvent, StoppedEvent, TrainEvent
 from tenora.training.optimizer import AdamW
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.pass_queue import Work

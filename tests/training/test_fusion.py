@@ -13,12 +13,7 @@ import torch
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.training import fusion, watch
-from tenora.training.events import (
-    FailedEvent,
-    FinishedEvent,
-    StepEvent,
-    StoppedEvent,
-)
+from tenora.training.events import FailedEvent, FinishedEvent, StepEvent, StoppedEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
 from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec

@@ -28,13 +28,7 @@ from tenora.training.events import (
 from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
 from tenora.training.recipes import halving_rungs
-from tenora.training.spec import (
-    LoraSpec,
-    TaskSpec,
-    TrainSpec,
-    Trial,
-    trial_of,
-)
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec, Trial, trial_of
 from tests.data.rows import random_rows
 from tests.support.full import full_but
 

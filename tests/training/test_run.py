@@ -24,13 +24,7 @@ from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.checkpoint import fingerprint
 from tenora.training.evaluation import Evaluation
-from tenora.training.events import (
-    CheckpointEvent,
-    EvalEvent,
-    FinishedEvent,
-    StepEvent,
-    StoppedEvent,
-)
+from tenora.training.events import CheckpointEvent, EvalEvent, FinishedEvent, StepEvent, StoppedEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import LoraSpec, TrainSpec
 from tests.support.patience import PATIENCE

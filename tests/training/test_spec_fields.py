@@ -15,22 +15,10 @@ import pytest
 
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
-from tenora.training.events import (
-    EvalEvent,
-    FailedEvent,
-    FinishedEvent,
-    FoldEvent,
-    StepEvent,
-    TrainEvent,
-)
+from tenora.training.events import EvalEvent, FailedEvent, FinishedEvent, FoldEvent, StepEvent, TrainEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.pass_queue import Work
-from tenora.training.spec import (
-    LoraSpec,
-    TaskSpec,
-    TrainSpec,
-    Trial,
-)
+from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec, Trial
 from tests.data.rows import random_rows
 from tests.support.full import full_but
 

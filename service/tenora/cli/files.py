@@ -10,7 +10,7 @@ import typer
 from tenora.cli.connection import connect
 from tenora.cli.groups import Group
 from tenora.cli.output import AsJson, show_object, show_objects
-from tenora.cli.setting_flags import given_among, with_flags
+from tenora.cli.setting_flags import given, with_flags
 from tenora.training.settings import ROWS
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Training files: upload, preview, list, delete.")
@@ -52,7 +52,7 @@ def preview(
 ) -> None:
     """Show rows as the model would see them: what is learned, what is cut, what is wrong."""
     with connect() as client:
-        found = client.files.preview(file_id, limit=limit, after=after, **given_among(rows))
+        found = client.files.preview(file_id, limit=limit, after=after, **given(**rows))
     if as_json:
         typer.echo(found.model_dump_json())
         return

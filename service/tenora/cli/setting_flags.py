@@ -52,6 +52,6 @@ def with_flags(settings: Mapping[str, Setting]) -> Callable[[Callable[..., None]
     return decorate
 
 
-def given_among(values: Mapping[str, Any]) -> dict[str, Any]:
+def given(**values: Any) -> dict[str, Any]:
     """Those that were given: a switch that is not there says nothing."""
     return {name: value for name, value in values.items() if value is not None and value is not False}

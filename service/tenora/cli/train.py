@@ -11,7 +11,7 @@ import typer
 
 from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
-from tenora.cli.setting_flags import given_among, with_flags
+from tenora.cli.setting_flags import given, with_flags
 from tenora.errors import ConfigurationError
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import JOB, RUN
@@ -51,15 +51,15 @@ def train(
     **settings: Any,
 ) -> None:
     """Upload a file, train an adapter on it and wait until it can be called."""
-    given = given_among(settings)
-    fields = _given(
+    chosen = given(**settings)
+    fields = given(
         name=name,
         seed=seed,
         suffix=suffix,
         method=None if method is None else {"type": method},
-        lora={name: value for name, value in given.items() if name in LORA_ASKED} or None,
+        lora={name: value for name, value in chosen.items() if name in LORA_ASKED} or None,
         sweep=sweep_of(sweep or [], trials),
-        **{name: value for name, value in given.items() if name not in LORA_ASKED},
+        **{name: value for name, value in chosen.items() if name not in LORA_ASKED},
     )
     for source in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
         check_file(source)
@@ -92,10 +92,6 @@ def _report_evaluation(said: Evaluation, start: str) -> None:
             typer.echo(f"{label:<15}{said.verdicts[name].verdict}")
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def check_settings(client: Client, training: Sequence[str], validation: str | None, fields: Mapping[str, Any]) -> None:
     """Ask the server whether it takes the settings of a job, before anything is uploaded for it.
 
@@ -103,7 +99,7 @@ def check_settings(client: Client, training: Sequence[str], validation: str | No
     """
     names = [f"file-{number}-of-{len(training)}" for number in range(1, len(training) + 1)]
     weights = [_weighted(entry)[1] for entry in training]
-    files = [_given(file=name, weight=weight) for name, weight in zip(names, weights, strict=True)]
+    files = [given(file=name, weight=weight) for name, weight in zip(names, weights, strict=True)]
     sources = {"training_file": names[0]} if len(files) == 1 and weights[0] is None else {"training_files": files}
     measured_on = None if validation is None else "file-to-measure-on"
     try:
@@ -126,7 +122,7 @@ def training_fields(client: Client, training: Sequence[str]) -> dict[str, Any]:
     files = []
     for entry in training:
         path, weight = _weighted(entry)
-        files.append(_given(file=file_id(client, path), weight=weight))
+        files.append(given(file=file_id(client, path), weight=weight))
     return {"training_files": files}
 
 
@@ -138,7 +134,7 @@ def sweep_of(values: Sequence[str], trials: int | None) -> dict[str, Any] | None
     """
     if not values and trials is None:
         return None
-    found: dict[str, Any] = _given(trials=trials)
+    found: dict[str, Any] = given(trials=trials)
     for entry in values:
         name, equals, text = entry.partition("=")
         low, dots, high = text.partition("..")

@@ -88,17 +88,17 @@ class Clients:
                 if self._runs.setdefault(spec.run_id, (client, command))[0] != client:
                     self._waiting[spec.run_id] = (client, command)
                     return told
-            case PutCommand(run_id=run_id, command=put) if not self._follows(client, run_id):
+            case PutCommand(run_id=run_id, command=put) if self._follower(run_id) != client:
                 unknown = "No run of this name has been started here."
                 refused = Refused(run_id=run_id, command_id=put.command_id, code="unknown_run", message=unknown)
                 return [(client, Training(refused))]
-            case Acknowledge(run_id=run_id) if not self._follows(client, run_id):
+            case Acknowledge(run_id=run_id) if self._follower(run_id) != client:
                 return told  # another client follows it by now
             case StopTraining(run_id=run_id):
                 if run_id in self._waiting and self._waiting[run_id][0] == client:
                     del self._waiting[run_id]
                     return [(client, Training(StoppedEvent(run_id=run_id, step=0, paused=command.pause)))]
-                if not self._follows(client, run_id):
+                if self._follower(run_id) != client:
                     return told
             case PinAdapter() | EvictAdapter():
                 # The owner says it again to the engine's successor.
@@ -112,10 +112,10 @@ class Clients:
             case Outputs(items=items) if self._sequences:
                 return self._outputs(items)
             case Training(event=training):
-                client = next((client for client in self._present if self._follows(client, training.run_id)), None)
+                client = self._follower(training.run_id)
                 if isinstance(training, FinishedEvent | StoppedEvent | FailedEvent):
                     self._ended(training.run_id)
-                return [] if client is None else [(client, event)]
+                return [(client, event)] if client in self._present else []
         return [(OWNER, event)]
 
     def heartbeats(self) -> list[Addressed]:
@@ -137,8 +137,9 @@ class Clients:
             shares.setdefault(client, []).append(item)
         return [(client, Outputs(share)) for client, share in shares.items()]
 
-    def _follows(self, client: str, run_id: str) -> bool:
-        return run_id in self._runs and self._runs[run_id][0] == client
+    def _follower(self, run_id: str) -> str | None:
+        asked = self._runs.get(run_id)
+        return None if asked is None else asked[0]
 
     def _ended(self, run_id: str) -> None:
         self._runs.pop(run_id, None)

@@ -22,13 +22,7 @@ from tenora.model.executors.layers import Keep
 from tenora.model.spec import target_modules
 from tenora.training.arena import TrainingArena
 from tenora.training.commands import Refused, RunCommand
-from tenora.training.events import (
-    FailedEvent,
-    FinishedEvent,
-    Items,
-    StoppedEvent,
-    TrainEvent,
-)
+from tenora.training.events import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent
 from tenora.training.failures import explain
 from tenora.training.pass_queue import Work, WorkQueue
 from tenora.training.resident_base import TrainingHost

@@ -29,13 +29,7 @@ from tenora.training.checkpoint import (
 from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
-from tenora.training.events import (
-    CheckpointEvent,
-    EvalEvent,
-    EvaluationPoint,
-    Items,
-    StepEvent,
-)
+from tenora.training.events import CheckpointEvent, EvalEvent, EvaluationPoint, Items, StepEvent
 from tenora.training.init_from import start_adapter
 from tenora.training.journal import Journal
 from tenora.training.methods.method import Figures, Learning

@@ -16,14 +16,7 @@ from typing import Protocol
 
 from tenora.model.device import survive
 from tenora.training.commands import Refused, RunCommand
-from tenora.training.events import (
-    FailedEvent,
-    FinishedEvent,
-    Items,
-    RetoldEvent,
-    StoppedEvent,
-    TrainEvent,
-)
+from tenora.training.events import FailedEvent, FinishedEvent, Items, RetoldEvent, StoppedEvent, TrainEvent
 from tenora.training.failures import explain
 from tenora.training.inbox import Inbox
 from tenora.training.journal import Journal

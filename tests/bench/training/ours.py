@@ -13,12 +13,7 @@ from tenora.engine.client.child import available_cpus
 from tenora.model.decoder import Decoder
 from tenora.model.executors import kernels
 from tenora.model.loading import load_decoder, resolve_dtype
-from tenora.training.events import (
-    EvalEvent,
-    FailedEvent,
-    FinishedEvent,
-    StepEvent,
-)
+from tenora.training.events import EvalEvent, FailedEvent, FinishedEvent, StepEvent
 from tenora.training.fusion import FusedTraining
 from tenora.training.spec import TaskSpec, TrainSpec
 from tenora_kernels.cpu.runtime.team import Team

@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from pydantic import BaseModel
 
 from tenora.api.schemas.fine_tuning import JobCreateRequest
 from tenora.control.jobs.creation import new_job
@@ -26,6 +23,7 @@ from tenora.errors import DatasetError, InvalidRequestError
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, jsonl
 from tests.control.jobs.test_job_methods import PAIRS
+from tests.support.schemas import leaves
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LIMITS = Limits(base_id=BASE, max_rank=64, max_model_len=256, target_modules=ALL_LINEAR)
@@ -109,24 +107,6 @@ ELSEWHERE = {
 
 def several(file: str, **second: Any) -> dict[str, Any]:
     return {"training_file": None, "training_files": [{"file": file}, {"file": f"{file}-2", **second}]}
-
-
-def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The names of all fields, with those of the objects within them."""
-    for name, field in model.model_fields.items():
-        inner = next((kind for kind in parts(field.annotation) if issubclass(kind, BaseModel)), None)
-        if inner is None:
-            yield prefix + name
-        else:
-            yield from leaves(inner, f"{prefix}{name}.")
-
-
-def parts(annotation: Any) -> list[type]:
-    if isinstance(annotation, type):
-        return [annotation]
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, list):
-        return [kind for inner in typing.get_args(annotation) for kind in parts(inner)]
-    return []
 
 
 def test_every_field_is_here() -> None:

@@ -18,9 +18,7 @@ from tenora.errors import (
     ConflictError,
     ModelNotFoundError,
 )
-from tenora.training.events import (
-    CheckpointEvent,
-)
+from tenora.training.events import CheckpointEvent
 from tests.control.conftest import (
     BASE,
     MANY_ROWS,

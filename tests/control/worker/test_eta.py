@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenora.control.worker.eta import Eta
-from tenora.training.events import (
-    EvalEvent,
-    FoldEvent,
-    StepEvent,
-    TrialEvent,
-    TrialStatus,
-)
+from tenora.training.events import EvalEvent, FoldEvent, StepEvent, TrialEvent, TrialStatus
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import TaskSpec, TrainSpec, Trial
 

@@ -25,12 +25,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
 from tenora.engine.messages import Generate, SamplingParams
 from tenora.errors import NotFoundError, UnavailableError
-from tenora.training.events import (
-    FinishedEvent,
-    HeldOut,
-    Probe,
-    TrainEvent,
-)
+from tenora.training.events import FinishedEvent, HeldOut, Probe, TrainEvent
 from tenora.training.spec import TrainSpec
 from tests.control.conftest import (
     ROWS,

@@ -20,13 +20,7 @@ from tenora.training.recipes import (
     resolve_hyperparameters,
 )
 from tenora.training.settings import AUTO, PUBLISHING, ROWS, RUN, SETTINGS
-from tenora.training.spec import (
-    LORA,
-    TRIAL,
-    LoraSpec,
-    TrainSpec,
-    Trial,
-)
+from tenora.training.spec import LORA, TRIAL, LoraSpec, TrainSpec, Trial
 
 _OF_RUN = tuple(name for name in SETTINGS if name in RUN)
 

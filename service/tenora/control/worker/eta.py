@@ -7,13 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tenora.training.events import (
-    EvalEvent,
-    FoldEvent,
-    StepEvent,
-    TrainEvent,
-    TrialEvent,
-)
+from tenora.training.events import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrialEvent
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import TrainSpec, trial_of
 

@@ -7,13 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tenora.training.events import (
-    EvalEvent,
-    FinishedEvent,
-    FoldEvent,
-    StepEvent,
-    TrialEvent,
-)
+from tenora.training.events import EvalEvent, FinishedEvent, FoldEvent, StepEvent, TrialEvent
 
 CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _CSV_SOURCES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")

@@ -15,12 +15,7 @@ from tenora.errors import (
     TenoraError,
     UnavailableError,
 )
-from tenora.training.events import (
-    FailedEvent,
-    FinishedEvent,
-    StoppedEvent,
-    TrainEvent,
-)
+from tenora.training.events import FailedEvent, FinishedEvent, StoppedEvent, TrainEvent
 
 OF_THE_ADAPTER: Mapping[str, type[TenoraError]] = {
     "invalid_adapter": AdapterFormatError,

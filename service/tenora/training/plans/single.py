@@ -7,12 +7,7 @@ import time
 from tenora.errors import TrainingError
 from tenora.training.checkpoint import Best
 from tenora.training.corpus import Corpus
-from tenora.training.events import (
-    FinishedEvent,
-    HeldOut,
-    Items,
-    Probe,
-)
+from tenora.training.events import FinishedEvent, HeldOut, Items, Probe
 from tenora.training.journal import Journal
 from tenora.training.learner import Learner
 from tenora.training.methods.table import find_method

@@ -19,13 +19,7 @@ from tenora.adapters.atomic import replace_file
 from tenora.errors import TrainingError
 from tenora.model.device import survive
 from tenora.training.evaluation import general_loss
-from tenora.training.events import (
-    EvalEvent,
-    FinishedEvent,
-    Items,
-    TrialEvent,
-    TrialStatus,
-)
+from tenora.training.events import EvalEvent, FinishedEvent, Items, TrialEvent, TrialStatus
 from tenora.training.failures import explain
 from tenora.training.journal import Journal
 from tenora.training.learner import Learner
