@@ -11,7 +11,8 @@ import pytest
 
 from tenora.adapters import peft_format
 from tenora.adapters.digest import WEIGHTS_NAME, content_hasher, digest_of
-from tenora.adapters.peft_format import AdapterReader, AdapterWeights
+from tenora.adapters.peft_format import AdapterReader
+from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterDamagedError, AdapterFormatError
 from tests.adapters import files
 from tests.support.patience import PATIENCE

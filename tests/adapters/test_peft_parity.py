@@ -16,16 +16,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from tenora.adapters.peft_format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterWeights,
-    LoraModule,
-    read_adapter,
-    validate_files,
-    write_adapter,
-)
+from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter, validate_files, write_adapter
 from tenora.adapters.safetensors_file import Array
+from tenora.adapters.weights import AdapterWeights, LoraModule
 from tenora.errors import AdapterFormatError
 from tests.adapters.files import TARGETS
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tenora.adapters import pool as pool_module
-from tenora.adapters.peft_format import AdapterWeights
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
+from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterFormatError, PoolFullError, UnavailableError
 from tests.adapters.weights import TARGETS, adapter, prepared
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenora.adapters.peft_format import WEIGHTS_NAME, AdapterReader, AdapterWeights
+from tenora.adapters.peft_format import WEIGHTS_NAME, AdapterReader
 from tenora.adapters.prepared import prepare
 from tenora.adapters.safetensors_file import write_file
+from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterFormatError
 from tests.adapters import files
 from tests.adapters.weights import TARGETS, adapter, prepared
@@ -81,7 +82,7 @@ def test_a_remembered_header_still_reads_and_checks_every_value(tmp_path: Path) 
             np.testing.assert_array_equal(
                 module.a, files.tensors(seed=seed)[f"{files.PREFIX}{path}.lora_A.weight"], strict=True
             )
-    assert len(reader._plans) == 1
+    assert len(reader._layouts) == 1
     broken = files.tensors(seed=9)
     name = next(iter(broken))
     broken[name][0, 0] = np.nan
@@ -109,7 +110,7 @@ def test_few_headers_are_remembered(tmp_path: Path) -> None:
     reader = AdapterReader(files.TARGETS, max_rank=64)
     for rank in range(1, 20):
         reader.read(files.save(tmp_path / str(rank), files.config(r=rank), files.tensors(rank=rank)))
-    assert len(reader._plans) == 8
+    assert len(reader._layouts) == 8
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path) -> None:

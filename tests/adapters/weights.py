@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenora.adapters.peft_format import AdapterWeights, LoraModule
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import AdapterWeights, LoraModule
 
 TARGETS = (
     TargetModule("model.layers.0.self_attn.q_proj", 0, 6, 4),

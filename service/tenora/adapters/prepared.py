@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenora.adapters.peft_format import AdapterWeights, LoraModule
 from tenora.adapters.safetensors_file import Array, all_finite
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import AdapterWeights, LoraModule
 from tenora.errors import AdapterFormatError
 
 _FILE_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from tenora.adapters.host_cache import HostCache
-from tenora.adapters.peft_format import AdapterReader, AdapterWeights
+from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.upload import uploader_for
+from tenora.adapters.weights import AdapterWeights
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.client.child import available_cpus

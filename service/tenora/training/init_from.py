@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tenora.adapters.peft_format import LoraModule, read_adapter
+from tenora.adapters.peft_format import read_adapter
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import LoraModule
 from tenora.errors import AdapterFormatError, TrainingError
 from tenora.training.arena import TrainedAdapter
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from tenora.adapters.digest import digest_of
-from tenora.adapters.peft_format import AdapterReader, AdapterWeights, write_adapter
+from tenora.adapters.peft_format import AdapterReader, write_adapter
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.safetensors_file import Array
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import AdapterWeights
 from tenora.training.spec import LoraSpec
 
 LAYERS, RANK, ROUNDS = 30, 16, 60

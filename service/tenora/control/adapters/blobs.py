@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
-from tenora.adapters.peft_format import AdapterSummary, read_config, summarise, validate_files
+from tenora.adapters.peft_format import read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import AdapterSummary
 from tenora.control.adapters import rows
 from tenora.control.registry.database import Database
 from tenora.control.storage.directory import full_disk

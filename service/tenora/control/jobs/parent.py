@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from tenora.adapters.peft_config import parse_config
+from tenora.adapters.kinds.lora import LoraConfiguration
+from tenora.adapters.kinds.table import parse_config
 from tenora.adapters.peft_format import read_config
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.resolution import find_digest
@@ -56,6 +57,11 @@ async def find_parent(
 async def parent_shape(blobs: Blobs, digest: str) -> ParentShape:
     """The shape of a stored adapter."""
     config = parse_config(await asyncio.to_thread(read_config, blobs.store.path(digest)))
+    if not isinstance(config, LoraConfiguration):
+        raise InvalidRequestError(
+            "The adapter to start from is not a LoRA adapter, and LoRA starts from those only; start from the base.",
+            param="lora.init_from",
+        )
     return ParentShape.of(config, blobs.targets)
 
 

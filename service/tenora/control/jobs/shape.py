@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tenora.adapters.peft_config import PeftConfig
+from tenora.adapters.kinds.lora import LoraConfiguration
 from tenora.adapters.targets import TargetModule
 from tenora.control.jobs.field_checks import known_fields
 from tenora.errors import AdapterFormatError, InvalidRequestError
@@ -65,7 +65,7 @@ class ParentShape:
     target_modules: frozenset[str]
 
     @classmethod
-    def of(cls, config: PeftConfig, targets: Sequence[TargetModule]) -> ParentShape:
+    def of(cls, config: LoraConfiguration, targets: Sequence[TargetModule]) -> ParentShape:
         """The shape that an adapter_config.json names for this base."""
         covered = config.resolve(targets)
         return cls(

@@ -1,0 +1,30 @@
+"""Every kind of adapters that is read. Free of torch."""
+
+from __future__ import annotations
+
+from tenora.adapters.kinds.kind import Configuration, Kind
+from tenora.adapters.kinds.lora import LORA
+from tenora.adapters.safetensors_file import parse_json_object
+from tenora.errors import AdapterFormatError
+
+KINDS: tuple[Kind, ...] = (LORA,)
+"""The first that a configuration is of counts."""
+MAX_CONFIG_BYTES = 2**20
+
+
+def parse_config(text: bytes) -> Configuration:
+    """Read and check an adapter_config.json.
+
+    Raises:
+        AdapterFormatError: if it is too large, not JSON, of a kind that is not served, or holds a field that is not
+            known; the message names the field.
+    """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise AdapterFormatError(
+            f"adapter_config.json is over {MAX_CONFIG_BYTES} bytes; that is no LoRA configuration."
+        )
+    raw = parse_json_object(text, what="adapter_config.json")
+    for kind in KINDS:
+        if kind.is_of(raw):
+            return kind.parse(raw)
+    raise AdapterFormatError(f"peft_type is {raw.get('peft_type')!r}; only LORA adapters are served.")

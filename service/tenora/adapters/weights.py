@@ -1,0 +1,69 @@
+"""An adapter in memory, as it was read: what the rest of the service gets to know of a file. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tenora.adapters.safetensors_file import Array
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """The adapter of one linear module: delta weight = scaling · B · A.
+
+    Attributes:
+        path: `model.layers.0.self_attn.q_proj`.
+        scaling: alpha / rank, or alpha / √rank for rsLoRA.
+        a: [rank, in_features].
+        b: [out_features, rank], as in the file.
+        dtype: float32, float16 or bfloat16, of both; bfloat16 arrays are the bits as uint16. What the file has in
+            float64, or in two types, is float32, as PEFT loads it.
+    """
+
+    path: str
+    rank: int
+    scaling: float
+    a: Array
+    b: Array
+    dtype: str
+
+    @property
+    def bt(self) -> Array:
+        """Bᵀ, [rank, out_features], a view."""
+        return self.b.T
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What an adapter is, without its weights.
+
+    Attributes:
+        kind: name of one of `tenora.adapters.kinds.table.KINDS`.
+        rank: the highest of its modules.
+        target_modules: last parts of the paths that it adapts (`q_proj`), in the order of the base.
+        parameters: number of weights.
+        bfloat16: whether all of them are bfloat16.
+        nbytes: size of the weights in the file.
+        config: adapter_config.json.
+    """
+
+    kind: str
+    rank: int
+    target_modules: tuple[str, ...]
+    parameters: int
+    bfloat16: bool
+    nbytes: int
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """A whole adapter in memory. `modules` is by path, in the order of the base; the rest is as in AdapterSummary."""
+
+    modules: Mapping[str, LoraModule]
+    rank: int
+    target_modules: tuple[str, ...]
+    config: Mapping[str, Any]
+    nbytes: int
