@@ -179,7 +179,7 @@ def compiled_pass(decoder: Decoder, stream: Stream, *, backward: bool) -> None:
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
     coefficients = torch.full((len(stream.targets),), 1 / len(stream.targets)) if backward else None
-    _, _, slope = finish(TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients))
+    slope = finish(TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients)).slope
     if slope is not None:
         for index in reversed(range(len(decoder.layers))):
             slope = layers.backward(index, slope, need_dx=index > 0)

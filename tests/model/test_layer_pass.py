@@ -331,7 +331,7 @@ def test_another_rows_nan_stays_there(tiny: Callable[..., Path]) -> None:
 def test_no_learned_row_and_no_coefficients(tiny: Callable[..., Path]) -> None:
     decoder = load_decoder(tiny("smollm2"), team=Team(2))
     hidden, none = torch.ones(3, 48), torch.zeros(0, dtype=torch.int64)
-    loss, correct, slope = finish(TokenReadout(decoder).read(hidden, none, none, torch.zeros(0)))
+    loss, correct, slope, _ = finish(TokenReadout(decoder).read(hidden, none, none, torch.zeros(0)))
     assert loss.shape == correct.shape == (0,)
     assert slope is not None
     assert not slope.any()

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tenora.adapters.matching import layer_number
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.targets import TargetModule
 from tenora.errors import TrainingError
@@ -114,6 +115,7 @@ class TrainedAdapter:
         lora: its shape.
         ranks: per target module of the base; 0 for those it skips.
         numel: number of its weights.
+        first_layer: the first layer that it changes; their number if it changes none.
         slot: its column in the arena's tables, until the next `add` or `remove`.
         span: where its weights lie in the arena, until then.
     """
@@ -122,6 +124,9 @@ class TrainedAdapter:
         self.lora = lora
         self.ranks = _module_ranks(arena.targets, lora)
         self.numel = sum(r * (t.in_features + t.out_features) for r, t in zip(self.ranks, arena.targets, strict=True))
+        layers = layers_of(arena.targets)
+        changed = [layer for layer, rank in zip(layers, self.ranks, strict=True) if rank]
+        self.first_layer = min(changed, default=max(layers, default=-1) + 1)
         self.slot, self.span = -1, slice(0, 0)
         self._arena = arena
 
@@ -229,6 +234,11 @@ def scaling(lora: LoraSpec) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
+def layers_of(targets: Sequence[TargetModule]) -> list[int]:
+    """The number of each module's layer."""
+    return [layer_number(target.path, None) or 0 for target in targets]
+
+
 def _module_ranks(targets: Sequence[TargetModule], lora: LoraSpec) -> list[int]:
     known = {target.name for target in targets}
     unknown = [name for name in lora.target_modules if name not in known]
@@ -236,5 +246,9 @@ def _module_ranks(targets: Sequence[TargetModule], lora: LoraSpec) -> list[int]:
         raise TrainingError(f"The base has no module {unknown}; it has {', '.join(sorted(known))}.")
     if lora.rank < 1:
         raise TrainingError(f"The rank is {lora.rank} and must be at least 1.")
-    wanted = lora.target_modules or known
-    return [lora.rank if target.name in wanted else 0 for target in targets]
+    wanted, layers = lora.target_modules or known, layers_of(targets)
+    first = max(layers) + 1 - lora.last_layers if lora.last_layers else 0
+    return [
+        lora.rank if target.name in wanted and layer >= first else 0
+        for target, layer in zip(targets, layers, strict=True)
+    ]

@@ -159,6 +159,8 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
 def _in_first_order(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as the first release named them: beta in every run, and what all methods have after the shape."""
     of_all = {name: settings.pop(name) for name in RunSettings.__struct_fields__}
+    if not settings["lora"]["last_layers"]:
+        del settings["lora"]["last_layers"]
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= {"beta": 0.1, **value} if name == "method_settings" else {name: value}

@@ -32,6 +32,7 @@ class PackedRows:
         targets: int64 [n], those learned tokens.
         target_row: int64 [n], index into `rows` of the row that each target belongs to.
         row_tokens: tokens of the rows, as if none were shared.
+        labels: float32 [rows, w], what a head learns of each row; None if the rows have none.
     """
 
     rows: tuple[int, ...]
@@ -43,6 +44,7 @@ class PackedRows:
     targets: Int64Array
     target_row: Int64Array
     row_tokens: int
+    labels: npt.NDArray[np.float32] | None = None
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         target_modules: here every module of the base's layout if empty.
+        last_layers: only modules of so many last layers; 0 is all of them.
     """
 
     rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, swept=1, flag="--rank")] = 16
@@ -26,6 +27,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         Setting("Last parts of the paths of what it adapts.", most=64, noun="module names", every="all-linear"),
     ] = ()
     use_rslora: Annotated[bool, Setting("Scale by alpha / root of rank.")] = False
+    last_layers: int = 0
 
 
 class LoraSettings(LoraSpec, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.executors.choice import layer_pass
 from tenora.model.executors.layers import Keep, LayerPass
-from tenora.model.readouts.base import Readout, ReadoutKind
+from tenora.model.readouts.base import Read, Readout, ReadoutKind, ReadPositions
 from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
@@ -48,11 +48,13 @@ class Pass:
     """Parts side by side in one stream of T tokens on the device, with what every layer needs.
 
     Attributes:
-        input_ids: int64 [T]; predict_at, targets: int64 [n]; see `PackedRows`.
+        input_ids: int64 [T]; predict_at, targets: int64 [n]; see `PackedRows`. Of labelled rows the targets are their
+            labels, float32 [n, w], filled up with zeros where other parts have more.
         context: positions, RoPE, attention and adapters.
         learned: where each part's targets lie among the n.
         dropout: None if no part has any.
         readout: what is made of the hidden states.
+        first: the first layer that anybody's gradient goes to; their number, if only heads are trained.
     """
 
     input_ids: Tensor
@@ -62,6 +64,7 @@ class Pass:
     learned: tuple[slice, ...]
     dropout: StreamDropout | None
     readout: Readout
+    first: int = 0
 
     @property
     def tokens(self) -> int:
@@ -71,14 +74,18 @@ class Pass:
 
 @dataclass(slots=True)
 class TokenLosses:
-    """Per learned token, in stream order: loss float32 [n] in nats, and bool [n], whether it was the likeliest."""
+    """Per learned token, in stream order: loss float32 [n] in nats, and bool [n], whether it was the likeliest.
+
+    Of rows that a head reads the same per row, with its scores float32 [n, k]; see `tenora.model.readouts.base.Read`.
+    """
 
     loss: Tensor
     correct: Tensor
+    scores: Tensor | None = None
 
     def part(self, span: slice) -> TokenLosses:
         """Those of a span."""
-        return TokenLosses(self.loss[span], self.correct[span])
+        return TokenLosses(self.loss[span], self.correct[span], None if self.scores is None else self.scores[span])
 
 
 Coefficients = Callable[[TokenLosses], Tensor]
@@ -158,6 +165,12 @@ def load_pass(
     cu_seqlens = np.append(starts, tokens[-1])
     positions = _to(device, [packed.positions for packed in rows])
     row_lengths = np.diff(cu_seqlens)
+    predict_at = np.concatenate([packed.predict_at + first for packed, first in zip(rows, tokens[:-1], strict=True)])
+    where = ReadPositions(
+        np.repeat(_slots(parts), np.diff(learned)),
+        starts[np.searchsorted(starts, predict_at, side="right") - 1],
+        tables,
+    )
     spans = [slice(int(start), int(stop)) for start, stop in pairwise(tokens)]
     dropped = [(span, part.dropout) for span, part in zip(spans, parts, strict=True) if part.dropout is not None]
     dropout = StreamDropout(dropped) if dropped else None
@@ -170,12 +183,13 @@ def load_pass(
     )
     return Pass(
         input_ids=_to(device, [packed.input_ids for packed in rows]),
-        predict_at=_to(device, [packed.predict_at + first for packed, first in zip(rows, tokens[:-1], strict=True)]),
-        targets=_to(device, [packed.targets for packed in rows]),
+        predict_at=_to(device, [predict_at]),
+        targets=_targets(device, rows),
         context=context,
         learned=tuple(slice(int(start), int(stop)) for start, stop in pairwise(learned)),
         dropout=dropout,
-        readout=readout.over(decoder, np.repeat(_slots(parts), np.diff(learned))),
+        readout=readout.over(decoder, where),
+        first=min((part.adapter.first_layer for part in parts if part.adapter is not None), default=0),
     )
 
 
@@ -184,10 +198,10 @@ def forward(decoder: Decoder, batch: Pass) -> Generator[None, None, TokenLosses]
     layers = layer_pass(decoder, batch.context, Keep.NOTHING)
     try:
         hidden = yield from _upwards(decoder, layers, batch)
-        loss, correct, _ = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
+        read = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
     finally:
         layers.close()
-    return TokenLosses(loss, correct)
+    return _losses(read)
 
 
 def forward_backward(
@@ -201,22 +215,24 @@ def forward_backward(
             once for the gradient.
         keep: activations of every layer, or inputs only: a third more work for a fraction of the memory.
     """
-    layers = layer_pass(decoder, batch.context, keep, before=None if batch.dropout is None else batch.dropout.seek)
+    before = None if batch.dropout is None else batch.dropout.seek
+    layers = layer_pass(decoder, batch.context, keep, before=before, first=batch.first)
     try:
         hidden = yield from _upwards(decoder, layers, batch)
         if not isinstance(coefficients, Tensor):
-            loss, correct, _ = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
-            coefficients = coefficients(TokenLosses(loss, correct))
-        loss, correct, slope = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, coefficients)
-        for index in reversed(range(len(decoder.layers))):
+            read = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, None)
+            coefficients = coefficients(_losses(read))
+        read = yield from batch.readout.read(hidden, batch.predict_at, batch.targets, coefficients)
+        slope = read.slope
+        for index in reversed(range(batch.first, len(decoder.layers))):
             if slope is None:
                 raise RuntimeError("a layer gave no gradient although the one below it needs it.")
-            # Nothing passes below the first layer's adapters: neither embeddings nor its input need a gradient.
-            slope = layers.backward(index, slope, need_dx=index > 0)
+            # Nothing passes below the first trained layer: its input needs no gradient.
+            slope = layers.backward(index, slope, need_dx=index > batch.first)
             yield
     finally:
         layers.close()
-    return TokenLosses(loss, correct)
+    return _losses(read)
 
 
 def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None, None, Tensor]:
@@ -226,6 +242,22 @@ def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None
         hidden = layers.forward(index, hidden)
         yield
     return hidden
+
+
+def _losses(read: Read) -> TokenLosses:
+    return TokenLosses(read.loss, read.correct, read.scores)
+
+
+def _targets(device: torch.device, rows: Sequence[PackedRows]) -> Tensor:
+    """See `Pass.targets`."""
+    labels = [packed.labels[packed.target_row] for packed in rows if packed.labels is not None]
+    if not labels:
+        return _to(device, [packed.targets for packed in rows])
+    if len(labels) < len(rows):
+        raise ValueError("labelled rows and others share no pass.")
+    widest = max(part.shape[1] for part in labels)
+    filled = [np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in labels]
+    return torch.from_numpy(np.concatenate(filled)).to(device)
 
 
 def _adapters(parts: Sequence[Part], tables: LoraTables | None, device: torch.device) -> LoraBatch | None:

@@ -65,11 +65,16 @@ def layers_for(decoder: Decoder) -> tuple[LayerExecutor, ...]:
 
 
 def layer_pass(
-    decoder: Decoder, context: ForwardContext, keep: Keep, *, before: Callable[[int], None] | None = None
+    decoder: Decoder,
+    context: ForwardContext,
+    keep: Keep,
+    *,
+    before: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> LayerPass:
     """Begin a pass on the first of `layers_for` that supports the stream; see `LayerExecutor.begin`."""
     executor = next(executor for executor in layers_for(decoder) if executor.supports(context))
-    return executor.begin(context, keep, before)
+    return executor.begin(context, keep, before, first)
 
 
 def kept_bytes_per_token(decoder: Decoder, rank: int, keep: Keep) -> int:

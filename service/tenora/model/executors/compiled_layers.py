@@ -37,14 +37,20 @@ class CompiledLayers:
         fits = self._window is None or _longest(attention) <= self._window
         return fits and supports(self._stack, context.lora)
 
-    def begin(self, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None) -> LayerPass:  # noqa: ARG002  # for dropout
+    def begin(
+        self,
+        context: ForwardContext,
+        keep: Keep,
+        before: Callable[[int], None] | None,  # noqa: ARG002  # for dropout
+        first: int = 0,
+    ) -> LayerPass:
         """See `LayerExecutor`."""
         attention = context.attention
         if not isinstance(attention, PackedAttention):
             raise TypeError("the compiled layers need PackedAttention.")
         rope = Rope(*context.rope)
         return CompiledPass(
-            StreamLayers(self._stack, attention.cu_seqlens, attention.prefixes, rope, context.lora), keep
+            StreamLayers(self._stack, attention.cu_seqlens, attention.prefixes, rope, context.lora), keep, first
         )
 
     def kept_bytes_per_token(self, rank: int) -> int:
@@ -70,19 +76,21 @@ def _longest(attention: PackedAttention) -> int:
 class CompiledPass:
     """`LayerPass` on packed weights."""
 
-    def __init__(self, layers: StreamLayers, keep: Keep) -> None:
+    def __init__(self, layers: StreamLayers, keep: Keep, first: int = 0) -> None:
         self._layers = layers
         self._keep = keep
+        self._first = first
         self._inputs: dict[int, Tensor] = {}
         self._kept: dict[int, Kept] = {}
 
     def forward(self, index: int, hidden: Tensor) -> Tensor:
         """See `LayerPass`."""
         out, kept = self._layers.forward(index, hidden)
-        if self._keep is Keep.ALL:
+        trained = index >= self._first
+        if self._keep is Keep.ALL and trained:
             self._kept[index] = kept
             return out
-        if self._keep is Keep.INPUTS:
+        if self._keep is Keep.INPUTS and trained:
             self._inputs[index] = hidden
         out = out.clone()
         kept.give_back()

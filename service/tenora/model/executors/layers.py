@@ -53,13 +53,16 @@ class LayerExecutor(Protocol):
         """Whether it computes such a stream."""
         ...
 
-    def begin(self, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None) -> LayerPass:
+    def begin(
+        self, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None, first: int = 0
+    ) -> LayerPass:
         """Begin a pass over a stream that is supported.
 
         Args:
             context: with `PackedAttention`; unchanged until the pass is over, as are the tables of its adapters.
             keep: what for.
             before: called with a layer's index before it runs, every time that it does.
+            first: the last layer of the backward pass; of those below it nothing is kept.
         """
         ...
 

@@ -24,9 +24,11 @@ class ModuleLayers:
         """See `LayerExecutor`: any stream."""
         return True
 
-    def begin(self, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None) -> LayerPass:
+    def begin(
+        self, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None, first: int = 0
+    ) -> LayerPass:
         """See `LayerExecutor`."""
-        return ModulePass(self._decoder, context, keep, before)
+        return ModulePass(self._decoder, context, keep, before, first)
 
     def kept_bytes_per_token(self, rank: int) -> int:  # noqa: ARG002  # little beside the rest
         """See `LayerExecutor`: a kept graph, roughly; every product's output and input, norms in float32."""
@@ -42,18 +44,23 @@ class ModulePass:
     """`LayerPass` on the decoder's modules, each layer with an autograd graph of its own."""
 
     def __init__(
-        self, decoder: Decoder, context: ForwardContext, keep: Keep, before: Callable[[int], None] | None
+        self,
+        decoder: Decoder,
+        context: ForwardContext,
+        keep: Keep,
+        before: Callable[[int], None] | None,
+        first: int = 0,
     ) -> None:
-        self._decoder, self._context, self._keep, self._before = decoder, context, keep, before
+        self._decoder, self._context, self._keep, self._before, self._first = decoder, context, keep, before, first
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
 
     def forward(self, index: int, hidden: Tensor) -> Tensor:
         """See `LayerPass`."""
-        if self._keep is Keep.NOTHING:
+        if self._keep is Keep.NOTHING or index < self._first:
             return self._run(index, hidden, graph=False)
-        # Below the first layer nothing needs a gradient but its adapters.
-        self._inputs[index] = hidden.detach().requires_grad_(index > 0)
+        # Below the first trained layer nothing needs a gradient.
+        self._inputs[index] = hidden.detach().requires_grad_(index > self._first)
         out = self._run(index, self._inputs[index], graph=self._keep is Keep.ALL)
         if self._keep is Keep.ALL:
             self._outputs[index] = out

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tenora.model.decoder import Decoder
+from tenora_kernels.layout import LoraTables
 
 
 class Read(NamedTuple):
@@ -19,11 +20,13 @@ class Read(NamedTuple):
         loss: float32 [n].
         correct: bool [n], whether no score was above the target's.
         slope: [T, H], the gradient of Σ coefficient · loss with respect to the hidden states; None if nobody wanted it.
+        scores: float32 [n, k] of readouts whose scores are few; else None.
     """
 
     loss: Tensor
     correct: Tensor
     slope: Tensor | None
+    scores: Tensor | None = None
 
 
 class Readout(Protocol):
@@ -37,21 +40,29 @@ class Readout(Protocol):
         Args:
             hidden: [T, H], the last layer's output, before the final norm.
             predict_at: int64 [n], rows of `hidden`; a row may occur more than once.
-            targets: int64 [n], which score of each position its loss is about.
+            targets: what each position's loss is about: int64 [n], a token, or float32 [n, w], what a head learns.
             coefficients: float32 [n]; None if nobody wants a gradient.
         """
         ...
 
 
+class ReadPositions(NamedTuple):
+    """Where a pass is read.
+
+    Attributes:
+        slots: int64 [n], of each position the slot of its adapter; `tenora_kernels.layout.BASE` without one.
+        starts: int64 [n], where the sequence that a position is in begins in the stream.
+        tables: where the adapters of the pass lie; None if it has none.
+    """
+
+    slots: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    tables: LoraTables | None
+
+
 class ReadoutKind(Protocol):
     """What rows are to be read by, before it is known which others they pass with: only rows of one kind do."""
 
-    def over(self, decoder: Decoder, slots: npt.NDArray[np.int64], /) -> Readout:
-        """The readout of a pass.
-
-        Args:
-            decoder: the base.
-            slots: int64 [n], of each position that is read the slot of its adapter; `tenora_kernels.layout.BASE`
-                without one.
-        """
+    def over(self, decoder: Decoder, where: ReadPositions, /) -> Readout:
+        """The readout of a pass over the base."""
         ...

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tenora.model.decoder import Decoder
-from tenora.model.readouts.base import Read, Readout
+from tenora.model.readouts.base import Read, Readout, ReadPositions
 from tenora_kernels.cpu.decoder.losses import StreamLosses
 
 # float32 logits alive at once on the modules' way.
@@ -37,7 +35,7 @@ class TokenReadout:
 class Tokens:
     """`ReadoutKind` of the next token: the head is the base's, whoever's adapter is before it."""
 
-    def over(self, decoder: Decoder, _slots: npt.NDArray[np.int64], /) -> Readout:
+    def over(self, decoder: Decoder, _where: ReadPositions, /) -> Readout:
         """See `ReadoutKind`."""
         return TokenReadout(decoder)
 
