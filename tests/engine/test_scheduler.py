@@ -35,6 +35,9 @@ class Slots:
         self.references[adapter.digest] += 1
         return int(adapter.digest)
 
+    def invocation(self, digest: str) -> tuple[int, ...]:  # the protocol's
+        return ()
+
     def release(self, digest: str) -> None:
         assert self.references[digest] > 0
         self.references[digest] -= 1

@@ -33,6 +33,7 @@ class _Resident:
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     is_bf16: bool
+    invocation: tuple[int, ...]
     references: int = 0
     pinned: bool = False
     pending_eviction: bool = False  # evicted while in use: goes with its last reference
@@ -128,6 +129,10 @@ class SlotPool:
         """Whether an adapter is on the device."""
         return digest in self._residents
 
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on a resident adapter acts (`tenora.adapters.invocation`); empty: on all."""
+        return self._residents[digest].invocation
+
     def acquire(self, digest: str) -> int | None:
         """The slot of a resident adapter, with one more reference for `release` to give back.
 
@@ -178,7 +183,7 @@ class SlotPool:
         if offset is None:
             raise RuntimeError(f"no room for {size} elements although it was made; holes are {self._free.holes}.")
         slot = self._free_slots.pop()
-        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, is_bf16)
+        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, is_bf16, adapter.invocation)
         self._residents[digest] = resident
         if self._uploader is None or adapter.values.device.type != "cpu":
             self._write(offset, adapter.values)

@@ -27,11 +27,13 @@ class PreparedAdapter:
             `LoraTables`).
         ranks: one per row of the base, 0 for a module that the adapter skips.
         scaling: one per row; 0 where the rank is 0.
+        invocation: the tokens from which on it acts (`tenora.adapters.invocation`); empty: on all.
     """
 
     values: Tensor
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
+    invocation: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +72,7 @@ def prepare(
         values=values,
         ranks=tuple(0 if module is None else module.rank for module in modules),
         scaling=tuple(0.0 if module is None else module.scaling for module in modules),
+        invocation=weights.invocation,
     )
 
 

@@ -67,3 +67,8 @@ class AdapterWeights:
     target_modules: tuple[str, ...]
     config: Mapping[str, Any]
     nbytes: int
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on it acts (`tenora.adapters.invocation`); empty: on all."""
+        return tuple(self.config.get("alora_invocation_tokens") or ())

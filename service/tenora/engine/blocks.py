@@ -22,9 +22,17 @@ def root_hash(cache_salt: str, adapter_digest: str, length_class: int = 0) -> Bl
     return hashlib.sha256(head + salt + adapter_digest.encode()).digest()
 
 
-def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """Hash of a full block: what precedes it (`parent`) and its own tokens. A collision would leak, hence SHA-256."""
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+def chain_hash(parent: BlockHash, token_ids: Sequence[int], begins: tuple[str, int] | None = None) -> BlockHash:
+    """Hash of a full block: what precedes it (`parent`) and its own tokens. A collision would leak, hence SHA-256.
+
+    Args:
+        parent: hash of the block before it, or `root_hash`.
+        token_ids: of the block, as many for every block.
+        begins: digest of the adapter that begins to act in this block, and at which of its tokens: where its invocation
+            goes on in the next block, equal tokens may be the base's or the adapter's.
+    """
+    mark = b"" if begins is None else begins[1].to_bytes(8, "little") + begins[0].encode()
+    return hashlib.sha256(parent + array("q", token_ids).tobytes() + mark).digest()
 
 
 class BlockIntegrityError(RuntimeError):

@@ -120,6 +120,10 @@ class AdapterLoader:
         slot = self.pool.acquire(ref.digest)
         return Blocked.LOADING if slot is None else slot
 
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on an acquired adapter acts; empty: on all."""
+        return self.pool.invocation(digest)
+
     def offer(self, digest: str, adapter: PreparedAdapter) -> None:
         """Let an adapter be acquired that no file holds, whenever there is a slot, until `forget`."""
         self._offered[digest] = adapter

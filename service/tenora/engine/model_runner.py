@@ -50,7 +50,7 @@ class ModelRunner:
     @torch.no_grad()
     def run(self, batch: Sequence[Scheduled]) -> list[Result]:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
-        order = sorted(range(len(batch)), key=lambda index: batch[index].sequence.slot)  # rows of a slot lie together
+        order = sorted(range(len(batch)), key=lambda index: batch[index].slot)  # rows of a slot lie together
         items = [batch[index] for index in order]
         hidden = self.executor.run(self._batch(items))
         results = [Result() for _ in batch]
@@ -106,7 +106,7 @@ class ModelRunner:
         token_ids: list[int] = []
         for item in items:
             token_ids += item.sequence.token_ids[item.start : item.start + item.count]
-        adapters = np.array([sequence.slot for sequence in sequences])
+        adapters = np.array([item.slot for item in items])
         return Batch(token_ids, positions, kv_slots, adapters, block_tables, lengths, query_start)
 
     def _lengths(self, sequences: Sequence[SequenceState], row: Integers, positions: Integers) -> Integers | None:

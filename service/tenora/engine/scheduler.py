@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from tenora.adapters.invocation import adapted_from
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
@@ -33,6 +34,10 @@ class Residency(Protocol):
         """The slot, with one more reference; or why there is none yet. TenoraError if it cannot be loaded."""
         ...
 
+    def invocation(self, digest: str) -> tuple[int, ...]:
+        """The tokens from which on an acquired adapter acts (`tenora.adapters.invocation`); empty: on all."""
+        ...
+
     def release(self, digest: str) -> None:
         """Give one reference back."""
         ...
@@ -40,11 +45,16 @@ class Residency(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Tokens [start, start + count) of a sequence are computed in this step."""
+    """Tokens [start, start + count) of a sequence are computed in this step, all with its adapter or all without."""
 
     sequence: SequenceState
     start: int
     count: int
+
+    @property
+    def slot(self) -> int:
+        """The adapter slot of these tokens; -1 is the base."""
+        return self.sequence.slot if self.start >= self.sequence.adapted_from else -1
 
     @property
     def samples(self) -> bool:
@@ -122,9 +132,9 @@ class Scheduler:
             return  # no block became full: most decode steps
         hashes = sequence.hashes(size, sequence.num_computed)
         for index in range(first, len(hashes)):
-            self.blocks.register(
-                sequence.block_table[index], hashes[index], sequence.digest, sequence.request.cache_salt
-            )
+            # What the base computed outlives the adapter.
+            digest = sequence.digest if (index + 1) * size > sequence.adapted_from else ""
+            self.blocks.register(sequence.block_table[index], hashes[index], digest, sequence.request.cache_salt)
 
     def finish(self, sequence: SequenceState) -> None:
         """End a sequence, running or waiting, and give back everything it holds."""
@@ -152,7 +162,7 @@ class Scheduler:
                 break
             if not sequence.block_table:
                 continue  # preempted for one of the sequences before it
-            count = min(sequence.remaining, budget)
+            count = min(sequence.alike, budget)
             while not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
                 victim = self._victim()
                 self._preempt(victim)
@@ -208,6 +218,7 @@ class Scheduler:
         if isinstance(slot, Blocked):
             return slot
         sequence.slot = slot
+        sequence.adapted_from = adapted_from(sequence.request.token_ids, self.residency.invocation(sequence.digest))
         return None
 
     def _fail_waiting(self, digest: str, error: TenoraError) -> None:
@@ -225,7 +236,7 @@ class Scheduler:
             sequence.cached_tokens = sequence.charged = sequence.num_computed
             self.prefix_queries += sequence.num_prompt
             self.prefix_hits += sequence.num_computed
-        count = min(sequence.remaining, budget)
+        count = min(sequence.alike, budget)
         if not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
             raise RuntimeError("blocks vanished between can_hold and grow")
         return Scheduled(sequence, sequence.num_computed, count)

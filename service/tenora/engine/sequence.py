@@ -6,6 +6,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from tenora.adapters.invocation import NEVER
 from tenora.engine.blocks import BlockHash, chain_hash, root_hash
 from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
 
@@ -25,6 +26,7 @@ class SequenceState:
         num_computed: leading tokens whose keys and values lie in the cache.
         charged: leading tokens that its share group has paid for; recomputation is not charged again.
         slot: adapter slot while running with an adapter, else -1.
+        adapted_from: position of the first token that its adapter acts on; known once it has run with a slot.
         cached_tokens: prompt tokens found in the prefix cache at first admission; None before it.
         reported: whether a first output was emitted.
         greedy: its next token is the likeliest one.
@@ -46,6 +48,7 @@ class SequenceState:
     num_computed: int = 0
     charged: int = 0
     slot: int = -1
+    adapted_from: int = 0
     cached_tokens: int | None = None
     reported: bool = False
     greedy: bool = False
@@ -103,6 +106,12 @@ class SequenceState:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def alike(self) -> int:
+        """How many of the remaining tokens are computed as the next one is: with the adapter, or without."""
+        end = self.adapted_from if self.num_computed < self.adapted_from else NEVER
+        return min(self.remaining, end - self.num_computed)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt tokens still have to be scored."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
@@ -114,16 +123,23 @@ class SequenceState:
         return len(known or ()) - 1
 
     def hashes(self, block_size: int, num_tokens: int) -> list[BlockHash]:
-        """Hash chain of the full blocks among the first `num_tokens` tokens, extended as far as needed and kept."""
+        """Hash chain of the full blocks among the first `num_tokens` tokens, extended as far as needed and kept.
+
+        Blocks before those that the adapter acts in have the base's hashes.
+        """
         full = num_tokens // block_size
         while len(self.block_hashes) < full:
             start = len(self.block_hashes) * block_size
             parent = self.block_hashes[-1] if self.block_hashes else self._root()
-            self.block_hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+            tokens = self.token_ids[start : start + block_size]
+            inside = self.adapted_from - start
+            begins = self.adapted_from > 0 and 0 <= inside < block_size
+            self.block_hashes.append(chain_hash(parent, tokens, (self.digest, inside) if begins else None))
         return self.block_hashes[:full]
 
     def _root(self) -> BlockHash:
-        return root_hash(self.request.cache_salt, self.digest, self.length_class)
+        digest = "" if self.adapted_from > 0 else self.digest
+        return root_hash(self.request.cache_salt, digest, self.length_class)
 
 
 def _unscored(request: Generate) -> list[TokenLogprob | None] | None:

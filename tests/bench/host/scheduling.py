@@ -41,6 +41,9 @@ class Slots:
         self.taken.add(adapter.digest)
         return int(adapter.digest)
 
+    def invocation(self, digest: str) -> tuple[int, ...]:  # the protocol's
+        return ()
+
     def release(self, digest: str) -> None:
         """Nothing is given back."""
 

@@ -32,7 +32,6 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained embeddings are not served; train without trainable_token_indices",
     "target_parameters": "bare parameters cannot be adapted; name linear modules in target_modules",
     "auto_map": "code in an upload is never run; remove auto_map",
-    "alora_invocation_tokens": "activated LoRA is not served; train plain LoRA",
     "use_qalora": "QALoRA is not served; train plain LoRA",
     "use_bdlora": "block-diagonal LoRA is not served; train plain LoRA",
     "arrow_config": "Arrow routing is not served; train plain LoRA",

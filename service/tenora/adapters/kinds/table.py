@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from tenora.adapters.kinds.alora import ALORA
 from tenora.adapters.kinds.kind import Configuration, Kind
 from tenora.adapters.kinds.lora import LORA
 from tenora.adapters.safetensors_file import parse_json_object
 from tenora.errors import AdapterFormatError
 
-KINDS: tuple[Kind, ...] = (LORA,)
+KINDS: tuple[Kind, ...] = (ALORA, LORA)
 """The first that a configuration is of counts."""
 MAX_CONFIG_BYTES = 2**20
 
