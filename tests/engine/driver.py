@@ -21,6 +21,7 @@ from tenora.engine.core import Engine
 from tenora.engine.messages import (
     Generate,
     Outputs,
+    Pool,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -72,7 +73,7 @@ class Driver:
         self.answers: defaultdict[str, Answer] = defaultdict(Answer)
         self.training: list[TrainEvent] = []
 
-    def add(self, request: Generate) -> Answer:
+    def add(self, request: Generate | Pool) -> Answer:
         assert request.request_id not in self.answers, "a request is used once"
         self.engine.add(request)
         return self.answers[request.request_id]
@@ -92,7 +93,7 @@ class Driver:
     def wait_for_loads(self) -> None:
         wait(self.engine.loader._reads.values(), timeout=PATIENCE)
 
-    def run(self, *requests: Generate, steps: int = 2000) -> list[Answer]:
+    def run(self, *requests: Generate | Pool, steps: int = 2000) -> list[Answer]:
         """Answer requests that arrive together; afterwards everything is back at the baseline."""
         answers = [self.add(request) for request in requests]
         for _ in range(steps):

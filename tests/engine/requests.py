@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tenora.adapters.ref import AdapterRef
-from tenora.engine.messages import Generate, SamplingParams
+from tenora.engine.messages import Generate, Pool, SamplingParams
 from tenora.engine.sequence import SequenceState
 
 _ids = count()
@@ -37,6 +37,10 @@ def generate(
         share_group=share_group,
         **given,
     )
+
+
+def pool(token_ids: Sequence[int], **given: Any) -> Pool:
+    return Pool(request_id=f"request-{next(_ids)}", token_ids=list(token_ids), **given)
 
 
 def sequence(

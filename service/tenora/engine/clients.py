@@ -23,6 +23,7 @@ from tenora.engine.messages import (
     Heartbeat,
     Outputs,
     PinAdapter,
+    Pool,
     PutCommand,
     SequenceFailed,
     SequenceOutput,
@@ -76,7 +77,7 @@ class Clients:
         """Give a command other than Shutdown to the engine, or keep it; what is to be said at once."""
         told: list[Addressed] = []
         match command:
-            case Generate(request_id=own) if client != OWNER:
+            case Generate(request_id=own) | Pool(request_id=own) if client != OWNER:
                 inner = _inner(client, own)
                 self._sequences[inner] = (client, own)
                 command = msgspec.structs.replace(command, request_id=inner)

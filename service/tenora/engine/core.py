@@ -36,6 +36,7 @@ from tenora.engine.messages import (
     Loading,
     Outputs,
     PinAdapter,
+    Pool,
     PutCommand,
     Ready,
     StartSession,
@@ -219,7 +220,7 @@ class Engine:
         """Take a command. What is wrong with it comes out of the next step."""
         self._worked = True
         match command:
-            case Generate():
+            case Generate() | Pool():
                 if command.adapter is not None:
                     self._pending_eviction.discard(command.adapter.digest)  # its content was stored again meanwhile
                 self._add_sequence(command)
@@ -322,7 +323,7 @@ class Engine:
 
         return lambda ref: reader.load(Path(ref.path), ref.digest, prepared)
 
-    def _add_sequence(self, request: Generate) -> None:
+    def _add_sequence(self, request: Generate | Pool) -> None:
         if self.scheduler.get(request.request_id) is not None:
             _log.error("a request id is in use; the second request is ignored", extra={"request": request.request_id})
             return

@@ -14,6 +14,8 @@ from tenora.training.spec import SessionSpec, TrainSpec
 
 __all__ = ["FinishReason", "SamplingParams", "TokenLogprob"]  # handed on with the messages that carry them
 
+Pooling = Literal["last", "mean"]
+
 # ---- clients → engine ---------------------------------------------------------------------------------------------
 
 
@@ -31,6 +33,29 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
+    adapter: AdapterRef | None = None
+    share_group: str = ""
+    weight: float = 1.0
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Pool(msgspec.Struct, frozen=True, kw_only=True, tag="pool"):
+    """Start a sequence that ends with its prompt and answers with what becomes of the prompt's hidden states.
+
+    Attributes:
+        layer: -1 is after the final norm, -2 … -4 what the layers before the last one give, not normalised.
+        pooling: the state of the last token, or the mean over all tokens.
+        head: rows [start, stop) of the adapter's heads, whose scores of the pooled state are wanted; None: the state.
+
+    The others are as of `Generate`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    layer: int = -1
+    pooling: Pooling = "last"
+    head: tuple[int, int] | None = None
     adapter: AdapterRef | None = None
     share_group: str = ""
     weight: float = 1.0
@@ -102,6 +127,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 Command = (
     Generate
+    | Pool
     | Abort
     | StartTraining
     | StartSession
@@ -125,6 +151,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
         prompt_logprobs: on the first output if asked for; None before `prompt_logprobs_from`.
         stop_token_id: the stop token that ended it, if one did.
         queue_seconds: how long it waited before the engine began with it (on the first output only).
+        pooled: the answer to a `Pool`, float32 in the machine's order of bytes; its only output has it.
     """
 
     request_id: str
@@ -135,6 +162,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="out"):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     queue_seconds: float | None = None
+    pooled: bytes | None = None
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"):

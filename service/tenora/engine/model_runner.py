@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tenora.engine.block_tables import BlockTables
-from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
+from tenora.engine.messages import Generate, Pool, SamplingParams, TokenLogprob
+from tenora.engine.pooling import Heads, layers_of, pooled
 from tenora.engine.sampler import describe, sample
 from tenora.engine.scheduler import Scheduled
 from tenora.engine.sequence import SequenceState
@@ -30,20 +31,24 @@ class Result:
         token: the next token; None if the step did not reach the sequence's end, -1 if its logits were not finite.
         logprob: of the token, if asked for.
         prompt_logprobs: of the prompt tokens that follow this chunk's positions, if asked for.
+        pooled: of a `Pool`, once the step reaches the sequence's end: the answer, float32; empty if the adapter has no
+            such head.
     """
 
     token: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pooled: Tensor | None = None
 
 
 class ModelRunner:
-    """One decoder, its KV cache, and whoever computes its steps."""
+    """One decoder, its KV cache, and whoever computes its steps; the heads of its adapters, if they may have some."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, executor: Executor) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, executor: Executor, heads: Heads | None = None) -> None:
         self.decoder = decoder
         self.cache = cache
         self.executor = executor
+        self.heads = heads
         self._block_tables = BlockTables()
 
     # Not inference_mode: a tensor made there and kept (a lazily packed weight, say) could not take part in training.
@@ -52,7 +57,8 @@ class ModelRunner:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].slot)  # rows of a slot lie together
         items = [batch[index] for index in order]
-        hidden = self.executor.run(self._batch(items))
+        states = self._states(items, layers_of(items))
+        hidden = states[-1]
         results = [Result() for _ in batch]
         rows: list[int] = []  # of hidden, whose logits are sampled
         chosen: list[int] = []  # their places in the batch
@@ -62,7 +68,10 @@ class ModelRunner:
             if sequence.sampling.max_tokens > 0 and item.samples:
                 rows.append(end - 1)
                 chosen.append(index)
-            if sequence.wants_prompt_logprobs:
+            if isinstance(sequence.request, Pool):
+                found = states[sequence.request.layer][start:end]
+                results[index].pooled = pooled(item, sequence.request, found, self.heads)
+            elif sequence.wants_prompt_logprobs:
                 results[index].prompt_logprobs = self._score_prompt(item, hidden[start:end])
         if chosen:
             if len(rows) < end:
@@ -89,6 +98,13 @@ class ModelRunner:
     def check_integrity(self) -> None:
         """Raise unless the block tables that are kept are those of the sequences."""
         self._block_tables.check_integrity()
+
+    def _states(self, items: Sequence[Scheduled], layers: Sequence[int]) -> Mapping[int, Tensor]:
+        """Hidden states [T, H] of the layers, -1 among them, of the items' tokens."""
+        batch = self._batch(items)
+        if len(layers) == 1:
+            return {-1: self.executor.run(batch)}
+        return dict(zip(layers, self.executor.states(batch, layers), strict=True))
 
     def _batch(self, items: Sequence[Scheduled]) -> Batch:
         """The stream of the items' tokens."""

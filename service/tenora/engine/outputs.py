@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from tenora.engine.messages import FinishReason, SequenceFailed, SequenceOutput
 from tenora.engine.model_runner import Result
@@ -43,6 +44,8 @@ def advance(sequence: SequenceState, result: Result, max_model_len: int) -> Item
     """
     if (failure := _not_finite(sequence, result)) is not None:
         return failure
+    if result.pooled is not None:
+        return _pooled(sequence, result.pooled)
     token_ids: list[int] = []
     finish_reason: FinishReason | None = None
     stop_token_id = None
@@ -68,6 +71,25 @@ def advance(sequence: SequenceState, result: Result, max_model_len: int) -> Item
         finish_reason=finish_reason,
         stop_token_id=stop_token_id,
         queue_seconds=sequence.queue_seconds if first else None,
+    )
+
+
+def _pooled(sequence: SequenceState, answer: Tensor) -> Item:
+    sequence.reported = True
+    if answer.numel() == 0:
+        return failed(sequence.id, "invalid_request", "The adapter has no such head.")
+    if not answer.isfinite().all():
+        if not sequence.digest:
+            return failed(sequence.id, "engine_error", "The model gave hidden states that are not finite.")
+        message = "The adapter's weights overflow: with them no finite state or score comes out. Train it again."
+        return failed(sequence.id, "adapter_overflow", message)
+    return SequenceOutput(
+        request_id=sequence.id,
+        token_ids=[],
+        cached_tokens=sequence.cached_tokens or 0,
+        finish_reason="stop",
+        queue_seconds=sequence.queue_seconds,
+        pooled=answer.numpy().tobytes(),
     )
 
 

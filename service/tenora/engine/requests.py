@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import math
 
-from tenora.engine.messages import Generate, SamplingParams
+from tenora.engine.messages import Generate, Pool, SamplingParams
 from tenora.errors import ContextLengthError, InvalidRequestError
 
 MAX_LOGPROBS = 1024
+DEEPEST_LAYER = -4
+"""Of a `Pool`."""
 
 
-def check_request(request: Generate, *, vocab_size: int, max_model_len: int) -> None:
-    """Raise unless the sequence can run.
+def check_request(request: Generate | Pool, *, vocab_size: int, max_model_len: int) -> None:
+    """Raise unless the sequence can run on a base of at least -DEEPEST_LAYER - 1 layers.
 
     Raises:
         ContextLengthError: the prompt leaves no room for a token.
-        InvalidRequestError: no prompt, a token outside of the vocabulary, or a sampling parameter out of range.
+        InvalidRequestError: no prompt, a token outside of the vocabulary, or a parameter out of range.
     """
-    tokens, sampling = request.token_ids, request.sampling
+    tokens, sampling = request.token_ids, request.sampling if isinstance(request, Generate) else None
     if not tokens:
         raise InvalidRequestError("The prompt is empty; send at least one token.", param="prompt")
-    if len(tokens) + min(sampling.max_tokens, 1) > max_model_len:
+    if len(tokens) + (0 if sampling is None else min(sampling.max_tokens, 1)) > max_model_len:
         raise ContextLengthError(
             f"The prompt has {len(tokens)} tokens and the model's context is {max_model_len}; shorten the prompt."
         )
-    mentioned = (*tokens, *sampling.logit_bias, *sampling.stop_token_ids)
+    mentioned = tokens if sampling is None else (*tokens, *sampling.logit_bias, *sampling.stop_token_ids)
     if min(mentioned) < 0 or max(mentioned) >= vocab_size:
         raise InvalidRequestError(f"A token id is not one of the model's {vocab_size}; use ids from 0 on.")
-    _check_sampling(sampling)
+    if isinstance(request, Pool):
+        _check_pool(request)
+    else:
+        _check_sampling(request.sampling)
+
+
+def _check_pool(request: Pool) -> None:
+    if not DEEPEST_LAYER <= request.layer <= -1:
+        raise InvalidRequestError(f"layer is {request.layer}; it must be {DEEPEST_LAYER} to -1.", param="layer")
+    if request.head is not None and not 0 <= request.head[0] < request.head[1]:
+        raise InvalidRequestError("The head has no rows.", param="head")
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from tenora.adapters.invocation import NEVER
 from tenora.engine.blocks import BlockHash, chain_hash, root_hash
-from tenora.engine.messages import Generate, SamplingParams, TokenLogprob
+from tenora.engine.messages import Generate, Pool, SamplingParams, TokenLogprob
+from tenora.engine.running_sum import RunningSum
 
 GREEDY_BELOW = 1e-5  # temperature
+_NOTHING = SamplingParams(max_tokens=0, temperature=0.0)  # is sampled of a prompt that is pooled
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +36,14 @@ class SequenceState:
         arrived: when it came, on the monotonic clock.
         queue_seconds: how long it waited for its first admission; None before it.
         prompt_logprobs: entries so far, if asked for.
+        sampling: how its next token is chosen.
+        summed: of the hidden states, if their mean is asked for.
         id: the request's.
         digest: the adapter's, or "" for the base.
         order: sorting key within a share group: lower runs earlier.
     """
 
-    request: Generate
+    request: Generate | Pool
     arrival: int
     stop_ids: frozenset[int]
     seed: int
@@ -58,6 +62,8 @@ class SequenceState:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    sampling: SamplingParams = _NOTHING
+    summed: RunningSum = field(default_factory=RunningSum)
     id: str = field(init=False)
     digest: str = field(init=False)
     order: tuple[int, int] = field(init=False)
@@ -68,9 +74,9 @@ class SequenceState:
         self.order = (self.request.priority, self.arrival)
 
     @classmethod
-    def start(cls, request: Generate, arrival: int, length_class: int = 0) -> SequenceState:
+    def start(cls, request: Generate | Pool, arrival: int, length_class: int = 0) -> SequenceState:
         """Make the sequence of a request."""
-        sampling = request.sampling
+        sampling = request.sampling if isinstance(request, Generate) else _NOTHING
         stops = frozenset(sampling.stop_token_ids)
         greedy = sampling.temperature < GREEDY_BELOW
         return cls(
@@ -82,13 +88,9 @@ class SequenceState:
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             token_ids=list(request.token_ids),
             length_class=length_class,
-            prompt_logprobs=_unscored(request),
+            prompt_logprobs=_unscored(sampling, len(request.token_ids)),
+            sampling=sampling,
         )
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """How its next token is chosen."""
-        return self.request.sampling
 
     @property
     def num_prompt(self) -> int:
@@ -119,6 +121,8 @@ class SequenceState:
     @property
     def num_cacheable(self) -> int:
         """Leading tokens that the prefix cache may stand for: of those after them the hidden states are needed."""
+        if isinstance(self.request, Pool) and self.request.pooling == "mean":
+            return self.summed.tokens  # what a preemption took, and no hit of another request's
         known = self.prompt_logprobs if self.wants_prompt_logprobs else self.token_ids
         return len(known or ()) - 1
 
@@ -142,11 +146,11 @@ class SequenceState:
         return root_hash(self.request.cache_salt, digest, self.length_class)
 
 
-def _unscored(request: Generate) -> list[TokenLogprob | None] | None:
+def _unscored(sampling: SamplingParams, prompt_tokens: int) -> list[TokenLogprob | None] | None:
     """The entries of the prompt tokens that are not to be scored; None if none are."""
-    if request.sampling.prompt_logprobs is None:
+    if sampling.prompt_logprobs is None:
         return None
-    return [None] * min(request.sampling.prompt_logprobs_from, len(request.token_ids))
+    return [None] * min(sampling.prompt_logprobs_from, prompt_tokens)
 
 
 def _leaves_logits_alone(sampling: SamplingParams) -> bool:

@@ -7,7 +7,8 @@ Mistral (sliding window), Qwen2 (q, k, v biases) and Qwen3 (normalised q and k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -219,7 +220,19 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [T, H] after the final norm."""
-        hidden = self.embed(input_ids)
+        return self.states(input_ids, context, (-1,))[0]
+
+    def states(self, input_ids: Tensor, context: ForwardContext, layers: Sequence[int]) -> Sequence[Tensor]:
+        """Hidden states [T, H] of several depths.
+
+        Args:
+            input_ids: [T].
+            context: of the pass.
+            layers: -1 is after the final norm, -2 what goes into the last layer, -3 into the one before it; as
+                transformers counts its `hidden_states`.
+        """
+        last = deque([self.embed(input_ids)], maxlen=-min(layers))
         for layer in self.layers:
-            hidden = layer(hidden, context)
-        return self.finish(hidden)
+            last.append(layer(last[-1], context))
+        last[-1] = self.finish(last[-1])
+        return [last[layer] for layer in layers]

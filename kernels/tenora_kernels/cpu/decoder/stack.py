@@ -125,6 +125,7 @@ class PackedStack:
         attention: PagedStep,
         caches: tuple[Sequence[Tensor], Sequence[Tensor]],
         lora: LoraBatch | None,
+        taps: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, float32 [T, hidden].
 
@@ -134,6 +135,7 @@ class PackedStack:
             attention: which tokens belong together.
             caches: keys and values of every layer, from `attention.allocate_cache`, float32; changed in place.
             lora: adapters of the rows, which lie with those of the base first, then slot after slot; see `supports`.
+            taps: float32 [n, T, hidden], n ≤ layers, to be filled with what goes into each of the last n layers.
 
         Raises:
             ValueError: the rows or the tables lie otherwise.
@@ -157,6 +159,8 @@ class PackedStack:
             qkv=qkv.data_ptr(), attended=attended.data_ptr(), gate_up=gate_up.data_ptr(), buffers=buffers.data_ptr(),
             buffer_step=buffer_size * 4, final_norm=self.final_norm.data_ptr(), items=len(pieces),
             numbers=numbers.ctypes.data, modules=int(self._sites[:, COUNT].sum()),
+            taps=0 if taps is None else taps.data_ptr(),
+            first_tap=len(self.layers) - (0 if taps is None else len(taps)),
         )  # fmt: skip
         if caches[0] is not self._keys:
             self._layers["keys"] = [keys.data_ptr() for keys in caches[0]]

@@ -28,12 +28,14 @@ __all__ = ["LAYER", "MORE_PHASES", "PHASES_PER_LAYER", "STEP", "run_step"]
 STEP = declare(
     "rows", "base_rows", "layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "activation", "ids", "table", "x",
     "normed", "qkv", "attended", "gate_up", "buffers", "buffer_step", "final_norm", "items", "numbers", "modules",
+    "taps", "first_tap",
 )  # fmt: skip
 """Addresses in bytes; float32 with rows of the sizes in brackets: x, normed [hidden], qkv, attended [q], gate_up
 [2 · mlp]; buffers: one for each member.
 
 base_rows: rows before the first one that has an adapter; the rows from there on all have one. items: how many entries
-the array `adapted` has. numbers: int64 0, 1, … rows - 1. modules: of a layer.
+the array `adapted` has. numbers: int64 0, 1, … rows - 1. modules: of a layer. taps: float32 [layers - first_tap, rows,
+hidden], where X goes before each layer from first_tap on; 0 if nobody wants it.
 """
 
 LAYER = declare(
@@ -67,8 +69,8 @@ def _norm_row(x, weight, columns, eps, out):
 
 
 @compiled()
-def _norm(control, phase, step, weight, eps):
-    """NORMED = the norm of X."""
+def _norm(control, phase, step, weight, eps, tap):
+    """NORMED = the norm of X. tap: where X is copied to, or 0."""
     rows, columns = step.rows, step.hidden
     tasks = (rows + _NORM_ROWS - 1) // _NORM_ROWS
     while True:
@@ -78,6 +80,9 @@ def _norm(control, phase, step, weight, eps):
         for row in range(task * _NORM_ROWS, min(rows, (task + 1) * _NORM_ROWS)):
             at = row * columns * 4
             _norm_row(step.x + at, weight, columns, eps, step.normed + at)
+            if tap:
+                for i in range(columns):
+                    store(tap + at, i, load(step.x + at, i, float32(0)), float32(0))
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -182,7 +187,10 @@ def run_step(
         layer, before = layers[index], index * step.modules
         phase = _FIRST_PHASES + index * PHASES_PER_LAYER
         normed, gate_up, attended = step.normed, step.gate_up, step.attended
-        _norm(control, phase, step, layer.input_norm, eps)
+        tap = np.int64(0)
+        if step.taps and index >= step.first_tap:
+            tap = step.taps + (index - step.first_tap) * step.rows * hidden * 4
+        _norm(control, phase, step, layer.input_norm, eps, tap)
         if adapts:
             _adapters(
                 control, phase + 1, step, lora, adapted, before, sites[0], normed, hidden * 4, step.qkv, qkv_size * 4,
@@ -204,7 +212,7 @@ def run_step(
             control, phase + 6, step.rows, 0, attended, q_size * 4, layer.o_weight, hidden // PANEL, q_size, step.x,
             hidden * 4, layer.o_bias, sample,
         )  # fmt: skip
-        _norm(control, phase + 7, step, layer.mlp_norm, eps)
+        _norm(control, phase + 7, step, layer.mlp_norm, eps, np.int64(0))
         if adapts:
             _adapters(
                 control, phase + 8, step, lora, adapted, before, sites[2], normed, hidden * 4, gate_up, 2 * mlp * 4,
@@ -220,4 +228,4 @@ def run_step(
             control, phase + 11, step.rows, 0, gate_up, 2 * mlp * 4, layer.down_weight, hidden // PANEL, mlp, step.x,
             hidden * 4, layer.down_bias, sample,
         )  # fmt: skip
-    _norm(control, _FIRST_PHASES + step.layers * PHASES_PER_LAYER, step, step.final_norm, eps)
+    _norm(control, _FIRST_PHASES + step.layers * PHASES_PER_LAYER, step, step.final_norm, eps, np.int64(0))

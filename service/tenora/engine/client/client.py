@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
+from tenora.aclosing import aclosing
 from tenora.adapters.ref import AdapterRef
 from tenora.config import Settings
 from tenora.engine.client.child import ProcessLink
@@ -27,6 +28,7 @@ from tenora.engine.messages import (
     Loading,
     Outputs,
     PinAdapter,
+    Pool,
     PutCommand,
     Ready,
     SequenceFailed,
@@ -180,11 +182,11 @@ class AsyncEngine:
 
     # ---- use ------------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Generate, *, batch: int = 1) -> AsyncGenerator[SequenceOutput, None]:
+    async def generate(self, request: Generate | Pool, *, batch: int = 1) -> AsyncGenerator[SequenceOutput, None]:
         """Run a sequence. Ends after the output with a finish_reason. Closing the iterator aborts the sequence.
 
         Args:
-            request: what to generate.
+            request: what to generate, or of what to pool the hidden states.
             batch: steps whose tokens come as one output, if nobody waits for each of them; the first comes at once.
 
         Raises:
@@ -211,6 +213,15 @@ class AsyncEngine:
             if not stream.ended:
                 self._supervisor.send(Abort(request.request_id))
             self._drop(request.request_id)
+
+    async def pool(self, request: Pool) -> SequenceOutput:
+        """Run a sequence that ends with its prompt; the answer has `pooled`. Cancelling aborts the sequence.
+
+        Raises:
+            RateLimitedError, UnavailableError, InvalidRequestError: as `generate`.
+        """
+        async with aclosing(self.generate(request)) as outputs:
+            return await anext(outputs)
 
     async def train(self, spec: TrainSpec | SessionSpec) -> AsyncGenerator[TrainEvent, None]:
         """Start or resume a run and follow it. Ends after its terminal event. Closing the iterator pauses the run.

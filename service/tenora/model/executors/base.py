@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -69,6 +70,10 @@ class Executor(Protocol):
 
         Wants to be called without grad mode.
         """
+        ...
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> Sequence[Tensor]:
+        """The same with hidden states [T, H] of each of the depths `layers`, as `Decoder.states` counts them."""
         ...
 
     def warm_up(self, max_tokens: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,12 +35,23 @@ class CompiledExecutor:
 
     def run(self, batch: Batch) -> Tensor:
         """See `Executor`."""
-        lengths = None if batch.lengths is None else torch.from_numpy(batch.lengths)
-        rope = self._decoder.rope(torch.from_numpy(batch.positions), lengths)
-        step = PagedStep(batch.kv_slots, batch.starts, batch.contexts, batch.block_tables)
-        ids = torch.from_numpy(np.asarray(batch.token_ids, np.int64))
-        return self._stack.run(ids, Rope(*rope), step, (self._cache.k, self._cache.v), self._adapters.of(batch))
+        return self.states(batch, (-1,))[0]
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> Sequence[Tensor]:
+        """See `Executor`."""
+        deeper = -min(layers) - 1
+        taps = torch.empty(deeper, batch.tokens, self._decoder.spec.hidden_size) if deeper else None
+        hidden = self._run(batch, taps)
+        return [hidden if taps is None or layer == -1 else taps[layer + 1] for layer in layers]
 
     def warm_up(self, max_tokens: int) -> tuple[int, ...]:  # noqa: ARG002  # the protocol's
         """See `Executor`; its kernels are compiled with the base's others (`kernels.warm_up`)."""
         return ()
+
+    def _run(self, batch: Batch, taps: Tensor | None) -> Tensor:
+        lengths = None if batch.lengths is None else torch.from_numpy(batch.lengths)
+        rope = self._decoder.rope(torch.from_numpy(batch.positions), lengths)
+        step = PagedStep(batch.kv_slots, batch.starts, batch.contexts, batch.block_tables)
+        ids = torch.from_numpy(np.asarray(batch.token_ids, np.int64))
+        caches = (self._cache.k, self._cache.v)
+        return self._stack.run(ids, Rope(*rope), step, caches, self._adapters.of(batch), taps)

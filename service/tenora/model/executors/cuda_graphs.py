@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tenora.model.cache import KVCache
@@ -34,6 +36,11 @@ class GraphExecutor:
         if batch.decodes and batch.tokens <= self.graphs.sizes[-1]:
             return self.graphs.run(batch)
         return self._launched.run(batch)
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> Sequence[Tensor]:
+        """See `Executor`. Never a graph: none keeps what lies below the final norm."""
+        self.graphs.lora.refresh()
+        return self._launched.states(batch, layers)
 
     def warm_up(self, max_tokens: int) -> tuple[int, ...]:
         """See `Executor`: every graph is captured; prompts of two lengths compile the kernels for chunks."""

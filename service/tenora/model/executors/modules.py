@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,10 @@ class ModulesExecutor:
 
     def run(self, batch: Batch) -> Tensor:
         """See `Executor`."""
+        return self.states(batch, (-1,))[0]
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> Sequence[Tensor]:
+        """See `Executor`."""
         positions = self._tensor(batch.positions)
         attention = paged_attention(
             self._cache,
@@ -36,8 +42,7 @@ class ModulesExecutor:
         )
         rope = self._decoder.rope(positions, None if batch.lengths is None else torch.from_numpy(batch.lengths))
         context = ForwardContext(positions, rope, attention, self._adapters.of(batch))
-        hidden: Tensor = self._decoder(self._tensor(np.asarray(batch.token_ids)), context)
-        return hidden
+        return self._decoder.states(self._tensor(np.asarray(batch.token_ids)), context, layers)
 
     def warm_up(self, max_tokens: int) -> tuple[int, ...]:  # noqa: ARG002  # the protocol's
         """See `Executor`."""
