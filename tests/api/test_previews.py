@@ -75,6 +75,16 @@ async def test_a_file_with_errors_can_be_previewed(service: Service) -> None:
     assert (found["totals"]["unusable"], found["totals"]["rows"], found["format"]) == (2, 4, "prompt_completion")
 
 
+async def test_a_labelled_row_is_shown_with_its_label_and_without_the_place_where_a_head_reads(
+    service: Service,
+) -> None:
+    rows = lines({"text": "abc", "label": ["b", "a"]}, {"text": "abc", "label": ["a"]})
+    found = await preview(service.client("train"), rows)
+    row = found["data"][0]
+    assert (found["format"], row["label"], row["trained_tokens"]) == ("labelled_text", ["b", "a"], 0)
+    assert row["spans"] == [{"text": "abc", "trained": False}]
+
+
 async def test_truncation_is_shown_before_it_happens(service: Service) -> None:
     client = service.client("train")
     content = lines({"prompt": "abc ", "completion": "x" * 60}, {"prompt": "abc ", "completion": "d"})

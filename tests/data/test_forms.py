@@ -11,6 +11,7 @@ import transformers
 
 from tenora.data.dataset import TokenizedDataset, UnusableRowsError, tokenize_file
 from tenora.data.division import divide
+from tenora.data.rows import ANSWERS, PREFERENCES, RowKind
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
 
@@ -164,11 +165,11 @@ def test_truncation_of_a_preference_is_counted_once_and_leaves_both_answers(
 
 @pytest.mark.parametrize(
     ("row", "wanted", "words"),
-    [(chat(), 2, "holds rows with one answer each"), (pairs()[0], 1, "holds preference rows")],
+    [(chat(), PREFERENCES, "holds rows with one answer each"), (pairs()[0], ANSWERS, "holds preference rows")],
 )
 def test_a_file_of_the_other_kind_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer, row: dict[str, Any], wanted: int, words: str
+    tmp_path: Path, tokenizer: Tokenizer, row: dict[str, Any], wanted: RowKind, words: str
 ) -> None:
     with pytest.raises(DatasetError, match=words) as caught:
-        tokenize(tmp_path, tokenizer, row, row, rows_per_example=wanted)
+        tokenize(tmp_path, tokenizer, row, row, kind=wanted)
     assert (caught.value.code, caught.value.param) == ("invalid_training_file", "training_file")

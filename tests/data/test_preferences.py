@@ -11,7 +11,7 @@ from trl.data_utils import extract_prompt
 from tenora.data.containers import read_records
 from tenora.data.dataset import validate_file
 from tenora.data.forms import parse_row
-from tenora.data.rows import ChatRow, CompletionRow, PreferenceRow, RowChecker
+from tenora.data.rows import PREFERENCES, ChatRow, CompletionRow, PreferenceRow, RowChecker
 
 from .rows import write_lines
 
@@ -144,4 +144,4 @@ def test_a_file_of_ultrafeedback_has_pairs(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [row] * 3)
     assert len(list(read_records(path))) == 3
     report = validate_file(path)
-    assert (report.format, report.rows_per_example, report.ok) == ("trl_preference", 2, True)
+    assert (report.format, report.kind, report.ok) == ("trl_preference", PREFERENCES, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from tenora.data.dataset import tokenize_file, validate_file
+from tenora.data.dataset import tokenize_file
 from tenora.data.duplicates import near_duplicates
 from tenora.data.preview import Span, preview_file, spans_of
 from tenora.model.tokenizer import Tokenizer
@@ -101,7 +102,9 @@ def test_real_files_on_the_real_tokenizer(real_base: Path, shared_data: Path, na
 
 
 @pytest.mark.real
-def test_a_real_labelled_file_is_refused_by_name(shared_data: Path) -> None:
-    report = validate_file(shared_data / "pubmedqa_decision_train.jsonl")
-    assert (report.counts, report.rows) == ({"ambiguous_format": 400}, 400)
-    assert "labelled" in report.issues[0].message
+def test_a_real_labelled_file_is_previewed_with_its_labels(real_base: Path, shared_data: Path) -> None:
+    path = shared_data / "pubmedqa_decision_train.jsonl"
+    preview = preview_file(path, Tokenizer.load(real_base), max_length=2048, limit=3)
+    texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:3]]
+    assert (preview.format, [row.label for row in preview.rows]) == ("labelled_text", [text["label"] for text in texts])
+    assert ["".join(span.text for span in row.spans) for row in preview.rows] == [text["text"] for text in texts]

@@ -12,7 +12,7 @@ import pytest
 from tenora.data import containers
 from tenora.data.dataset import validate_file
 from tenora.data.forms import parse_row
-from tenora.data.rows import ChatRow, RowChecker
+from tenora.data.rows import ANSWERS, PREFERENCES, ChatRow, RowChecker
 
 from .rows import chat, write_lines
 
@@ -64,7 +64,7 @@ def one(message: dict[str, Any]) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": "a"}]}, "example_missing_assistant_message"),
         (chat(weight=0), "no_trainable_tokens"),
         ({**GOOD, "prompt": "a", "completion": "b"}, "ambiguous_format"),
-        ({**GOOD, "label": "yes"}, "ambiguous_format"),
+        ({**GOOD, "label": {"a": 1}}, "data_type"),
         ({"prompt": "a", "completion": "b", "label": True}, "ambiguous_format"),
         ({**GOOD, "text": "a"}, "ambiguous_format"),
         ({**GOOD, "prompt": "Another question?"}, "ambiguous_format"),
@@ -74,7 +74,8 @@ def one(message: dict[str, Any]) -> dict[str, Any]:
         (one({"role": "assistant", "content": "a", "function_call": {"name": "f"}}), "message_unrecognized_key"),
         (one({"role": "assistant", "content": "a", "mask": [1]}), "message_unrecognized_key"),
         ({**GOOD, "system": "a"}, "ambiguous_format"),
-        ({"text": "a", "label": 1}, "ambiguous_format"),
+        ({"text": "a", "label": []}, "missing_content"),
+        ({"text": "a", "label": 1, "prompt": "b"}, "ambiguous_format"),
         ({"prompt": "a", "completion": "b", "chosen": "b"}, "ambiguous_format"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "ambiguous_format"),
         ({"system": "a", "conversations": [{"from": "system", "value": "b"}]}, "ambiguous_format"),
@@ -260,7 +261,7 @@ def test_every_form_is_detected_by_its_keys(tmp_path: Path, row: Any, form: str)
     report = validate_file(write_lines(tmp_path / "rows.jsonl", [row, row]))
     assert report.ok, report.summary()
     assert report.format == form
-    assert report.rows_per_example == (2 if "preference" in form else 1)
+    assert report.kind == (PREFERENCES if "preference" in form else ANSWERS)
 
 
 def test_a_mixture_names_the_forms_that_meet_in_it(tmp_path: Path) -> None:

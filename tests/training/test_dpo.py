@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tenora.adapters.peft_format import write_adapter
 from tenora.data.dataset import TokenizedDataset, tokenize_file
+from tenora.data.rows import PREFERENCES
 from tenora.model.decoder import Decoder
 from tenora.model.tokenizer import Tokenizer
 from tenora.training import learner
@@ -65,7 +66,7 @@ MakeOracle = Callable[..., "Oracle"]
 def pairs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenizedDataset:
     """`PAIRS` as a job tokenizes them."""
     path = write_lines(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", PAIRS)
-    return tokenize_file(path, tokenizer, max_length=512, rows_per_example=2)
+    return tokenize_file(path, tokenizer, max_length=512, kind=PREFERENCES)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ class TestTrl:
     ) -> None:
         spec, oracle = make_dpo(start, learning_rate=2e-3), make_oracle(start)
         steps = of_kind(events_of(TrainingRun(decoder, spec)), StepEvent)
-        corpus = Corpus.load(spec.tasks, rows_per_example=2)
+        corpus = Corpus.load(spec.tasks, kind=PREFERENCES)
         assert len(steps) == len(taken) == 6
         for event, (weights, ours) in zip(steps, taken, strict=True):
             oracle.set(weights)
@@ -363,7 +364,7 @@ class TestRows:
         task = msgspec.structs.replace(TaskSpec(name="rows", train_path=right, valid_path=right), **{place: wrong})
         failed = failure(TrainingRun(decoder, msgspec.structs.replace(spec, tasks=(task,))))
         kind = {"train_path": "training", "valid_path": "validation"}[place]
-        wanted = {"dpo": "preference pairs", "supervised": "rows with one answer each, not preference pairs"}[method]
+        wanted = {"dpo": "preference rows", "supervised": "rows with one answer each"}[method]
         said = f"The {kind} file must hold {wanted}"
         assert (failed.code, failed.message[: len(said)]) == ("invalid_training_file", said)
 

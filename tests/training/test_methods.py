@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tenora.data.dataset import TokenizedDataset
+from tenora.data.rows import ANSWERS
 from tenora.model.decoder import Decoder
 from tenora.training import learner
 from tenora.training.corpus import Corpus
@@ -113,7 +114,7 @@ class TestSweep:
         told = [event.trained_tokens for event in trials]
         assert told == sorted(told)
         assert told[-1] == finished.trained_tokens
-        corpus = Corpus.load(spec.tasks, rows_per_example=1)
+        corpus = Corpus.load(spec.tasks, kind=ANSWERS)
         batches = [corpus.batch(step, 4, seed=spec.seed) for step in range(12)]
         tokens = [sum(int(corpus.train.row(row)[1].sum()) for row in batch) for batch in batches]
         last = {event.trial: event for event in trials}
@@ -189,7 +190,7 @@ class TestFolds:
 
     def test_every_row_is_measured_by_an_adapter_that_has_not_seen_it(self, decoder: Decoder, spec: TrainSpec) -> None:
         rows = TokenizedDataset.load(Path(spec.tasks[0].train_path))
-        corpus = Corpus.load(spec.tasks, rows_per_example=1)
+        corpus = Corpus.load(spec.tasks, kind=ANSWERS)
         parts = [corpus.fold(number, 4, seed=spec.seed) for number in range(4)]
         assert sorted(np.concatenate([held_out for _, held_out in parts])) == list(range(12))
         for part, held_out in parts:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tenora.data.rows import ANSWERS
 from tenora.model.decoder import Decoder
 from tenora.training import fusion
 from tenora.training.commands import (
@@ -67,7 +68,7 @@ def test_commands_give_the_bits_of_the_supervised_plans_own_steps(
 ) -> None:
     spec = make_spec(lora=LoraSpec(rank=4, alpha=8.0), weight_decay=0.01)
     steps = [event for event in events_of(TrainingRun(decoder, spec)) if isinstance(event, StepEvent)]
-    corpus = Corpus.load(spec.tasks, rows_per_example=1)
+    corpus = Corpus.load(spec.tasks, kind=ANSWERS)
     sessions = Sessions(decoder, session_spec(tmp_path, seed=spec.seed))
     assert sessions.events["session"] == [SessionReady(run_id="session", step=0)]
     for event in steps:

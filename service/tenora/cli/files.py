@@ -59,7 +59,8 @@ def preview(
     for row in found.data:
         cut = f", {row.truncated_tokens} more are cut off" if row.truncated else ""
         part = "" if row.part is None else f" ({row.part})"
-        typer.secho(f"line {row.line}{part}: {row.tokens} tokens, {row.trained_tokens} learned{cut}", bold=True)
+        learned = f"{row.trained_tokens} learned" if row.label is None else f"label {row.label!r}"
+        typer.secho(f"line {row.line}{part}: {row.tokens} tokens, {learned}{cut}", bold=True)
         for span in row.spans:
             typer.secho(span.text, nl=False, fg=typer.colors.GREEN if span.trained else None)
         if row.spans:

@@ -15,13 +15,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tenora.data.encoding import SAYS_NOTHING, Example, check_opening, encode_example
+from tenora.data.labels import Labels, joined
 from tenora.data.reading import MIN_EXAMPLES, ValidationReport, usable_rows
-from tenora.data.rows import RowChecker, RowIssue, RowKind
+from tenora.data.rows import ANSWERS, KINDS, PREFERENCES, Label, LabelledRow, Row, RowChecker, RowIssue, RowKind
 from tenora.errors import DatasetError
 from tenora.model.tokenizer import Tokenizer
 
@@ -84,9 +86,11 @@ def tokenize_file(
     max_length: int,
     truncate: bool = False,
     min_rows: int = 1,
-    rows_per_example: int | None = None,
+    kind: RowKind | None = None,
 ) -> TokenizedDataset:
     """Render and tokenize every row; one of a preference file becomes two, the chosen and the rejected.
+
+    A pair becomes its anchor, its positive and its negatives. Labels come under a table of the file's own.
 
     Args:
         tokenizer: the base model's (`tenora.model.tokenizer.Tokenizer`).
@@ -94,24 +98,24 @@ def tokenize_file(
         truncate: cut longer rows at their right end, so that what remains starts as a served prompt does, and count
             them in `truncated`; otherwise they are an error. Pairs whose answers are then equal are left out. A row
             whose learned tokens are all cut off is an error in either case.
-        rows_per_example: 1 wants rows with one answer, 2 preferences; None takes either.
+        kind: wants rows of this kind; None takes any.
 
     Raises:
         UnusableRowsError: a DatasetError that names the lines and carries the report.
-        OtherRowsError: a DatasetError: the rows are of the other kind than `rows_per_example` wants.
+        OtherRowsError: a DatasetError: the rows are of another kind than `kind`.
     """
     report = ValidationReport()
     builder = _Builder()
     for line, row in usable_rows(path, report, max_rows=None, min_rows=min_rows):
-        if rows_per_example is not None and rows_per_example != report.rows_per_example:
+        if kind is not None and kind != report.kind:
             raise OtherRowsError(report.kind)
         checker = RowChecker(line)
         example = encode_example(row, tokenizer, checker, max_length=max_length, truncate=truncate)
         if example is not None and not checker.issues:
-            builder.add(line, example)
+            builder.add(line, example, row)
         for issue in checker.issues:
             report.add(issue)
-    dataset = builder.build(report.rows_per_example)
+    dataset = builder.build(report.kind)
     if dataset.left_out and not dataset.examples:
         report.add(RowIssue(report.last_line, "no_trainable_tokens", f"All {dataset.left_out} pairs: {SAYS_NOTHING}"))
     if not report.ok:
@@ -131,7 +135,10 @@ class TokenizedDataset:
         lines: int64 [rows], the one-based line of each row in its file.
         truncated: how many rows were cut to fit.
         left_out: how many pairs were not taken, because their answers are equal as the model sees them; not stored.
-        rows_per_example: 1; 2 for preference pairs, whose rows 2i and 2i + 1 are the chosen and the rejected answer.
+        rows_per_example: 1; 2 for preference pairs, whose rows 2i and 2i + 1 are the chosen and the rejected answer; of
+            pairs of texts 2 and the number of their negatives.
+        named_kind: see `kind`.
+        labels: of labelled rows, one for each example.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -141,6 +148,13 @@ class TokenizedDataset:
     truncated: int = 0
     rows_per_example: int = 1
     left_out: int = 0
+    named_kind: RowKind | None = None
+    labels: Labels | None = None
+
+    @property
+    def kind(self) -> RowKind:
+        """What the rows are to a method; those that were stored without it are answers or preferences."""
+        return self.named_kind or (PREFERENCES if self.rows_per_example == 2 else ANSWERS)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -179,22 +193,29 @@ class TokenizedDataset:
             lines=self.lines[rows],
             truncated=self.truncated,
             rows_per_example=size,
+            named_kind=self.named_kind,
+            labels=None if self.labels is None else self.labels.select(examples),
         )
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What is stored, by name."""
+        found: dict[str, npt.NDArray[Any]] = {
+            "tokens": self.tokens,
+            "weights": self.weights,
+            "offsets": self.offsets,
+            "lines": self.lines,
+            "truncated": np.array(self.truncated, np.int64),
+            "rows_per_example": np.array(self.rows_per_example, np.int64),
+            "kind": np.array(self.kind.key),
+        }
+        return found if self.labels is None else found | self.labels.to_arrays()
 
     def save(self, path: Path) -> None:
         """Write an .npz file at `path`, atomically: a reader sees the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tokens-", suffix=".npz", delete=False) as file:
             try:
-                np.savez(
-                    file,
-                    tokens=self.tokens,
-                    weights=self.weights,
-                    offsets=self.offsets,
-                    lines=self.lines,
-                    truncated=np.int64(self.truncated),
-                    rows_per_example=np.int64(self.rows_per_example),
-                )
+                np.savez(file, allow_pickle=False, **self._arrays())
                 file.flush()
                 os.fsync(file.fileno())
                 Path(file.name).replace(path)
@@ -218,6 +239,8 @@ class TokenizedDataset:
                     lines=stored["lines"].astype(np.int64, copy=False),
                     truncated=int(stored["truncated"]),
                     rows_per_example=int(stored["rows_per_example"]),
+                    named_kind=KINDS[str(stored["kind"])] if "kind" in stored else None,
+                    labels=Labels.from_arrays(stored),
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(
@@ -228,6 +251,7 @@ class TokenizedDataset:
             ends == (0, len(dataset.tokens))
             and len(dataset.weights) == len(dataset.tokens)
             and len(dataset.lines) == len(dataset)
+            and (dataset.labels is None or len(dataset.labels) == dataset.examples)
         )
         if not whole or bool((np.diff(dataset.offsets) < 0).any()):
             raise DatasetError(f"The tokenized dataset {path.name} contradicts itself; prepare the job again.")
@@ -235,7 +259,7 @@ class TokenizedDataset:
 
 
 def concatenate(datasets: Sequence[TokenizedDataset]) -> TokenizedDataset:
-    """The rows of several datasets of one kind, one after the other."""
+    """The rows of several datasets of one kind, and under one table of labels, one after the other."""
     starts = np.cumsum([0, *(len(dataset.tokens) for dataset in datasets)])
     offsets = [dataset.offsets[1:] + start for dataset, start in zip(datasets, starts[:-1], strict=True)]
     return TokenizedDataset(
@@ -245,6 +269,10 @@ def concatenate(datasets: Sequence[TokenizedDataset]) -> TokenizedDataset:
         lines=np.concatenate([dataset.lines for dataset in datasets]),
         truncated=sum(dataset.truncated for dataset in datasets),
         rows_per_example=datasets[0].rows_per_example,
+        named_kind=datasets[0].named_kind,
+        labels=joined([dataset.labels for dataset in datasets if dataset.labels is not None])
+        if datasets[0].labels is not None
+        else None,
     )
 
 
@@ -255,8 +283,10 @@ class _Builder:
         self._truncated = self._left_out = 0
         self._tokens, self._weights = array("i"), array("B")
         self._offsets, self._lines = array("q", [0]), array("q")
+        self._labels: list[Label] = []
+        self._rows_per_example = 0
 
-    def add(self, line: int, example: Example) -> None:
+    def add(self, line: int, example: Example, row: Row) -> None:
         if example.says_nothing:
             self._left_out += 1
             return
@@ -266,14 +296,19 @@ class _Builder:
             self._offsets.append(len(self._tokens))
             self._lines.append(line)
         self._truncated += example.truncated
+        self._rows_per_example = len(example.sequences)
+        if isinstance(row, LabelledRow):
+            self._labels.append(row.label)
 
-    def build(self, rows_per_example: int) -> TokenizedDataset:
+    def build(self, kind: RowKind) -> TokenizedDataset:
         return TokenizedDataset(
             tokens=np.array(self._tokens, dtype=np.int32),
             weights=np.array(self._weights, dtype=np.uint8),
             offsets=np.array(self._offsets, dtype=np.int64),
             lines=np.array(self._lines, dtype=np.int64),
             truncated=self._truncated,
-            rows_per_example=rows_per_example,
+            rows_per_example=self._rows_per_example or kind.sequences,
             left_out=self._left_out,
+            named_kind=kind,
+            labels=Labels.of(self._labels) if self._labels else None,
         )

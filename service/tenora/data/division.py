@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tenora.data.dataset import TokenizedDataset, concatenate
 from tenora.data.duplicates import Check, content_keys, groups_of_similar, nothing_ends_it
+from tenora.data.labels import Labels
 from tenora.errors import DatasetError
 
 Int64Array = npt.NDArray[np.int64]
@@ -42,14 +43,35 @@ def divide(
     sizes = np.array([dataset.examples for dataset in datasets])
     if sizes.min() < 2:
         raise DatasetError("A single row cannot be split; add rows or give a validation file.", param="training_file")
+    rows, task = concatenate(datasets), np.repeat(np.arange(len(sizes)), sizes)
     wanted = np.clip(np.round(sizes * np.array(fractions)).astype(np.int64), 1, sizes - 1)
-    held_out = _held_out(concatenate(datasets), np.repeat(np.arange(len(sizes)), sizes), wanted, seed, check)
+    if rows.labels is not None and rows.labels.kind == "class":
+        task, wanted = _strata(task, rows.labels, fractions)
+    held_out = _held_out(rows, task, wanted, seed, check)
     starts = np.cumsum([0, *sizes[:-1]])
     divided = []
     for dataset, start, size in zip(datasets, starts, sizes, strict=True):
         own = held_out[start : start + size]
         divided.append((dataset.select(np.flatnonzero(~own)), dataset.select(np.flatnonzero(own))))
     return divided
+
+
+def _strata(task: Int64Array, labels: Labels, fractions: Sequence[float]) -> tuple[Int64Array, Int64Array]:
+    """The classes of each task as parts of their own: each gives its share, and keeps a row to be learned from.
+
+    Returns:
+        The part of each example, and how many of each part are held out.
+    """
+    _, part = np.unique(task * len(labels.names) + labels.values, return_inverse=True)
+    sizes = np.bincount(part)
+    of_task = np.zeros(len(sizes), np.int64)
+    of_task[part] = task
+    wanted = np.clip(np.round(sizes * np.array(fractions)[of_task]).astype(np.int64), 0, sizes - 1)
+    for number in range(len(fractions)):
+        own = np.flatnonzero(of_task == number)
+        if not wanted[own].any():  # of the largest at least one
+            wanted[own[sizes[own].argmax()]] = 1
+    return part, wanted
 
 
 def fold(rows: TokenizedDataset, folds: int, *, seed: int = 0) -> list[Int64Array]:

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tenora.data.rows import ChatRow, PreferenceRow, Row, RowChecker, SupervisedRow, TextRow
+from tenora.data.rows import (
+    ChatRow,
+    LabelledRow,
+    PairRow,
+    PreferenceRow,
+    ReadRow,
+    Row,
+    RowChecker,
+    SupervisedRow,
+    TextRow,
+)
 from tenora.errors import InvalidRequestError, TenoraError
 from tenora.model.tokenizer import Tokenizer
 
@@ -46,22 +56,19 @@ class Example:
     """A row as the model sees it.
 
     Attributes:
-        sequences: one; of a preference two, the chosen and the rejected.
+        sequences: one; of a preference two, the chosen and the rejected; of a pair its texts.
         cut: how many tokens each of them lost at its end.
+        says_nothing: whether it is a preference between equal answers, of which nothing can be learned.
     """
 
     sequences: tuple[Encoded, ...]
     cut: tuple[int, ...]
+    says_nothing: bool = False
 
     @property
     def truncated(self) -> bool:
         """Whether the row was cut to fit."""
         return any(self.cut)
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether it is a preference between equal answers, of which nothing can be learned."""
-        return len(self.sequences) > 1 and self.sequences[0] == self.sequences[1]
 
 
 def encode_example(
@@ -71,17 +78,19 @@ def encode_example(
 
     A longer row is cut at its right end if `truncate`, so that what remains starts as a served prompt does; otherwise
     it is reported and comes back whole. A row that has lost every learned token is reported.
+
+    What a head reads is followed by the end-of-text token, as the only learned one: the model does not read it, and its
+    place says where the head reads, which is the last token before it.
     """
+    if isinstance(row, LabelledRow | PairRow):
+        texts = (row.content,) if isinstance(row, LabelledRow) else row.texts
+        return _read_to_the_end(texts, tokenizer, checker, max_length=max_length, truncate=truncate)
     rows = (row.chosen, row.rejected) if isinstance(row, PreferenceRow) else (row,)
     encoded = [_encode(part, tokenizer, checker) for part in rows]
     sequences = [sequence for sequence in encoded if sequence is not None]
     if len(sequences) < len(rows):
         return None
-    longest = max(len(tokens) for tokens, _ in sequences)
-    if longest > max_length and not truncate:
-        checker.report(
-            "too_long", f"The row has {longest} tokens and may have {max_length}; shorten it or ask for truncation."
-        )
+    if _too_long([tokens for tokens, _ in sequences], checker, max_length, truncate=truncate):
         return Example(tuple(sequences), (0,) * len(sequences))
     cut = tuple(max(len(tokens) - max_length, 0) for tokens, _ in sequences)
     kept = tuple((tokens[:max_length], weights[:max_length]) for tokens, weights in sequences)
@@ -89,7 +98,51 @@ def encode_example(
         checker.report(
             "no_trainable_tokens", "No learned token is left in the row after truncation; shorten its prompt."
         )
-    return Example(kept, cut)
+    return Example(kept, cut, says_nothing=len(kept) > 1 and kept[0] == kept[1])
+
+
+def _too_long(texts: Sequence[Sequence[int]], checker: RowChecker, max_length: int, *, truncate: bool) -> bool:
+    """Report a row that has too many tokens, if it may not be cut."""
+    longest = max(map(len, texts))
+    if longest > max_length and not truncate:
+        checker.report(
+            "too_long", f"The row has {longest} tokens and may have {max_length}; shorten it or ask for truncation."
+        )
+        return True
+    return False
+
+
+def _read_to_the_end(
+    texts: Sequence[ReadRow], tokenizer: Tokenizer, checker: RowChecker, *, max_length: int, truncate: bool
+) -> Example | None:
+    encoded = [_read(text.content, tokenizer, checker) for text in texts]
+    found = [tokens for tokens in encoded if tokens]
+    if len(found) < len(texts):
+        return None
+    cut = (0,) * len(found)
+    if not _too_long(found, checker, max_length, truncate=truncate):
+        cut = tuple(max(len(tokens) - max_length, 0) for tokens in found)
+        found = [tokens[:max_length] for tokens in found]
+    end = end_of_text(tokenizer)
+    return Example(tuple(([*tokens, end], [0] * len(tokens) + [1]) for tokens in found), cut)
+
+
+def _read(content: ChatRow | TextRow, tokenizer: Tokenizer, checker: RowChecker) -> list[int] | None:
+    """The tokens of a text, or of a whole conversation as the template writes it; None if `checker` says why not."""
+    if isinstance(content, TextRow):
+        tokens = tokenizer.encode(content.text, add_special_tokens=True)
+    else:
+        try:
+            text = tokenizer.render_chat(content.messages, add_generation_prompt=False, tools=content.tools)
+        except TenoraError as error:
+            checker.report("data_type", f"The base model's chat template refuses the conversation: {error.message}")
+            return None
+        if not _renders_tools(content, text, tokenizer, checker):
+            return None
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        checker.report("missing_content", "The text has no tokens; give it some words, or remove the row.")
+    return tokens
 
 
 def check_opening(row: Row, tokenizer: Tokenizer, checker: RowChecker) -> None:

@@ -10,10 +10,12 @@
 | preference (OpenAI) | `input` {`messages`, `tools`}, `preferred_output`, `non_preferred_output` | a pair |
 | preference (TRL) | `prompt`, `chosen`, `rejected`: three strings, or lists of messages | a pair |
 | preference, its prompt within | `chosen`, `rejected`, which both begin with the prompt | a pair |
+| labelled | `label`, and `text`, `messages` (optionally `tools`) or `prompt` | what a head reads, and says |
+| pair | `anchor`, `positive`, optionally `negatives` (a list) or `negative` | texts that a head tells apart |
 
 Some public data sets say a thing twice: `prompt` beside `messages`, `messages` beside `chosen`, `text` beside Alpaca's
 keys. That is read if the two agree. Keys that belong to no form, such as `id`, are ignored, and a key whose value is
-null counts as absent. A row that carries keys of two forms, labels, or keys that ask for what is not done
+null counts as absent. A row that carries keys of two forms, or keys that ask for what is not done
 (`tenora.data.unserved`) is refused: training on a rejected answer because its key was ignored would be worse than
 an error.
 """
@@ -24,10 +26,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tenora.data.labelled import labelled_messages, labelled_prompt, labelled_text, pair
 from tenora.data.messages import Checked, check_messages, check_tools, from_sharegpt
 from tenora.data.preferences import implicit_preference, openai_preference, prompt_is_in, trl_preference
 from tenora.data.row_fields import quoted, text_field, without_nulls
-from tenora.data.rows import ChatRow, CompletionRow, Row, RowChecker, RowFormat, TextRow, kind_of
+from tenora.data.rows import (
+    ANSWERS,
+    LABELLED,
+    PAIRS,
+    PREFERENCES,
+    ChatRow,
+    CompletionRow,
+    Row,
+    RowChecker,
+    RowFormat,
+    RowKind,
+    TextRow,
+    kind_of,
+)
 from tenora.data.unserved import UNSERVED, refuse_unserved
 
 
@@ -41,6 +57,7 @@ class Form:
         repeated: keys that may stand beside them, and say again what they say.
         structured: those of them that hold lists or objects; a CSV cell writes them as JSON.
         parse: makes the row, or reports why it cannot be made.
+        kind: what its rows are to a method.
     """
 
     title: str
@@ -49,6 +66,7 @@ class Form:
     optional: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     structured: tuple[str, ...] = ()
+    kind: RowKind = ANSWERS
 
     @property
     def keys(self) -> frozenset[str]:
@@ -98,10 +116,11 @@ def _detect(value: Mapping[str, Any], checker: RowChecker) -> RowFormat | None:
             "missing_messages_list", f"The row (its keys: {keys}) has the keys of no form; use {_any_form()}.{lower}"
         )
         return None
-    if "label" in found:
+    if {"label", "completion"} <= found:
         checker.report(
             "ambiguous_format",
-            "The row has a `label`; labelled rows cannot be trained on yet. Remove it to learn the rest.",
+            "The row has a `label` beside `completion`; answers that are labelled good or bad cannot be trained on "
+            "yet. Remove `label` to learn the answer, or `completion` to learn the label of `prompt`.",
         )
         return None
     for name, form in FORMS.items():
@@ -227,6 +246,7 @@ FORMS: Mapping[RowFormat, Form] = {
         ("input", "preferred_output", "non_preferred_output"),
         openai_preference,
         structured=("input", "preferred_output", "non_preferred_output"),
+        kind=PREFERENCES,
     ),
     "trl_preference": Form(
         "TRL preference",
@@ -234,6 +254,7 @@ FORMS: Mapping[RowFormat, Form] = {
         trl_preference,
         optional=("tools",),
         repeated=("messages",),
+        kind=PREFERENCES,
     ),
     "implicit_preference": Form(
         "preference with its prompt within",
@@ -241,11 +262,30 @@ FORMS: Mapping[RowFormat, Form] = {
         implicit_preference,
         optional=("tools",),
         repeated=("messages",),
+        kind=PREFERENCES,
+    ),
+    "labelled_text": Form("labelled text", ("text", "label"), labelled_text, kind=LABELLED),
+    "labelled_messages": Form(
+        "labelled chat",
+        ("messages", "label"),
+        labelled_messages,
+        optional=("tools",),
+        structured=("messages", "tools"),
+        kind=LABELLED,
+    ),
+    "labelled_prompt": Form("labelled prompt", ("prompt", "label"), labelled_prompt, kind=LABELLED),
+    "pair": Form(
+        "pair",
+        ("anchor", "positive"),
+        pair,
+        optional=("negatives", "negative"),
+        structured=("negatives",),
+        kind=PAIRS,
     ),
 }
 _REQUIRED = frozenset(key for form in FORMS.values() for key in form.required)
-FORM_KEYS = frozenset({"label", "history"}).union(*(form.keys for form in FORMS.values()))
-"""Keys that make a form. `label` and `history` (earlier turns of LLaMA-Factory's Alpaca) are in no form: a row that
-carries them says something that would be lost."""
+FORM_KEYS = frozenset({"history"}).union(*(form.keys for form in FORMS.values()))
+"""Keys that make a form. `history` (earlier turns of LLaMA-Factory's Alpaca) is in no form: a row that carries it says
+something that would be lost."""
 TABLE_KEYS = FORM_KEYS.union(UNSERVED)
 """Columns of a table that are read."""

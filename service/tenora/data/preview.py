@@ -10,10 +10,10 @@ from typing import Literal
 
 from tenora.data.encoding import SAYS_NOTHING, Encoded, encode_example
 from tenora.data.reading import CheckedRow, ValidationReport, checked_rows
-from tenora.data.rows import RowChecker, RowFormat, RowIssue
+from tenora.data.rows import Label, LabelledRow, PairRow, RowChecker, RowFormat, RowIssue
 from tenora.model.tokenizer import Tokenizer
 
-Part = Literal["chosen", "rejected"]
+Part = Literal["chosen", "rejected", "anchor", "positive", "negative"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class PreviewRow:
-    """A row, or one answer of a preference.
+    """A row, one answer of a preference, or one text of a pair.
 
     Attributes:
         line: see `tenora.data.rows.RowIssue`.
-        part: of a preference, which has an entry for each of its answers.
+        part: of a preference or pair, which has an entry for each of its answers or texts.
         tokens: what the model sees; 0 if the row cannot be rendered.
         trained_tokens: how many of them are learned.
         truncated_tokens: how many were cut off before.
         spans: the text of the tokens, in order.
         issues: why the row cannot be used.
+        label: of a labelled row.
     """
 
     line: int
@@ -45,6 +46,7 @@ class PreviewRow:
     truncated_tokens: int
     spans: Sequence[Span]
     issues: Sequence[RowIssue]
+    label: Label | None = None
 
     @property
     def truncated(self) -> bool:
@@ -104,7 +106,13 @@ def _preview(checked: CheckedRow, tokenizer: Tokenizer, *, max_length: int, trun
     issues = (*checked.issues, *checker.issues)
     if example is None:
         return [PreviewRow(checked.line, None, 0, 0, 0, (), issues)]
-    parts: tuple[Part | None, ...] = (None,) if len(example.sequences) == 1 else ("chosen", "rejected")
+    row, sequences = checked.row, example.sequences
+    parts: tuple[Part | None, ...] = (None,) if len(sequences) == 1 else ("chosen", "rejected")
+    if isinstance(row, PairRow):
+        negatives: list[Part | None] = ["negative"] * (len(sequences) - 2)
+        parts = ("anchor", "positive", *negatives)
+    if isinstance(row, LabelledRow | PairRow):  # the token behind the text is only the place where a head reads
+        sequences = tuple((tokens[:-1], weights[:-1]) for tokens, weights in sequences)
     return [
         PreviewRow(
             line=checked.line,
@@ -114,8 +122,9 @@ def _preview(checked: CheckedRow, tokenizer: Tokenizer, *, max_length: int, trun
             truncated_tokens=cut,
             spans=spans_of(encoded, tokenizer),
             issues=issues,
+            label=row.label if isinstance(row, LabelledRow) else None,
         )
-        for part, encoded, cut in zip(parts, example.sequences, example.cut, strict=True)
+        for part, encoded, cut in zip(parts, sequences, example.cut, strict=True)
     ]
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from tenora.data.containers import read_records
 from tenora.data.forms import FORMS, parse_row
+from tenora.data.labelled import alike
 from tenora.data.rows import (
     ANSWERS,
-    PREFERENCE_FORMATS,
-    PREFERENCES,
     IssueCode,
     Row,
     RowChecker,
@@ -50,12 +49,7 @@ class ValidationReport:
     @property
     def kind(self) -> RowKind:
         """What the rows are to a method."""
-        return PREFERENCES if self.format in PREFERENCE_FORMATS else ANSWERS
-
-    @property
-    def rows_per_example(self) -> int:
-        """Token sequences that a row becomes: 2 for preferences, else 1."""
-        return self.kind.sequences
+        return ANSWERS if self.format is None else FORMS[self.format].kind
 
     @property
     def ok(self) -> bool:
@@ -94,7 +88,11 @@ class CheckedRow:
 
 
 def checked_rows(path: Path, report: ValidationReport, *, max_rows: int | None = None) -> Iterator[CheckedRow]:
-    """All rows of a file; what is wrong with them is in `report`, too. Every row must have the first one's form."""
+    """All rows of a file; what is wrong with them is in `report`, too.
+
+    Every row must have the first one's form, of labels the same kind, and of pairs as many negatives.
+    """
+    usual = ""
     for record in read_records(path):
         if max_rows is not None and report.rows == max_rows:
             report.add(RowIssue(record.line, "too_many_examples", f"The file has more than {max_rows} rows; split it."))
@@ -115,6 +113,13 @@ def checked_rows(path: Path, report: ValidationReport, *, max_rows: int | None =
                     f"The row has the form {FORMS[parsed[0]].title}, and those before it {FORMS[report.format].title}; "
                     "a file has rows of one form.",
                 )
+            elif not checker.issues:
+                own, usual = alike(parsed[1]), usual or alike(parsed[1])
+                if own != usual:
+                    checker.report(
+                        "ambiguous_format",
+                        f"The row has {own}, and those before it {usual}; give all rows of a file the same.",
+                    )
         for issue in checker.issues:
             report.add(issue)
         yield CheckedRow(record.line, None if parsed is None or checker.issues else parsed[1], checker.issues)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 IssueCode = Literal[
@@ -26,10 +28,20 @@ IssueCode = Literal[
     "too_many_examples",
 ]
 RowFormat = Literal[
-    "chat", "prompt_completion", "text", "alpaca", "sharegpt", "preference", "trl_preference", "implicit_preference"
+    "chat",
+    "prompt_completion",
+    "text",
+    "alpaca",
+    "sharegpt",
+    "preference",
+    "trl_preference",
+    "implicit_preference",
+    "labelled_text",
+    "labelled_messages",
+    "labelled_prompt",
+    "pair",
 ]
 _MAX_MESSAGE = 1000
-PREFERENCE_FORMATS: frozenset[RowFormat] = frozenset({"preference", "trl_preference", "implicit_preference"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +49,28 @@ class RowKind:
     """What rows of a form are to a method.
 
     Attributes:
+        key: what stored rows call it.
         name: in words.
         fields: of a row, in words.
-        sequences: token sequences that a row becomes.
+        sequences: token sequences that a row becomes; of pairs the least, since negatives come to them.
     """
 
+    key: str
     name: str
     fields: str
     sequences: int
 
 
-ANSWERS = RowKind("rows with one answer each", "messages; or prompt and completion; or text", 1)
+ANSWERS = RowKind("answers", "rows with one answer each", "messages; or prompt and completion; or text", 1)
 PREFERENCES = RowKind(
-    "preference rows", "input, preferred_output and non_preferred_output; or prompt, chosen and rejected", 2
+    "preferences",
+    "preference rows",
+    "input, preferred_output and non_preferred_output; or prompt, chosen and rejected",
+    2,
 )
+LABELLED = RowKind("labels", "labelled rows", "text, messages or prompt, and label", 1)
+PAIRS = RowKind("pairs", "pairs of texts", "anchor and positive, perhaps negatives", 2)
+KINDS: Mapping[str, RowKind] = MappingProxyType({kind.key: kind for kind in (ANSWERS, PREFERENCES, LABELLED, PAIRS)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +122,36 @@ class PreferenceRow:
     rejected: ChatRow | CompletionRow
 
 
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """A text or conversation that is read to its end, and of which nothing is learned token by token."""
+
+    content: ChatRow | TextRow
+
+
+Label = str | bool | int | float | tuple[str, ...]
+"""A class, a number (which may also be meant as a class), or the distinct classes of a row, as names."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """What is read, and what is to be said of it."""
+
+    content: ReadRow
+    label: Label
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """Texts of which the first two belong together and the others do not belong to the first: anchor, positive, and
+    negatives.
+    """
+
+    texts: tuple[ReadRow, ...]
+
+
 SupervisedRow = ChatRow | CompletionRow | TextRow
-Row = SupervisedRow | PreferenceRow
+Row = SupervisedRow | PreferenceRow | LabelledRow | PairRow
 
 
 def _fit_to_be_shown(message: str) -> str:

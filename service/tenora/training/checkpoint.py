@@ -153,6 +153,8 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):
             digest.update(array.tobytes())
+        for array in () if dataset.labels is None else dataset.labels.to_arrays().values():
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 

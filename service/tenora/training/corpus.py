@@ -10,6 +10,7 @@ import numpy as np
 
 from tenora.data.dataset import TokenizedDataset, concatenate
 from tenora.data.division import fold
+from tenora.data.rows import RowKind
 from tenora.errors import TrainingError
 from tenora.training.packing import Int64Array
 from tenora.training.spec import TaskSpec
@@ -38,7 +39,7 @@ class Corpus:
     _orders: dict[tuple[int, int], Int64Array] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def load(cls, tasks: Sequence[TaskSpec], *, rows_per_example: int) -> Corpus:
+    def load(cls, tasks: Sequence[TaskSpec], *, kind: RowKind) -> Corpus:
         """Read the datasets of a run.
 
         Raises:
@@ -47,8 +48,8 @@ class Corpus:
         """
         if not tasks:
             raise TrainingError("The run names no rows to train on.", code="invalid_training_file")
-        train = [_load(task.train_path, "training", rows_per_example) for task in tasks]
-        valid = [_load(task.valid_path, "validation", rows_per_example) for task in tasks if task.valid_path]
+        train = [_load(task.train_path, "training", kind) for task in tasks]
+        valid = [_load(task.valid_path, "validation", kind) for task in tasks if task.valid_path]
         largest = max(task.weight for task in tasks)
         return cls(
             train=concatenate(train),
@@ -135,14 +136,16 @@ def _tasks(datasets: Sequence[TokenizedDataset]) -> Int64Array:
     return np.repeat(np.arange(len(datasets), dtype=np.int64), counts)
 
 
-def _load(path: str, kind: str, rows_per_example: int) -> TokenizedDataset:
+def _load(path: str, what: str, kind: RowKind) -> TokenizedDataset:
     dataset = TokenizedDataset.load(Path(path))
-    if dataset.rows_per_example != rows_per_example:
-        wanted = "preference pairs" if rows_per_example > 1 else "rows with one answer each, not preference pairs"
-        raise TrainingError(f"The {kind} file must hold {wanted} for this method.", code="invalid_training_file")
+    if dataset.kind != kind:
+        raise TrainingError(
+            f"The {what} file must hold {kind.name} for this method, not {dataset.kind.name}.",
+            code="invalid_training_file",
+        )
     if dataset.num_trained == 0:
         raise TrainingError(
-            f"The {kind} rows hold no token to learn from: {len(dataset)} rows, {dataset.num_tokens} tokens, none of "
+            f"The {what} rows hold no token to learn from: {len(dataset)} rows, {dataset.num_tokens} tokens, none of "
             "them in an assistant message or completion that counts; add such rows.",
             code="no_trainable_tokens",
         )

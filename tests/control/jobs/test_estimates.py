@@ -13,6 +13,7 @@ from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.errors import DatasetError, InvalidRequestError, NotFoundError
 from tenora.training.corpus import Corpus
+from tenora.training.methods.table import find_method
 from tenora.training.packing import pack
 from tenora.training.settings import BY_THEMSELVES
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload, workdir
@@ -34,7 +35,7 @@ async def prepared_corpus(control: Control, who: Principal, script: JobScript, a
     await until(control, who, job.id, "running")
     await script.until_held()
     spec = script.specs[-1]
-    corpus = Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
+    corpus = Corpus.load(spec.tasks, kind=find_method(spec.method).rows)
     await control.jobs.cancel(who, job.id)
     script.go_on()
     return corpus

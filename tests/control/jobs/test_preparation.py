@@ -9,6 +9,7 @@ from tenora.control.jobs.records import JobRequest
 from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
 from tenora.training.corpus import Corpus
+from tenora.training.methods.table import find_method
 from tenora.training.settings import RowSettings
 from tests.control.conftest import BASE, MANY_ROWS, create_job, messages, until, upload
 from tests.support.scripted_jobs import JobScript
@@ -24,7 +25,7 @@ async def corpus_of(control: Control, who: Principal, script: JobScript, **field
     job = await create_job(control, who, **fields)
     await script.until_held()
     spec = script.specs[-1]
-    corpus = Corpus.load(spec.tasks, rows_per_example=2 if spec.method == "dpo" else 1)
+    corpus = Corpus.load(spec.tasks, kind=find_method(spec.method).rows)
     if spec.folds:
         corpus, _ = corpus.fold(0, spec.folds, seed=spec.split_seed)
     await control.jobs.cancel(who, job.id)

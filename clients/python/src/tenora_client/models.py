@@ -172,7 +172,7 @@ class RowIssue(ApiObject):
 
 
 class PreviewRow(ApiObject):
-    """A row as the model sees it; of a preference one for each answer, told apart by `part`."""
+    """A row as the model sees it; of a preference one for each answer, of a pair one for each text, told by `part`."""
 
     line: int
     part: str | None = None
@@ -182,6 +182,7 @@ class PreviewRow(ApiObject):
     truncated_tokens: int = 0
     spans: Sequence[Span] = ()
     issues: Sequence[RowIssue] = ()
+    label: str | bool | int | float | Sequence[str] | None = None
 
 
 class PreviewTotals(ApiObject):

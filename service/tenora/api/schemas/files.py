@@ -59,19 +59,20 @@ class PreviewIssue(ResponseModel):
 
 
 class PreviewRow(ResponseModel):
-    """A row as the model sees it; of a preference one for each answer, told apart by `part`.
+    """A row as the model sees it; of a preference one for each answer, of a pair for each text, told apart by `part`.
 
     `truncated_tokens` were cut off, `tokens` are left, and the texts of `spans` together are what they say.
     """
 
     line: int
-    part: Literal["chosen", "rejected"] | None
+    part: Literal["chosen", "rejected", "anchor", "positive", "negative"] | None
     tokens: int
     trained_tokens: int
     truncated: bool
     truncated_tokens: int
     spans: list[PreviewSpan]
     issues: list[PreviewIssue]
+    label: str | bool | int | float | list[str] | None
 
 
 class PreviewTotals(ResponseModel):

@@ -260,7 +260,7 @@ def _tokenize(
             tokenizer,
             max_length=_max_length(job, limits),
             truncate=bool(job.asked.settings.get("truncate")),
-            rows_per_example=job.asked.learns_by.rows.sequences,
+            kind=job.asked.learns_by.rows,
         )
     except DatasetError as error:
         message = error.message

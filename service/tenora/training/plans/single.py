@@ -43,7 +43,7 @@ class PlainPlan:
 
 def load_corpus(spec: TrainSpec) -> Corpus:
     """The rows that the run's method wants; raises as `Corpus.load`."""
-    return Corpus.load(spec.tasks, rows_per_example=find_method(spec.method).rows.sequences)
+    return Corpus.load(spec.tasks, kind=find_method(spec.method).rows)
 
 
 def finished(learner: Learner) -> FinishedEvent:
