@@ -2,7 +2,8 @@
 
     TenoraError
     ├── InvalidRequestError         the request cannot be understood or is out of bounds
-    │   └── ContextLengthError      prompt + max_tokens do not fit the model's context
+    │   ├── ContextLengthError      prompt + max_tokens do not fit the model's context
+    │   └── CompositionError        adapters that cannot be combined as asked
     ├── AuthenticationError         no key, or a key that is unknown, revoked or expired
     ├── PermissionDeniedError       the key is known but lacks the scope
     ├── NotFoundError               no such thing for this tenant (another tenant's is the same)
@@ -73,6 +74,12 @@ class ContextLengthError(InvalidRequestError):
     """The prompt and the tokens asked for do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class CompositionError(InvalidRequestError):
+    """The adapters of a request cannot be combined as it asks."""
+
+    code = "adapters_do_not_compose"
 
 
 class AuthenticationError(TenoraError):

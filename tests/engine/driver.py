@@ -162,9 +162,16 @@ def load_peft(base: Path, adapter: AdapterRef, dtype: torch.dtype = torch.float3
 
 
 def make_adapter(
-    base: Path, directory: Path, *, rank: int = 4, targets: Rows[str] = ("q_proj", "v_proj"), seed: int = 0, **lora: Any
+    base: Path,
+    directory: Path,
+    *,
+    rank: int = 4,
+    targets: Rows[str] = ("q_proj", "v_proj"),
+    seed: int = 0,
+    narrow: bool = True,
+    **lora: Any,
 ) -> AdapterRef:
-    """Write a PEFT adapter of `base` with random A and B that change its tokens."""
+    """Write a PEFT adapter of `base` with random A and B that change its tokens; `narrow` ones fit bfloat16."""
     import peft
     import transformers
 
@@ -178,7 +185,7 @@ def make_adapter(
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=4 / (rank * parameter.shape[0]) ** 0.5)
-        if "lora_" in name:
+        if narrow and "lora_" in name:
             parameter.data = parameter.data.bfloat16().float()  # the same values in every type of the pool
     adapted.save_pretrained(directory)
     return ref_of(directory)

@@ -51,6 +51,7 @@ class Answer:
 TABLE: Mapping[type[e.TenoraError], Answer] = {
     e.InvalidRequestError: Answer(400, "invalid_request_error"),
     e.ContextLengthError: Answer(400, "invalid_request_error"),
+    e.CompositionError: Answer(400, "invalid_request_error"),
     CompatibilityError: Answer(400, "InvalidUserInput"),
     SlowRequestError: Answer(408, "invalid_request_error"),
     e.AuthenticationError: Answer(401, "authentication_error"),

@@ -127,6 +127,10 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)  # holds nothing worth keeping: use it first
         table.clear()
 
+    def adapters(self) -> set[str]:
+        """Digests of the adapters that prefixes are remembered of; "" is the base."""
+        return {digest for digest, _ in self._owner_of.values()}
+
     def forget(self, digest: str) -> None:
         """Drop every remembered prefix of one adapter (it was deleted)."""
         for block in [block for block, (of, _) in self._owner_of.items() if of == digest]:

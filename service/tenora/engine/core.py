@@ -11,17 +11,14 @@ from pathlib import Path
 import torch
 
 from tenora.adapters.host_cache import HostCache
-from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.pool import SlotPool
-from tenora.adapters.prepared import PreparedAdapter, prepare
-from tenora.adapters.ref import AdapterRef
 from tenora.adapters.upload import uploader_for
-from tenora.adapters.weights import AdapterWeights
 from tenora.config import Settings
 from tenora.engine.blocks import BlockManager
 from tenora.engine.client.child import available_cpus
 from tenora.engine.clock import clock_of
 from tenora.engine.context_length import check_context, context_length
+from tenora.engine.deletions import Deletions
 from tenora.engine.loader import AdapterLoader
 from tenora.engine.loading_progress import LoadingProgress
 from tenora.engine.messages import (
@@ -45,6 +42,7 @@ from tenora.engine.messages import (
 )
 from tenora.engine.model_runner import ModelRunner
 from tenora.engine.outputs import Item, advance, failed, is_final, step_failure
+from tenora.engine.reading import AdapterFiles
 from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
 from tenora.engine.resources import Facts, Resources, resources
@@ -119,7 +117,7 @@ class Engine:
         cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
         self.loader = AdapterLoader(
             self.pool,
-            self._read_adapter(settings.max_lora_rank),
+            AdapterFiles(self.targets, self.pool.tables.arena, max_rank=settings.max_lora_rank).read,
             HostCache(settings.host_cache_bytes),
             wake,
         )
@@ -154,7 +152,7 @@ class Engine:
             commands_wait=commands_wait,
             clock=clock_of(decoder.device),
         )
-        self._pending_eviction: set[str] = set()  # deleted versions that a sequence may still use
+        self._deletions = Deletions(self._held)
         self._rejected: list[Item] = []
         self._arrivals = 0
         self._worked = False
@@ -221,8 +219,6 @@ class Engine:
         self._worked = True
         match command:
             case Generate() | Pool():
-                if command.adapter is not None:
-                    self._pending_eviction.discard(command.adapter.digest)  # its content was stored again meanwhile
                 self._add_sequence(command)
             case Abort(request_id=request_id):
                 if (sequence := self.scheduler.get(request_id)) is not None:
@@ -236,10 +232,11 @@ class Engine:
             case StopTraining(run_id=run_id, pause=pause):
                 self.trainer.stop(run_id, pause=pause)
             case PinAdapter(adapter=ref, pinned=pinned):
-                self._pending_eviction -= {ref.digest} if pinned else set()
+                if pinned:
+                    self._deletions.used(ref)
                 self.loader.pin(ref, pinned)
             case EvictAdapter(digest=digest):
-                self._pending_eviction.add(digest)
+                self._deletions.deleted(digest)
             case ForgetPrefixes(cache_salt=cache_salt):
                 self.blocks.forget_salt(cache_salt)
 
@@ -313,17 +310,9 @@ class Engine:
         self.runner.check_integrity()
         self.loader.check_integrity()
 
-    def _read_adapter(self, max_rank: int) -> Callable[[AdapterRef], PreparedAdapter]:
-        """What the loader's thread does."""
-        reader = AdapterReader(self.targets, max_rank=max_rank)
-        arena = self.pool.tables.arena
-
-        def prepared(weights: AdapterWeights) -> PreparedAdapter:
-            return prepare(weights, self.targets, dtype=arena.dtype, device=arena.device)
-
-        return lambda ref: reader.load(Path(ref.path), ref.digest, prepared)
-
     def _add_sequence(self, request: Generate | Pool) -> None:
+        if request.adapter is not None:
+            self._deletions.used(request.adapter)
         if self.scheduler.get(request.request_id) is not None:
             _log.error("a request id is in use; the second request is ignored", extra={"request": request.request_id})
             return
@@ -375,10 +364,13 @@ class Engine:
         """Free what only ended sequences used."""
         in_use = self.scheduler.adapter_use
         self.loader.drop_unwanted(in_use)
-        for digest in [digest for digest in self._pending_eviction if digest not in in_use]:
-            self._pending_eviction.discard(digest)
+        for digest in self._deletions.due(in_use):
             self.loader.forget(digest)
             self.blocks.forget(digest)
+
+    def _held(self) -> set[str]:
+        """Digests of what waits, runs, is read, or has left weights, keys or values here."""
+        return {*self.scheduler.adapter_use, *self.loader.held(), *self.blocks.adapters()}
 
 
 def _share_out(decoder: Decoder, settings: Settings) -> Resources:

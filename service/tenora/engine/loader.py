@@ -12,7 +12,14 @@ from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.ref import AdapterRef
 from tenora.engine.scheduler import Blocked
-from tenora.errors import AdapterDamagedError, AdapterFormatError, PoolFullError, TenoraError, UnavailableError
+from tenora.errors import (
+    AdapterDamagedError,
+    AdapterFormatError,
+    CompositionError,
+    PoolFullError,
+    TenoraError,
+    UnavailableError,
+)
 from tenora.model.device import survive
 
 _log = logging.getLogger(__name__)
@@ -86,7 +93,7 @@ class AdapterLoader:
         """A slot with one more reference, or why there is none yet.
 
         Raises:
-            AdapterDamagedError, AdapterFormatError: it cannot be loaded and will not be as it is.
+            AdapterDamagedError, AdapterFormatError, CompositionError: it cannot be loaded and will not be as it is.
             UnavailableError: it could not be loaded this time. After any of them the next call tries again.
         """
         try:
@@ -123,6 +130,10 @@ class AdapterLoader:
     def invocation(self, digest: str) -> tuple[int, ...]:
         """The tokens from which on an acquired adapter acts; empty: on all."""
         return self.pool.invocation(digest)
+
+    def held(self) -> set[str]:
+        """Digests of all that has a slot or a host copy, or is being read."""
+        return {*self.pool.resident(), *self.cache.digests(), *self._reads}
 
     def offer(self, digest: str, adapter: PreparedAdapter) -> None:
         """Let an adapter be acquired that no file holds, whenever there is a slot, until `forget`."""
@@ -219,7 +230,7 @@ class AdapterLoader:
     def _failure(self, ref: AdapterRef, error: Exception) -> TenoraError:
         self.failures += 1
         _log.warning("an adapter could not be loaded", extra={"digest": ref.digest}, exc_info=error)
-        if isinstance(error, AdapterDamagedError | AdapterFormatError):
+        if isinstance(error, AdapterDamagedError | AdapterFormatError | CompositionError):
             return error
         return _unavailable(error)
 

@@ -169,8 +169,8 @@ class SequenceFailed(msgspec.Struct, frozen=True, kw_only=True, tag="seq_failed"
     """The sequence ended with an error.
 
     `code`: invalid_request, context_length_exceeded; of the adapter invalid_adapter, adapter_too_large,
-    adapter_overflow, adapter_damaged, adapters_pinned; and, which pass by themselves, adapter_unavailable,
-    out_of_memory, engine_error, engine_shutdown.
+    adapter_overflow, adapter_damaged, adapters_pinned, adapters_do_not_compose; and, which pass by themselves,
+    adapter_unavailable, out_of_memory, engine_error, engine_shutdown.
     """
 
     request_id: str

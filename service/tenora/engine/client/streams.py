@@ -9,6 +9,7 @@ from tenora.engine.messages import SequenceFailed, SequenceOutput
 from tenora.errors import (
     AdapterDamagedError,
     AdapterFormatError,
+    CompositionError,
     ConflictError,
     ContextLengthError,
     InvalidRequestError,
@@ -28,6 +29,7 @@ OF_THE_ADAPTER: Mapping[str, type[TenoraError]] = {
 _KINDS: Mapping[str, type[TenoraError]] = {
     "invalid_request": InvalidRequestError,
     "context_length_exceeded": ContextLengthError,
+    "adapters_do_not_compose": CompositionError,
     **OF_THE_ADAPTER,
 }
 
@@ -76,6 +78,8 @@ class SequenceStream:
         error = kind(failed.message, code=None if failed.code == "invalid_request" else failed.code)
         if failed.code in OF_THE_ADAPTER:
             error.param = "model"
+        elif isinstance(error, CompositionError):
+            error.param = "adapters"
         self.fail(error)
 
     def fail(self, error: TenoraError) -> None:

@@ -1,0 +1,43 @@
+"""Adapters from their files to what a slot takes: one version, or several composed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from tenora.adapters.combining import combine
+from tenora.adapters.peft_format import AdapterReader
+from tenora.adapters.prepared import PreparedAdapter, prepare
+from tenora.adapters.ref import AdapterRef
+from tenora.adapters.targets import TargetModule
+from tenora.adapters.weights import AdapterWeights
+
+
+class AdapterFiles:
+    """Reads and prepares adapters. `read` runs on the loader's thread."""
+
+    def __init__(self, targets: Sequence[TargetModule], arena: Tensor, *, max_rank: int) -> None:
+        """`targets` are the modules of the base; adapters are prepared for `arena`."""
+        self._targets, self._arena, self._max_rank = targets, arena, max_rank
+        self._reader = AdapterReader(targets, max_rank=max_rank)
+
+    def read(self, ref: AdapterRef) -> PreparedAdapter:
+        """What `SlotPool.insert` copies; every byte that it is made of was compared with its digest.
+
+        Raises:
+            AdapterDamagedError, AdapterFormatError, FileNotFoundError: as `AdapterReader.load`.
+            CompositionError: the parts do not go together.
+        """
+        if ref.composition is None:
+            return self._reader.load(Path(ref.path), ref.digest, self._prepared)
+        parts = [self._reader.load(Path(part.path), part.digest, _as_read) for part in ref.composition.parts]
+        return self._prepared(combine(ref, parts, self._targets, max_rank=self._max_rank))
+
+    def _prepared(self, weights: AdapterWeights) -> PreparedAdapter:
+        return prepare(weights, self._targets, dtype=self._arena.dtype, device=self._arena.device)
+
+
+def _as_read(weights: AdapterWeights) -> AdapterWeights:
+    return weights
