@@ -9,12 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from tenora_kernels.sites import BottleneckSite, HostRecord, LoraSite
+
+__all__ = [
+    "BASE",
+    "BottleneckSite",
+    "HostRecord",
+    "LoraBatch",
+    "LoraSegments",
+    "LoraSite",
+    "LoraTables",
+    "SegmentArrays",
+    "TableAddresses",
+    "TableArrays",
+    "accumulation_dtype",
+    "build_segments",
+]
 
 BASE = -1
 """The slot of a row that uses no adapter."""
@@ -32,47 +49,6 @@ class TableArrays(NamedTuple):
 _TABLE_DTYPES = {"ranks": torch.int32, "scaling": torch.float32, "a_offset": torch.int64, "b_offset": torch.int64}
 
 
-class HostRecord(NamedTuple):
-    """int64 numbers and addresses that a compiled kernel on the host reads; made once, where they are known.
-
-    Attributes:
-        values: the numbers.
-        address: where they lie; an integer is the cheapest argument of a compiled function.
-    """
-
-    values: npt.NDArray[np.int64]
-    address: int
-
-    @classmethod
-    def of(cls, *values: int | npt.NDArray[Any]) -> HostRecord:
-        """A record of numbers, with the address of each array's first element in its place."""
-        numbers = [v if isinstance(v, int) else v.__array_interface__["data"][0] for v in values]
-        array = np.array(numbers, dtype=np.int64)
-        return cls(array, array.__array_interface__["data"][0])
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSite:
-    """One site of one layer: modules that share their input x and write column slices of one output y.
-
-    Attributes:
-        row: row of the first slice in the tables; slice j is row `row + j`.
-        in_features: columns of x.
-        slices: `[start, stop)` columns of y per module: q, k, v | gate, up | o | down.
-        record: row, in_features, the number of slices, then start and stop of each.
-    """
-
-    row: int
-    in_features: int
-    slices: tuple[tuple[int, int], ...]
-    record: HostRecord = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        bounds = [bound for columns in self.slices for bound in columns]
-        record = HostRecord.of(self.row, self.in_features, len(self.slices), *bounds)
-        object.__setattr__(self, "record", record)
-
-
 class TableAddresses(NamedTuple):
     """Where the arrays of `LoraTables` lie, in bytes, and how many slots they have."""
 
@@ -82,11 +58,14 @@ class TableAddresses(NamedTuple):
     b_offset: int
     is_bf16: int
     slots: int
+    flags: int
 
 
 @dataclass(slots=True)
 class LoraTables:
     """Where the weights of every slot lie. One row per target module of the model, one column per slot.
+
+    Further rows may follow those of modules: bottlenecks, vectors that scale a projection's output, heads, ….
 
     Attributes:
         arena: 1-D storage of any float dtype, on the device of the model.
@@ -98,6 +77,9 @@ class LoraTables:
         out_features: per row, columns of Bᵀ.
         grad: like the arena, but float32 (float64 for a float64 arena): `add_lora` adds dA and dBᵀ here. None when
             serving.
+        low_rank_rows: how many rows, from the first, hold two matrices that are multiplied one after the other; the
+            rank of the others is a number of labels or of virtual tokens. None: all.
+        flags: int64 [slots]; what a slot is beside its ranks: SCALES, BOTTLENECKS, ….
         is_bf16: uint8 [slots]; 1 if the slot's matrices lie as bfloat16 in a float32 arena. Its offsets then count
             bfloat16 elements of the arena viewed as bfloat16. An adapter whose file is bfloat16 has the same values
             in half the bytes, and bytes are what a decode step is made of.
@@ -119,7 +101,9 @@ class LoraTables:
     in_features: tuple[int, ...]
     out_features: tuple[int, ...]
     grad: Tensor | None = None
+    low_rank_rows: int | None = None
     is_bf16: npt.NDArray[np.uint8] = field(init=False, repr=False)
+    flags: npt.NDArray[np.int64] = field(init=False, repr=False)
     _highest: tuple[int, npt.NDArray[np.int32]] | None = field(init=False, repr=False, default=None)
     version: int = field(init=False, default=0)
     arrays: TableArrays = field(init=False, repr=False)
@@ -142,10 +126,11 @@ class LoraTables:
         if self.grad is not None and (self.grad.shape != self.arena.shape or self.grad.dtype != wanted):
             raise ValueError(f"grad must have the arena's shape {tuple(self.arena.shape)}, in {wanted}.")
         self.is_bf16 = np.zeros(self.ranks.shape[1], dtype=np.uint8)
+        self.flags = np.zeros(self.ranks.shape[1], dtype=np.int64)
         self.arrays = TableArrays(
             self.ranks.numpy(), self.scaling.numpy(), self.a_offset.numpy(), self.b_offset.numpy()
         )
-        self.record = HostRecord.of(*self.arrays, self.is_bf16, self.ranks.shape[1])
+        self.record = HostRecord.of(*self.arrays, self.is_bf16, self.ranks.shape[1], self.flags)
         self.addresses = TableAddresses(*self.record.values.tolist())
 
     @classmethod
@@ -157,6 +142,7 @@ class LoraTables:
         out_features: Sequence[int],
         slots: int,
         grad: Tensor | None = None,
+        low_rank_rows: int | None = None,
     ) -> LoraTables:
         """Tables of `slots` slots that adapt nothing yet."""
         shape = (len(in_features), slots)
@@ -169,18 +155,24 @@ class LoraTables:
             in_features=tuple(in_features),
             out_features=tuple(out_features),
             grad=grad,
+            low_rank_rows=low_rank_rows,
         )
 
     @property
     def highest_ranks(self) -> npt.NDArray[np.int32]:
-        """[slots], the highest rank of any module in each slot; made anew when the tables have changed."""
+        """[slots], the highest rank of any low-rank row in each slot; made anew when the tables have changed."""
         if self._highest is None or self._highest[0] != self.version:
-            self._highest = (self.version, self.arrays.ranks.max(axis=0, initial=0))
+            self._highest = (self.version, self.arrays.ranks[: self.low_rank_rows].max(axis=0, initial=0))
         return self._highest[1]
 
     @property
+    def low_rank_widths(self) -> tuple[int, ...]:
+        """Columns of the matrices of low-rank rows."""
+        return (*self.in_features[: self.low_rank_rows], *self.out_features[: self.low_rank_rows])
+
+    @property
     def rows(self) -> int:
-        """Number of target modules."""
+        """Number of rows: target modules, and whatever else adapters have."""
         return len(self.in_features)
 
     @property
@@ -223,9 +215,16 @@ class LoraTables:
         return (values + 1) // 2 if is_bf16 else values
 
     def place(
-        self, slot: int, offset: int, ranks: Sequence[int], scaling: Sequence[float], *, is_bf16: bool = False
+        self,
+        slot: int,
+        offset: int,
+        ranks: Sequence[int],
+        scaling: Sequence[float],
+        *,
+        is_bf16: bool = False,
+        flags: int = 0,
     ) -> int:
-        """Point `slot` at an adapter whose modules lie back to back from `offset`: A then Bᵀ, row by row.
+        """Point `slot` at an adapter whose rows lie back to back from `offset`: A then Bᵀ, row by row.
 
         Args:
             slot: column to write.
@@ -233,6 +232,7 @@ class LoraTables:
             ranks: one per row; 0 for a module that the adapter skips.
             scaling: one per row; ignored where the rank is 0.
             is_bf16: the matrices lie as bfloat16.
+            flags: see the attribute.
 
         Returns:
             The number of elements taken, `numel(ranks, is_bf16=is_bf16)`.
@@ -255,6 +255,7 @@ class LoraTables:
         tables.a_offset[:, slot] = np.where(rank > 0, start, 0)
         tables.b_offset[:, slot] = np.where(rank > 0, start + a_size, 0)
         self.is_bf16[slot] = is_bf16
+        self.flags[slot] = flags
         self.version += 1
         return size
 
@@ -263,6 +264,7 @@ class LoraTables:
         for table in self.arrays:
             table[:, slot] = 0
         self.is_bf16[slot] = 0
+        self.flags[slot] = 0
         self.version += 1
 
     def _weights(self, slot: int) -> Tensor:
@@ -297,7 +299,8 @@ class LoraSegments:
     Attributes:
         perm: int64 [n], the rows that have an adapter, grouped by slot, ascending within a group. Base rows are absent.
         seg_ptr: [segments + 1]; segment i is `perm[seg_ptr[i]:seg_ptr[i + 1]]`.
-        seg_slot: [segments]; the slot of each segment, ascending, each slot once.
+        seg_slot: [segments]; the slot of each segment, each slot once: in the order of the rows if those of a slot lie
+            together, else ascending.
         rows: T, the rows of the whole batch.
         first: the start of `perm` if it is a run first, first + 1, …, so that rows need no gathering; else None.
         arrays: perm, seg_ptr and seg_slot on the host, for kernels that run there.
@@ -320,14 +323,21 @@ class LoraSegments:
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """What `add_lora` needs to know about one step: the tables and the rows that use them."""
+    """What the ops need to know about one step: the tables and the rows that use them.
+
+    Attributes:
+        flags: the bits that any slot of the segments has: what all of them lack nothing needs to be asked for.
+    """
 
     tables: LoraTables
     segments: LoraSegments
+    flags: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        if self.segments.seg_slot and self.segments.seg_slot[-1] >= self.tables.slots:
-            raise ValueError(f"slot {self.segments.seg_slot[-1]} is not one of the tables' {self.tables.slots} slots.")
+        slots = self.segments.arrays.seg_slot
+        if slots.max(initial=BASE) >= self.tables.slots:
+            raise ValueError(f"slot {slots.max()} is not one of the tables' {self.tables.slots} slots.")
+        object.__setattr__(self, "flags", int(np.bitwise_or.reduce(self.tables.flags[slots])))
 
 
 def build_segments(slot_of_row: Sequence[int] | Tensor, *, device: torch.device | None = None) -> LoraSegments:
@@ -347,10 +357,13 @@ def build_segments(slot_of_row: Sequence[int] | Tensor, *, device: torch.device 
         slots = np.asarray(slot_of_row, dtype=np.int64)
     if slots.ndim != 1 or slots.min(initial=BASE) < BASE:
         raise ValueError("slot_of_row must be one-dimensional, with -1 for rows of the base and slots from 0 on.")
-    adapted = np.flatnonzero(slots >= 0)
-    order = adapted[np.argsort(slots[adapted], kind="stable")]
+    order = np.flatnonzero(slots >= 0)
     sorted_slots = slots[order]
     starts = np.flatnonzero(np.diff(sorted_slots, prepend=BASE))
+    if len(starts) > 1 and len(np.unique(sorted_slots[starts])) < len(starts):  # rows of a slot lie apart
+        order = order[np.argsort(sorted_slots, kind="stable")]
+        sorted_slots = slots[order]
+        starts = np.flatnonzero(np.diff(sorted_slots, prepend=BASE))
     n = len(order)
     is_run = n > 0 and bool((np.diff(order) == 1).all())
     arrays = SegmentArrays(order, np.append(starts, n), sorted_slots[starts])

@@ -1,4 +1,7 @@
-"""`add_lora`: the one low-rank op of serving and training, with its gradient. Backends are chosen here only."""
+"""The ops of serving and training that depend on a row's adapter, with their gradients. Backends are chosen here only.
+
+`add_lora` is the low-rank op; `scale_columns` and `add_bottleneck` are what other kinds of adapters have beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tenora_kernels import torch_backend
+from tenora_kernels import torch_backend, torch_parts
 from tenora_kernels.cpu.lowrank import lora
-from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables, accumulation_dtype
+from tenora_kernels.flags import BOTTLENECKS, SCALES
+from tenora_kernels.layout import BottleneckSite, LoraBatch, LoraSite, LoraTables, accumulation_dtype
 
 
 class Backend(Protocol):
@@ -79,6 +83,64 @@ def add_lora(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch | None) -> T
     return y
 
 
+def scale_columns(y: Tensor, site: LoraSite, batch: LoraBatch | None, bias: Tensor | None = None) -> Tensor:
+    """`y[t, slice_j] = g ∘ y[t, slice_j]` with the scale g of row t's slot, for every module j of the site.
+
+    Where the slot has BIAS_OUTSIDE the projection's bias is not scaled: y = b + g ∘ (y - b). Rows and modules without
+    a scale are untouched, to the bit.
+
+    Args:
+        y: [T, out], a projection's output with its low-rank terms. Changed in place, unless a gradient is needed.
+        site: that y belongs to.
+        batch: the step's tables and segments; None if no row has an adapter.
+        bias: [out], of the projection; None if it has none.
+
+    Returns:
+        y itself if no gradient is needed, else a new tensor; when one is, see `add_lora`. The backward pass **adds** dg
+        to `batch.tables.grad`.
+
+    Source: (IA)³, arXiv:2205.05638; DoRA, arXiv:2402.09353, with g = m / ‖W + cBA‖ of each row.
+    """
+    if batch is None or not batch.flags & SCALES or site.scale_row is None:
+        return y
+    tables = batch.tables
+    if torch.is_grad_enabled() and (tables.grad is not None or y.requires_grad):
+        anchor = torch.empty(0, requires_grad=tables.grad is not None)
+        result: Tensor = _ScaleColumns.apply(y, tables.arena, anchor, site, batch, bias)  # type: ignore[no-untyped-call]  # torch
+        return result
+    torch_parts.scale_forward(y, site, batch, bias)
+    return y
+
+
+def add_bottleneck(y: Tensor, x: Tensor, site: BottleneckSite, batch: LoraBatch | None) -> Tensor:
+    """`y[t] += s · (U · f(D · h + b_d) + b_u)` with the bottleneck of row t's slot.
+
+    h is y[t] itself, or x[t] where the slot has PARALLEL. Rows without a bottleneck are untouched, to the bit.
+
+    Args:
+        y: [T, H], a block's output before it is added to the residual. Changed in place, unless a gradient is needed.
+        x: [T, H], the block's normalised input. Must not alias y.
+        site: the block's.
+        batch: the step's tables and segments; None if no row has an adapter.
+
+    Returns:
+        y itself if no gradient is needed, else a new tensor; when one is, see `add_lora`. The backward pass **adds**
+        the weights' gradients to `batch.tables.grad`.
+
+    Source: adapters, arXiv:1902.00751 (after attention and MLP) and arXiv:2005.00247 (after the MLP); parallel ones,
+    arXiv:2110.04366.
+    """
+    if batch is None or not batch.flags & BOTTLENECKS:
+        return y
+    tables = batch.tables
+    if torch.is_grad_enabled() and (tables.grad is not None or x.requires_grad or y.requires_grad):
+        anchor = torch.empty(0, requires_grad=tables.grad is not None)
+        result: Tensor = _AddBottleneck.apply(y, x, tables.arena, anchor, site, batch)  # type: ignore[no-untyped-call]  # torch
+        return result
+    torch_parts.bottleneck_forward(y, x, site, batch)
+    return y
+
+
 def _check_shapes(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch) -> None:
     rows = batch.segments.rows
     if x.shape != (rows, site.in_features) or y.dim() != 2 or y.shape[0] != rows or y.shape[1] < site.slices[-1][1]:
@@ -112,3 +174,48 @@ class _AddLora(torch.autograd.Function):
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if wants_dx else None
         select_backend(dy, x, ctx.batch.tables).backward(dy, x, ctx.site, ctx.batch, dx)
         return (dy if wants_dy else None, None if dx is None else dx.to(x.dtype), None, None, None, None)
+
+
+class _ScaleColumns(torch.autograd.Function):
+    """`scale_columns` out of place, with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, arena: Tensor, anchor: Tensor, site: LoraSite, batch: LoraBatch, bias: Tensor | None
+    ) -> Tensor:
+        del anchor
+        ctx.save_for_backward(y, arena)
+        ctx.site, ctx.batch, ctx.bias = site, batch, bias
+        out = y.clone()
+        torch_parts.scale_forward(out, site, batch, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, _ = ctx.saved_tensors
+        below = torch_parts.scale_backward(dy, y, ctx.site, ctx.batch, ctx.bias)
+        return (below if ctx.needs_input_grad[0] else None, None, None, None, None, None)
+
+
+class _AddBottleneck(torch.autograd.Function):
+    """`add_bottleneck` out of place, with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, arena: Tensor, anchor: Tensor, site: BottleneckSite, batch: LoraBatch
+    ) -> Tensor:
+        del anchor
+        ctx.save_for_backward(y, x, arena)
+        ctx.site, ctx.batch = site, batch
+        out = y.clone()
+        torch_parts.bottleneck_forward(out, x, site, batch)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, _ = ctx.saved_tensors
+        d_y, d_x = torch_parts.bottleneck_backward(dy, y, x, ctx.site, ctx.batch)
+        wants_y, wants_x = ctx.needs_input_grad[:2]
+        return (d_y if wants_y else None, d_x if wants_x else None, None, None, None, None)

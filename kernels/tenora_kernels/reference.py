@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tenora_kernels.layout import LoraSite, LoraTables
+from tenora_kernels.flags import BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.layout import BottleneckSite, LoraSite, LoraTables
+from tenora_kernels.torch_parts import activation_of
 
 
 def add_lora_reference(
@@ -41,6 +43,78 @@ def add_lora_reference(
             shrunk = tables.a(row, slot).to(dtype) @ x[t].to(dtype)
             out[t, start:stop] += tables.scale(row, slot) * (shrunk @ tables.bt(row, slot).to(dtype))
     return out
+
+
+def scale_columns_reference(
+    y: Tensor,
+    site: LoraSite,
+    tables: LoraTables,
+    slot_of_row: Sequence[int],
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`g ∘ y[t, slice_j]`, or `b + g ∘ (y[t, slice_j] - b)` in a slot with BIAS_OUTSIDE, token by token.
+
+    Args:
+        y: [T, out], with the low-rank term and the bias.
+        site: whose modules scale y.
+        tables: where the scales lie. An arena that requires a gradient gets dg in its `.grad`.
+        slot_of_row: [T], -1 for a row of the base.
+        bias: [out], of the projection.
+        dtype: every operand is cast to it first.
+
+    Returns:
+        A new [T, out] tensor in `dtype`, with autograd history of y and the arena.
+    """
+    out = y.to(dtype).clone()
+    for t, slot in enumerate(slot_of_row):
+        for j, (start, stop) in enumerate(site.slices):
+            if slot < 0 or site.scale_row is None or tables.rank(site.scale_row + j, slot) == 0:
+                continue
+            kept: Tensor | float = 0.0
+            if bias is not None and int(tables.flags[slot]) & BIAS_OUTSIDE:
+                kept = bias[start:stop].to(dtype)
+            scale = tables.a(site.scale_row + j, slot)[0].to(dtype)
+            out[t, start:stop] = kept + scale * (out[t, start:stop].clone() - kept)
+    return out
+
+
+def add_bottleneck_reference(
+    y: Tensor,
+    x: Tensor,
+    site: BottleneckSite,
+    tables: LoraTables,
+    slot_of_row: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`y[t] + s · (U · f(D · h + b_d) + b_u)` with h = y[t], or x[t] in a slot with PARALLEL, token by token.
+
+    Args:
+        y: [T, H], a block's output. x: [T, H], its input.
+        site: which block's.
+        tables: where D, Uᵀ, b_d, b_u lie; s is the scaling of the site's row. Gradients as `add_lora_reference`.
+        slot_of_row: [T], -1 for a row of the base.
+        dtype: every operand is cast to it first.
+
+    Returns:
+        A new [T, H] tensor in `dtype`, with autograd history of y, x and the arena.
+    """
+    rows: list[Tensor] = []
+    for t, slot in enumerate(slot_of_row):
+        own = y[t].to(dtype)
+        if slot >= 0 and tables.rank(site.row, slot):
+            flags = int(tables.flags[slot])
+            inner = tables.a(site.row, slot).to(dtype) @ (x[t].to(dtype) if flags & PARALLEL else own)
+            if tables.rank(site.inner_row, slot):
+                inner = inner + tables.a(site.inner_row, slot)[:, 0].to(dtype)
+            outer = activation_of(flags)(inner) @ tables.bt(site.row, slot).to(dtype)
+            if tables.rank(site.outer_row, slot):
+                outer = outer + tables.a(site.outer_row, slot)[0].to(dtype)
+            own = own + tables.scale(site.row, slot) * outer
+        rows.append(own)
+    return torch.stack(rows) if rows else y.to(dtype)
 
 
 def write_pages(keys: Tensor, values: Tensor, kv_slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -15,17 +15,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tenora.adapters import pool as pool_module
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterFormatError, PoolFullError, UnavailableError
-from tests.adapters.weights import TARGETS, adapter, prepared
+from tests.adapters.weights import ROWS, TARGETS, adapter, prepared
 
 ROW = 16  # float32 elements of the alignment
 
 
 def make_pool(elements: int = 1024, slots: int = 4, dtype: torch.dtype = torch.float32) -> SlotPool:
-    return SlotPool(
-        TARGETS, max_slots=slots, max_bytes=elements * dtype.itemsize, dtype=dtype, device=torch.device("cpu")
-    )
+    return SlotPool(ROWS, max_slots=slots, max_bytes=elements * dtype.itemsize, dtype=dtype, device=torch.device("cpu"))
 
 
 def put(pool: SlotPool, digest: str, weights: AdapterWeights) -> int:
@@ -255,7 +254,7 @@ def test_little_is_moved_and_the_rest_is_evicted(monkeypatch: pytest.MonkeyPatch
 
 def test_rows_must_be_in_order() -> None:
     with pytest.raises(ValueError, match="order of their rows"):
-        SlotPool(TARGETS[1:], max_slots=1, max_bytes=64, dtype=torch.float32, device=torch.device("cpu"))
+        TableRows(TARGETS[1:])
 
 
 def test_a_large_pool_costs_nothing_to_start() -> None:
@@ -269,8 +268,10 @@ def test_a_large_pool_costs_nothing_to_start() -> None:
 def test_thousands_of_slots_cost_nothing_to_start() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    targets = [replace(TARGETS[0], path=f"model.layers.{row}.self_attn.q_proj", row=row) for row in range(500)]
-    pool = SlotPool(targets, max_slots=20_000, max_bytes=2**20, dtype=torch.float32, device=torch.device("cpu"))
+    targets = tuple(replace(TARGETS[0], path=f"model.layers.{row}.self_attn.q_proj", row=row) for row in range(500))
+    pool = SlotPool(
+        TableRows(targets), max_slots=20_000, max_bytes=2**20, dtype=torch.float32, device=torch.device("cpu")
+    )
     assert pool.tables.slots == 20_000  # tables of 240 MB
     assert process.memory_info().rss - before < 2**25
 

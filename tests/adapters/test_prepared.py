@@ -17,7 +17,7 @@ from tenora.adapters.safetensors_file import write_file
 from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterFormatError
 from tests.adapters import files
-from tests.adapters.weights import TARGETS, adapter, prepared
+from tests.adapters.weights import ROWS, TARGETS, adapter, prepared
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_adapters_of_another_base_are_not_half_applied() -> None:
     module = weights.modules[TARGETS[0].path]
     foreign = AdapterWeights({**weights.modules, "model.layers.1.self_attn.q_proj": module}, 1, (), {}, 0)
     with pytest.raises(AdapterFormatError, match="another base"):
-        prepare(foreign, TARGETS, dtype=torch.float32, device=CPU)
+        prepare(foreign, ROWS, dtype=torch.float32, device=CPU)
 
 
 def test_a_remembered_header_still_reads_and_checks_every_value(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tenora.adapters import upload
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.upload import Upload, Uploader
 from tests.adapters.test_pool import assert_holds
-from tests.adapters.weights import TARGETS, adapter, prepared
+from tests.adapters.weights import ROWS, TARGETS, adapter, prepared
 from tests.support.patience import PATIENCE
 
 
@@ -111,7 +111,7 @@ def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_pool(streams: LateStreams, elements: int = 1024, slots: int = 4) -> SlotPool:
     return SlotPool(
-        TARGETS,
+        ROWS,
         max_slots=slots,
         max_bytes=4 * elements,
         dtype=torch.float32,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tenora.adapters.prepared import PreparedAdapter, prepare
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterWeights, LoraModule
 
@@ -17,6 +18,8 @@ TARGETS = (
     TargetModule("model.layers.0.self_attn.k_proj", 1, 6, 2),
     TargetModule("model.layers.0.mlp.down_proj", 2, 10, 6),
 )
+
+ROWS = TableRows(TARGETS)
 
 
 def adapter(ranks: Sequence[int], seed: int = 0, dtype: str = "float32") -> AdapterWeights:
@@ -47,4 +50,4 @@ def adapter(ranks: Sequence[int], seed: int = 0, dtype: str = "float32") -> Adap
 
 
 def prepared(weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> PreparedAdapter:
-    return prepare(weights, TARGETS, dtype=dtype, device=torch.device("cpu"))
+    return prepare(weights, ROWS, dtype=dtype, device=torch.device("cpu"))

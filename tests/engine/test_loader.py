@@ -20,7 +20,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.loader import MAX_READS, AdapterLoader
 from tenora.engine.scheduler import Blocked
 from tenora.errors import UnavailableError
-from tests.adapters.weights import TARGETS, adapter, prepared
+from tests.adapters.weights import ROWS, adapter, prepared
 from tests.engine.requests import ref
 from tests.support.patience import PATIENCE
 
@@ -65,7 +65,7 @@ def make() -> Iterator[Make]:
 
 
 def make_pool(slots: int, elements: int = 1024) -> SlotPool:
-    return SlotPool(TARGETS, max_slots=slots, max_bytes=4 * elements, dtype=torch.float32, device=torch.device("cpu"))
+    return SlotPool(ROWS, max_slots=slots, max_bytes=4 * elements, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def settle(loader: AdapterLoader) -> None:

@@ -192,7 +192,7 @@ def test_rows_are_laid_out_by_slot_in_stream_order() -> None:
     slots = [1] * 30 + [-1] * 3 + [0] * 5 + [1] * 2 + [2]
     slices = ((0, 16), (16, 32), (32, 48))
     sites = [LoraSite(row, 16, slices[:count]) for row, count in ((0, 3), (3, 1), (4, 2), (6, 1))]
-    laid = lay_out_rows(len(slots), LoraBatch(tables, build_segments(slots)), sites)
+    laid = lay_out_rows(len(slots), LoraBatch(tables, build_segments(slots)), sites, layers=1)
     assert laid.slots.tolist() == [0, 1, 2]
     assert laid.runs.tolist() == [[0, 33, 5], [1, 0, 30], [1, 38, 2], [2, 40, 1]]
     assert laid.bounds.tolist() == [0, 1, 3, 4]

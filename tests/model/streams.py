@@ -142,7 +142,9 @@ def run(decoder: Decoder, stream: Stream, keep: Keep = Keep.ALL, *, lowest: int 
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
     coefficients = stream.coefficients.to(decoder.dtype)
-    loss, correct, slope, _ = finish(TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients))
+    loss, correct, slope, _ = finish(
+        TokenReadout(decoder).read(hidden, stream.predict_at, stream.targets, coefficients)
+    )
     last, slopes = hidden.clone(), []
     if keep is not Keep.NOTHING:
         for index in reversed(range(len(decoder.layers))):

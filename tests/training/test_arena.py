@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
-from tenora.model.spec import target_modules
+from tenora.model.spec import table_rows
 from tenora.training.arena import TrainingArena
 from tenora.training.events import FinishedEvent, StepEvent, StoppedEvent
 from tenora.training.spec import LoraSpec
@@ -119,14 +119,14 @@ def test_every_pass_reads_the_masters_of_now(half: Decoder, make_spec: MakeSpec,
 
 
 def test_a_float32_base_trains_on_the_masters_themselves(decoder: Decoder) -> None:
-    arena = TrainingArena(target_modules(decoder.spec), device=CPU)
+    arena = TrainingArena(table_rows(decoder.spec), device=CPU)
     adapter = arena.add(LoraSpec(rank=2, alpha=4.0))
     assert arena.tables is arena.masters
     assert adapter.weights.data_ptr() == arena.tables.arena.data_ptr()
 
 
 def test_neighbours_that_come_and_go_move_both(decoder: Decoder) -> None:
-    arena = TrainingArena(target_modules(decoder.spec), device=CPU, dtype=torch.bfloat16)
+    arena = TrainingArena(table_rows(decoder.spec), device=CPU, dtype=torch.bfloat16)
     first, second = (arena.add(LoraSpec(rank=rank, alpha=4.0)) for rank in (2, 3))
     first.initialise(1)
     second.initialise(2)

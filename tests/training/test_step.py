@@ -18,7 +18,7 @@ from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
 from tenora.model.executors.layers import Keep
 from tenora.model.loading import load_decoder
-from tenora.model.spec import target_modules
+from tenora.model.spec import table_rows, target_modules
 from tenora.training.arena import TrainedAdapter, TrainingArena
 from tenora.training.evaluation import Evaluation, measure
 from tenora.training.packing import PackedRows, microbatches, pack, shared_prefix
@@ -61,7 +61,7 @@ def finish(items: Generator[None, None, T]) -> T:
 
 def make_adapter(decoder: Decoder, lora: LoraSpec, seed: int = 0, arena: TrainingArena | None = None) -> TrainedAdapter:
     """An adapter with B that is not zero, so that every gradient is alive."""
-    arena = arena or TrainingArena(target_modules(decoder.spec), device=CPU)
+    arena = arena or TrainingArena(table_rows(decoder.spec), device=CPU)
     adapter = arena.add(lora)
     adapter.initialise(seed)
     noise = torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(seed))
@@ -243,7 +243,7 @@ def test_evaluation_is_the_mean_over_tokens_whatever_the_capacity(decoder: Decod
 
 def test_adapters_lie_side_by_side_and_begin_as_the_base(decoder: Decoder) -> None:
     targets = target_modules(decoder.spec)
-    arena = TrainingArena(targets, device=CPU)
+    arena = TrainingArena(table_rows(decoder.spec), device=CPU)
     small = arena.add(LoraSpec(rank=2))
     small.weights.fill_(3.0)
     state = torch.random.get_rng_state()
@@ -268,7 +268,7 @@ def test_adapters_lie_side_by_side_and_begin_as_the_base(decoder: Decoder) -> No
 @pytest.mark.parametrize("lora", [LoraSpec(target_modules=("q_proj", "lm_head")), LoraSpec(rank=0)])
 def test_adapters_that_cannot_be_are_refused(decoder: Decoder, lora: LoraSpec) -> None:
     with pytest.raises(TrainingError):
-        TrainingArena(target_modules(decoder.spec), device=CPU).add(lora)
+        TrainingArena(table_rows(decoder.spec), device=CPU).add(lora)
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mistral", "qwen3"])

@@ -58,7 +58,7 @@ class GpuLora:
         Raises:
             ValueError: if the pool holds an adapter already that does not fit these promises.
         """
-        widths = (*tables.in_features, *tables.out_features)
+        widths = tables.low_rank_widths
         if align is None:
             align = 1 if any(w % 16 for w in widths) or tables.arena.data_ptr() % 16 else 16
         device = tables.arena.device
@@ -142,7 +142,7 @@ def _workspace(tables: LoraTables, max_rank: int, rows: int) -> Workspace:
     """Scratch memory that grows to the largest step so far."""
     workspace = _workspaces.get(tables.ranks)
     if workspace is None or workspace.max_rows < rows or workspace.width < max_rank:
-        widest = max(*tables.in_features, *tables.out_features)
+        widest = max(tables.low_rank_widths)
         old_rows, old_width = (0, 0) if workspace is None else (workspace.max_rows, workspace.width)
         workspace = Workspace(max(rows, old_rows), max(max_rank, old_width), widest, tables.arena.device)
         _workspaces[tables.ranks] = workspace

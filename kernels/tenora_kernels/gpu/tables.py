@@ -61,7 +61,7 @@ class DeviceTables:
         """
         if tables.version == self._version:
             return False
-        max_rank, align = int(tables.ranks.max()) if tables.ranks.numel() else 0, _alignment(tables)
+        max_rank, align = int(tables.highest_ranks.max(initial=0)), _alignment(tables)
         if max_rank > (self._wanted[0] or max_rank):
             raise ValueError(f"an adapter has rank {max_rank}; these kernels were prepared for {self._wanted[0]}.")
         if align < (self._wanted[1] or align):
@@ -83,9 +83,9 @@ class DeviceTables:
 
 def _alignment(tables: LoraTables) -> int:
     """16 if every matrix begins at, and every row of one is, a multiple of 16 elements; else 1."""
-    widths = (*tables.in_features, *tables.out_features)
-    bits = tables.arrays.a_offset | tables.arrays.b_offset
-    whole = not (bits % _ALIGNED).any() and not any(w % _ALIGNED for w in widths)
+    rows = slice(tables.low_rank_rows)
+    bits = tables.arrays.a_offset[rows] | tables.arrays.b_offset[rows]
+    whole = not (bits % _ALIGNED).any() and not any(w % _ALIGNED for w in tables.low_rank_widths)
     return _ALIGNED if whole and tables.arena.data_ptr() % 16 == 0 else 1
 
 

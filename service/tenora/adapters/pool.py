@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from tenora.adapters.arena_room import ALIGNMENT_BYTES, too_large
 from tenora.adapters.free_list import FreeList
 from tenora.adapters.prepared import PreparedAdapter
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.upload import Upload, Uploader
 from tenora.errors import PoolFullError
 from tenora_kernels import huge_pages
@@ -33,6 +32,7 @@ class _Resident:
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     is_bf16: bool
+    flags: int
     invocation: tuple[int, ...]
     references: int = 0
     pinned: bool = False
@@ -68,7 +68,7 @@ class SlotPool:
 
     def __init__(
         self,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
         *,
         max_slots: int,
         max_bytes: int,
@@ -79,16 +79,14 @@ class SlotPool:
         """An empty pool.
 
         Args:
-            targets: the modules of the base; target i must have row i.
+            rows: of the base.
             max_slots: adapters that fit at most.
             max_bytes: size of the arena.
             dtype: of the arena; on the CPU a bfloat16 adapter lies as such in an arena of float32.
             device: where the base computes.
             uploader: copies to the device beside what it computes; None: copies are part of `insert`.
         """
-        if [target.row for target in targets] != list(range(len(targets))):
-            raise ValueError("the targets must be given in the order of their rows 0, 1, 2, …")
-        self._targets = tuple(targets)
+        self._rows = rows
         self._itemsize = dtype.itemsize
         self._free = FreeList(max_bytes // dtype.itemsize, ALIGNMENT_BYTES // dtype.itemsize)
         self._free_slots = list(range(max_slots - 1, -1, -1))
@@ -97,12 +95,13 @@ class SlotPool:
             arena=huge_pages.empty(self._free.capacity, dtype)
             if device.type == "cpu"
             else torch.empty(self._free.capacity, dtype=dtype, device=device),
-            ranks=_zeros(len(targets), max_slots, np.int32),
-            scaling=_zeros(len(targets), max_slots, np.float32),
-            a_offset=_zeros(len(targets), max_slots, np.int64),
-            b_offset=_zeros(len(targets), max_slots, np.int64),
-            in_features=tuple(target.in_features for target in targets),
-            out_features=tuple(target.out_features for target in targets),
+            ranks=_zeros(len(rows), max_slots, np.int32),
+            scaling=_zeros(len(rows), max_slots, np.float32),
+            a_offset=_zeros(len(rows), max_slots, np.int64),
+            b_offset=_zeros(len(rows), max_slots, np.int64),
+            in_features=rows.in_features,
+            out_features=rows.out_features,
+            low_rank_rows=rows.low_rank,
         )
         self._bytes = self.tables.arena.view(torch.uint8).numpy() if device.type == "cpu" else None
         self._uploader = uploader
@@ -183,7 +182,8 @@ class SlotPool:
         if offset is None:
             raise RuntimeError(f"no room for {size} elements although it was made; holes are {self._free.holes}.")
         slot = self._free_slots.pop()
-        resident = _Resident(slot, offset, size, adapter.ranks, adapter.scaling, is_bf16, adapter.invocation)
+        facts = (adapter.ranks, adapter.scaling, is_bf16, adapter.flags, adapter.invocation)
+        resident = _Resident(slot, offset, size, *facts)
         self._residents[digest] = resident
         if self._uploader is None or adapter.values.device.type != "cpu":
             self._write(offset, adapter.values)
@@ -275,9 +275,9 @@ class SlotPool:
         for row, rank in enumerate(resident.ranks):
             if rank:
                 a, b = int(self.tables.a_offset[row, resident.slot]), int(self.tables.b_offset[row, resident.slot])
-                if (a, b) != (end, end + rank * self._targets[row].in_features):
+                if (a, b) != (end, end + rank * self.tables.in_features[row]):
                     raise RuntimeError(f"row {row} of adapter {digest} does not lie where it must.")
-                end = b + rank * self._targets[row].out_features
+                end = b + rank * self.tables.out_features[row]
         last = resident.offset + resident.size
         if (end + 1 if resident.is_bf16 else end * 2) // 2 != last:
             raise RuntimeError(f"adapter {digest} ends at {end}, which is not where its range ends, at {last}.")
@@ -367,7 +367,14 @@ class SlotPool:
 
     def _place(self, resident: _Resident) -> None:
         """Let the tables point at an adapter that lies in the arena."""
-        self.tables.place(resident.slot, resident.offset, resident.ranks, resident.scaling, is_bf16=resident.is_bf16)
+        self.tables.place(
+            resident.slot,
+            resident.offset,
+            resident.ranks,
+            resident.scaling,
+            is_bf16=resident.is_bf16,
+            flags=resident.flags,
+        )
 
     def _write(self, offset: int, values: Tensor) -> None:
         """Copy prepared values to element `offset` of the arena; on a GPU in the order of what it computes."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tenora.adapters.heads import Head
 from tenora.adapters.safetensors_file import Array
+from tenora.adapters.table_rows import RowKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,30 @@ class LoraModule:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterPart:
+    """What an adapter has in another row of the base than a module's low-rank one.
+
+    Attributes:
+        kind, path: which row.
+        a: [r, in]; bt: [r, out], with `out` 0 for vectors and heads.
+        scaling: what the row's term is multiplied with, where it is one.
+        dtype: as of `LoraModule`.
+    """
+
+    kind: RowKind
+    path: str
+    a: Array
+    bt: Array
+    scaling: float = 1.0
+    dtype: str = "float32"
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSummary:
     """What an adapter is, without its weights.
 
@@ -60,13 +86,24 @@ class AdapterSummary:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """A whole adapter in memory. `modules` is by path, in the order of the base; the rest is as in AdapterSummary."""
+    """A whole adapter in memory.
+
+    Attributes:
+        modules: low-rank terms by path, in the order of the base.
+        rank, target_modules, config, nbytes: as in `AdapterSummary`.
+        parts: whatever else it has.
+        flags: bits of `LoraTables.flags` that its parts do not tell: activation, PARALLEL, BIAS_OUTSIDE.
+        heads: what reads its last hidden states.
+    """
 
     modules: Mapping[str, LoraModule]
     rank: int
     target_modules: tuple[str, ...]
     config: Mapping[str, Any]
     nbytes: int
+    parts: tuple[AdapterPart, ...] = ()
+    flags: int = 0
+    heads: tuple[Head, ...] = ()
 
     @property
     def invocation(self) -> tuple[int, ...]:

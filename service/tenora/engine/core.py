@@ -57,7 +57,7 @@ from tenora.model.device import survive
 from tenora.model.executors import kernels
 from tenora.model.executors.choice import executor_for
 from tenora.model.loading import load_decoder, resolve_device, resolve_dtype
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.varlen import activate
 from tenora.training.fusion import FusedTraining, Run
 from tenora.training.resident_base import TrainingHost
@@ -105,9 +105,9 @@ class Engine:
             raise ConfigurationError(f"TENORA_KV_CACHE_BYTES is too small: one block takes {per_block} bytes.")
         self.max_model_len = context_length(settings, spec, num_blocks)
         self.decoder = decoder
-        self.targets = target_modules(spec)
+        self.rows = table_rows(spec)
         self.pool = SlotPool(
-            self.targets,
+            self.rows,
             max_slots=settings.max_adapters,
             max_bytes=settings.adapter_pool_bytes,
             dtype=decoder.dtype,
@@ -117,7 +117,7 @@ class Engine:
         cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
         self.loader = AdapterLoader(
             self.pool,
-            AdapterFiles(self.targets, self.pool.tables.arena, max_rank=settings.max_lora_rank).read,
+            AdapterFiles(self.rows, self.pool.tables.arena, max_rank=settings.max_lora_rank).read,
             HostCache(settings.host_cache_bytes),
             wake,
         )
@@ -205,7 +205,7 @@ class Engine:
             adapter_pool_bytes=self.settings.adapter_pool_bytes,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.settings.max_num_batched_tokens,
-            target_modules=tuple(dict.fromkeys(target.name for target in self.targets)),
+            target_modules=tuple(dict.fromkeys(module.name for module in self.rows.modules)),
             adapter_slots=self.pool.tables.slots,
         )
 

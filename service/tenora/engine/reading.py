@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,17 +10,17 @@ from tenora.adapters.combining import combine
 from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterWeights
 
 
 class AdapterFiles:
     """Reads and prepares adapters. `read` runs on the loader's thread."""
 
-    def __init__(self, targets: Sequence[TargetModule], arena: Tensor, *, max_rank: int) -> None:
-        """`targets` are the modules of the base; adapters are prepared for `arena`."""
-        self._targets, self._arena, self._max_rank = targets, arena, max_rank
-        self._reader = AdapterReader(targets, max_rank=max_rank)
+    def __init__(self, rows: TableRows, arena: Tensor, *, max_rank: int) -> None:
+        """`rows` are those of the base; adapters are prepared for `arena`."""
+        self._rows, self._arena, self._max_rank = rows, arena, max_rank
+        self._reader = AdapterReader(rows.modules, max_rank=max_rank)
 
     def read(self, ref: AdapterRef) -> PreparedAdapter:
         """What `SlotPool.insert` copies; every byte that it is made of was compared with its digest.
@@ -33,10 +32,10 @@ class AdapterFiles:
         if ref.composition is None:
             return self._reader.load(Path(ref.path), ref.digest, self._prepared)
         parts = [self._reader.load(Path(part.path), part.digest, _as_read) for part in ref.composition.parts]
-        return self._prepared(combine(ref, parts, self._targets, max_rank=self._max_rank))
+        return self._prepared(combine(ref, parts, self._rows.modules, max_rank=self._max_rank))
 
     def _prepared(self, weights: AdapterWeights) -> PreparedAdapter:
-        return prepare(weights, self._targets, dtype=self._arena.dtype, device=self._arena.device)
+        return prepare(weights, self._rows, dtype=self._arena.dtype, device=self._arena.device)
 
 
 def _as_read(weights: AdapterWeights) -> AdapterWeights:

@@ -14,7 +14,7 @@ from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.executors.adapters import HostAdapters
 from tenora.model.executors.modules import ModulesExecutor
-from tenora.model.spec import target_modules
+from tenora.model.spec import table_rows
 from tenora_kernels.layout import LoraTables
 
 
@@ -27,12 +27,13 @@ def rehearse(decoder: Decoder, *, tokens: int, seqs: int, block_size: int) -> Ca
     length = min(tokens // seqs, decoder.spec.max_position_embeddings)
     blocks = -(-length // block_size)
     cache = KVCache.allocate(decoder.spec, seqs * blocks, block_size, dtype=decoder.dtype, device=decoder.device)
-    targets = target_modules(decoder.spec)
+    rows = table_rows(decoder.spec)
     tables = LoraTables.empty(
         torch.zeros(0, dtype=decoder.dtype, device=decoder.device),
-        in_features=[target.in_features for target in targets],
-        out_features=[target.out_features for target in targets],
+        in_features=rows.in_features,
+        out_features=rows.out_features,
         slots=1,
+        low_rank_rows=rows.low_rank,
     )
     runner = ModelRunner(decoder, cache, ModulesExecutor(decoder, cache, HostAdapters(tables, decoder.device)))
     batch = []

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenora.adapters.table_rows import TableRows
 from tenora.model.context import ForwardContext
 from tenora.model.layout import Block, Matrix
-from tenora.model.projection import Projection, lora_site
+from tenora.model.projection import Projection, bottleneck_site, lora_site
 from tenora.model.rotary import Rotary
-from tenora.model.spec import ModelSpec
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.weights.base import Weight
 from tenora.model.weights.dense import Dense
 from tenora_kernels.cpu.decoder.stack import PackedStack
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.first_calls import make_first_calls
+from tenora_kernels.ops import add_bottleneck
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -66,6 +68,7 @@ class Make(NamedTuple):
     """How the parts of a decoder are made: where, in which type, and how its matrices are had."""
 
     spec: ModelSpec
+    rows: TableRows
     read: Callable[[Matrix], Weight]
     dtype: torch.dtype
     device: torch.device
@@ -79,7 +82,7 @@ class Make(NamedTuple):
         layout = self.spec.layout
         return {
             site.name: Projection(
-                lora_site(layout, layer, site),
+                lora_site(self.rows, layout, layer, site),
                 self.read(layout.matrix(layer, block, site)),
                 bias=site.bias,
                 dtype=self.dtype,
@@ -133,18 +136,20 @@ BLOCKS: dict[str, Callable[[Make, int, Block], nn.Module]] = {"attention": SelfA
 
 
 class DecoderLayer(nn.Module):
-    """The blocks of a layer, each on the normalised hidden states and added back to them."""
+    """The blocks of a layer, each on the normalised hidden states and added back to them, with its bottleneck."""
 
     def __init__(self, make: Make, layer: int) -> None:
         super().__init__()
         blocks = make.spec.layout.blocks
         self.norms = nn.ModuleList(make.norm(make.spec.hidden_size) for _ in blocks)
         self.blocks = nn.ModuleList(BLOCKS[block.kind](make, layer, block) for block in blocks)
+        self.bottlenecks = [bottleneck_site(make.rows, make.spec.layout, layer, block) for block in blocks]
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]; the input is left as it was."""
-        for norm, block in zip(self.norms, self.blocks, strict=True):
-            hidden = hidden + block(norm(hidden), context)
+        for norm, block, site in zip(self.norms, self.blocks, self.bottlenecks, strict=True):
+            normed = norm(hidden)
+            hidden = hidden + add_bottleneck(block(normed, context), normed, site, context.lora)
         return hidden
 
 
@@ -178,7 +183,7 @@ class Decoder(nn.Module):
         device = torch.device(device)
         self.spec = spec
         self.device, self.dtype = device, dtype
-        make = Make(spec, read or partial(Dense.empty, dtype=dtype, device=device), dtype, device)
+        make = Make(spec, table_rows(spec), read or partial(Dense.empty, dtype=dtype, device=device), dtype, device)
         self.embed_tokens = make.read(spec.embedding)
         self.layers = nn.ModuleList(DecoderLayer(make, layer) for layer in range(spec.num_layers))
         self.norm = make.norm(spec.hidden_size)

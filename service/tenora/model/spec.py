@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.errors import UnsupportedModelError
 from tenora.model.layout import LAYOUTS, Layout, Matrix, Sizes
@@ -220,6 +221,18 @@ def target_modules(spec: ModelSpec) -> tuple[TargetModule, ...]:
     return tuple(
         TargetModule(path=path, row=row, in_features=site.input, out_features=module.output)
         for row, (path, site, module) in enumerate(every)
+    )
+
+
+def table_rows(spec: ModelSpec) -> TableRows:
+    """Every row that an adapter of this base can fill."""
+    layout = spec.layout
+    return TableRows(
+        modules=target_modules(spec),
+        blocks=tuple(layout.path(layer, block.name) for layer in range(spec.num_layers) for block in layout.blocks),
+        layers=tuple(layout.path(layer) for layer in range(spec.num_layers)),
+        hidden=spec.hidden_size,
+        kv=spec.kv_size,
     )
 
 

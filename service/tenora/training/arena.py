@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tenora.adapters.matching import layer_number
 from tenora.adapters.prepared import PreparedAdapter
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.errors import TrainingError
 from tenora.training.spec import LoraSpec
@@ -39,11 +40,9 @@ class TrainingArena:
             while a pass is under way.
     """
 
-    def __init__(
-        self, targets: Sequence[TargetModule], *, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """An empty arena on `device`, for a base that computes in `dtype`."""
-        self.targets = tuple(targets)
+    def __init__(self, rows: TableRows, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """An empty arena on `device` for a base with these rows that computes in `dtype`."""
+        self.rows = rows
         self._device, self._dtype = device, dtype
         self._adapters: list[TrainedAdapter] = []
         self.masters, self.tables = self._allocate([])
@@ -96,10 +95,11 @@ class TrainingArena:
     def _tables(self, adapters: Sequence[TrainedAdapter], arena: Tensor, grad: Tensor) -> LoraTables:
         tables = LoraTables.empty(
             arena,
-            in_features=[target.in_features for target in self.targets],
-            out_features=[target.out_features for target in self.targets],
+            in_features=self.rows.in_features,
+            out_features=self.rows.out_features,
             slots=max(len(adapters), 1),
             grad=grad,
+            low_rank_rows=self.rows.low_rank,
         )
         start = 0
         for slot, adapter in enumerate(adapters):
@@ -113,7 +113,7 @@ class TrainedAdapter:
 
     Attributes:
         lora: its shape.
-        ranks: per target module of the base; 0 for those it skips.
+        ranks: per row of the base; 0 for those it does not fill.
         numel: number of its weights.
         first_layer: the first layer that it changes; their number if it changes none.
         slot: its column in the arena's tables, until the next `add` or `remove`.
@@ -122,11 +122,11 @@ class TrainedAdapter:
 
     def __init__(self, arena: TrainingArena, lora: LoraSpec) -> None:
         self.lora = lora
-        self.ranks = _module_ranks(arena.targets, lora)
-        self.numel = sum(r * (t.in_features + t.out_features) for r, t in zip(self.ranks, arena.targets, strict=True))
-        layers = layers_of(arena.targets)
-        changed = [layer for layer, rank in zip(layers, self.ranks, strict=True) if rank]
-        self.first_layer = min(changed, default=max(layers, default=-1) + 1)
+        self.ranks = _module_ranks(arena.rows, lora)
+        self.numel = arena.rows.numel(self.ranks)
+        layers = layers_of(arena.rows)
+        changed = [layer for layer, rank in zip(layers, self.ranks, strict=True) if rank and layer is not None]
+        self.first_layer = min(changed, default=max((layer or 0 for layer in layers), default=-1) + 1)
         self.slot, self.span = -1, slice(0, 0)
         self._arena = arena
 
@@ -220,7 +220,7 @@ class TrainedAdapter:
         self._arena.remove(self)
 
     def _modules(self) -> list[TargetModule]:
-        return [target for target, rank in zip(self._arena.targets, self.ranks, strict=True) if rank]
+        return [module for module in self._arena.rows.modules if self.ranks[module.row]]
 
 
 def _gradient(tables: LoraTables) -> Tensor:
@@ -234,21 +234,21 @@ def scaling(lora: LoraSpec) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
-def layers_of(targets: Sequence[TargetModule]) -> list[int]:
-    """The number of each module's layer."""
-    return [layer_number(target.path, None) or 0 for target in targets]
+def layers_of(rows: TableRows) -> list[int | None]:
+    """The number of each row's layer; None for what belongs to none."""
+    return [layer_number(f"{row.path}.", None) for row in rows.rows]
 
 
-def _module_ranks(targets: Sequence[TargetModule], lora: LoraSpec) -> list[int]:
-    known = {target.name for target in targets}
+def _module_ranks(rows: TableRows, lora: LoraSpec) -> list[int]:
+    known = {module.name for module in rows.modules}
     unknown = [name for name in lora.target_modules if name not in known]
     if unknown:
         raise TrainingError(f"The base has no module {unknown}; it has {', '.join(sorted(known))}.")
     if lora.rank < 1:
         raise TrainingError(f"The rank is {lora.rank} and must be at least 1.")
-    wanted, layers = lora.target_modules or known, layers_of(targets)
-    first = max(layers) + 1 - lora.last_layers if lora.last_layers else 0
-    return [
-        lora.rank if target.name in wanted and layer >= first else 0
-        for target, layer in zip(targets, layers, strict=True)
-    ]
+    wanted, layers = lora.target_modules or known, layers_of(rows)
+    first = len(rows.layers) - lora.last_layers if lora.last_layers else 0
+    ranks = [0] * len(rows)
+    for module in rows.modules:
+        ranks[module.row] = lora.rank if module.name in wanted and (layers[module.row] or 0) >= first else 0
+    return ranks

@@ -19,7 +19,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.device import survive
 from tenora.model.executors.choice import release_buffers
 from tenora.model.executors.layers import Keep
-from tenora.model.spec import target_modules
+from tenora.model.spec import table_rows
 from tenora.training.arena import TrainingArena
 from tenora.training.commands import Refused, RunCommand
 from tenora.training.events import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent
@@ -84,7 +84,7 @@ class FusedTraining:
             sampler: generates with adapters in training; None: nobody does.
             start: makes a run.
         """
-        arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=decoder.dtype)
+        arena = TrainingArena(table_rows(decoder.spec), device=decoder.device, dtype=decoder.dtype)
         self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory, sampler or NoSampler())
         self._start = start
         self._runs: dict[str, _Hosted] = {}

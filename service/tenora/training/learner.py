@@ -82,7 +82,7 @@ class Learner:
         try:
             self.adapter.initialise(spec.seed)
             if spec.init_path:
-                start_adapter(self.adapter, Path(spec.init_path), host.arena.targets)
+                start_adapter(self.adapter, Path(spec.init_path), host.arena.rows.modules)
             self._learning = find_method(spec.method).learning(self)
             self.optimizer = AdamW(self.adapter)
             self.belongs_to = fingerprint(spec, corpus.train, corpus.valid)

@@ -12,7 +12,7 @@ import torch
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.model.executors.layers import Keep
-from tenora.model.spec import target_modules
+from tenora.model.spec import table_rows
 from tenora.training.arena import TrainingArena
 from tenora.training.packing import pack
 from tenora.training.spec import LoraSpec
@@ -38,7 +38,7 @@ def rows_of(count: int, length: int) -> TokenizedDataset:
 
 def measure(decoder: Decoder, tokens: int, weights: torch.dtype, *, rounds: int = 5, row: int = ROW) -> dict[str, Any]:
     """Figures of a pass that keeps its layers' inputs. `weights`: of the arena that is read, not of the masters."""
-    arena = TrainingArena(target_modules(decoder.spec), device=decoder.device, dtype=weights)
+    arena = TrainingArena(table_rows(decoder.spec), device=decoder.device, dtype=weights)
     adapter = arena.add(LoraSpec(rank=16, alpha=32.0))
     adapter.initialise(0)
     count = tokens // row

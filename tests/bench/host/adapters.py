@@ -14,6 +14,7 @@ from tenora.adapters.digest import digest_of
 from tenora.adapters.peft_format import AdapterReader, write_adapter
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.safetensors_file import Array
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterWeights
 from tenora.training.spec import LoraSpec
@@ -53,7 +54,7 @@ def _loading(directory: Path) -> Iterator[tuple[str, float]]:
     reader = AdapterReader(TARGETS, max_rank=RANK)
 
     def prepared(weights: AdapterWeights) -> PreparedAdapter:
-        return prepare(weights, TARGETS, dtype=torch.float32, device=torch.device("cpu"))
+        return prepare(weights, TableRows(TARGETS), dtype=torch.float32, device=torch.device("cpu"))
 
     ways: dict[str, Callable[[], object]] = {
         "unchecked": lambda: prepared(reader.read(directory)),

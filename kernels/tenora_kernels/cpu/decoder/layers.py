@@ -23,6 +23,7 @@ from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS
 from tenora_kernels.cpu.products.strided import WIDTH, times_address
 from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
+from tenora_kernels.flags import BOTTLENECKS, SCALES
 from tenora_kernels.layout import LoraBatch
 
 __all__ = ["Kept", "StreamLayers", "supports", "warm_up"]
@@ -54,6 +55,8 @@ def supports(stack: PackedStack, lora: LoraBatch | None) -> bool:
         return False
     if lora is None:
         return True
+    if lora.flags & (SCALES | BOTTLENECKS):
+        return False
     tables, slots = lora.tables, lora.segments.arrays.seg_slot
     floats = tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"
     return floats and not tables.is_bf16[slots].any()
@@ -94,7 +97,7 @@ class StreamLayers:
         q, kv = stack.heads * stack.head_dim, stack.kv_heads * stack.head_dim
         self._q, self._kv, self._qkv = q, kv, q + 2 * kv
         self._sequences = lay_out_sequences(cu_seqlens, prefixes)
-        self._rows = lay_out_rows(self._tokens, lora, stack.sites)
+        self._rows = lay_out_rows(self._tokens, lora, stack.sites, len(stack.layers))
         self._factors = self._factor_arguments()
         self._scale = np.float32(1 / sqrt(stack.head_dim))
         self._sample = BF16_PANELS if stack.table.is_bf16 else FLOAT32_PANELS

@@ -19,6 +19,7 @@ from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS, PANEL,
 from tenora_kernels.cpu.runtime.arguments import arguments, assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.workspace import Workspace
+from tenora_kernels.flags import BOTTLENECKS, SCALES
 from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables
 
 __all__ = ["PackedLayer", "PackedStack", "supports_sizes"]
@@ -215,13 +216,20 @@ class PackedStack:
         """The argument `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
         if lora is None or not lora.segments.adapted:
             return _NO_ADAPTERS, _NO_PIECES, rows, 0
+        if lora.flags & (SCALES | BOTTLENECKS):
+            raise ValueError("the compiled step has neither scales nor bottlenecks.")
         segments, tables = lora.segments, lora.tables
         first = segments.first
         if first is None or first + segments.adapted != segments.rows or not self.supports(tables):
             raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
         found = arguments(lowrank.LORA, **tables.addresses._asdict(), arena=tables.arena.data_ptr())
         slots = segments.arrays.seg_slot
-        return found, _pieces(segments.arrays.seg_ptr + first, slots), first, int(tables.arrays.ranks[:, slots].max())
+        return (
+            found,
+            _pieces(segments.arrays.seg_ptr + first, slots),
+            first,
+            int(tables.arrays.ranks[: tables.low_rank_rows, slots].max()),
+        )
 
 
 def _pieces(bounds: _Integers, slots: _Integers) -> _Integers:

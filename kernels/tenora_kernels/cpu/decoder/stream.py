@@ -126,13 +126,14 @@ def _items(counts: Integers, shared: Integers) -> Integers:
     return np.ascontiguousarray(np.stack((sequence, first, size), axis=1)[np.argsort(-work, kind="stable")])
 
 
-def lay_out_rows(rows: int, lora: LoraBatch | None, of_layer: Sequence[LoraSite]) -> Rows:
+def lay_out_rows(rows: int, lora: LoraBatch | None, of_layer: Sequence[LoraSite], layers: int) -> Rows:
     """Describe whose rows are whose.
 
     Args:
         rows: T.
         lora: tables and segments; None if every row is the base's.
         of_layer: the first layer's sites.
+        layers: of the decoder.
     """
     slot_of_row = np.full(rows, -1, np.int64)
     slots: Integers = np.zeros(0, np.int64)
@@ -142,8 +143,10 @@ def lay_out_rows(rows: int, lora: LoraBatch | None, of_layer: Sequence[LoraSite]
     if lora is not None:
         perm, ends, slots = (np.ascontiguousarray(part, np.int64) for part in lora.segments.arrays)
         slot_of_row[perm] = np.repeat(slots, np.diff(ends))
+        slots = np.sort(slots)
         # The largest rank of any layer: places are the same in all of them.
-        ranks = lora.tables.arrays.ranks[:, slots].reshape(-1, modules, len(slots)).max(axis=0).astype(np.int64)
+        of_modules = lora.tables.arrays.ranks[: layers * modules, slots]
+        ranks = of_modules.reshape(-1, modules, len(slots)).max(axis=0).astype(np.int64)
     whole = -(-ranks // LANES) * LANES
     offsets = np.zeros((len(slots), len(sites) + modules), np.int64)
     columns, packed = 0, np.int64(0)

@@ -1,0 +1,13 @@
+"""What a slot of `LoraTables` is beside its ranks, as bits. Free of torch."""
+
+# Bits of `LoraTables.flags`. The lowest ones are the activation of the slot's bottlenecks, a place in ACTIVATIONS.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "tanh")
+ACTIVATION_BITS = 7
+PARALLEL = 8
+"""The slot's bottlenecks read what their block reads, the normalised hidden states, and not what it gives."""
+BIAS_OUTSIDE = 16
+"""A scale of the slot does not multiply the bias of its projection (DoRA)."""
+SCALES = 32
+"""The slot has scales of columns."""
+BOTTLENECKS = 64
+"""The slot has bottlenecks."""
