@@ -118,7 +118,7 @@ def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
     shape: dict[str, Any] = msgspec.to_builtins(spec.lora)
     swept = _chosen_by_sweep(asked)
     start = {name: value for name, value in asked.lora.items() if name not in LORA}
-    return {name: value for name, value in shape.items() if name not in swept} | start
+    return {name: value for name, value in shape.items() if name in LORA and name not in swept} | start
 
 
 def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[str, Any]:
