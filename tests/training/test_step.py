@@ -79,7 +79,7 @@ def train(decoder: Decoder, batch: Pass, scale: float, *, keep: Keep = Keep.ALL)
     return finish(forward_backward(decoder, batch, weights, keep=keep))
 
 
-def peft_model(directory: Path, lora: LoraSpec, adapter: TrainedAdapter) -> Any:
+def peft_model(directory: Path, lora: LoraSpec, adapter: TrainedAdapter, **given: Any) -> Any:
     base = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
@@ -89,6 +89,7 @@ def peft_model(directory: Path, lora: LoraSpec, adapter: TrainedAdapter) -> Any:
         target_modules=sorted({path.rpartition(".")[2] for path in adapter.export()}),
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
+        **given,
     )
     model = peft.get_peft_model(base, config)
     for path, (a, b) in adapter.export().items():

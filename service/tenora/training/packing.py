@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tenora.adapters.invocation import adapted_from
 from tenora.data.dataset import TokenizedDataset
 
 Int64Array = npt.NDArray[np.int64]
@@ -33,6 +34,7 @@ class PackedRows:
         target_row: int64 [n], index into `rows` of the row that each target belongs to.
         row_tokens: tokens of the rows, as if none were shared.
         labels: float32 [rows, w], what a head learns of each row; None if the rows have none.
+        adapted: bool [T], the tokens that the adapter acts on; None: all.
     """
 
     rows: tuple[int, ...]
@@ -45,6 +47,7 @@ class PackedRows:
     target_row: Int64Array
     row_tokens: int
     labels: npt.NDArray[np.float32] | None = None
+    adapted: npt.NDArray[np.bool_] | None = None
 
     @property
     def tokens(self) -> int:
@@ -84,19 +87,24 @@ def plan_microbatches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(packed) for packed in bins]
 
 
-def shared_prefix(dataset: TokenizedDataset) -> int:
+def shared_prefix(dataset: TokenizedDataset, invocation: Sequence[int] = ()) -> int:
     """Tokens with which every row of a dataset begins and of which none is predicted, or learned from, in any row.
 
     Chat templates put the same system message before every conversation: its hidden states are the same in all rows,
     because attention is causal, so a microbatch may compute them once. The length is the dataset's, not the
     microbatch's, so that a row is computed the same way whatever is beside it.
+
+    Args:
+        dataset: the rows.
+        invocation: tokens from which on the adapter acts (`tenora.adapters.invocation`): what is shared ends before
+            them in every row.
     """
     if dataset.rows_per_example > 1:
         return 1  # each pair has a prompt of its own
-    return _common(dataset)
+    return _common(dataset, invocation)
 
 
-def _common(dataset: TokenizedDataset) -> int:
+def _common(dataset: TokenizedDataset, invocation: Sequence[int]) -> int:
     """`shared_prefix` of the rows, whatever they belong to."""
     if len(dataset) == 0:
         return 0
@@ -105,23 +113,28 @@ def _common(dataset: TokenizedDataset) -> int:
     for row in range(len(dataset)):
         tokens, weights = dataset.row(row)
         length = min(length, _unlearned(weights))
+        if invocation:
+            length = min(length, adapted_from(tokens.tolist(), invocation))
         differs = np.flatnonzero(tokens[:length] != first[:length])
         length = int(differs[0]) if len(differs) else length
     return length
 
 
-def pack(dataset: TokenizedDataset, rows: Sequence[int], *, shared: int = 0) -> PackedRows:
+def pack(
+    dataset: TokenizedDataset, rows: Sequence[int], *, shared: int = 0, invocation: Sequence[int] = ()
+) -> PackedRows:
     """Lay whole rows end to end, in the order given.
 
     Args:
         shared: this many tokens, with which all of the rows begin, are laid down once, before them. For preference
             pairs any number above 0 lays down the prompt of each pair once.
+        invocation: see `shared_prefix`.
     """
-    stream = _Stream()
+    stream = _Stream(invocation)
     if shared and dataset.rows_per_example > 1:
         for chosen, rejected in zip(rows[0::2], rows[1::2], strict=True):
             pair = dataset.select(np.array([chosen // 2]))
-            stream.add(dataset, [chosen, rejected], _common(pair))
+            stream.add(dataset, [chosen, rejected], _common(pair, invocation))
     else:
         stream.add(dataset, rows, shared)
     return stream.packed(rows)
@@ -130,7 +143,9 @@ def pack(dataset: TokenizedDataset, rows: Sequence[int], *, shared: int = 0) -> 
 class _Stream:
     """A stream that grows sequence by sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, invocation: Sequence[int]) -> None:
+        self._invocation = invocation
+        self._adapted: list[npt.NDArray[np.bool_]] = []
         self._ids: list[Int64Array] = []
         self._positions: list[Int64Array] = []
         self._predict_at: list[Int64Array] = []
@@ -143,7 +158,7 @@ class _Stream:
         before = -1
         if shared:
             before = len(self._ids)
-            self._sequence(dataset.row(rows[0])[0][:shared], 0, -1)
+            self._sequence(dataset.row(rows[0])[0], 0, shared, -1)
         for row in rows:
             tokens, weights = dataset.row(row)
             length = stream_length(weights)
@@ -152,13 +167,17 @@ class _Stream:
             self._predict_at.append(learned - 1 - own + self._length)
             self._targets.append(tokens[learned].astype(np.int64))
             self._row_tokens += length
-            self._sequence(tokens[own:length], own, before if own else -1)
+            self._sequence(tokens, own, length, before if own else -1)
 
-    def _sequence(self, tokens: npt.NDArray[np.int32], first: int, before: int) -> None:
-        self._ids.append(tokens.astype(np.int64))
-        self._positions.append(np.arange(first, first + len(tokens), dtype=np.int64))
+    def _sequence(self, row: npt.NDArray[np.int32], first: int, last: int, before: int) -> None:
+        """Lay down tokens [first, last) of a row."""
+        positions = np.arange(first, last, dtype=np.int64)
+        self._ids.append(row[first:last].astype(np.int64))
+        self._positions.append(positions)
         self._prefixes.append(before)
-        self._length += len(tokens)
+        self._length += len(positions)
+        if self._invocation:
+            self._adapted.append(positions >= adapted_from(row.tolist(), self._invocation))
 
     def packed(self, rows: Sequence[int]) -> PackedRows:
         """The stream."""
@@ -174,25 +193,31 @@ class _Stream:
             targets=_concatenate(self._targets),
             target_row=np.repeat(np.arange(len(rows), dtype=np.int64), counts),
             row_tokens=self._row_tokens,
+            adapted=np.concatenate(self._adapted) if self._adapted else None,
         )
 
 
 def microbatches(
-    dataset: TokenizedDataset, examples: Sequence[int], capacity: int, *, shared: int = 0
+    dataset: TokenizedDataset,
+    examples: Sequence[int],
+    capacity: int,
+    *,
+    shared: int = 0,
+    invocation: Sequence[int] = (),
 ) -> list[PackedRows]:
     """Pack examples into microbatches of at most `capacity` tokens (more only where a single one is longer).
 
     An example is one row, or a pair of them (`TokenizedDataset.rows_per_example`), which is never torn apart.
 
     Args:
-        shared: see `pack`.
+        shared, invocation: see `pack`.
     """
     size = dataset.rows_per_example
     rows = [range(size * example, size * example + size) for example in examples]
     once = shared if size == 1 else 0
     lengths = [sum(max(stream_length(dataset.row(row)[1]) - once, 0) for row in example) for example in rows]
     return [
-        pack(dataset, [row for index in packed for row in rows[index]], shared=shared)
+        pack(dataset, [row for index in packed for row in rows[index]], shared=shared, invocation=invocation)
         for packed in plan_microbatches(lengths, max(capacity - once, 1))
     ]
 

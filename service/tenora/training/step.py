@@ -265,7 +265,16 @@ def _adapters(parts: Sequence[Part], tables: LoraTables | None, device: torch.de
     if tables is None or max(slots) == BASE:
         return None
     of_token = np.repeat(slots, [part.rows.tokens for part in parts])
+    if any(part.rows.adapted is not None for part in parts):
+        of_token[~np.concatenate([_adapted(part.rows) for part in parts])] = BASE
+        if of_token.max(initial=BASE) == BASE:
+            return None
     return LoraBatch(tables, build_segments(torch.from_numpy(of_token), device=device))
+
+
+def _adapted(rows: PackedRows) -> npt.NDArray[np.bool_]:
+    """bool [T], the tokens that the adapter acts on."""
+    return np.ones(rows.tokens, bool) if rows.adapted is None else rows.adapted
 
 
 def _slots(parts: Sequence[Part]) -> list[int]:
