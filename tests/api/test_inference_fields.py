@@ -139,9 +139,15 @@ REFUSED: Mapping[type[BaseModel], Mapping[str, Fields]] = {
         "best_of": {"best_of": 2},
     },
 }
+COMPOSING = (
+    *("adapters.name", "adapters.weight", "combination", "density", "majority_sign_method", "adapter_scale"),
+    *("merged_adapters.ids", "merged_adapters.weights", "merged_adapters.merge_strategy"),
+    *("merged_adapters.density", "merged_adapters.majority_sign_method"),
+)
 ELSEWHERE = {
     "model": "tests/control/inference/test_inference.py",
     "adapter_id": "tests/control/inference/test_inference.py",
+    **dict.fromkeys(COMPOSING, "tests/api/test_composition.py"),
     "messages.name": "test_a_template_sees_the_names_of_a_conversation",
     "messages.tool_call_id": "test_a_template_sees_the_names_of_a_conversation",
 }

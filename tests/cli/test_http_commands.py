@@ -26,6 +26,22 @@ async def test_chat_once(shell: Shell) -> None:
     assert "Be brief." in prompt
 
 
+async def test_chat_composes_adapters(shell: Shell, make_adapter: Callable[..., Path]) -> None:
+    for seed, name in enumerate(("fox", "owl")):
+        await shell.ok("adapters", "import", name, str(make_adapter(seed)))
+    shell.service.script.requests.clear()
+    scaled = ("--adapter-scale", "0.5", "--combination", "ties", "--density", "0.25")
+    await shell.ok("chat", "--adapter", "fox=0.5", "--adapter", "owl", *scaled, "-m", "Say it.")
+    (request,) = shell.service.script.requests
+    assert request.adapter is not None
+    made = request.adapter.composition
+    assert made is not None
+    assert ({part.weight for part in made.parts}, made.combination, made.density) == ({0.25, 0.5}, "ties", 0.25)
+    result = await shell("chat", "--adapter", "fox=much", "-m", "Say it.")
+    assert result.exit_code == 2
+    assert "NAME=WEIGHT" in result.output
+
+
 async def test_a_conversation_remembers(shell: Shell) -> None:
     answer = await shell.ok("chat", "--max-tokens", "5", stdin="First.\n\nSecond.\n")
     assert len(answer.strip().splitlines()) == 2

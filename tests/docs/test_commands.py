@@ -17,7 +17,8 @@ import typer
 from tenora.cli.app import app
 from tenora.data.dataset import validate_file
 
-DOCUMENTS = ("README.md", "service/README.md", "CHANGELOG.md", "clients/python/README.md")
+PAGES = tuple(f"docs/{page.name}" for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
+DOCUMENTS = ("README.md", "service/README.md", "CHANGELOG.md", "clients/python/README.md", *PAGES)
 
 
 def blocks(text: str, language: str) -> list[str]:

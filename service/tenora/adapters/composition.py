@@ -15,10 +15,11 @@ With delta weights c·B·A (c the scaling), of parts i with weights w:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from tenora.adapters.kinds.table import COMPOSED
 from tenora.adapters.ref import AdapterRef, Combination, Composition, MajoritySign, Part
 from tenora.errors import CompositionError
 
@@ -76,6 +77,20 @@ def digest_of(composition: Composition) -> str:
         *([part.digest, part.weight] for part in composition.parts),
     ]
     return hashlib.sha256(b"tenora composition 1\n" + msgspec.json.encode(content)).hexdigest()
+
+
+def require_kinds(kinds: Mapping[str, str]) -> None:
+    """Raise CompositionError unless adapters of these kinds can be combined, or scaled; by the names they are asked by.
+
+    What an adapter is beside low-rank matrices (heads, bottlenecks, prefixes, scales of outputs) has no sum.
+    """
+    for name, kind in kinds.items():
+        if kind not in COMPOSED:
+            raise CompositionError(
+                f"The adapter {name!r} is of kind {kind}, which is neither composed nor scaled; those of kind "
+                f"{', '.join(sorted(COMPOSED))} are. Call it by itself.",
+                param="adapters",
+            )
 
 
 def require_composable(ranks: Sequence[int], combination: Combination, *, max_rank: int) -> None:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tenora.aclosing import aclosing
-from tenora.api.schemas.sampling import GenerationBody, PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
+from tenora.api.schemas.sampling import (
+    GenerationBody,
+    PromptLogprob,
+    PromptLogprobs,
+    PromptTokensDetails,
+    Usage,
+    UsedAdapter,
+)
 from tenora.control.inference.inference import Submission
 from tenora.control.inference.metering import Meter
 from tenora.control.inference.records import InferenceRequest, LogprobEntry, Prompt
@@ -29,6 +36,7 @@ def inference_request(
     return InferenceRequest(
         model=body.model,
         adapter_id=body.adapter_id,
+        composition=body.composition,
         prompts=prompts,
         max_tokens=max_tokens,
         sampling=partial(body.sampling_params, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
@@ -53,6 +61,7 @@ def usage(meter: Meter, *, scored_only: bool = False) -> Usage:
         completion_tokens=completion,
         total_tokens=used.prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=used.cached),
+        adapters=[UsedAdapter.of(version) for version in meter.composed] or None,
     )
 
 

@@ -263,14 +263,14 @@ async def test_content_that_is_imported_in_the_middle_of_its_deletion_is_stored_
     await archive_of(control, acme, "again")
 
 
-async def test_sizes_of_versions_that_are_long_gone_are_forgotten(
+async def test_shapes_of_versions_that_are_long_gone_are_forgotten(
     control: Control, acme: Principal, import_adapter: ImportAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blobs_module, "_KEPT_SIZES", 2)
+    monkeypatch.setattr(blobs_module, "_KEPT_SHAPES", 2)
     digests = [(await import_adapter(control, acme, "desk", seed=seed)).digest for seed in range(4)]
-    assert list(control._blobs._sizes) == digests[2:]
+    assert list(control._blobs._shapes) == digests[2:]
     assert await control._blobs.device_bytes(digests[0]) == await control._blobs.device_bytes(digests[3]) > 0
-    assert len(control._blobs._sizes) == 2
+    assert len(control._blobs._shapes) == 2
 
 
 async def test_damaged_weights_are_not_given_out(

@@ -65,7 +65,7 @@ from tenora_client.models import (
     Usage,
 )
 from tenora_client.paging import Pages
-from tenora_client.params import SweepParams, TrainingFileParams
+from tenora_client.params import MergedAdapters, SweepParams, TrainingFileParams, WeightedAdapter
 from tenora_client.progress import Bar, JobBar
 from tenora_client.ranges import Range, RangeParams
 from tenora_client.retry import RetryPolicy
@@ -106,6 +106,7 @@ __all__ = [
     "Judgement",
     "Lora",
     "LoraParams",
+    "MergedAdapters",
     "Method",
     "MethodParams",
     "Model",
@@ -140,5 +141,6 @@ __all__ = [
     "UnavailableError",
     "UnprocessableError",
     "Usage",
+    "WeightedAdapter",
     "__version__",
 ]

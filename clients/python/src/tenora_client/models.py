@@ -49,12 +49,21 @@ class Model(ApiObject):
     max_model_len: int | None = None
 
 
+class UsedAdapter(ApiObject):
+    """An adapter of a composition: as it was asked for, the version that this meant, and its weight, scale and all."""
+
+    name: str
+    digest: str
+    weight: float
+
+
 class Usage(ApiObject):
-    """Tokens of one request."""
+    """Tokens of one request, and the adapters that it composed or scaled, if it did."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
+    adapters: list[UsedAdapter] | None = None
 
 
 class ChatMessage(ApiObject):

@@ -7,12 +7,35 @@ from typing import Any, Literal, Required, TypedDict
 
 from tenora_client.settings import LoraParams, MethodParams, Settings, SharedHyperparameters, SweptParams
 
+Combination = Literal["cat", "linear", "ties", "dare_linear", "dare_ties", "svd"]
+
+
+class WeightedAdapter(TypedDict, total=False):
+    """An adapter of a composition, by any of its names; its weight is 1 if absent."""
+
+    name: Required[str]
+    weight: float
+
+
+class MergedAdapters(TypedDict, total=False):
+    """`adapters` as LoRAX has them."""
+
+    ids: Required[Sequence[str]]
+    weights: Required[Sequence[float]]
+    merge_strategy: Combination
+    density: float
+    majority_sign_method: Literal["total", "frequency"]
+
 
 class SamplingParams(TypedDict, total=False):
     """How tokens are chosen and what comes back; absent means the server's default.
 
     Attributes:
         adapter_id: an adapter's name, when `model` is the base or absent.
+        adapters: several adapters that answer as one.
+        combination: how; cat, the exact sum of what each adds, if absent.
+        density: share of the weights that ties and dare keep.
+        adapter_scale: from 0, the base, to 2; multiplies what the adapters, or the one adapter, add to the base.
         stop: strings before which the text ends.
         seed: equal requests with equal seeds give equal tokens.
         temperature: 0 is greedy.
@@ -20,6 +43,12 @@ class SamplingParams(TypedDict, total=False):
     """
 
     adapter_id: str
+    adapters: Sequence[WeightedAdapter | Mapping[str, Any]]
+    combination: Combination
+    density: float
+    majority_sign_method: Literal["total", "frequency"]
+    merged_adapters: MergedAdapters | Mapping[str, Any]
+    adapter_scale: float
     max_tokens: int
     min_tokens: int
     n: int

@@ -51,8 +51,11 @@ class Kind:
         name: what `AdapterSummary.kind` says.
         is_of: whether the fields of an adapter_config.json are those of this kind.
         parse: reads and checks them; raises AdapterFormatError that names the field and says what to do.
+        composes: whether it is low-rank matrices that act on every token, and nothing else: several of them act as one
+            (`tenora.adapters.composition`).
     """
 
     name: str
     is_of: Callable[[Mapping[str, Any]], bool]
     parse: Callable[[Mapping[str, Any]], Configuration]
+    composes: bool = False

@@ -196,7 +196,7 @@ def parse(raw: Mapping[str, Any], *, also_read: Collection[str] = ()) -> LoraCon
     )
 
 
-LORA = Kind(name="lora", is_of=lambda raw: raw.get("peft_type") == "LORA", parse=parse)
+LORA = Kind(name="lora", is_of=lambda raw: raw.get("peft_type") == "LORA", parse=parse, composes=True)
 
 
 def _planned(

@@ -10,6 +10,8 @@ from tenora.errors import AdapterFormatError
 
 KINDS: tuple[Kind, ...] = (ALORA, LORA)
 """The first that a configuration is of counts."""
+COMPOSED = frozenset(kind.name for kind in KINDS if kind.composes)
+"""The names of those of which several act as one."""
 MAX_CONFIG_BYTES = 2**20
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.api.schemas.composition import CompositionBody
 from tenora.api.schemas.fixed import Label, Metadata, ServiceTier, Store, Unsupported
 from tenora.engine.messages import SamplingParams
 from tenora.errors import InvalidRequestError
@@ -35,7 +36,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(RequestModel):
+class GenerationBody(CompositionBody):
     """What chat and text completions have in common. An explicit null means the default."""
 
     model: str | None = Field(
@@ -82,6 +83,10 @@ class GenerationBody(RequestModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
+        if self.adapter_id is not None and (self.adapters or self.merged_adapters) is not None:
+            raise InvalidRequestError(
+                "adapter_id names one adapter, and adapters several. Send one of them.", param="adapter_id"
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true.", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
@@ -137,13 +142,22 @@ class PromptTokensDetails(ResponseModel):
     cached_tokens: int
 
 
+class UsedAdapter(ResponseModel):
+    """An adapter of a composition: as it was asked for, the version that this meant, and its weight, scale and all."""
+
+    name: str
+    digest: str
+    weight: float
+
+
 class Usage(ResponseModel):
-    """Tokens of a request; the prompt counts once, however many choices."""
+    """Tokens of a request; the prompt counts once, however many choices. `adapters` is there if it composed some."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    adapters: list[UsedAdapter] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class PromptLogprob(ResponseModel):

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STORED_AT_ONCE = 4  # by each process: threads are left for everything else
-_KEPT_SIZES = 65536
+_KEPT_SHAPES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,14 @@ class Blob:
     rank: int
     target_modules: Sequence[str]
     bytes: int
+    device_bytes: int
+
+
+class Shape(NamedTuple):
+    """What a version is to who serves it: its kind, its highest rank, and what it takes in the engine's arena."""
+
+    kind: str
+    highest_rank: int
     device_bytes: int
 
 
@@ -81,7 +89,7 @@ class Blobs:
         self._holds: dict[str, int] = {}  # digest that is held → descriptor that tells other processes
         self._postponed: set[str] = set()  # digests that were to be freed meanwhile
         self._going: set[str] = set()  # digests that are being deleted
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # digest → bytes on the device, which never change
+        self._shapes: OrderedDict[str, Shape] = OrderedDict()  # by digest; they never change
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -105,15 +113,20 @@ class Blobs:
 
     async def device_bytes(self, digest: str) -> int:
         """What a stored version takes on the device; 0 if its files cannot be read, for then it is never there."""
-        if digest not in self._sizes:
+        shape = await self.shape(digest)
+        return 0 if shape is None else shape.device_bytes
+
+    async def shape(self, digest: str) -> Shape | None:
+        """What a stored version is; None if its files cannot be read."""
+        if digest not in self._shapes:
             try:
                 summary = await asyncio.to_thread(
                     summarise, self.store.path(digest), self.targets, max_rank=self.max_rank
                 )
             except (AdapterFormatError, OSError):
-                return 0
-            return self._keep_size(digest, self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16))
-        return self._sizes[digest]
+                return None
+            return self._keep(digest, summary)
+        return self._shapes[digest]
 
     @contextlib.contextmanager
     def use(self, digest: str) -> Iterator[None]:
@@ -232,7 +245,7 @@ class Blobs:
             rank=summary.rank,
             target_modules=summary.target_modules,
             bytes=summary.nbytes,
-            device_bytes=self._keep_size(digest, room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)),
+            device_bytes=self._keep(digest, summary).device_bytes,
         )
         return blob, hold
 
@@ -246,12 +259,13 @@ class Blobs:
         self._releases.add(release)
         release.add_done_callback(self._releases.discard)
 
-    def _keep_size(self, digest: str, size: int) -> int:
-        """Remember what a version takes on the device, of as many as were met last; others are read again."""
-        self._sizes[digest] = size
-        while len(self._sizes) > _KEPT_SIZES:
-            self._sizes.popitem(last=False)
-        return size
+    def _keep(self, digest: str, summary: AdapterSummary) -> Shape:
+        """Remember what a version is, of as many as were met last; others are read again."""
+        device_bytes = self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
+        shape = self._shapes[digest] = Shape(summary.kind, summary.rank, device_bytes)
+        while len(self._shapes) > _KEPT_SHAPES:
+            self._shapes.popitem(last=False)
+        return shape
 
     async def _delete_unnamed(self, digests: Collection[str]) -> None:
         # Before rows are read: the block that holds one may commit the row that names it at any time after that.

@@ -49,10 +49,26 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedVersion:
+    """A version of a composition: the name that it was asked by, and its weight with the scale of the whole."""
+
+    name: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """What a model name resolves to. `name` is what was asked for and is echoed; `adapter` None is the base."""
+    """What a model name resolves to.
+
+    Attributes:
+        name: what was asked for and is echoed.
+        adapter: None is the base.
+        composed: of what it is made, if the request composes or scales adapters.
+    """
 
     name: str
     adapter: AdapterRef | None
     tenant_id: str
     cache_salt: str
+    composed: Sequence[WeightedVersion] = ()

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tenora.aclosing import aclosing
-from tenora.adapters.ref import AdapterRef
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.adapters.records import Target
-from tenora.control.adapters.resolution import find_digest
 from tenora.control.inference.detokenizing import ChoiceStream
 from tenora.control.inference.echoes import Echo, echo_of
 from tenora.control.inference.merging import merged
 from tenora.control.inference.metering import Meter, Timer
+from tenora.control.inference.naming import Names
 from tenora.control.inference.prompts import Prompts
-from tenora.control.inference.records import Conversation, Delta, GenerationRequest, InferenceRequest, Prompt
+from tenora.control.inference.records import (
+    AskedComposition,
+    Conversation,
+    Delta,
+    GenerationRequest,
+    InferenceRequest,
+    Prompt,
+)
 from tenora.control.inference.stops import Stops
 from tenora.control.registry.database import Database, Session
 from tenora.control.registry.ids import random_word
@@ -27,13 +33,12 @@ from tenora.control.tenancy.erasure import AfterCommit
 from tenora.control.tenancy.records import Principal
 from tenora.control.tokenizing.threads import Tokenizing
 from tenora.engine.messages import Generate, SamplingParams
-from tenora.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NotFoundError
+from tenora.errors import ContextLengthError, ModelNotFoundError, NotFoundError
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
     from tenora.model.tokenizer import Tokenizer
 
-_LONGEST_MODEL_NAME = 600
 _SEEDS = 2**63
 _TURN = 64  # characters that a template writes around a message, or more than it does
 _TOKENS_AT_ONCE = 64  # made into text in one go, if nobody sees them before: a third of a millisecond
@@ -90,35 +95,15 @@ class Inference:
 
         return let_go
 
-    async def resolve(self, principal: Principal, model: str | None, adapter_id: str | None = None) -> Target:
-        """What a request's `model` and `adapter_id` mean now; never a silent fall-back to the base.
-
-        Raises:
-            ModelNotFoundError: no such model for this tenant; the same for another tenant's.
-            InvalidRequestError: neither is given, or `adapter_id` beside a `model` that is not the base.
-        """
-        if adapter_id is not None and model not in {None, self.base_id}:
-            raise InvalidRequestError(
-                f"With adapter_id, model must be the base {self.base_id!r} or absent; name the adapter in one of them.",
-                param="adapter_id",
-            )
-        wanted = model if adapter_id is None else adapter_id
-        if wanted is None:
-            raise InvalidRequestError(
-                f"model is missing or null. Send an adapter's name, or {self.base_id!r} for the base; GET /v1/models "
-                "lists them. A job's fine_tuned_model is null until it has succeeded.",
-                code="missing_required_parameter",
-                param="model",
-            )
-        shown = wanted if model is None else model
-        adapter = None if wanted == self.base_id else await self._find(principal, wanted)
-        return Target(
-            name=shown,
-            adapter=adapter,
-            tenant_id=principal.tenant_id,
-            # The server's choice and secret from nobody, but no client can send another: hits never cross tenants.
-            cache_salt=principal.tenant_id,
-        )
+    async def resolve(
+        self,
+        principal: Principal,
+        model: str | None,
+        adapter_id: str | None = None,
+        composition: AskedComposition | None = None,
+    ) -> Target:
+        """What the names of a request mean now (`Names.resolve`)."""
+        return await Names(self.database, self.blobs, self.base_id).resolve(principal, model, adapter_id, composition)
 
     @property
     def prompts(self) -> Prompts:
@@ -135,7 +120,7 @@ class Inference:
             ContextLengthError: a prompt does not fit, alone or with what is asked for.
             RateLimitedError: too many of the tenant's prompts wait.
         """
-        target = await self.resolve(principal, request.model, request.adapter_id)
+        target = await self.resolve(principal, request.model, request.adapter_id, request.composition)
         longest, characters = self.max_model_len, sum(map(_characters, request.prompts))
 
         def prepare(tokenizer: Tokenizer) -> list[tuple[GenerationRequest, Echo | None]]:
@@ -143,7 +128,7 @@ class Inference:
             return [self._prepared(request, target, prompt, prompts) for prompt in request.prompts]
 
         prepared = await self.tokenizing.prompt(target.tenant_id, characters, prepare)
-        meter = Meter(timer, len(prepared) * request.n)
+        meter = Meter(timer, len(prepared) * request.n, target.composed)
         deltas = meter.counted(self.generate([generation for generation, _ in prepared]))
         return Submission(target.name, deltas, meter, [echo for _, echo in prepared if echo is not None] or None)
 
@@ -204,11 +189,11 @@ class Inference:
 
     @contextlib.contextmanager
     def _kept(self, target: Target) -> Iterator[None]:
-        """Keep the version's files until the request ends, also if the adapter is deleted while it waits for a slot."""
+        """Keep the versions' files until the request ends, also if one is deleted while it waits for a slot."""
         with contextlib.ExitStack() as stack:
-            if target.adapter is not None:
+            for digest in () if target.adapter is None else target.adapter.versions:
                 try:
-                    stack.enter_context(self.blobs.use(target.adapter.digest))
+                    stack.enter_context(self.blobs.use(digest))
                 except NotFoundError as error:
                     raise ModelNotFoundError(target.name) from error  # deleted since it was resolved
             yield
@@ -234,18 +219,6 @@ class Inference:
                         yield delta
                     if stream.finished:
                         return
-
-    async def _find(self, principal: Principal, name: str) -> AdapterRef:
-        if len(name) > _LONGEST_MODEL_NAME:
-            raise InvalidRequestError(f"A model's name has at most {_LONGEST_MODEL_NAME} characters.", param="model")
-        async with self.database.read() as session:
-            digest = await find_digest(session, principal, name)
-        if digest is None:
-            raise ModelNotFoundError(name)
-        try:
-            return self.blobs.store.ref(digest)
-        except NotFoundError as error:
-            raise ModelNotFoundError(name) from error  # deleted since the row was read
 
 
 def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingParams:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tenora.aclosing import aclosing
+from tenora.control.adapters.records import WeightedVersion
 from tenora.control.inference.records import Delta
 
 
@@ -43,12 +44,14 @@ class Meter:
 
     Attributes:
         expected: choices.
+        composed: the adapters that the request composes or scales.
         latest: the newest delta, by prompt and choice.
         reasons: why choices ended.
     """
 
     timer: Timer
     expected: int
+    composed: Sequence[WeightedVersion] = ()
     latest: dict[tuple[int, int], Delta] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from tenora.adapters.composition import DEFAULT_DENSITY
+from tenora.adapters.ref import Combination, MajoritySign
 from tenora.control.adapters.records import Target
 from tenora.engine.messages import SamplingParams
 
@@ -64,11 +66,28 @@ Prompt = Conversation | str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
+class AskedComposition:
+    """Adapters that are to act as one (`tenora.adapters.composition`).
+
+    Attributes:
+        adapters: by any of their names, each with its weight; none: the one that `model` or `adapter_id` names.
+        scale: of all of it.
+    """
+
+    adapters: Sequence[tuple[str, float]] = ()
+    combination: Combination = "cat"
+    density: float = DEFAULT_DENSITY
+    majority_sign_method: MajoritySign = "total"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """What a client asks for, before anything is known of the model that it names.
 
     Attributes:
         model, adapter_id: the base, or an adapter by any of its names.
+        composition: several adapters, or one scaled.
         prompts: all are completed `n` times.
         max_tokens: of a completion; None means as many as the context holds.
         sampling: how tokens are chosen, of completions of so many tokens; raises InvalidRequestError.
@@ -81,6 +100,7 @@ class InferenceRequest:
     prompts: Sequence[Prompt]
     max_tokens: int | None
     sampling: Callable[[int], SamplingParams]
+    composition: AskedComposition | None = None
     n: int = 1
     echo: bool = False
     echo_offsets: bool = False
