@@ -56,6 +56,7 @@ class Setting:
     log: bool = False
     follows: str = ""
     flag: str = ""
+    at: str = ""
     name: str = ""
     kind: type = float
     choices: tuple[str, ...] = ()
@@ -64,8 +65,8 @@ class Setting:
     @property
     def words(self) -> str:
         """What a value must be."""
+        whole = f'"{self.every}" or ' if self.every else ""
         if self.kind is tuple:
-            whole = f'"{self.every}" or ' if self.every else ""
             return f"{whole}a list of {', '.join(self.choices) or self.noun}"
         if self.noun:
             return self.noun
@@ -74,7 +75,7 @@ class Setting:
         if self.kind is bool:
             return "true or false"
         if self.kind is int:
-            found = f"a whole number from {self.least:.0f} to {self.most:.0f}"
+            found = f"{whole}a whole number from {self.least:.0f} to {self.most:.0f}"
             if self.true:
                 found = f"true ({self.true}), false or {found}"
         else:
@@ -101,9 +102,9 @@ class Setting:
 
     def holds(self, value: Any) -> bool:
         """Whether it is a value of this kind and within the bounds; a whole number may be written as 8.0."""
+        if self.every and isinstance(value, str):
+            return value == self.every
         if self.kind is tuple:
-            if isinstance(value, str):
-                return value == self.every != ""
             return isinstance(value, list | tuple) and 0 < len(value) <= self.most and all(map(self._is_text, value))
         if self.kind is str:
             return self._is_text(value)
