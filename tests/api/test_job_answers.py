@@ -208,7 +208,7 @@ def test_the_document_says_what_a_jobs_parts_hold(service: Service) -> None:
     }
     assert open_ended == set()
     own = {
-        f"{kind.title()}HyperparametersObject.{one}"
+        f"{kind.title().replace('_', '')}HyperparametersObject.{one}"
         for kind, method in METHODS.items()
         for one in method.hyperparameters
     }

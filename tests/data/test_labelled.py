@@ -142,7 +142,7 @@ LINES = np.array([3, 5, 8])
 
 def test_a_label_that_is_in_no_training_row_is_named_with_its_lines() -> None:
     with pytest.raises(
-        DatasetError, match=r"The label 'c' of lines 5, 8 is in no training row \(those have 'a', 'b'\)"
+        DatasetError, match=r"The label 'c' of lines 5, 8 is in no training row, where there are 'a', 'b'"
     ):
         labels("a", "c", "c").under(("a", "b"), LINES)
     with pytest.raises(DatasetError, match="'c' of line 5"):

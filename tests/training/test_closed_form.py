@@ -46,7 +46,9 @@ def test_a_logistic_head_is_scikit_learns(rows: int, columns: int, count: int, s
     x = features(rows, columns)
     label = classes(x, count)
     scaler = StandardScaler().fit(x.astype(np.float64))
-    theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=20_000).fit(scaler.transform(x.astype(np.float64)), label)
+    theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=20_000).fit(
+        scaler.transform(x.astype(np.float64)), label
+    )
     link: Link = "sigmoid" if count == 2 else "softmax"
     targets = label[:, None].astype(float) if count == 2 else np.eye(count)[label]
     basis = Basis.of(x)

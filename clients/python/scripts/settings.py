@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import BY_THEMSELVES, ESTIMATED, HYPERPARAMETERS, ROWS, SETTINGS, Setting
@@ -66,25 +67,26 @@ def questions() -> Iterator[str]:
     yield from asked("Settings", f"How a job trains; {told}.", by_themselves | others, base="RowParams")
     yield from asked("SharedHyperparameters", "Those that all methods have.", HYPERPARAMETERS)
     for name, method in METHODS.items():
-        options = {"hyperparameters": "SharedHyperparameters"}
-        if method.settings:
-            own, shared = f"{title(name)}Hyperparameters", options["hyperparameters"]
-            settings = {one.name: one for one in method.settings}
-            yield from asked(own, f"Those of a job that {method.summary}.", settings, base=shared)
+        options: dict[str, str | Setting] = {"hyperparameters": "SharedHyperparameters"}
+        if settings := {one.name: one for one in method.settings if not one.at}:
+            own = f"{title(name)}Hyperparameters"
+            yield from asked(own, f"Those of a job that {method.summary}.", settings, base="SharedHyperparameters")
             options = {"hyperparameters": own}
+        for group, members in method.options.items():
+            own = f"{title(name)}{title(group)}Params"
+            if group:
+                yield from asked(own, f"{title(group)} of a job that {method.summary}.", members)
+            options |= {group: own} if group else members
         yield from asked(f"{title(name)}Params", f"Options of the method {name}.", options)
-    options = {name: f"{title(name)}Params" for name in METHODS}
-    yield from asked(
-        "MethodParams", "How to train: a type, and its options.", {"type": "Required[MethodName]", **options}
-    )
+    params = {name: f"{title(name)}Params" for name in METHODS}
+    told_type = {"type": "Required[MethodName]"}
+    yield from asked("MethodParams", "How to train: a type, and its options.", told_type | params)
     yield from asked("LoraParams", f"The adapter; {told}.", LORA_ASKED)
     values = {name: f"Sequence[{setting.kind.__name__}] | RangeParams" for name, setting in SWEPT.items()}
     yield from asked("SweptParams", "Values to try, one by one or as a range.", values)
 
 
-def asked(
-    name: str, summary: str, fields: Mapping[str, Setting] | Mapping[str, str], *, base: str = "TypedDict"
-) -> Iterator[str]:
+def asked(name: str, summary: str, fields: Mapping[str, Any], *, base: str = "TypedDict") -> Iterator[str]:
     """A class of a request, every field of which may be absent."""
     yield from ("", "", f"class {name}({base}, total=False):", f'    """{summary}"""', "")
     for field, setting in fields.items():
@@ -104,7 +106,14 @@ def answers() -> Iterator[str]:
     """The parts of a job's answer."""
     every = {one.name: one for method in METHODS.values() for one in method.hyperparameters.values()}
     yield from part("Hyperparameters", 'Of a job\'s method; "auto" until the files have been read.', every, auto=True)
-    yield from part("MethodOptions", "Of one method.", {"hyperparameters": "Hyperparameters"})
+    inner: dict[str, Any] = {"hyperparameters": "Hyperparameters"}
+    for method in METHODS.values():
+        for group, settings in method.options.items():
+            own = f"{title(group)}Options"
+            if group:
+                yield from part(own, f"{title(group)} of a method.", settings, auto=True)
+            inner |= {group: own} if group else settings
+    yield from part("MethodOptions", "Of one method.", inner, auto=True)
     options = dict.fromkeys(METHODS, "MethodOptions")
     yield from part("Method", "How a job trains: the options of its type are there.", options, "    type: str")
     shape = "The adapter; whole once the files have been read, but for what a sweep still chooses."
@@ -118,7 +127,7 @@ def answers() -> Iterator[str]:
 def part(
     name: str,
     summary: str,
-    fields: Mapping[str, Setting] | Mapping[str, str],
+    fields: Mapping[str, Any],
     *first: str,
     auto: bool = False,
     base: str = "Part",

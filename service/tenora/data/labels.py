@@ -111,8 +111,11 @@ class Labels:
             )
         return Labels("number", (), values[self.values])
 
-    def under(self, names: Sequence[str], lines: npt.NDArray[np.int64]) -> Labels:
+    def under(self, names: Sequence[str], lines: npt.NDArray[np.int64], *, whose: str = "in no training row") -> Labels:
         """The same labels under another table.
+
+        Args:
+            whose: what it means that a label is missing there, for the error.
 
         Raises:
             DatasetError: some are not in it.
@@ -122,8 +125,8 @@ class Labels:
             bad = self.values[:, unknown].any(axis=1) if self.kind == "classes" else np.isin(self.values, unknown)
             said, known = _listed([self.names[index] for index in unknown]), _listed(names)
             raise DatasetError(
-                f"The label {said} of {_lines(lines[np.flatnonzero(bad)])} is in no training row (those have {known}); "
-                "add training rows with it, or mend or remove these."
+                f"The label {said} of {_lines(lines[np.flatnonzero(bad)])} is {whose}, where there are {known}; add it "
+                "there, or mend or remove these rows."
             )
         moved = np.array([place[name] for name in self.names], np.int64)
         if self.kind == "class":

@@ -4,9 +4,10 @@ The problems are those of scikit-learn: with weights W on standardised features 
 
     logistic:  C · Σ_i loss(x_i) + ½ ‖W‖²        ridge:  C · Σ_i (y_i - W x_i - b)² + ‖W‖²   (alpha = 1 / C)
 
-where the loss is the softmax's cross-entropy of one class of three or more, and otherwise the sigmoid's, label by label.
-All of it is solved in the coordinates of the features' singular vectors, which leaves the penalty as it is, makes n rows
-of F features into n rows of at most n, and tells how steep the loss is in each direction (L-BFGS: Liu and Nocedal 1989).
+where the loss is the softmax's cross-entropy of one class of three or more, and otherwise the sigmoid's, label by
+label. All of it is solved in the coordinates of the features' singular vectors, which leaves the penalty as it is,
+makes n rows of F features into n rows of at most n, and tells how steep the loss is in each direction (L-BFGS: Liu and
+Nocedal 1989).
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def logistic(
     if not open_.any():
         return weight, bias
     problem = _Logistic(rows, targets[:, open_], strength, link)
-    begun = problem.packed(*((weight, bias) if start is None else start), open_)
+    first_weight, first_bias = (weight, bias) if start is None else start
+    begun = problem.packed(first_weight[open_], first_bias[open_])
     found = yield from _minimise(problem, begun, tolerance)
     weight[open_], bias[open_] = problem.unpacked(found)
     return weight, bias
@@ -172,8 +174,8 @@ class _Logistic:
         self._rows = np.hstack([rows, np.ones((len(rows), 1))]) * self._scale
         self._penalty = np.append(self._scale[:-1] ** 2, 0.0)
 
-    def packed(self, weight: Float64Array, bias: Float64Array, chosen: npt.NDArray[np.bool_]) -> Float64Array:
-        found: Float64Array = np.hstack([weight[chosen], bias[chosen, None]]) / self._scale
+    def packed(self, weight: Float64Array, bias: Float64Array) -> Float64Array:
+        found: Float64Array = np.hstack([weight, bias[:, None]]) / self._scale
         return found
 
     def unpacked(self, variables: Float64Array) -> tuple[Float64Array, Float64Array]:

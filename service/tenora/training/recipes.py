@@ -69,7 +69,10 @@ def resolve_hyperparameters(
     Raises:
         InvalidRequestError: a value is out of bounds, or both learning rate and multiplier are given.
     """
-    asked = {name: setting.check(requested.get(name)) for name, setting in method.hyperparameters.items()}
+    asked = {
+        name: setting.check(value) if (value := requested.get(name)) not in (None, AUTO) else None
+        for name, setting in method.asked.items()
+    }
     given = requested.get("learning_rate")
     rate = None if given in (None, AUTO) else RUN["learning_rate"].check(given)
     multiplier = asked["learning_rate_multiplier"]

@@ -35,11 +35,13 @@ class Setting:
         auto: how "auto" is settled; empty if a request may not say so. Absent is "auto" then.
         true: what true stands for where a number may be given as true or false; 0 if it may not.
         noun: what a text is, or the items of a list are.
-        every: the word for a list of all that there are; empty if there is none.
+        every: the word for a list of all that there are, or in place of a number; empty if there is none.
         swept: its place among the dimensions of a sweep, whose trials are drawn in that order; 0 if none tries it.
         log: a range of it is even in the logarithm, unless a sweep says otherwise.
         follows: the setting that its default is made from; a sweep of that one gives each trial its own.
         flag: of `tenora train`; empty if it has none there.
+        at: of a method's own, where it stands among the method's options, as `head.type`; empty if it is one of its
+            hyperparameters.
         name, kind, choices, default: from the field that it stands at. `kind` is int, float, bool, str or tuple, a list
             of texts; what may stand in such a list, if not anything, are its `choices`.
     """
@@ -71,7 +73,7 @@ class Setting:
         if self.noun:
             return self.noun
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.choices)}" + (f', or "{AUTO}"' if self.auto else "")
         if self.kind is bool:
             return "true or false"
         if self.kind is int:

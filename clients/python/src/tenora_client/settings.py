@@ -8,7 +8,7 @@ from typing import Literal, Required, TypedDict
 from tenora_client.api_object import ApiObject, Part
 from tenora_client.ranges import Range, RangeParams
 
-MethodName = Literal["supervised", "dpo"]
+MethodName = Literal["supervised", "dpo", "feature_extraction"]
 
 
 class RowParams(TypedDict, total=False):
@@ -84,12 +84,54 @@ class DpoParams(TypedDict, total=False):
     hyperparameters: DpoHyperparameters
 
 
+class FeatureExtractionHyperparameters(SharedHyperparameters, total=False):
+    """Those of a job that learns labels with a head on the base's hidden states."""
+
+    inverse_regularization: float | Literal["auto"]
+    """How little the head's weights are held back, with train_layers 0; scikit-learn's C; a number, at least 1e-09
+    and at most 1e+09, or "auto"."""
+
+
+class FeatureExtractionHeadParams(TypedDict, total=False):
+    """Head of a job that learns labels with a head on the base's hidden states."""
+
+    type: Literal["classification", "regression", "scalar", "embedding"]
+    """What the head says: a class, a number that is told in its labels' units (regression), a number to compare by
+    (scalar), or a vector (embedding, from rows of anchor and positive); one of classification, regression, scalar,
+    embedding."""
+    name: str
+    """What requests call the head; its type if absent; a name of 1 to 64 characters."""
+    labels: Sequence[str]
+    """The classes, in the order of their numbers; those of the training rows, sorted, if absent; a list of class
+    names."""
+    multi_label: bool
+    """A row may have any number of the classes; true where `label` is a list; true or false."""
+    pooling: Literal["last", "mean"] | Literal["auto"]
+    """Which tokens the head reads: the last one, or the mean of all; one of last, mean, or "auto"."""
+    layer: int | Literal["auto"]
+    """Which layer's output the head reads: -1 is the last one, after the final norm; a whole number from -4 to -1,
+    or "auto"."""
+    dims: int
+    """Length of an embedding; 0 is that of a hidden state; a whole number from 0 to 4096."""
+
+
+class FeatureExtractionParams(TypedDict, total=False):
+    """Options of the method feature_extraction."""
+
+    hyperparameters: FeatureExtractionHyperparameters
+    head: FeatureExtractionHeadParams
+    train_layers: int | Literal["lora"]
+    """What learns with the head: 0 nothing of the base, N its last N layers, "lora" all of them; "lora" or a whole
+    number from 0 to 1024."""
+
+
 class MethodParams(TypedDict, total=False):
     """How to train: a type, and its options."""
 
     type: Required[MethodName]
     supervised: SupervisedParams
     dpo: DpoParams
+    feature_extraction: FeatureExtractionParams
 
 
 class LoraParams(TypedDict, total=False):
@@ -125,12 +167,27 @@ class Hyperparameters(Part):
     batch_size: int | Literal["auto"] | None = None
     learning_rate_multiplier: float | Literal["auto"] | None = None
     beta: float | Literal["auto"] | None = None
+    inverse_regularization: float | Literal["auto"] | None = None
+
+
+class HeadOptions(Part):
+    """Head of a method."""
+
+    type: str | None = None
+    name: str | None = None
+    labels: Sequence[str] | None = None
+    multi_label: bool | None = None
+    pooling: str | Literal["auto"] | None = None
+    layer: int | Literal["auto"] | None = None
+    dims: int | None = None
 
 
 class MethodOptions(Part):
     """Of one method."""
 
     hyperparameters: Hyperparameters | None = None
+    head: HeadOptions | None = None
+    train_layers: int | str | None = None
 
 
 class Method(Part):
@@ -139,6 +196,7 @@ class Method(Part):
     type: str
     supervised: MethodOptions | None = None
     dpo: MethodOptions | None = None
+    feature_extraction: MethodOptions | None = None
 
 
 class Lora(Part):

@@ -23,7 +23,7 @@ from tenora.api.schemas.settings import echo_of
 from tenora.control.gate.takeover import Code
 from tenora.control.jobs.records import CheckpointRecord, JobRecord
 from tenora.control.registry.tables import JobStatus
-from tenora.training.methods.table import USUAL
+from tenora.training.methods.table import METHODS, USUAL
 from tenora.training.settings import HYPERPARAMETERS, SETTINGS
 
 T = TypeVar("T", bound=BaseModel)
@@ -140,7 +140,9 @@ class JobObject(SettingEchoes):
 def _method(record: JobRecord) -> MethodObject:
     """The method as sent, with the hyperparameters that were resolved since."""
     sent: Mapping[str, Any] = record.method or {"type": USUAL.name}
-    return MethodObject.model_validate({**sent, sent["type"]: {"hyperparameters": record.hyperparameters}})
+    method = METHODS.get(sent["type"])
+    options = {"hyperparameters": record.hyperparameters} if method is None else method.placed(record.hyperparameters)
+    return MethodObject.model_validate({**sent, sent["type"]: options})
 
 
 def _all(kind: type[T], stored: Sequence[Mapping[str, Any]] | None) -> list[T] | None:

@@ -64,6 +64,10 @@ def _methods(base: type[BaseModel], part: Callable[..., type[BaseModel]], ending
         title = kind.replace("_", " ").title().replace(" ", "")
         own = part(f"{title}Hyperparameters{ending}", method.hyperparameters, doc=f"Those of the method {kind}.")
         inner: dict[str, Any] = {"hyperparameters": (own | None, None)}
+        for group, settings in method.options.items():
+            ending_of = f"{title}{group.title()}"
+            made = part(f"{ending_of}Options{ending}", settings, doc=f"{group.title()} of the method {kind}.")
+            inner |= {group: (made | None, None)} if group else _fields_of(made)
         options = create_model(
             f"{title}{ending}",
             __base__=base,
@@ -74,20 +78,28 @@ def _methods(base: type[BaseModel], part: Callable[..., type[BaseModel]], ending
     return fields
 
 
+def _fields_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a model, for another one."""
+    return {name: (field.annotation, field) for name, field in model.model_fields.items()}
+
+
 def _value_type(setting: Setting) -> Any:
     if setting.kind is tuple:
         return list[str] | Literal[setting.every] if setting.every else list[str]
-    return Literal[setting.choices] if setting.choices else setting.kind
+    kind = Literal[setting.choices] if setting.choices else setting.kind
+    return kind | Literal[setting.every] if setting.every else kind
 
 
 def _type(setting: Setting) -> Any:
     kind = _value_type(setting)
+    if setting.auto and setting.choices:
+        return kind | Literal["auto"] | None
     if setting.auto:
         sent = kind | Literal["auto"] | None
         check = auto_or_number(kind, setting.least, setting.most)
         # A whole number may stand for any, and is handed on as it came.
         return Annotated[int | sent, PlainValidator(check, json_schema_input_type=sent)]
-    if setting.true or setting.kind is tuple:
+    if setting.true or setting.every or setting.kind is tuple:
         sent = (bool | kind if setting.true else kind) | None
         return Annotated[sent, PlainValidator(_held_by(setting), json_schema_input_type=sent)]
     if kind in {int, float}:
@@ -99,7 +111,7 @@ def _field(setting: Setting) -> Any:
     bounds: dict[str, Any] = {}
     if setting.kind is str and not setting.choices:
         bounds = {"min_length": int(setting.least), "max_length": int(setting.most)}
-    elif not (setting.auto or setting.true or setting.choices or setting.kind in {bool, tuple}):
+    elif not (setting.auto or setting.true or setting.every or setting.choices or setting.kind in {bool, tuple}):
         bounds = {"ge": setting.least, "gt": setting.above, "le": setting.most}
         bounds = {name: setting.kind(bound) for name, bound in bounds.items() if math.isfinite(bound)}
     text = f"{setting.help} auto: {setting.auto}." if setting.auto else setting.help

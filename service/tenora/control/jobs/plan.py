@@ -110,7 +110,7 @@ def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> d
     """The job's hyperparameters in numbers; what its sweep still has to choose stays "auto"."""
     values = {**msgspec.structs.asdict(spec), "learning_rate_multiplier": multiplier, **spec.method_settings}
     swept = _chosen_by_sweep(asked)
-    return {name: AUTO if name in swept else values[name] for name in asked.learns_by.hyperparameters}
+    return {name: AUTO if name in swept else values[name] for name in asked.learns_by.asked}
 
 
 def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[s
 
 def _chosen_by_sweep(asked: Asked) -> set[str]:
     """Settings that the job's sweep chooses: those that it tries, and those that are made from them unless given."""
-    every = {**LORA, **RUN, **asked.learns_by.hyperparameters}
+    every = {**LORA, **RUN, **asked.learns_by.asked}
     swept = set(asked.sweep or {})
     return {
         name

@@ -142,6 +142,7 @@ def read_tasks(job: Preparation, tokenizer: Tokenizer, limits: Limits) -> Sequen
         _tokenize(job, path, source.param, "training file", tokenizer, limits)
         for source, path in zip(job.sources, job.paths, strict=True)
     ]
+    files, valid = job.asked.learns_by.settle(job.asked.method_settings, files, valid)
     if valid is not None:
         (source,), (rows,) = job.sources, files
         truncated, left_out = rows.truncated + valid.truncated, rows.left_out + valid.left_out
@@ -260,12 +261,12 @@ def _tokenize(
             tokenizer,
             max_length=_max_length(job, limits),
             truncate=bool(job.asked.settings.get("truncate")),
-            kind=job.asked.learns_by.rows,
+            kind=job.asked.rows,
         )
     except DatasetError as error:
         message = error.message
         if isinstance(error, OtherRowsError):
-            message = wrong_rows(job.asked.learns_by, error.found)
+            message = wrong_rows(job.asked.learns_by, job.asked.rows, error.found)
         message = message.replace("training file", what)
         if len(job.sources) > 1:
             message = f"{param}: {message}"

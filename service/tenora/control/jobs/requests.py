@@ -14,11 +14,12 @@ from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sources import check_sources
 from tenora.control.jobs.sweeps import check_sweep, swept_ranks
 from tenora.control.registry.ids import SUFFIX_PATTERN, check_name, check_suffix
+from tenora.data.rows import RowKind
 from tenora.errors import InvalidRequestError
 from tenora.training.methods.method import Method
 from tenora.training.methods.table import METHODS, USUAL, find_method
 from tenora.training.recipes import resolve_hyperparameters
-from tenora.training.settings import AUTO, BY_THEMSELVES, HYPERPARAMETERS, JOB, SETTINGS
+from tenora.training.settings import AUTO, BY_THEMSELVES, HYPERPARAMETERS, JOB, RUN, SETTINGS
 from tenora.training.spec import LORA, LORA_ASKED, Trial
 
 MAX_SEED = 2**31 - 1
@@ -52,6 +53,18 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     def learns_by(self) -> Method:
         """Its method."""
         return find_method(self.method)
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The method's own settings, with defaults."""
+        method = self.learns_by
+        given = {one.name: self.hyperparameters.get(one.name) for one in method.settings}
+        return method.own_settings({name: None if value == AUTO else value for name, value in given.items()})
+
+    @property
+    def rows(self) -> RowKind:
+        """The kind of rows that it learns from."""
+        return self.learns_by.rows_of(self.method_settings)
 
     @property
     def split_seed(self) -> int:
@@ -107,6 +120,7 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
             "max_steps says how long the job trains, so n_epochs would change nothing; give one of them.",
             param="n_epochs",
         )
+    method.check(asked.method_settings, _given_beside(asked))
     starts_from = asked.lora.get("init_from")
     if starts_from is not None:
         LORA_ASKED["init_from"].check(starts_from, "lora.init_from")
@@ -166,10 +180,23 @@ def _method(request: JobRequest) -> Method:
     return found
 
 
+def _given_beside(asked: Asked) -> list[str]:
+    """What the request says about training that is no setting of the method's own, by where it says so."""
+    own = {one.name for one in asked.learns_by.settings}
+    found = [name for name, value in asked.hyperparameters.items() if name not in own and value != AUTO]
+    found += [name for name in asked.settings if name in RUN]
+    found += [f"lora.{name}" for name in asked.lora]
+    return found if asked.sweep is None else [*found, "sweep"]
+
+
 def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
-    """Merge the places in which a hyperparameter may stand; two different values for one are refused."""
+    """Merge the places in which a hyperparameter may stand; two different values for one are refused.
+
+    The method's options stand in one place each.
+    """
     kind, names = method.name, tuple(method.hyperparameters)
-    options = known_fields((request.method or {}).get(kind) or {}, ("hyperparameters",), f"method.{kind}")
+    own = ("hyperparameters", *(group for group in method.options if group), *method.options.get("", {}))
+    options = known_fields((request.method or {}).get(kind) or {}, own, f"method.{kind}")
     inner = known_fields(options.get("hyperparameters") or {}, names, f"method.{kind}.hyperparameters")
     older = known_fields(request.hyperparameters, tuple(HYPERPARAMETERS), "hyperparameters")
     found: dict[str, Any] = {}
@@ -185,6 +212,12 @@ def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
                 f"{' and '.join(given)} differ; send the value in one place.", param=next(iter(given))
             )
         found[name] = next(iter(given.values()), AUTO)
+    for group, settings in method.options.items():
+        where = ".".join(filter(None, ("method", kind, group)))
+        inner = known_fields(options.get(group) or {}, tuple(settings), where) if group else options
+        for key, setting in settings.items():
+            value = inner.get(key)
+            found[setting.name] = AUTO if value is None else setting.check(value, f"{where}.{key}")
     return found
 
 

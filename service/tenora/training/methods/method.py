@@ -9,7 +9,7 @@ it where it is used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from tenora.data.rows import ANSWERS, RowKind
 from tenora.training.packing import PackedRows
-from tenora.training.settings import HYPERPARAMETERS, Setting
+from tenora.training.settings import AUTO, HYPERPARAMETERS, Setting
 from tenora.training.spec import TrainSpec
 
 if TYPE_CHECKING:
+    from tenora.data.dataset import TokenizedDataset
     from tenora.model.readouts.base import ReadoutKind
     from tenora.training.arena import TrainedAdapter
     from tenora.training.corpus import Corpus
@@ -172,14 +173,76 @@ class Method(ABC):
     start_has_accuracy: ClassVar[bool] = True
 
     @property
-    def hyperparameters(self) -> Mapping[str, Setting]:
-        """What a request may say beside the method's name."""
+    def asked(self) -> Mapping[str, Setting]:
+        """All that a request may say beside the method's name."""
         return {**HYPERPARAMETERS, **{setting.name: setting for setting in self.settings}}
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Setting]:
+        """Those of them that stand under `hyperparameters`."""
+        return {name: setting for name, setting in self.asked.items() if not setting.at}
+
+    @property
+    def options(self) -> Mapping[str, Mapping[str, Setting]]:
+        """The others by the object that they stand in, `head`, and their key in it; those in none are under ""."""
+        found: dict[str, dict[str, Setting]] = {}
+        for setting in self.settings:
+            if setting.at:
+                group, _, key = setting.at.rpartition(".")
+                found.setdefault(group, {})[key] = setting
+        return found
+
+    def placed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a request with these values, each where it stands; what is not settled is left out, unless it
+        may be "auto".
+        """
+        settings = self.asked
+        known = {name: value for name, value in values.items() if name in settings and value is not None}
+        given = {name: value for name, value in known.items() if value != AUTO or settings[name].auto}
+        found: dict[str, Any] = {}
+        if own := {name: given[name] for name in self.hyperparameters if name in given}:
+            found["hyperparameters"] = own
+        for group, settings in self.options.items():
+            if inner := {key: given[one.name] for key, one in settings.items() if one.name in given}:
+                found |= {group: inner} if group else inner
+        return found
 
     def own_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The values of its own settings: the given ones, where they are not None, and defaults."""
         chosen = {name: value for name, value in given.items() if value is not None}
         return {setting.name: chosen.get(setting.name, setting.default) for setting in self.settings}
+
+    def rows_of(self, settings: Mapping[str, Any]) -> RowKind:
+        """The kind of rows that it learns from with these own settings."""
+        return self.rows
+
+    def check(self, settings: Mapping[str, Any], given: Collection[str]) -> None:  # noqa: B027 - most accept anything
+        """Look at what is asked for as a whole.
+
+        Args:
+            settings: its own, resolved.
+            given: where else the request says something about training, as `lora.rank`.
+
+        Raises:
+            InvalidRequestError: settings contradict each other, or one of them would change nothing.
+        """
+
+    def settle(
+        self,
+        settings: Mapping[str, Any],
+        train: Sequence[TokenizedDataset],
+        valid: TokenizedDataset | None,
+    ) -> tuple[list[TokenizedDataset], TokenizedDataset | None]:
+        """The rows of all files as it learns them, before any are held out.
+
+        Raises:
+            DatasetError: it cannot learn from these; `param` says of which file.
+        """
+        return list(train), valid
+
+    def is_frozen(self, settings: Mapping[str, Any]) -> bool:
+        """Whether nothing of the base or an adapter learns: no step is taken, and rows are read once."""
+        return False
 
     @abstractmethod
     def learning(self, learner: Learner) -> Learning:

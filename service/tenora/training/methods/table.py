@@ -7,10 +7,12 @@ from types import MappingProxyType
 
 from tenora.data.rows import RowKind
 from tenora.errors import TrainingError
-from tenora.training.methods import dpo, supervised
+from tenora.training.methods import dpo, feature_extraction, supervised
 from tenora.training.methods.method import Method, Unit
 
-_TABLE: dict[str, Method] = {method.name: method for method in (supervised.METHOD, dpo.METHOD)}
+_TABLE: dict[str, Method] = {
+    method.name: method for method in (supervised.METHOD, dpo.METHOD, feature_extraction.METHOD)
+}
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 USUAL = supervised.METHOD
 """Of a job that names none."""
@@ -41,16 +43,16 @@ def register(method: Method) -> None:
     """
     if method.name in _TABLE:
         raise ValueError(f"there is a method {method.name!r} already.")
-    if len(method.hyperparameters) < len(USUAL.hyperparameters) + len(method.settings):
+    if len(method.asked) < len(USUAL.hyperparameters) + len(method.settings):
         raise ValueError(f"a setting of {method.name!r} has the name of one that all methods have.")
     _TABLE[method.name] = method
 
 
-def wrong_rows(method: Method, found: RowKind) -> str:
-    """What is said to whoever sends rows of another kind than the method learns from."""
-    others = [other.name for other in METHODS.values() if other.rows == found]
+def wrong_rows(method: Method, wanted: RowKind, found: RowKind) -> str:
+    """What is said to whoever sends rows of another kind than the method is asked to learn from."""
+    others = [other.name for other in METHODS.values() if other.rows == found and other is not method]
     instead = f', or use method {others[0]} ("method": {{"type": "{others[0]}"}})' if others else ""
     return (
-        f"The training file cannot be used: it holds {found.name}, and method {method.name} needs {method.rows.name} "
-        f"({method.rows.fields}). Send such rows{instead}."
+        f"The training file cannot be used: it holds {found.name}, and method {method.name} needs {wanted.name} "
+        f"({wanted.fields}). Send such rows{instead}."
     )

@@ -43,7 +43,8 @@ class PlainPlan:
 
 def load_corpus(spec: TrainSpec) -> Corpus:
     """The rows that the run's method wants; raises as `Corpus.load`."""
-    return Corpus.load(spec.tasks, kind=find_method(spec.method).rows)
+    method = find_method(spec.method)
+    return Corpus.load(spec.tasks, kind=method.rows_of(method.own_settings(spec.method_settings)))
 
 
 def finished(learner: Learner) -> FinishedEvent:
