@@ -222,7 +222,7 @@ class PackedStack:
         first = segments.first
         if first is None or first + segments.adapted != segments.rows or not self.supports(tables):
             raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
-        found = arguments(lowrank.LORA, **tables.addresses._asdict(), arena=tables.arena.data_ptr())
+        found = arguments(lowrank.LORA, tables.addresses._asdict(), arena=tables.arena.data_ptr())
         slots = segments.arrays.seg_slot
         return (
             found,
