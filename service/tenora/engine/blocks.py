@@ -27,7 +27,7 @@ def chain_hash(parent: BlockHash, token_ids: Sequence[int], begins: tuple[str, i
 
     Args:
         parent: hash of the block before it, or `root_hash`.
-        token_ids: of the block, as many for every block.
+        token_ids: of the block; fewer than others only where virtual tokens of the chain's adapter come first.
         begins: digest of the adapter that begins to act in this block, and at which of its tokens: where its invocation
             goes on in the next block, equal tokens may be the base's or the adapter's.
     """

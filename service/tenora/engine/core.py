@@ -42,6 +42,7 @@ from tenora.engine.messages import (
 )
 from tenora.engine.model_runner import ModelRunner
 from tenora.engine.outputs import Item, advance, failed, is_final, step_failure
+from tenora.engine.prefixes import AdapterPrefixes
 from tenora.engine.reading import AdapterFiles
 from tenora.engine.rehearsal import peak_bytes, rehearse
 from tenora.engine.requests import check_request
@@ -127,6 +128,10 @@ class Engine:
             self.loader,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            prefixes=AdapterPrefixes(
+                decoder, cache, self.pool.tables, self.rows, tokens_per_pass=settings.max_num_batched_tokens
+            ),
         )
         executor = executor_for(
             decoder,

@@ -109,7 +109,7 @@ class ModelRunner:
     def _batch(self, items: Sequence[Scheduled]) -> Batch:
         """The stream of the items' tokens."""
         sequences = [item.sequence for item in items]
-        starts = np.array([item.start for item in items])
+        starts = np.array([item.sequence.offset + item.start for item in items])  # in the cache
         counts = np.array([item.count for item in items])
         query_start = np.zeros(len(items) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])

@@ -40,7 +40,7 @@ def advance(sequence: SequenceState, result: Result, max_model_len: int) -> Item
     Args:
         sequence: its end was computed in this step; changed in place.
         result: what the step gave it.
-        max_model_len: tokens that a sequence may have, prompt included.
+        max_model_len: tokens that a sequence may have, prompt and virtual ones included.
     """
     if (failure := _not_finite(sequence, result)) is not None:
         return failure
@@ -56,7 +56,7 @@ def advance(sequence: SequenceState, result: Result, max_model_len: int) -> Item
     else:
         token_ids = [result.token]
         sequence.token_ids.append(result.token)
-        if sequence.num_output >= sequence.sampling.max_tokens or len(sequence.token_ids) >= max_model_len:
+        if sequence.num_output >= sequence.sampling.max_tokens or sequence.length >= max_model_len:
             finish_reason = "length"
     first, sequence.reported = not sequence.reported, True
     logprobs = None

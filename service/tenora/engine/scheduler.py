@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -15,7 +15,7 @@ from tenora.adapters.ref import AdapterRef
 from tenora.engine.blocks import BlockManager
 from tenora.engine.fairness import FairQueue
 from tenora.engine.sequence import SequenceState
-from tenora.errors import ConflictError, TenoraError
+from tenora.errors import ConflictError, ContextLengthError, TenoraError
 
 LOOK_AHEAD = 32  # waiting sequences whose adapters are read while others run
 
@@ -40,6 +40,18 @@ class Residency(Protocol):
 
     def release(self, digest: str) -> None:
         """Give one reference back."""
+        ...
+
+
+class Prefixes(Protocol):
+    """Lays the virtual tokens of adapters into KV blocks."""
+
+    def count(self, slot: int) -> int:
+        """Virtual tokens of the adapter in a slot; 0 if it has none. TenoraError if they cannot be served."""
+        ...
+
+    def lay(self, slot: int, start: int, blocks: Sequence[int]) -> None:
+        """Fill positions from `start` up to the adapter's count in a block table. TenoraError if that fails."""
         ...
 
 
@@ -71,10 +83,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, residency: Residency, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        residency: Residency,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int = 2**62,
+        prefixes: Prefixes | None = None,
     ) -> None:
+        """Nothing waits. `max_model_len` bounds virtual tokens and prompt together; no `prefixes`: there are none."""
         self.blocks = blocks
         self.residency = residency
+        self.max_model_len = max_model_len
+        self.prefixes = prefixes
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every decode fits into every step
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = FairQueue()
@@ -125,16 +147,10 @@ class Scheduler:
 
     def computed(self, item: Scheduled) -> None:
         """A step succeeded: the tokens of `item` lie in the cache, and blocks that are full now become findable."""
-        sequence, size = item.sequence, self.blocks.block_size
-        first = sequence.num_computed // size
+        sequence = item.sequence
+        first = sequence.context
         sequence.num_computed = item.start + item.count
-        if sequence.num_computed // size == first:
-            return  # no block became full: most decode steps
-        hashes = sequence.hashes(size, sequence.num_computed)
-        for index in range(first, len(hashes)):
-            # What the base computed outlives the adapter.
-            digest = sequence.digest if (index + 1) * size > sequence.adapted_from else ""
-            self.blocks.register(sequence.block_table[index], hashes[index], digest, sequence.request.cache_salt)
+        self._register(sequence, first, sequence.context)
 
     def finish(self, sequence: SequenceState) -> None:
         """End a sequence, running or waiting, and give back everything it holds."""
@@ -154,6 +170,17 @@ class Scheduler:
         """Raise BlockIntegrityError unless every held block belongs to a running sequence."""
         self.blocks.check_integrity(sequence.block_table for sequence in self.live())
 
+    def _register(self, sequence: SequenceState, first: int, last: int) -> None:
+        """Make findable what became full while positions [first, last) were filled."""
+        size = self.blocks.block_size
+        if last // size == first // size:
+            return  # no block became full: most decode steps
+        hashes = sequence.hashes(size, last - sequence.offset)
+        for index in range(first // size, last // size):
+            # What the base computed outlives the adapter.
+            digest = sequence.digest if (index + 1) * size > sequence.adapted_from else ""
+            self.blocks.register(sequence.block_table[index], hashes[index], digest, sequence.request.cache_salt)
+
     def _continue_running(self) -> tuple[dict[SequenceState, Scheduled], int]:
         batch: dict[SequenceState, Scheduled] = {}
         budget = self.max_num_batched_tokens
@@ -163,7 +190,7 @@ class Scheduler:
             if not sequence.block_table:
                 continue  # preempted for one of the sequences before it
             count = min(sequence.alike, budget)
-            while not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
+            while not self.blocks.grow(sequence.block_table, sequence.context + count):
                 victim = self._victim()
                 self._preempt(victim)
                 if victim in batch:
@@ -190,10 +217,13 @@ class Scheduler:
                 continue  # its adapter could not be loaded
             matched = self._match(sequence)
             # The margin keeps a newcomer from being preempted at once by those that run.
-            if not self.blocks.can_hold(matched, len(sequence.token_ids), reserve=len(self.running)):
+            if not self.blocks.can_hold(matched, sequence.length, reserve=len(self.running)):
                 self._release(sequence)
                 return  # and nobody overtakes it, or a long prompt would wait for ever
-            batch[sequence] = item = self._start(sequence, matched, budget)
+            item = self._start(sequence, matched, budget)
+            if item is None:
+                continue
+            batch[sequence] = item
             budget -= item.count
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 return
@@ -219,26 +249,58 @@ class Scheduler:
             return slot
         sequence.slot = slot
         sequence.adapted_from = adapted_from(sequence.request.token_ids, self.residency.invocation(sequence.digest))
+        if self.prefixes is not None:
+            self._leave_room(sequence, self.prefixes)
         return None
+
+    def _leave_room(self, sequence: SequenceState, prefixes: Prefixes) -> None:
+        """Let a sequence begin after its adapter's virtual tokens; it ends here if it does not fit behind them."""
+        try:
+            sequence.offset = prefixes.count(sequence.slot)
+        except TenoraError as error:
+            self._fail(sequence, error)
+            return
+        if sequence.offset and sequence.length + min(sequence.sampling.max_tokens, 1) > self.max_model_len:
+            message = (
+                f"The prompt has {sequence.num_prompt} tokens, the adapter puts {sequence.offset} virtual ones before "
+                f"it, and the model's context is {self.max_model_len}; shorten the prompt."
+            )
+            self._fail(sequence, ContextLengthError(message))
+
+    def _fail(self, sequence: SequenceState, error: TenoraError) -> None:
+        """End one sequence, with what it holds."""
+        self.failed.append((sequence, error))
+        if sequence not in self.running:
+            self._release(sequence)
+        self.finish(sequence)
 
     def _fail_waiting(self, digest: str, error: TenoraError) -> None:
         for waiting in self.waiting.waiting_for(digest):
             self.failed.append((waiting, error))
             self.finish(waiting)
 
-    def _start(self, sequence: SequenceState, matched: list[int], budget: int) -> Scheduled:
+    def _start(self, sequence: SequenceState, matched: list[int], budget: int) -> Scheduled | None:
+        """Let a sequence run; None if its adapter's virtual tokens could not be laid down, which ends it."""
         self.waiting.take(sequence)
         self.running.append(sequence)
         sequence.block_table = self.blocks.take(matched)
-        sequence.num_computed = len(matched) * self.blocks.block_size
+        held = len(matched) * self.blocks.block_size
+        sequence.num_computed = max(held - sequence.offset, 0)
         if sequence.cached_tokens is None:
             sequence.queue_seconds = time.monotonic() - sequence.arrived
             sequence.cached_tokens = sequence.charged = sequence.num_computed
             self.prefix_queries += sequence.num_prompt
             self.prefix_hits += sequence.num_computed
         count = min(sequence.alike, budget)
-        if not self.blocks.grow(sequence.block_table, sequence.num_computed + count):
+        if not self.blocks.grow(sequence.block_table, sequence.context + count):
             raise RuntimeError("blocks vanished between can_hold and grow")
+        if self.prefixes is not None and held < sequence.offset:
+            try:
+                self.prefixes.lay(sequence.slot, held, sequence.block_table)
+            except TenoraError as error:
+                self._fail(sequence, error)
+                return None
+            self._register(sequence, held, sequence.offset)
         return Scheduled(sequence, sequence.num_computed, count)
 
     def _victim(self) -> SequenceState:

@@ -28,7 +28,8 @@ class SequenceState:
         num_computed: leading tokens whose keys and values lie in the cache.
         charged: leading tokens that its share group has paid for; recomputation is not charged again.
         slot: adapter slot while running with an adapter, else -1.
-        adapted_from: position of the first token that its adapter acts on; known once it has run with a slot.
+        adapted_from: the first token that its adapter acts on; known once it has run with a slot, as is `offset`.
+        offset: virtual tokens of its adapter before it: token i lies at position offset + i.
         cached_tokens: prompt tokens found in the prefix cache at first admission; None before it.
         reported: whether a first output was emitted.
         greedy: its next token is the likeliest one.
@@ -53,6 +54,7 @@ class SequenceState:
     charged: int = 0
     slot: int = -1
     adapted_from: int = 0
+    offset: int = 0
     cached_tokens: int | None = None
     reported: bool = False
     greedy: bool = False
@@ -108,6 +110,16 @@ class SequenceState:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def length(self) -> int:
+        """Positions that it fills once all its tokens are computed."""
+        return self.offset + len(self.token_ids)
+
+    @property
+    def context(self) -> int:
+        """Positions that are filled, virtual tokens included."""
+        return self.offset + self.num_computed
+
+    @property
     def alike(self) -> int:
         """How many of the remaining tokens are computed as the next one is: with the adapter, or without."""
         end = self.adapted_from if self.num_computed < self.adapted_from else NEVER
@@ -127,15 +139,16 @@ class SequenceState:
         return len(known or ()) - 1
 
     def hashes(self, block_size: int, num_tokens: int) -> list[BlockHash]:
-        """Hash chain of the full blocks among the first `num_tokens` tokens, extended as far as needed and kept.
+        """Hash chain of the full blocks up to the first `num_tokens` tokens, extended as far as needed and kept.
 
-        Blocks before those that the adapter acts in have the base's hashes.
+        Blocks before those that the adapter acts in have the base's hashes. Virtual tokens have no ids: the digest
+        says what they are.
         """
-        full = num_tokens // block_size
+        full = (self.offset + num_tokens) // block_size
         while len(self.block_hashes) < full:
-            start = len(self.block_hashes) * block_size
+            start = len(self.block_hashes) * block_size - self.offset
             parent = self.block_hashes[-1] if self.block_hashes else self._root()
-            tokens = self.token_ids[start : start + block_size]
+            tokens = self.token_ids[max(start, 0) : max(start + block_size, 0)]
             inside = self.adapted_from - start
             begins = self.adapted_from > 0 and 0 <= inside < block_size
             self.block_hashes.append(chain_hash(parent, tokens, (self.digest, inside) if begins else None))
