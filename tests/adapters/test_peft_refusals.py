@@ -39,7 +39,8 @@ def test_the_unchanged_one_is_accepted(tmp_path: Path) -> None:
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "other peft_type": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
     "no peft_type": ({"peft_type": None}, "peft_type is None"),
-    "classifier": ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+    "classifier of tokens": ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'"),
+    "classifier without its head": ({"task_type": "SEQ_CLS"}, "score.weight is not in the file; save the adapter with"),
     "DoRA": ({"use_dora": True}, "use_dora is True: DoRA also rescales"),
     "bias": ({"bias": "all"}, "bias is 'all'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True"),

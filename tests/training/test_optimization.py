@@ -65,6 +65,27 @@ def test_adamw_equals_torch_with_settings_of_every_steps_own(course: list[AdamWS
     assert torch.equal(parameters.refreshed, parameters.weights), "it is told of the weights as they are at the end"
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_stretches_with_a_rate_of_their_own_equal_torchs_parameter_groups(weight_decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(300, generator=generator)
+    theirs = [torch.nn.Parameter(part.clone()) for part in start.split([100, 120, 80])]
+    factors = (1.0, 10.0, 0.5)
+    groups = [{"params": [part], "lr": 1e-3 * factor} for part, factor in zip(theirs, factors, strict=True)]
+    reference = torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)
+    parameters = Vector(start.clone(), torch.zeros(300))
+    spans = (slice(0, 100), slice(100, 220), slice(220, 300))
+    ours = AdamW(parameters, tuple(zip(spans, factors, strict=True)))
+    for _ in range(10):
+        grad = torch.randn(300, generator=generator)
+        parameters.grad.copy_(grad)
+        for part, own in zip(theirs, grad.split([100, 120, 80]), strict=True):
+            part.grad = own.clone()
+        reference.step()
+        ours.step(AdamWSettings(learning_rate=1e-3, weight_decay=weight_decay))
+    torch.testing.assert_close(parameters.weights, torch.cat([part.detach() for part in theirs]), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
 def test_clipping_equals_torch(max_norm: float) -> None:
     grad = torch.randn(100, generator=torch.Generator().manual_seed(1))

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenora.data.dataset import TokenizedDataset
+from tenora.data.labels import Labels
+from tenora.data.rows import LABELLED, PAIRS, RowKind
 from tenora.training.corpus import Corpus
 from tenora.training.packing import microbatches, pack, plan_microbatches, shared_prefix, stream_length
 from tests.data.rows import random_rows
@@ -22,6 +24,37 @@ def test_plan_holds_each_row_once_within_capacity_and_is_first_fit(lengths: list
     fitting = sorted(load for load in loads if load <= capacity)
     assert len(fitting) < 2 or fitting[0] + fitting[1] > capacity
     assert plan == plan_microbatches(lengths, capacity)
+
+
+def labelled(labels: Labels | None, *, kind: RowKind, rows_per_example: int = 1) -> TokenizedDataset:
+    """Six rows of four tokens, read at the third."""
+    return TokenizedDataset(
+        tokens=np.arange(24, dtype=np.int32),
+        weights=np.tile(np.array([0, 0, 0, 1], np.uint8), 6),
+        offsets=np.arange(0, 25, 4),
+        lines=np.arange(6),
+        rows_per_example=rows_per_example,
+        named_kind=kind,
+        labels=labels,
+    )
+
+
+def test_rows_bring_what_a_head_learns_of_them() -> None:
+    marks = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [1, 0], [0, 1]], np.bool_)
+    for labels, wanted in (
+        (Labels("class", ("a", "b"), np.array([1, 0, 1, 1, 0, 0])), [[0.0], [1.0]]),
+        (Labels("number", (), np.array([1.5, 2, 3, 4, 5.25, -6])), [[5.25], [4.0]]),
+        (Labels("classes", ("a", "b"), marks), [[1.0, 0.0], [0.0, 0.0]]),
+    ):
+        (packed,) = microbatches(labelled(labels, kind=LABELLED), [3, 4], 100)
+        assert packed.labels is not None
+        assert packed.labels[::-1].tolist() == wanted
+        assert packed.predict_at.tolist() == [2, 5]
+    (packed,) = microbatches(labelled(None, kind=PAIRS, rows_per_example=3), [1, 0], 100, shared=1)
+    assert packed.rows == (3, 4, 5, 0, 1, 2)
+    assert packed.labels is not None
+    assert packed.labels.tolist() == [[1, 0], [1, 1], [1, 2], [0, 0], [0, 1], [0, 2]]
+    assert pack(random_rows(2, seed=1), [0, 1]).labels is None
 
 
 @settings(max_examples=50)

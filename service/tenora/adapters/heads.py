@@ -28,7 +28,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         name: what a request calls it; unique within the adapter.
         kind: classification gives probabilities of its labels, regression and scalar numbers, embedding a vector.
-        start, stop: its rows among those of all heads.
+        start, stop: its rows among those of all heads; an embedding without any is what it reads.
         labels: of classification, one for each row (of two classes, too).
         multi_label: labels do not exclude each other: a sigmoid each, in place of a softmax.
         pooling: which positions of a text it reads: its last one, or the mean of all.
@@ -73,7 +73,7 @@ def decode_heads(text: str, rows: int) -> tuple[Head, ...]:
         raise AdapterFormatError(f"{METADATA_KEY} in the file's metadata does not describe heads: {error}.") from error
     end = 0
     for head in heads:
-        if head.start != end or head.stop <= head.start:
+        if head.start != end or head.stop < head.start or (head.kind != "embedding" and not head.size):
             raise AdapterFormatError(f"the rows of head {head.name!r} do not follow those of the one before it.")
         if head.kind == "classification" and len(head.labels) != head.size:
             raise AdapterFormatError(f"head {head.name!r} has {head.size} rows and {len(head.labels)} labels.")

@@ -20,9 +20,10 @@ from typing import BinaryIO, TypeVar
 from tenora.adapters.arena_room import ArenaRoom
 from tenora.adapters.atomic import new_directory
 from tenora.adapters.digest import CONFIG_NAME, WEIGHTS_NAME, HashingBeside, content_hasher, damaged, digest_of
+from tenora.adapters.head_files import HeadTensors, plan_heads, with_heads
 from tenora.adapters.kinds.kind import Plan
 from tenora.adapters.kinds.lora import LoraShape, lora_config, lora_tensors
-from tenora.adapters.kinds.table import MAX_CONFIG_BYTES, parse_config
+from tenora.adapters.kinds.table import MAX_CONFIG_BYTES, parse_config, read_fields
 from tenora.adapters.safetensors_file import (
     Array,
     TensorEntry,
@@ -30,6 +31,7 @@ from tenora.adapters.safetensors_file import (
     read_array,
     read_arrays,
     read_header_text,
+    read_metadata,
     require_below,
     write_file,
 )
@@ -199,11 +201,17 @@ def _layout(config: bytes, header: bytes, file_size: int, targets: Sequence[Targ
     parsed = parse_config(config)
     # Two or three tensors a module; with room for those of other formats, so that a name among them can tell which.
     entries = parse_header(header, file_size, max_tensors=4 * len(targets))
-    return _Layout(tuple(entries.values()), parsed.plan(entries, targets, max_rank=max_rank))
+    heads, others = plan_heads(read_fields(config), entries, read_metadata(header), targets)
+    return _Layout(tuple(entries.values()), heads.beside(parsed.plan(others, targets, max_rank=max_rank)))
 
 
 def write_adapter(
-    directory: Path, *, base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Array, Array]]
+    directory: Path,
+    *,
+    base_model: str,
+    lora: LoraShape,
+    modules: Mapping[str, tuple[Array, Array]],
+    heads: HeadTensors | None = None,
 ) -> None:
     """Write an adapter that `PeftModel.from_pretrained` loads, complete or not at all.
 
@@ -212,14 +220,16 @@ def write_adapter(
         base_model: id of the base, for `base_model_name_or_path`.
         lora: rank, alpha, dropout, target modules, rsLoRA. A module of another rank gets an entry in `rank_pattern`.
         modules: by path (`model.layers.0.self_attn.q_proj`), A [rank, in] and B [out, rank], both float32, float16
-            or (as uint16 bits) bfloat16. Every layer of the base must be there for each of `lora.target_modules`.
+            or (as uint16 bits) bfloat16. Each of `lora.target_modules` must be there in every layer of the base, or in
+            the same last layers.
+        heads: of the adapter.
 
     Raises:
         ValueError: if shapes or names do not fit together.
         FileExistsError: if the directory exists; adapters are never replaced.
         StorageFullError: if the disk is full.
     """
-    tensors, config = lora_tensors(modules), lora_config(base_model, lora, modules)
+    config, tensors, metadata = with_heads(lora_config(base_model, lora, modules), lora_tensors(modules), heads)
     with new_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_file(temporary / WEIGHTS_NAME, tensors)
+        write_file(temporary / WEIGHTS_NAME, tensors, metadata)

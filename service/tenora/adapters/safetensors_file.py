@@ -222,11 +222,19 @@ def _chunk_is_finite(values: Array) -> bool:
     return int((values & 0x7FFF).max()) < 0x7F80
 
 
-def write_file(path: Path, tensors: Mapping[str, Array]) -> None:
+def read_metadata(text: bytes) -> Mapping[str, str]:
+    """What a header that `parse_header` has checked says beside its tensors."""
+    if b"__metadata__" not in text:
+        return {}
+    found: dict[str, str] = parse_json_object(text, what="the safetensors header").get("__metadata__", {})
+    return found
+
+
+def write_file(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Write float32, float16 or (as uint16 bits) bfloat16 arrays. Not atomic: see `tenora.adapters.atomic`."""
     # Wider types first keeps every tensor aligned to its own size, as the format's own writer does.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         array = tensors[name]

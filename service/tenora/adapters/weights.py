@@ -73,6 +73,7 @@ class AdapterSummary:
         bfloat16: whether all of them are bfloat16.
         nbytes: size of the weights in the file.
         config: adapter_config.json.
+        heads: what reads its last hidden states.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class AdapterSummary:
     bfloat16: bool
     nbytes: int
     config: Mapping[str, Any]
+    heads: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from tenora.data.dataset import TokenizedDataset
 from tenora.model.readouts.base import ReadoutKind
@@ -31,10 +32,11 @@ class Evaluation:
         accuracy: how often the token was the likeliest.
         rows: per row, the summed loss of its learned tokens.
         tokens: per row, how many these are.
-        probe: of the first rows, log-probabilities of the learned tokens.
+        probe: of the first rows, log-probabilities of the learned tokens, or scores.
         examples, units: of each example the loss, and how much of what `loss` is the mean over it has: here of each row
             its learned tokens.
         metrics: further numbers.
+        scores: float32 [rows, k], of rows that a head reads; else None. The probe is then of their first rows.
     """
 
     loss: float
@@ -45,6 +47,7 @@ class Evaluation:
     examples: list[float]
     units: list[int]
     metrics: dict[str, float] = field(default_factory=dict)
+    scores: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class _Sums:
     tokens: list[int]
     probe: list[list[float]]
     correct: int = 0
+    scores: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: TokenizedDataset) -> _Sums:
@@ -69,6 +73,11 @@ class _Sums:
             self.rows[row], self.tokens[row] = loss, len(own)
             if row < len(self.probe):
                 self.probe[row] = (-own).tolist()
+        if found.scores is not None:
+            for row, scores in zip(part.rows, found.scores.cpu().numpy(), strict=True):
+                self.scores[row] = scores
+                if row < len(self.probe):
+                    self.probe[row] = scores.tolist()
         self.correct += int(found.correct.sum())
 
 
@@ -104,7 +113,10 @@ def measure(
             sums.add(part, found)
     tokens = max(sum(sums.tokens), 1)
     loss, accuracy = sum(sums.rows) / tokens, sums.correct / tokens
-    return Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rows, sums.tokens)
+    whole = Evaluation(loss, accuracy, sums.rows, sums.tokens, sums.probe, sums.rows, sums.tokens)
+    if sums.scores:
+        whole.scores = np.stack([sums.scores[row] for row in range(len(dataset))])
+    return whole
 
 
 def general_loss(

@@ -6,6 +6,7 @@ cannot touch a neighbour's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -35,11 +36,14 @@ class AdamW:
     Attributes:
         parameters: weights and gradient.
         exp_avg, exp_avg_sq: float32 [n], first and second moments.
+        rates: stretches of the weights, which together are all of them, and what the step's rate is multiplied with
+            in each, as torch's parameter groups have rates of their own.
         steps: updates done so far.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, rates: Sequence[tuple[slice, float]] = ()) -> None:
         self.parameters = parameters
+        self.rates = tuple(rates) or ((slice(None), 1.0),)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameters.weights), torch.zeros_like(parameters.weights)
         self.steps = 0
 
@@ -51,14 +55,16 @@ class AdamW:
         last thing it does is `parameters.refresh()`.
         """
         weights, grad = self.parameters.weights, self.parameters.grad
-        rate, beta1, beta2 = settings.learning_rate, settings.beta1, settings.beta2
+        beta1, beta2 = settings.beta1, settings.beta2
         self.steps += 1
         self.exp_avg.lerp_(grad, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = self.exp_avg_sq.sqrt().div_((1 - beta2**self.steps) ** 0.5).add_(settings.epsilon)
-        if settings.weight_decay:
-            weights.mul_(1 - rate * settings.weight_decay)
-        weights.addcdiv_(self.exp_avg, denominator, value=-rate / (1 - beta1**self.steps))
+        for stretch, factor in self.rates:
+            own, rate = weights[stretch], settings.learning_rate * factor
+            if settings.weight_decay:
+                own.mul_(1 - rate * settings.weight_decay)
+            own.addcdiv_(self.exp_avg[stretch], denominator[stretch], value=-rate / (1 - beta1**self.steps))
         self.parameters.refresh()
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tenora.adapters.invocation import adapted_from
 from tenora.data.dataset import TokenizedDataset
+from tenora.data.rows import PAIRS, PREFERENCES
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -99,7 +100,7 @@ def shared_prefix(dataset: TokenizedDataset, invocation: Sequence[int] = ()) -> 
         invocation: tokens from which on the adapter acts (`tenora.adapters.invocation`): what is shared ends before
             them in every row.
     """
-    if dataset.rows_per_example > 1:
+    if dataset.kind == PREFERENCES:
         return 1  # each pair has a prompt of its own
     return _common(dataset, invocation)
 
@@ -131,13 +132,27 @@ def pack(
         invocation: see `shared_prefix`.
     """
     stream = _Stream(invocation)
-    if shared and dataset.rows_per_example > 1:
+    if shared and dataset.kind == PREFERENCES:
         for chosen, rejected in zip(rows[0::2], rows[1::2], strict=True):
             pair = dataset.select(np.array([chosen // 2]))
             stream.add(dataset, [chosen, rejected], _common(pair, invocation))
     else:
         stream.add(dataset, rows, shared)
-    return stream.packed(rows)
+    labels = None if dataset.labels is None and dataset.kind != PAIRS else row_labels(dataset, rows)
+    return stream.packed(rows, labels)
+
+
+def row_labels(dataset: TokenizedDataset, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+    """What a head learns of each of the rows, float32 [rows, w].
+
+    A class is its number, several are a mark for each there is, a number is itself; a text of a pair is its example and
+    its part: 0 the anchor, 1 the positive, 2 a negative.
+    """
+    where = np.asarray(rows, dtype=np.int64)
+    if dataset.labels is not None:
+        return dataset.labels.values[where].astype(np.float32).reshape(len(where), -1)
+    size = dataset.rows_per_example
+    return np.stack([where // size, np.minimum(where % size, 2)], axis=1).astype(np.float32)
 
 
 class _Stream:
@@ -179,7 +194,7 @@ class _Stream:
         if self._invocation:
             self._adapted.append(positions >= adapted_from(row.tolist(), self._invocation))
 
-    def packed(self, rows: Sequence[int]) -> PackedRows:
+    def packed(self, rows: Sequence[int], labels: npt.NDArray[np.float32] | None) -> PackedRows:
         """The stream."""
         lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         counts = [len(target) for target in self._targets]
@@ -194,6 +209,7 @@ class _Stream:
             target_row=np.repeat(np.arange(len(rows), dtype=np.int64), counts),
             row_tokens=self._row_tokens,
             adapted=np.concatenate(self._adapted) if self._adapted else None,
+            labels=labels,
         )
 
 

@@ -12,7 +12,7 @@ from tenora.adapters.kinds import fields
 from tenora.adapters.kinds.coverage import FIELDS as COVERAGE_FIELDS
 from tenora.adapters.kinds.coverage import Coverage
 from tenora.adapters.kinds.kind import Kind
-from tenora.adapters.matching import Expressions, KeyTable
+from tenora.adapters.matching import Expressions, KeyTable, layer_number
 from tenora.adapters.safetensors_file import Array, TensorEntry, as_float32
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterSummary, AdapterWeights, LoraModule
@@ -253,12 +253,14 @@ def lora_config(base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Ar
     target_modules = list(lora.target_modules) or names
     if set(names) != set(target_modules):
         raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(target_modules)}.")
+    layers = sorted({layer_number(path, None) or 0 for path in modules})
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
+        **({"layers_to_transform": layers} if layers[:1] != [0] else {}),
         "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
         "modules_to_save": None,

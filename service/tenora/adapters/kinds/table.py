@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from tenora.adapters.head_files import without_heads
 from tenora.adapters.kinds.alora import ALORA
 from tenora.adapters.kinds.kind import Configuration, Kind
 from tenora.adapters.kinds.lora import LORA
@@ -15,18 +18,27 @@ COMPOSED = frozenset(kind.name for kind in KINDS if kind.composes)
 MAX_CONFIG_BYTES = 2**20
 
 
-def parse_config(text: bytes) -> Configuration:
-    """Read and check an adapter_config.json.
+def read_fields(text: bytes) -> dict[str, Any]:
+    """The fields of an adapter_config.json.
 
     Raises:
-        AdapterFormatError: if it is too large, not JSON, of a kind that is not served, or holds a field that is not
-            known; the message names the field.
+        AdapterFormatError: if it is too large, or not JSON.
     """
     if len(text) > MAX_CONFIG_BYTES:
         raise AdapterFormatError(
             f"adapter_config.json is over {MAX_CONFIG_BYTES} bytes; that is no LoRA configuration."
         )
-    raw = parse_json_object(text, what="adapter_config.json")
+    return parse_json_object(text, what="adapter_config.json")
+
+
+def parse_config(text: bytes) -> Configuration:
+    """Read and check an adapter_config.json, but for what it says of heads (`tenora.adapters.head_files`).
+
+    Raises:
+        AdapterFormatError: if it is too large, not JSON, of a kind that is not served, or holds a field that is not
+            known; the message names the field.
+    """
+    raw = without_heads(read_fields(text))
     for kind in KINDS:
         if kind.is_of(raw):
             return kind.parse(raw)
