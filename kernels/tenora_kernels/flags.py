@@ -11,3 +11,5 @@ SCALES = 32
 """The slot has scales of columns."""
 BOTTLENECKS = 64
 """The slot has bottlenecks."""
+EPILOGUE = SCALES | BOTTLENECKS
+"""Something follows a product or a block: compiled steps want such rows behind the others."""

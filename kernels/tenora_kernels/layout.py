@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.sites import BottleneckSite, HostRecord, LoraSite
 
 __all__ = [
@@ -164,6 +165,18 @@ class LoraTables:
         if self._highest is None or self._highest[0] != self.version:
             self._highest = (self.version, self.arrays.ranks[: self.low_rank_rows].max(axis=0, initial=0))
         return self._highest[1]
+
+    def order(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Places of the rows of a step in the order in which compiled steps want them.
+
+        The base's first, then slot after slot; those whose slots have scales or bottlenecks last.
+
+        Args:
+            slots: of each row, -1 for one of the base.
+        """
+        found = np.asarray(slots, dtype=np.int64)
+        has_epilogue = (found >= 0) & (self.flags[found] & EPILOGUE != 0)
+        return np.lexsort((found, has_epilogue))
 
     @property
     def low_rank_widths(self) -> tuple[int, ...]:

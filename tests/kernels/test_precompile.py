@@ -146,7 +146,7 @@ def test_planning_computes_nothing_and_is_over_with_its_block() -> None:
 
 def test_the_kernels_of_a_job_are_those_that_it_names_and_those_that_they_name() -> None:
     kernels = reachable([step.run_step])
-    assert {step.run_step, step._norm, team.claim, gemm.product_phase} <= kernels
+    assert {step.run_step, step._norm, team.claim, gemm.multiply_rows} <= kernels
     assert reachable([team.complete]) == {team.complete}
 
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
-from tenora.model.executors.base import Batch
-from tenora.model.executors.choice import executor_for
 from tenora.model.executors.compiled_cpu import CompiledExecutor
 from tenora.model.executors.modules import ModulesExecutor
 from tenora.model.loading import load_decoder
@@ -21,9 +16,8 @@ from tenora.model.spec import target_modules
 from tenora_kernels.cpu.lowrank.lowrank import ITEM_ROWS
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.layout import LoraTables
-from tests.support.tiny import VOCAB
+from tests.model.step_stream import Stream
 
-BLOCK = 16
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANKS: list[dict[str, int]] = [
     dict.fromkeys(ALL, 16),
@@ -48,52 +42,6 @@ def tables_of(decoder: Decoder, *, is_bf16: bool) -> LoraTables:
             for matrix in (tables.a(module.row, slot), tables.bt(module.row, slot)):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
     return tables
-
-
-class Stream:
-    """Sequences that take any number of steps of any sizes in one cache, base rows first, slot after slot."""
-
-    def __init__(self, decoder: Decoder, tables: LoraTables, slots: list[int], length: int) -> None:
-        self.decoder, self.tables, self.slots = decoder, tables, slots
-        width = -(-length // BLOCK)
-        self.cache = KVCache.allocate(decoder.spec, len(slots) * width, BLOCK)
-        self.blocks = torch.arange(len(slots) * width, dtype=torch.int32).view(len(slots), width)
-        self.executor = executor_for(
-            decoder, self.cache, tables, max_rows=8, max_tokens=1024, max_context=length, max_rank=64
-        )
-        self.done = [0] * len(slots)
-        self.ids = torch.randint(0, VOCAB, (len(slots), length), generator=torch.Generator().manual_seed(1))
-        self.logits: list[list[Tensor]] = [[] for _ in slots]
-
-    @torch.no_grad()
-    def step(self, counts: dict[int, int]) -> None:
-        """Run the next tokens of some sequences."""
-        rows = sorted(counts, key=lambda row: self.slots[row])
-        starts, positions, places, ids = [0], [], [], list[int]()
-        for row in rows:
-            span = range(self.done[row], self.done[row] + counts[row])
-            self.done[row] += counts[row]
-            positions += span
-            places += [int(self.blocks[row, p // BLOCK]) * BLOCK + p % BLOCK for p in span]
-            ids += self.ids[row, span.start : span.stop].tolist()
-            starts.append(starts[-1] + len(span))
-        batch = Batch(
-            ids,
-            np.array(positions),
-            np.array(places),
-            np.array([self.slots[row] for row in rows]),
-            self.blocks[rows].numpy(),
-            query_start=np.array(starts),
-        )
-        hidden = self.executor.run(batch)
-        for row, part in zip(rows, self.decoder.logits(hidden).split([counts[row] for row in rows]), strict=True):
-            self.logits[row].append(part)
-
-    def run(self, *steps: dict[int, int]) -> list[Tensor]:
-        """Several steps; the logits of each sequence."""
-        for counts in steps:
-            self.step(counts)
-        return [torch.cat(parts) if parts else torch.empty(0) for parts in self.logits]
 
 
 SLOTS = [-1, 0, 1, 2, 3, 4, 0, -1]

@@ -142,7 +142,7 @@ class Engine:
             max_context=self.max_model_len,
             max_rank=settings.max_lora_rank,
         )
-        self.runner = ModelRunner(decoder, cache, executor)
+        self.runner = ModelRunner(decoder, cache, executor, self.pool.tables)
         self.rollouts = Rollouts(self.add, self.loader.offer)
         training = FusedTraining(
             decoder,

@@ -19,6 +19,7 @@ from tenora.model.cache import KVCache
 from tenora.model.decoder import Decoder
 from tenora.model.executors.base import Batch, Executor, Integers
 from tenora.model.to_device import to_device
+from tenora_kernels.layout import LoraTables
 
 _SCORED_ROWS = 64  # prompt positions whose logits exist at the same time: 64 rows of 150k tokens are 37 MiB
 
@@ -44,18 +45,21 @@ class Result:
 class ModelRunner:
     """One decoder, its KV cache, and whoever computes its steps; the heads of its adapters, if they may have some."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, executor: Executor, heads: Heads | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, executor: Executor, tables: LoraTables, heads: Heads | None = None
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.executor = executor
         self.heads = heads
+        self._tables = tables
         self._block_tables = BlockTables()
 
     # Not inference_mode: a tensor made there and kept (a lazily packed weight, say) could not take part in training.
     @torch.no_grad()
     def run(self, batch: Sequence[Scheduled]) -> list[Result]:
         """Compute the scheduled tokens and sample where a sequence's end is reached; results in the batch's order."""
-        order = sorted(range(len(batch)), key=lambda index: batch[index].slot)  # rows of a slot lie together
+        order = self._tables.order([item.slot for item in batch]).tolist()
         items = [batch[index] for index in order]
         states = self._states(items, layers_of(items))
         hidden = states[-1]

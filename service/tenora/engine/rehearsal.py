@@ -35,7 +35,8 @@ def rehearse(decoder: Decoder, *, tokens: int, seqs: int, block_size: int) -> Ca
         slots=1,
         low_rank_rows=rows.low_rank,
     )
-    runner = ModelRunner(decoder, cache, ModulesExecutor(decoder, cache, HostAdapters(tables, decoder.device)))
+    executor = ModulesExecutor(decoder, cache, HostAdapters(tables, decoder.device))
+    runner = ModelRunner(decoder, cache, executor, tables)
     batch = []
     for number in range(seqs):
         sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=1, seed=number)

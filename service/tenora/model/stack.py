@@ -48,6 +48,7 @@ def pack_stack(decoder: Decoder, team: Team) -> PackedStack:
         head=_matrix(decoder.lm_head),
         layers=[_layer(layer, spec.sliding_window[index]) for index, layer in enumerate(layers)],
         sites=[product.site for product in (attention.qkv, attention.o, mlp.gate_up, mlp.down)],
+        bottlenecks=layers[0].bottlenecks,
         final_norm=decoder.norm.weight,
         team=team,
     )

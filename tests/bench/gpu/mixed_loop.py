@@ -43,7 +43,7 @@ def batch(loop: EngineLoop, chunk: int, rows: int, slots: list[int]) -> list[Sch
 def run(loop: EngineLoop, lora: AdapterRows, steps: tuple[tuple[int, int], ...] = STEPS) -> list[dict[str, Any]]:
     """Milliseconds of a step to its tokens, without adapters and with one in every row, as far as the cache goes."""
     executor = GraphExecutor(loop.decoder, loop.cache, loop.graphs(lora, Rerun))
-    runner = ModelRunner(loop.decoder, loop.cache, executor)
+    runner = ModelRunner(loop.decoder, loop.cache, executor, loop.tables)
     results = []
     for chunk, rows in steps:
         if rows * loop.blocks + -(-chunk // BLOCK) > loop.cache.num_blocks:

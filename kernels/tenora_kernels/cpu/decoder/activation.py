@@ -1,8 +1,8 @@
-"""act(gate) · up on float32 rows, in place of the gate."""
+"""Activations of float32 numbers, and act(gate) · up on rows of them, in place of the gate."""
 
 from __future__ import annotations
 
-from math import erf
+from math import erf, exp
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import load, store
 from tenora_kernels.cpu.runtime.vectors import LANES, Vectors
 
-__all__ = ["ACTIVATIONS", "activate"]
+__all__ = ["ACTIVATIONS", "activate", "curve"]
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
-"""Numbers of the activations, by their names in transformers' configurations."""
+"""Numbers of a gate's activations, by their names in transformers' configurations: places in `flags.ACTIVATIONS`."""
 
 _ROOT_HALF, _TANH_SCALE, _TANH_CUBE = 0.7071067811865476, 0.7978845608028654, 0.044715
 
@@ -46,18 +46,25 @@ def _silu(typing: Any, gate: Any, up: Any, vectors: Any) -> Any:  # numba's own 
 
 
 @compiled()
+def curve(x, kind):
+    """An activation of one number; kind is a place in `flags.ACTIVATIONS`."""
+    if kind == 0:
+        return x / (float32(1) + float32(exp(-x)))
+    if kind == 1:
+        return float32(0.5) * x * (float32(1) + float32(erf(x * float32(_ROOT_HALF))))
+    if kind == 2:
+        inner = float32(_TANH_SCALE) * (x + float32(_TANH_CUBE) * x * x * x)
+        return float32(0.5) * x * (float32(1) + np.tanh(inner))
+    if kind == 3:
+        return max(x, float32(0))
+    return np.tanh(x)
+
+
+@compiled()
 def activate(gate, up, columns, kind):
     """gate[0:columns] = act(gate) · up at two addresses; columns is a multiple of LANES, kind one of ACTIVATIONS."""
     if kind == 0:
         _silu(gate, up, columns // LANES)
         return
     for i in range(columns):
-        x = load(gate, i, float32(0))
-        if kind == 1:
-            y = float32(0.5) * x * (float32(1) + float32(erf(x * float32(_ROOT_HALF))))
-        elif kind == 2:
-            inner = float32(_TANH_SCALE) * (x + float32(_TANH_CUBE) * x * x * x)
-            y = float32(0.5) * x * (float32(1) + np.tanh(inner))
-        else:
-            y = max(x, float32(0))
-        store(gate, i, y * load(up, i, float32(0)), float32(0))
+        store(gate, i, curve(load(gate, i, float32(0)), kind) * load(up, i, float32(0)), float32(0))

@@ -23,7 +23,7 @@ from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS
 from tenora_kernels.cpu.products.strided import WIDTH, times_address
 from tenora_kernels.cpu.runtime.arguments import arguments
 from tenora_kernels.cpu.runtime.workspace import Workspace, cut
-from tenora_kernels.flags import BOTTLENECKS, SCALES
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.layout import LoraBatch
 
 __all__ = ["Kept", "StreamLayers", "supports", "warm_up"]
@@ -55,7 +55,7 @@ def supports(stack: PackedStack, lora: LoraBatch | None) -> bool:
         return False
     if lora is None:
         return True
-    if lora.flags & (SCALES | BOTTLENECKS):
+    if lora.flags & EPILOGUE:
         return False
     tables, slots = lora.tables, lora.segments.arrays.seg_slot
     floats = tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"

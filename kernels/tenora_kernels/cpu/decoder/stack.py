@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +20,35 @@ from tenora_kernels.cpu.products.gemm import BF16_PANELS, FLOAT32_PANELS, PANEL,
 from tenora_kernels.cpu.runtime.arguments import arguments, assign
 from tenora_kernels.cpu.runtime.team import Team
 from tenora_kernels.cpu.runtime.workspace import Workspace
-from tenora_kernels.flags import BOTTLENECKS, SCALES
-from tenora_kernels.layout import LoraBatch, LoraSite, LoraTables
+from tenora_kernels.flags import EPILOGUE
+from tenora_kernels.layout import BottleneckSite, LoraBatch, LoraSite, LoraTables
 
 __all__ = ["PackedLayer", "PackedStack", "supports_sizes"]
 
 _Integers = NDArray[np.int64]
 _NO_PIECES: _Integers = np.zeros((0, 3), np.int64)
 _NO_ADAPTERS = np.zeros(1, lowrank.LORA)
+
+
+class _Adapted(NamedTuple):
+    """The adapters of a step's rows, as `step.run_step` takes them.
+
+    Attributes:
+        tables: the argument `lora` of `lowrank`.
+        pieces: of the batch, int64 [n, 3].
+        slots_of_rows: int64 [rows].
+        base_rows: rows before the first one that has an adapter.
+        plain_rows, plain_items: rows and pieces before the first one whose adapter has an epilogue.
+        highest_rank: of their low-rank terms and bottlenecks.
+    """
+
+    tables: NDArray[np.void]
+    pieces: _Integers
+    slots_of_rows: _Integers
+    base_rows: int
+    plain_rows: int
+    plain_items: int
+    highest_rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +108,8 @@ class PackedStack:
         head: the output projection; the table itself where the two are tied.
         layers: in order.
         sites: of the first layer: qkv, o, gate_up and down.
+        bottlenecks: of the first layer: after attention and after the MLP. Those of the next layers have the next rows.
+            None: no adapter has any, nor a scale.
         final_norm: float32 [hidden].
         team: who computes.
         workspace: buffers of training passes.
@@ -103,6 +127,7 @@ class PackedStack:
     sites: Sequence[LoraSite]
     final_norm: Tensor
     team: Team
+    bottlenecks: Sequence[BottleneckSite] | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     _layers: NDArray[np.void] = field(init=False, repr=False)
     _sites: _Integers = field(init=False, repr=False)
@@ -135,7 +160,8 @@ class PackedStack:
             rope: cos and sin of the tokens, float32.
             attention: which tokens belong together.
             caches: keys and values of every layer, from `attention.allocate_cache`, float32; changed in place.
-            lora: adapters of the rows, which lie with those of the base first, then slot after slot; see `supports`.
+            lora: adapters of the rows, which lie with those of the base first, then slot after slot, those whose
+                adapters have scales or bottlenecks last; see `supports`.
             taps: float32 [n, T, hidden], n ≤ layers, to be filled with what goes into each of the last n layers.
 
         Raises:
@@ -148,18 +174,21 @@ class PackedStack:
         qkv_size = q_size + 2 * self.kv_heads * self.head_dim
         x, normed, attended = (torch.empty(rows, size) for size in (hidden, hidden, q_size))
         qkv, gate_up = torch.empty(rows, qkv_size), torch.empty(rows, 2 * self.mlp)
-        tables, pieces, base_rows, rank = self._adapters(lora, rows)
-        buffer_size = lowrank.ITEM_ROWS * rank
+        adapted = self._adapters(lora, rows)
+        residual = torch.empty(rows - adapted.plain_rows, hidden)
+        buffer_size = lowrank.ITEM_ROWS * adapted.highest_rank
         buffers = torch.empty(self.team.size, buffer_size)
         numbers = np.arange(rows)
         whole = arguments(
-            step.STEP,
-            rows=rows, base_rows=base_rows, layers=len(self.layers), hidden=hidden, heads=self.heads,
+            step.STEP, self._epilogues,
+            rows=rows, base_rows=adapted.base_rows, layers=len(self.layers), hidden=hidden, heads=self.heads,
             kv_heads=self.kv_heads, head_dim=self.head_dim, mlp=self.mlp, activation=ACTIVATIONS[self.activation],
             ids=ids.data_ptr(), table=self.table.panels.data_ptr(), x=x.data_ptr(), normed=normed.data_ptr(),
             qkv=qkv.data_ptr(), attended=attended.data_ptr(), gate_up=gate_up.data_ptr(), buffers=buffers.data_ptr(),
-            buffer_step=buffer_size * 4, final_norm=self.final_norm.data_ptr(), items=len(pieces),
-            numbers=numbers.ctypes.data, modules=int(self._sites[:, COUNT].sum()),
+            buffer_step=buffer_size * 4, final_norm=self.final_norm.data_ptr(),
+            items=len(adapted.pieces), numbers=numbers.ctypes.data, modules=int(self._sites[:, COUNT].sum()),
+            plain_rows=adapted.plain_rows, plain_items=adapted.plain_items,
+            slots_of_rows=adapted.slots_of_rows.ctypes.data, residual=residual.data_ptr(),
             taps=0 if taps is None else taps.data_ptr(),
             first_tap=len(self.layers) - (0 if taps is None else len(taps)),
         )  # fmt: skip
@@ -176,9 +205,10 @@ class PackedStack:
             block_size=caches[0][0].shape[1],
         )  # fmt: skip
         self.team.run(
-            step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers, tables,
-            pieces, self._sites, plan.call, attention.kv_slots, attention.tables, plan.items, plan.panels,
-            self.team.size, plan.scale, np.float32(self.eps), BF16_PANELS if self.table.is_bf16 else FLOAT32_PANELS,
+            step.run_step, step.PHASES_PER_LAYER * len(self.layers) + step.MORE_PHASES, whole, self._layers,
+            adapted.tables, adapted.pieces, self._sites, plan.call, attention.kv_slots, attention.tables, plan.items,
+            plan.panels, self.team.size, plan.scale, np.float32(self.eps),
+            BF16_PANELS if self.table.is_bf16 else FLOAT32_PANELS,
         )  # fmt: skip
         return normed
 
@@ -212,24 +242,40 @@ class PackedStack:
         """Whether a step can read adapters from such tables."""
         return tables.arena.dtype == torch.float32 and tables.arena.device.type == "cpu"
 
-    def _adapters(self, lora: LoraBatch | None, rows: int) -> tuple[NDArray[np.void], _Integers, int, int]:
-        """The argument `lora` of `lowrank`, the batch's pieces, the rows before its adapted ones, its largest rank."""
+    def _adapters(self, lora: LoraBatch | None, rows: int) -> _Adapted:
         if lora is None or not lora.segments.adapted:
-            return _NO_ADAPTERS, _NO_PIECES, rows, 0
-        if lora.flags & (SCALES | BOTTLENECKS):
-            raise ValueError("the compiled step has neither scales nor bottlenecks.")
+            return _Adapted(_NO_ADAPTERS, _NO_PIECES, _NO_PIECES, rows, rows, 0, 0)
         segments, tables = lora.segments, lora.tables
-        first = segments.first
-        if first is None or first + segments.adapted != segments.rows or not self.supports(tables):
+        first, slots = segments.first, segments.arrays.seg_slot
+        ends = tables.flags[slots] & EPILOGUE != 0
+        plain = len(slots) - int(ends.sum())
+        lies = first is not None and first + segments.adapted == segments.rows and not ends[:plain].any()
+        if first is None or not lies or not self.supports(tables):
             raise ValueError("rows must lie with those of the base first, then slot after slot, in float32 tables.")
-        found = arguments(lowrank.LORA, tables.addresses._asdict(), arena=tables.arena.data_ptr())
-        slots = segments.arrays.seg_slot
-        return (
-            found,
-            _pieces(segments.arrays.seg_ptr + first, slots),
-            first,
-            int(tables.arrays.ranks[: tables.low_rank_rows, slots].max()),
+        if plain < len(slots) and self.bottlenecks is None:
+            raise ValueError("this decoder's adapters have neither scales nor bottlenecks.")
+        bounds = segments.arrays.seg_ptr + first
+        pieces = _pieces(bounds, slots)
+        return _Adapted(
+            arguments(lowrank.LORA, tables.addresses._asdict(), arena=tables.arena.data_ptr()),
+            pieces,
+            np.repeat(np.append(-1, slots), np.diff(bounds, prepend=0)),
+            base_rows=first,
+            plain_rows=int(bounds[plain]),
+            plain_items=int(np.searchsorted(pieces[:, 1], bounds[plain])),
+            highest_rank=int(tables.arrays.ranks[: tables.low_rank_rows, slots].max()),
         )
+
+    @property
+    def _epilogues(self) -> dict[str, int]:
+        """Rows in the tables of the first layer's first scale, bottleneck and biases of it."""
+        if self.bottlenecks is None:
+            return dict.fromkeys(("scales", "bottlenecks", "outer_biases", "inner_biases"), 0)
+        first = self.bottlenecks[0]
+        return {
+            "scales": self.sites[0].scale_row or 0, "bottlenecks": first.row,
+            "outer_biases": first.outer_row, "inner_biases": first.inner_row,
+        }  # fmt: skip
 
 
 def _pieces(bounds: _Integers, slots: _Integers) -> _Integers:

@@ -14,9 +14,10 @@ from numba import float32
 
 from tenora_kernels.cpu.attention import paged
 from tenora_kernels.cpu.decoder.activation import activate
+from tenora_kernels.cpu.decoder.epilogue import copy_row, end_block, finish_rows
 from tenora_kernels.cpu.lowrank.factors import COUNT, DEPTH, MODULE, SLICES
 from tenora_kernels.cpu.lowrank.lowrank import factor_of, low_rank
-from tenora_kernels.cpu.products.gemm import PANEL, group_of, multiply_rows, product_phase, tile_count, tile_of
+from tenora_kernels.cpu.products.gemm import PANEL, group_of, multiply_rows, tile_count, tile_of
 from tenora_kernels.cpu.products.product import packed_entry
 from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled, job
@@ -28,14 +29,18 @@ __all__ = ["LAYER", "MORE_PHASES", "PHASES_PER_LAYER", "STEP", "run_step"]
 STEP = declare(
     "rows", "base_rows", "layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "activation", "ids", "table", "x",
     "normed", "qkv", "attended", "gate_up", "buffers", "buffer_step", "final_norm", "items", "numbers", "modules",
-    "taps", "first_tap",
+    "taps", "first_tap", "plain_rows", "plain_items", "slots_of_rows", "residual", "scales", "bottlenecks",
+    "outer_biases", "inner_biases",
 )  # fmt: skip
 """Addresses in bytes; float32 with rows of the sizes in brackets: x, normed [hidden], qkv, attended [q], gate_up
 [2 · mlp]; buffers: one for each member.
 
 base_rows: rows before the first one that has an adapter; the rows from there on all have one. items: how many entries
 the array `adapted` has. numbers: int64 0, 1, … rows - 1. modules: of a layer. taps: float32 [layers - first_tap, rows,
-hidden], where X goes before each layer from first_tap on; 0 if nobody wants it.
+hidden], where X goes before each layer from first_tap on; 0 if nobody wants it. plain_rows, plain_items: rows and
+entries before the first one whose adapter has an epilogue (see `epilogue`); all from there on have one. slots_of_rows:
+int64 [rows]. residual [hidden]: of the rows with an epilogue. scales, bottlenecks, outer_biases, inner_biases: rows in
+the tables of the first layer's first one.
 """
 
 LAYER = declare(
@@ -44,7 +49,7 @@ LAYER = declare(
 )  # fmt: skip
 """A bias or a norm that does not exist is 0."""
 
-PHASES_PER_LAYER = 12
+PHASES_PER_LAYER = 14
 _FIRST_PHASES = 2
 MORE_PHASES = 3
 """Beside those of the layers: who is who, the embedding, the final norm."""
@@ -70,7 +75,10 @@ def _norm_row(x, weight, columns, eps, out):
 
 @compiled()
 def _norm(control, phase, step, weight, eps, tap):
-    """NORMED = the norm of X. tap: where X is copied to, or 0."""
+    """NORMED = the norm of X. tap: where X is copied to, or 0.
+
+    Of rows with an epilogue X is kept as RESIDUAL: their block's output takes its place.
+    """
     rows, columns = step.rows, step.hidden
     tasks = (rows + _NORM_ROWS - 1) // _NORM_ROWS
     while True:
@@ -81,8 +89,9 @@ def _norm(control, phase, step, weight, eps, tap):
             at = row * columns * 4
             _norm_row(step.x + at, weight, columns, eps, step.normed + at)
             if tap:
-                for i in range(columns):
-                    store(tap + at, i, load(step.x + at, i, float32(0)), float32(0))
+                copy_row(step.x + at, columns, tap + at)
+            if row >= step.plain_rows:
+                copy_row(step.x + at, columns, step.residual + at - step.plain_rows * columns * 4)
         complete(control, phase)
     join(control, phase, tasks)
 
@@ -110,6 +119,7 @@ def _embed(control, step, sample):
 def _adapters(control, phase, step, lora, adapted, before, site, x, x_step, out, out_step, add, buffer):
     """Every adapted row's low-rank term for the modules of a site; `before`: modules of the layers below.
 
+    What they add to where `add` is given, rows with an epilogue begin with: there is nothing of them in `out` yet.
     A member claims its next task before it does the one at hand, whose arithmetic hides the fetching of that one's A.
     """
     module, count, depth = before + site[MODULE], site[COUNT], site[DEPTH]
@@ -125,7 +135,7 @@ def _adapters(control, phase, step, lora, adapted, before, site, x, x_step, out,
         column, width = site[SLICES + 2 * (task % count)], site[SLICES + 2 * (task % count) + 1]
         low_rank(
             lora, module + task % count, slot, x, x_step, step.numbers + 8 * first, rows, depth, out + column * 4,
-            out_step, width, add, buffer, ahead, ahead_size,
+            out_step, width, add and task // count < step.plain_items, buffer, ahead, ahead_size,
         )  # fmt: skip
         complete(control, phase)
         task = following
@@ -133,7 +143,25 @@ def _adapters(control, phase, step, lora, adapted, before, site, x, x_step, out,
 
 
 @compiled()
-def _gate_up(control, phase, step, w, bias, sample):
+def _product(
+    control, phase, step, lora, before, site, fresh, x, x_step, w, panels, depth, out, out_step, bias, sample,
+):  # fmt: skip
+    """The product of a site with the frozen weights, and what follows it in each row; see `gemm.multiply_rows`."""
+    group = group_of(panels)
+    tasks = tile_count(step.rows, panels, group)
+    while True:
+        task = claim(control, phase, tasks)
+        if task < 0:
+            break
+        start, stop, first, last = tile_of(task, step.rows, panels, group)
+        multiply_rows(start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, sample)
+        finish_rows(start, stop, first * PANEL, last * PANEL, step, lora, before, site, out, out_step, bias)
+        complete(control, phase)
+    join(control, phase, tasks)
+
+
+@compiled()
+def _gate_up(control, phase, step, lora, before, site, w, bias, sample):
     """The gate's half of GATE_UP = act(gate) · up; a task makes the same columns of both."""
     rows, hidden, mlp = step.rows, step.hidden, step.mlp
     panels = mlp // PANEL
@@ -145,9 +173,13 @@ def _gate_up(control, phase, step, w, bias, sample):
             break
         start, stop, first, last = tile_of(task, rows, panels, group)
         for half in range(2):
+            low, high = half * panels + first, half * panels + last
             multiply_rows(
-                start, stop, step.base_rows, step.normed, x_step, w, half * panels + first, half * panels + last,
-                2 * panels, hidden, step.gate_up, out_step, bias, sample,
+                start, stop, step.base_rows, step.normed, x_step, w, low, high, 2 * panels, hidden, step.gate_up,
+                out_step, sample,
+            )  # fmt: skip
+            finish_rows(
+                start, stop, low * PANEL, high * PANEL, step, lora, before, site, step.gate_up, out_step, bias
             )  # fmt: skip
         for row in range(start, stop):
             gate = step.gate_up + row * out_step + first * PANEL * 4
@@ -180,7 +212,7 @@ def run_step(
     hidden, q_size, mlp = step.hidden, step.heads * step.head_dim, step.mlp
     qkv_size = (step.heads + 2 * step.kv_heads) * step.head_dim
     buffer = step.buffers + member * step.buffer_step
-    adapts = step.items > 0
+    adapts, ends = step.items > 0, step.items > step.plain_items
     own = calls.copy()
     _embed(control, step, sample)
     for index in range(step.layers):
@@ -196,9 +228,9 @@ def run_step(
                 control, phase + 1, step, lora, adapted, before, sites[0], normed, hidden * 4, step.qkv, qkv_size * 4,
                 False, buffer,
             )  # fmt: skip
-        product_phase(
-            control, phase + 2, step.rows, step.base_rows, normed, hidden * 4, layer.qkv_weight, qkv_size // PANEL,
-            hidden, step.qkv, qkv_size * 4, layer.qkv_bias, sample,
+        _product(
+            control, phase + 2, step, lora, before, sites[0], step.base_rows, normed, hidden * 4, layer.qkv_weight,
+            qkv_size // PANEL, hidden, step.qkv, qkv_size * 4, layer.qkv_bias, sample,
         )  # fmt: skip
         call = own[0]
         call.norm, call.window, call.keys, call.values = layer.qk_norm, layer.window, layer.keys, layer.values
@@ -208,24 +240,28 @@ def run_step(
                 control, phase + 5, step, lora, adapted, before, sites[1], attended, q_size * 4, step.x, hidden * 4,
                 True, buffer,
             )  # fmt: skip
-        product_phase(
-            control, phase + 6, step.rows, 0, attended, q_size * 4, layer.o_weight, hidden // PANEL, q_size, step.x,
-            hidden * 4, layer.o_bias, sample,
+        _product(
+            control, phase + 6, step, lora, before, sites[1], 0, attended, q_size * 4, layer.o_weight, hidden // PANEL,
+            q_size, step.x, hidden * 4, layer.o_bias, sample,
         )  # fmt: skip
-        _norm(control, phase + 7, step, layer.mlp_norm, eps, np.int64(0))
+        if ends:
+            end_block(control, phase + 7, step, lora, adapted, 2 * index, buffer)
+        _norm(control, phase + 8, step, layer.mlp_norm, eps, np.int64(0))
         if adapts:
             _adapters(
-                control, phase + 8, step, lora, adapted, before, sites[2], normed, hidden * 4, gate_up, 2 * mlp * 4,
+                control, phase + 9, step, lora, adapted, before, sites[2], normed, hidden * 4, gate_up, 2 * mlp * 4,
                 False, buffer,
             )  # fmt: skip
-        _gate_up(control, phase + 9, step, layer.gate_up_weight, layer.gate_up_bias, sample)
+        _gate_up(control, phase + 10, step, lora, before, sites[2], layer.gate_up_weight, layer.gate_up_bias, sample)
         if adapts:
             _adapters(
-                control, phase + 10, step, lora, adapted, before, sites[3], gate_up, 2 * mlp * 4, step.x, hidden * 4,
+                control, phase + 11, step, lora, adapted, before, sites[3], gate_up, 2 * mlp * 4, step.x, hidden * 4,
                 True, buffer,
             )  # fmt: skip
-        product_phase(
-            control, phase + 11, step.rows, 0, gate_up, 2 * mlp * 4, layer.down_weight, hidden // PANEL, mlp, step.x,
-            hidden * 4, layer.down_bias, sample,
+        _product(
+            control, phase + 12, step, lora, before, sites[3], 0, gate_up, 2 * mlp * 4, layer.down_weight,
+            hidden // PANEL, mlp, step.x, hidden * 4, layer.down_bias, sample,
         )  # fmt: skip
+        if ends:
+            end_block(control, phase + 13, step, lora, adapted, 2 * index + 1, buffer)
     _norm(control, _FIRST_PHASES + step.layers * PHASES_PER_LAYER, step, step.final_norm, eps, np.int64(0))

@@ -10,12 +10,12 @@ from tenora_kernels.cpu.runtime.arguments import declare
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.values import peek, size_of, store
 
-__all__ = ["ITEM_ROWS", "LORA", "factor_of", "low_rank"]
+__all__ = ["ITEM_ROWS", "LORA", "factor_of", "low_rank", "second_factor"]
 
 ITEM_ROWS = 24
 """Rows of one call at most: as many as read A and Bᵀ once from the cache."""
 
-LORA = declare("ranks", "scaling", "a_offset", "b_offset", "is_bf16", "slots", "arena")
+LORA = declare("ranks", "scaling", "a_offset", "b_offset", "is_bf16", "slots", "flags", "arena")
 """Where the tables of `layout.LoraTables` lie, addresses in bytes, and how many slots they have."""
 
 
@@ -26,6 +26,13 @@ def factor_of(lora, row, slot):
     size = 2 if peek(lora.is_bf16, slot, np.uint8(0)) else 4
     rank = np.int64(peek(lora.ranks, at, np.int32(0)))
     return rank, size, lora.arena + size * peek(lora.a_offset, at, np.int64(0))
+
+
+@compiled()
+def second_factor(lora, row, slot, size):
+    """The address of Bᵀ of a module in a slot whose elements have `size` bytes, and the module's scaling."""
+    at = row * lora.slots + slot
+    return lora.arena + size * peek(lora.b_offset, at, np.int64(0)), peek(lora.scaling, at, float32(0))
 
 
 @compiled()
@@ -67,9 +74,7 @@ def low_rank(lora, row, slot, x, x_step, index, rows, depth, out, out_step, widt
         _zero(out + peek(index, 0, np.int64(0)) * out_step, out_step, rows, width)
     if rank == 0:
         return
-    at = row * lora.slots + slot
-    scale = peek(lora.scaling, at, float32(0))
-    b = lora.arena + size * peek(lora.b_offset, at, np.int64(0))
+    b, scale = second_factor(lora, row, slot, size)
     if size == 2:
         _apply(x, x_step, index, rows, depth, a, b, rank, scale, out, out_step, width, buffer, ahead, ahead_size,
                uint16(0))  # fmt: skip

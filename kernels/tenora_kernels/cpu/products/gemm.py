@@ -40,7 +40,6 @@ __all__ = [
     "matmul",
     "multiply_block",
     "multiply_rows",
-    "product_phase",
     "row_blocks",
     "tile_count",
     "tile_of",
@@ -169,10 +168,15 @@ def add_bias(bias, first, last, rows, out, out_step):
 
 
 @compiled()
-def multiply_rows(
-    start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample
-):  # fmt: skip
-    """Some panels of x · Wᵀ + bias for the rows start … stop - 1; those from `fresh` on add to what is there."""
+def multiply_rows(start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, sample):
+    """Some panels of x · Wᵀ for the rows start … stop - 1; those from `fresh` on add to what is there.
+
+    Args:
+        x, x_step: address and step in bytes of float32 [T, depth].
+        w: address of the first of `panels` packed panels; those from `first` to `last` - 1 are multiplied.
+        out, out_step: of float32 [T, panels · PANEL].
+        sample: BF16_PANELS or FLOAT32_PANELS.
+    """
     middle = min(max(fresh, start), stop)
     for add in range(2):
         low, high = (start, middle) if add == 0 else (middle, stop)
@@ -181,39 +185,20 @@ def multiply_rows(
                 x + low * x_step, x_step, high - low, w, first, last, panels, depth, out + low * out_step, out_step,
                 add, sample,
             )  # fmt: skip
-    if bias != 0:
-        add_bias(bias, first * PANEL, last * PANEL, stop - start, out + start * out_step, out_step)
-
-
-@compiled()
-def product_phase(control, phase, rows, fresh, x, x_step, w, panels, depth, out, out_step, bias, sample):
-    """A phase of a team's job: x · Wᵀ + bias for every row.
-
-    Args:
-        control, phase: see `team`.
-        rows: T.
-        fresh: rows before this one are written, the others added to what is there.
-        x, x_step: address and step in bytes of float32 [T, depth].
-        w: address of the first of `panels` packed panels.
-        out, out_step: of float32 [T, panels · PANEL].
-        bias: address of float32 [panels · PANEL]; 0 for none.
-        sample: BF16_PANELS or FLOAT32_PANELS.
-    """
-    group = group_of(panels)
-    tasks = tile_count(rows, panels, group)
-    while True:
-        task = claim(control, phase, tasks)
-        if task < 0:
-            break
-        start, stop, first, last = tile_of(task, rows, panels, group)
-        multiply_rows(start, stop, fresh, x, x_step, w, first, last, panels, depth, out, out_step, bias, sample)
-        complete(control, phase)
-    join(control, phase, tasks)
 
 
 @job()
 def _matmul_job(control, x, x_step, rows, w, panels, depth, out, out_step, sample):
-    product_phase(control, 0, rows, rows, x, x_step, w, panels, depth, out, out_step, 0, sample)
+    group = group_of(panels)
+    tasks = tile_count(rows, panels, group)
+    while True:
+        task = claim(control, 0, tasks)
+        if task < 0:
+            break
+        start, stop, first, last = tile_of(task, rows, panels, group)
+        multiply_rows(start, stop, rows, x, x_step, w, first, last, panels, depth, out, out_step, sample)
+        complete(control, 0)
+    join(control, 0, tasks)
 
 
 def matmul(x: Tensor, weight: PackedMatrix, team: Team) -> Tensor:

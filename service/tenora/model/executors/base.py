@@ -15,13 +15,14 @@ Integers = npt.NDArray[np.integer[Any]]
 
 
 class Batch(NamedTuple):
-    """A step on the host: the new tokens of B sequences as one stream of T. Rows of one adapter lie side by side.
+    """A step on the host: the new tokens of B sequences as one stream of T.
 
     Attributes:
         token_ids: [T].
         positions: [T], of each token in its sequence: the tokens before it.
         kv_slots: [T], where its keys and values go.
-        adapters: [B], adapter slots, ascending; -1 for a sequence of the base.
+        adapters: [B], adapter slots, in the order of `LoraTables.order`: -1, sequences of the base, then slot after
+            slot, those with scales or bottlenecks last.
         block_tables: [B, width] with any strides; what lies behind a context is not read.
         lengths: [T], what each token is rotated for; None if the model does not care.
         query_start: [B + 1], from 0 to T: sequence b's tokens are query_start[b] … query_start[b + 1]. None: one each.
