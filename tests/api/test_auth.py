@@ -16,7 +16,16 @@ from tenora.control.tenancy.access import ACTIONS
 from tests.api.conftest import Service
 
 SCOPE_OF = {
-    "infer": {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}"},
+    "infer": {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/classify",
+        "/pooling",
+        "/v1/rewards",
+        "/v1/models",
+        "/v1/models/{model}",
+    },
     "train": {
         "/v1/files",
         "/v1/files/{file_id}",

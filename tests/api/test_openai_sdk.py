@@ -45,6 +45,21 @@ async def test_completions(sdk: openai.AsyncOpenAI, base_id: str) -> None:
     assert len(answer.choices[0].logprobs.token_logprobs) == 2
 
 
+@pytest.mark.parametrize("encoding", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
+async def test_embeddings(sdk: openai.AsyncOpenAI, base_id: str, encoding: dict[str, str]) -> None:
+    """Unless told the SDK asks for base64 and makes numbers of it."""
+    answer = await sdk.embeddings.create(model=base_id, input=["a", "b"], user="me", dimensions=2, **encoding)
+    assert [item.index for item in answer.data] == [0, 1]
+    assert (answer.object, answer.model, answer.data[0].object) == ("list", base_id, "embedding")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens == 2
+    vector = answer.data[0].embedding
+    if encoding.get("encoding_format") == "base64":
+        assert isinstance(vector, str)
+    else:
+        assert len(vector) == 2
+        assert sum(number * number for number in vector) == pytest.approx(1)
+
+
 async def test_preview_and_estimate_by_raw_calls(sdk: openai.AsyncOpenAI, base_id: str) -> None:
     file = await sdk.files.create(file=("train.jsonl", TRAINING_ROWS.encode()), purpose="fine-tune")
     preview = await sdk.post(f"/files/{file.id}/preview", body={"limit": 1}, cast_to=object)

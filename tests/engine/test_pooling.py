@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 import transformers
 
+from tenora.adapters.peft_format import AdapterReader
+from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
+from tenora.adapters.table_rows import RowKind
+from tenora.adapters.weights import AdapterPart
 from tenora.engine.messages import Abort, Pool
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
+from tenora.model.spec import table_rows
 from tenora_kernels.cpu.runtime.team import Team
 from tests.engine.driver import Driver, load_peft
 from tests.engine.requests import generate, pool, prompt, sampling
@@ -102,15 +109,82 @@ def test_pooled_rows_beside_rows_that_generate_have_the_bits_they_have_alone(
         assert (single.tokens, single.logprobs) == (answer.tokens, answer.logprobs)
 
 
-def again(request: Pool) -> Pool:
+def again(request: Pool, **changes: Any) -> Pool:
     """The same under another id."""
+    return msgspec.structs.replace(request, request_id=pool([]).request_id, **changes)
+
+
+@pytest.fixture(name="headed", scope="module")
+def _headed(decoder: Decoder, adapters: list[AdapterRef]) -> list[PreparedAdapter]:
+    """The eight adapters, each with 3 + i rows of heads; those of every other one have biases."""
+    rows, hidden = table_rows(decoder.spec), decoder.spec.hidden_size
+    made = []
+    for index, adapter in enumerate(adapters):
+        weights = AdapterReader(rows.modules, max_rank=64).read(Path(adapter.path))
+        random = np.random.default_rng(index)
+        values = {RowKind.HEAD: random.normal(size=(3 + index, hidden)), RowKind.HEAD_BIAS: np.ones((3 + index, 1))}
+        if index % 2:
+            del values[RowKind.HEAD_BIAS]
+        parts = (
+            AdapterPart(kind, "", a.astype(np.float32), np.zeros((3 + index, 0), np.float32))
+            for kind, a in values.items()
+        )
+        made.append(prepare(replace(weights, parts=tuple(parts)), rows, dtype=torch.float32, device=decoder.device))
+    return made
+
+
+def offered(driver: Driver, headed: list[PreparedAdapter]) -> Driver:
+    for index, adapter in enumerate(headed):
+        driver.engine.loader.offer(f"head-{index}", adapter)
+    return driver
+
+
+def head_request(index: int, pooling: Any = "last") -> Pool:
+    adapter = AdapterRef(digest=f"head-{index}", path="")
     return pool(
-        request.token_ids,
-        adapter=request.adapter,
-        pooling=request.pooling,
-        layer=request.layer,
-        head=request.head,
+        prompt(20 + 3 * index, index), adapter=adapter, head=(1, 3 + index), pooling=pooling, layer=LAYERS[index % 4]
     )
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_heads_scores_are_the_float64_product_of_its_rows_with_the_pooled_state(
+    driver: MakeDriver, packed: Decoder, headed: list[PreparedAdapter], pooling: str
+) -> None:
+    engine = offered(driver(packed), headed)
+    for index in (0, 1, 6):
+        asked = head_request(index, pooling)
+        (scores,) = pooled(engine, asked)
+        (state,) = pooled(engine, again(asked, head=None))
+        random = np.random.default_rng(index)
+        weight = random.normal(size=(3 + index, len(state))).astype(np.float32).astype(np.float64)
+        wanted = weight[1:] @ state.astype(np.float64) + (0 if index % 2 else 1)
+        np.testing.assert_allclose(scores, wanted, rtol=1e-6)
+
+
+def test_rows_with_heads_beside_rows_that_generate_have_the_bits_they_have_alone(
+    driver: MakeDriver, packed: Decoder, adapters: list[AdapterRef], headed: list[PreparedAdapter]
+) -> None:
+    """Eight heads of eight adapters and eight other adapters that generate, in the same steps, in small chunks."""
+    together = offered(driver(packed, max_num_batched_tokens=24, max_adapters=16), headed)
+    talk = [generate(prompt(9 + i, 50 + i), sampling(6, logprobs=1), adapter=adapters[i]) for i in range(8)]
+    asked = [head_request(index, ("last", "mean")[index % 2]) for index in range(8)]
+    answers = together.run(*asked, *talk)
+    assert [answer.failure for answer in answers] == [None] * 16
+    alone = offered(driver(packed), headed)
+    for request, answer in zip(asked, answers[:8], strict=True):
+        assert pooled(alone, again(request))[0].tobytes() == answer.outputs[0].pooled
+    for request, answer in zip(talk, answers[8:], strict=True):
+        (single,) = alone.run(generate(request.token_ids, request.sampling, adapter=request.adapter))
+        assert (single.tokens, single.logprobs) == (answer.tokens, answer.logprobs)
+
+
+@pytest.mark.parametrize(("head", "said"), [((0, 4), "no such head"), ((2, 3), None)])
+def test_rows_beyond_an_adapters_heads_fail_alone(
+    driver: MakeDriver, decoder: Decoder, headed: list[PreparedAdapter], head: tuple[int, int], said: str | None
+) -> None:
+    (answer,) = offered(driver(decoder), headed).run(again(head_request(0), head=head))
+    assert (answer.failure is None) is (said is None)
+    assert answer.failure is None or said in answer.failure.message
 
 
 def test_a_mean_is_of_all_tokens_though_the_prefix_cache_knows_them(driver: MakeDriver, base: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tenora.engine.messages import (
     Generate,
     Outputs,
     PinAdapter,
+    Pool,
     Ready,
     SequenceFailed,
     SequenceOutput,
@@ -45,6 +47,7 @@ READY = Ready(
     device="cpu",
     dtype="float32",
     max_model_len=512,
+    hidden_size=4,
     kv_blocks=32,
     block_size=16,
     target_modules=("q_proj", "v_proj"),
@@ -63,6 +66,7 @@ class Script(RunScript):
 
     Attributes:
         ready: what it says when it is loaded.
+        states: what every `Pool` is answered.
         answer: what a request is answered; None: as `tokens` has it. An answer without an end leaves the sequence open,
             and an error that it raises is the engine's death.
         tokens: every sequence generates these, over and over; None counts upwards from the prompt's last token, and a
@@ -75,6 +79,7 @@ class Script(RunScript):
     """
 
     ready: Ready = READY
+    states: Callable[[Pool], Sequence[float]] = lambda request: [float(request.token_ids[-1]), 4.0, 0.0, 3.0]
     answer: Callable[[Generate], Answer | None] | None = None
     tokens: Sequence[int] | None = (5,)
     hold_after: int | None = None
@@ -86,6 +91,7 @@ class Script(RunScript):
     def __post_init__(self) -> None:
         self._waiting: list[Callable[[], object]] = []
         self.requests: list[Generate] = []
+        self.pools: list[Pool] = []
         self.aborted: list[str] = []
         self.pins: list[tuple[AdapterRef, bool]] = []
         self.evicted: list[str] = []
@@ -198,12 +204,16 @@ class ScriptedEngine:
         self._take(command)
         self.script.has_changed()
 
-    def _take(self, command: Command) -> None:
+    def _take(self, command: Command) -> None:  # noqa: C901 - a case for each command
         script = self.script
         match command:
             case Generate():
                 script.requests.append(command)
                 self._begin(command)
+            case Pool():
+                script.pools.append(command)
+                given = [] if script.hold_after == 0 else [pooled(command, script.states(command))]
+                self.answers[command.request_id] = deque(given)
             case Abort(request_id=request_id):
                 script.aborted.append(request_id)
                 self.running.pop(request_id, None)
@@ -337,3 +347,14 @@ class ScriptedEngine:
         others = (other for other in self.script.alternatives if other != token)
         top = tuple((other, -0.5 - rank) for rank, other in enumerate((token, *others)[:count]))
         return TokenLogprob(token_id=token, logprob=-0.5, top=top)
+
+
+def pooled(request: Pool, values: Sequence[float]) -> SequenceOutput:
+    """The answer to a `Pool`."""
+    return SequenceOutput(
+        request_id=request.request_id,
+        token_ids=[],
+        finish_reason="stop",
+        queue_seconds=0.0,
+        pooled=array("f", values).tobytes(),
+    )

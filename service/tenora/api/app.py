@@ -12,7 +12,18 @@ from tenora import __version__
 from tenora.api import document, errors
 from tenora.api.lifecycle import Lifecycle
 from tenora.api.middleware import Authentication, BodyLimit, DrainGate, RequestContext
-from tenora.api.routes import adapters, admin, chat, completions, files, fine_tuning, lora_compat, models, operations
+from tenora.api.routes import (
+    adapters,
+    admin,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    lora_compat,
+    models,
+    operations,
+    pooling,
+)
 from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.control.tenancy.access import Attempt
@@ -50,6 +61,7 @@ def create_app(control: Control, settings: Settings) -> FastAPI:
     if settings.role != "train":  # a training replica takes no public inference
         app.include_router(chat.router)
         app.include_router(completions.router)
+        app.include_router(pooling.router)
     for module in (models, files, fine_tuning, adapters, lora_compat, admin):
         app.include_router(module.router)
     document.install(app)

@@ -14,6 +14,7 @@ from tenora.config import Settings
 from tenora.control.adapters.models import Models
 from tenora.control.files.files import Files
 from tenora.control.inference.inference import Inference
+from tenora.control.inference.pooling import Pooler
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.estimates import Estimates
 from tenora.control.jobs.jobs import Jobs
@@ -85,6 +86,7 @@ class Control:
         self.adapters = context.adapters
         self.models = Models(database, self.adapters, engine, model.id, int(model.directory.stat().st_mtime))
         self.inference = Inference(database, blobs, engine, tokenizing, model.id, self._admit)
+        self.pooling = Pooler(self.inference, blobs)
         self._runner: JobRunner | None = None
         if queue is None:
             queue = self._runner = JobRunner(context, Leases(database, presence))

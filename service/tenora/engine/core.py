@@ -42,6 +42,7 @@ from tenora.engine.messages import (
 )
 from tenora.engine.model_runner import ModelRunner
 from tenora.engine.outputs import Item, advance, failed, is_final, step_failure
+from tenora.engine.pooling import Heads
 from tenora.engine.prefixes import AdapterPrefixes
 from tenora.engine.reading import AdapterFiles
 from tenora.engine.rehearsal import peak_bytes, rehearse
@@ -142,7 +143,8 @@ class Engine:
             max_context=self.max_model_len,
             max_rank=settings.max_lora_rank,
         )
-        self.runner = ModelRunner(decoder, cache, executor, self.pool.tables)
+        heads = Heads.of(self.pool.tables, self.rows)
+        self.runner = ModelRunner(decoder, cache, executor, self.pool.tables, heads)
         self.rollouts = Rollouts(self.add, self.loader.offer)
         training = FusedTraining(
             decoder,
@@ -204,6 +206,7 @@ class Engine:
             device=str(self.decoder.device),
             dtype=str(self.decoder.dtype).removeprefix("torch."),
             max_model_len=self.max_model_len,
+            hidden_size=self.decoder.spec.hidden_size,
             kv_blocks=self.blocks.num_blocks,
             block_size=self.blocks.block_size,
             kv_cache_bytes=self.settings.kv_cache_bytes,

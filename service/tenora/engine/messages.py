@@ -239,11 +239,16 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The base is loaded. Sent once, and only `Loading` before it."""
+    """The base is loaded. Sent once, and only `Loading` before it.
+
+    Attributes:
+        hidden_size: numbers of a hidden state.
+    """
 
     device: str
     dtype: str
     max_model_len: int
+    hidden_size: int = 0
     kv_blocks: int
     block_size: int
     kv_cache_bytes: int = 0

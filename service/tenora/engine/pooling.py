@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tenora.adapters.table_rows import RowKind, TableRows
 from tenora.engine.messages import Pool
 from tenora.engine.scheduler import Scheduled
 from tenora_kernels.layout import LoraTables
@@ -30,6 +31,11 @@ class Heads:
     tables: LoraTables
     weight: int
     bias: int
+
+    @classmethod
+    def of(cls, tables: LoraTables, rows: TableRows) -> Heads:
+        """Those of the adapters in `tables`, whose rows are `rows`."""
+        return cls(tables, rows.row(RowKind.HEAD), rows.row(RowKind.HEAD_BIAS))
 
     def scores(self, slot: int, rows: tuple[int, int], pooled: Tensor) -> Tensor | None:
         """What rows [start, stop) of the slot's heads make of a pooled state, float32 [H] on the CPU.

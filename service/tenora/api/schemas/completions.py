@@ -23,8 +23,8 @@ def _may_be_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def as_prompts(value: Any) -> Sequence[Prompt]:
-    """A string, strings, token ids or lists of token ids as a list of prompts.
+def as_prompts(value: Any, most: int = MAX_PROMPTS) -> Sequence[Prompt]:
+    """A string, strings, token ids or lists of token ids as a list of prompts, of at most so many.
 
     Of token ids only the first is looked at: a body holds millions, which are counted and checked where prompts are
     made (`tenora.control.inference.prompts`), on other threads than this.
@@ -33,11 +33,11 @@ def as_prompts(value: Any) -> Sequence[Prompt]:
         return [value]
     if (
         isinstance(value, list)
-        and 0 < len(value) <= MAX_PROMPTS
+        and 0 < len(value) <= most
         and (all(isinstance(item, str) for item in value) or all(_may_be_ids(item) for item in value))
     ):
         return value
-    raise invalid(f"must be a string, token ids, or a list of at most {MAX_PROMPTS} of either, none of them empty")
+    raise invalid(f"must be a string, token ids, or a list of at most {most} of either, none of them empty")
 
 
 Prompts = Annotated[

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tenora.adapters.arena_room import ArenaRoom, lora_parameters
 from tenora.adapters.digest import WEIGHTS_NAME
+from tenora.adapters.heads import Head
 from tenora.adapters.peft_format import read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.targets import TargetModule
@@ -50,11 +51,12 @@ class Blob:
 
 
 class Shape(NamedTuple):
-    """What a version is to who serves it: its kind, its highest rank, and what it takes in the engine's arena."""
+    """What a version is to who serves it; what it takes in the engine's arena is in bytes."""
 
     kind: str
     highest_rank: int
     device_bytes: int
+    heads: Sequence[Head] = ()
 
 
 class Blobs:
@@ -262,7 +264,7 @@ class Blobs:
     def _keep(self, digest: str, summary: AdapterSummary) -> Shape:
         """Remember what a version is, of as many as were met last; others are read again."""
         device_bytes = self.room.bytes_of(summary.parameters, bfloat16=summary.bfloat16)
-        shape = self._shapes[digest] = Shape(summary.kind, summary.rank, device_bytes)
+        shape = self._shapes[digest] = Shape(summary.kind, summary.rank, device_bytes, summary.heads)
         while len(self._shapes) > _KEPT_SHAPES:
             self._shapes.popitem(last=False)
         return shape

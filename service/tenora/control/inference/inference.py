@@ -121,7 +121,7 @@ class Inference:
             RateLimitedError: too many of the tenant's prompts wait.
         """
         target = await self.resolve(principal, request.model, request.adapter_id, request.composition)
-        longest, characters = self.max_model_len, sum(map(_characters, request.prompts))
+        longest, characters = self.max_model_len, sum(map(characters_of, request.prompts))
 
         def prepare(tokenizer: Tokenizer) -> list[tuple[GenerationRequest, Echo | None]]:
             prompts = Prompts(tokenizer, longest)
@@ -188,7 +188,7 @@ class Inference:
         )
 
     @contextlib.contextmanager
-    def _kept(self, target: Target) -> Iterator[None]:
+    def kept(self, target: Target) -> Iterator[None]:
         """Keep the versions' files until the request ends, also if one is deleted while it waits for a slot."""
         with contextlib.ExitStack() as stack:
             for digest in () if target.adapter is None else target.adapter.versions:
@@ -211,7 +211,7 @@ class Inference:
         )
         # A stop string is to be found before the engine goes on for long.
         batch = 1 if request.at_once or stream.stops.strings else _TOKENS_AT_ONCE
-        with self._kept(request.target):
+        with self.kept(request.target):
             async with aclosing(self.engine.generate(command, batch=batch)) as outputs:
                 async for output in outputs:
                     delta = stream.push(output)
@@ -227,7 +227,7 @@ def _of_choice(sampling: SamplingParams, stops: Stops, index: int) -> SamplingPa
     return msgspec.structs.replace(sampling, stop_token_ids=tuple(sorted(stops.tokens)), seed=seed)
 
 
-def _characters(prompt: Prompt) -> int:
+def characters_of(prompt: Prompt) -> int:
     """How long it takes to make tokens of a prompt: all that a template may write of it counts, and what it adds."""
     if not isinstance(prompt, Conversation):
         return len(prompt)

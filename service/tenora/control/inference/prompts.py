@@ -19,21 +19,25 @@ class Prompts:
 
     Attributes:
         longest: the most tokens that a prompt may have.
+        param: the field that has texts and token ids.
     """
 
     tokenizer: Tokenizer
     longest: int
+    param: str = "prompt"
 
     def of(self, prompt: Prompt) -> list[int]:
         """Any prompt as token ids; see the three others."""
         if isinstance(prompt, Conversation):
-            return self.chat(prompt.messages)
+            return self.chat(prompt.messages, answer=not prompt.whole)
         return self.text(prompt) if isinstance(prompt, str) else self.ids(prompt)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None, *, answer: bool = True
+    ) -> list[int]:
         """The conversation through the base's chat template, as token ids, ready for the assistant's answer.
 
-        Contents are strings or lists of text parts.
+        Contents are strings or lists of text parts. With `answer` false nothing follows the last message.
 
         Raises:
             ContextLengthError: it does not fit.
@@ -41,7 +45,7 @@ class Prompts:
         """
         rendered = self.tokenizer.render_chat(
             [{**message, "content": _flat(message.get("content"))} for message in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=answer,
             tools=tools,
         )
         return self._encoded(rendered, "messages", add_special_tokens=False)
@@ -53,7 +57,7 @@ class Prompts:
             ContextLengthError: it does not fit.
             InvalidRequestError: it is empty.
         """
-        return self._encoded(prompt, "prompt", add_special_tokens=True)
+        return self._encoded(prompt, self.param, add_special_tokens=True)
 
     def ids(self, ids: Sequence[int]) -> list[int]:
         """Ids that a client sent, whatever they are: they are counted before one is looked at.
@@ -62,11 +66,11 @@ class Prompts:
             ContextLengthError: there are too many.
             InvalidRequestError: there are none, or one is not of the vocabulary.
         """
-        self._fits(len(ids), "prompt")
+        self._fits(len(ids), self.param)
         if not set(map(type, ids)) <= {int}:
-            raise InvalidRequestError("A prompt of token ids must hold nothing but whole numbers.", param="prompt")
-        self.check_ids(ids, "prompt")
-        return _some(ids)
+            raise InvalidRequestError("A prompt of token ids must hold nothing but whole numbers.", param=self.param)
+        self.check_ids(ids, self.param)
+        return self._some(ids, self.param)
 
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raise InvalidRequestError naming `param` if one of the ids is not of the vocabulary."""
@@ -79,7 +83,7 @@ class Prompts:
         self._fits(self.tokenizer.least_tokens(text, self.longest), param, "at least ")
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         self._fits(len(ids), param)
-        return _some(ids)
+        return self._some(ids, param)
 
     def _fits(self, tokens: int, param: str, about: str = "") -> None:
         if tokens > self.longest:
@@ -88,11 +92,11 @@ class Prompts:
                 param=param,
             )
 
-
-def _some(ids: Sequence[int]) -> list[int]:
-    if not ids:
-        raise InvalidRequestError("The prompt is empty; send at least one token of it.", param="prompt")
-    return list(ids)
+    @staticmethod
+    def _some(ids: Sequence[int], param: str) -> list[int]:
+        if not ids:
+            raise InvalidRequestError("The prompt is empty; send at least one token of it.", param=param)
+        return list(ids)
 
 
 def _flat(content: Any) -> str:

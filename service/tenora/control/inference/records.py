@@ -56,9 +56,14 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):  # made for each token, 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages for the base's chat template, each with `role` and `content`."""
+    """Messages for the base's chat template, each with `role` and `content`.
+
+    Attributes:
+        whole: it is read as it is, and no answer is asked for.
+    """
 
     messages: Sequence[Mapping[str, Any]]
+    whole: bool = False
 
 
 Prompt = Conversation | str | Sequence[int]

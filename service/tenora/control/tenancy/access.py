@@ -23,6 +23,10 @@ ACTIONS: Final[Mapping[str, Need]] = MappingProxyType(
         "models.delete": "adapters",  # deleting a model is deleting an adapter
         "chat.create": "infer",
         "completions.create": "infer",
+        "embeddings.create": "infer",
+        "classifications.create": "infer",
+        "pooling.create": "infer",
+        "rewards.create": "infer",
         "files.create": "train",
         "files.list": "train",
         "files.read": "train",
