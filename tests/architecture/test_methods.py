@@ -26,10 +26,14 @@ NOT_STATED = {
     **dict.fromkeys(("AdapterObject", "Adapter", "AdapterRecord", "AdapterVersionRow"), "an adapter that there is"),
     **dict.fromkeys(("Blob", "ParentShape", "Subject"), "an adapter that there is"),
     **dict.fromkeys(("Limits", "Ready"), "the modules of a base"),
+    **dict.fromkeys(("Layout", "PackedStack"), "the layers of a base"),
+    "Selection": "which weights are trained",
     **dict.fromkeys(("Part", "Pass"), "where a pass takes the numbers of its dropout"),
     "PromptLogprob": "the rank of a token",
 }
 """Classes with a field of a setting's name that says nothing of its bounds or default."""
+COMMON_WORDS = {"full"}
+"""Names of methods that stand in sentences about other things, too: disks are full."""
 PEFT = "service/tenora/adapters/"  # its format has names of its own, some of which ours are called after
 OF_ADAPTERS = ("service/tenora/cli/adapters.py", "service/tenora/cli/bench/")  # columns and flags of those there are
 COMMON = {**HYPERPARAMETERS, **SETTINGS, **LORA_ASKED}
@@ -46,7 +50,8 @@ def is_named_in(source: str, method: str) -> bool:
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
-    word = re.compile(rf"\b{method}\b", re.IGNORECASE)
+    common = rf"^{method}$|\bmethod\W+{method}\b|\b{method}-|\bof {method.upper()}\b"
+    word = re.compile(common) if method in COMMON_WORDS else re.compile(rf"\b{method}\b", re.IGNORECASE)
     return any(
         (
             isinstance(node, ast.Constant)

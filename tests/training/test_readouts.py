@@ -32,8 +32,8 @@ from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.commands import Refused, RunCommand
 from tenora.training.fusion import FusedTraining, Run
+from tenora.training.methods.answers import MeanLoss
 from tenora.training.methods.dpo import PreferenceLoss
-from tenora.training.methods.supervised import MeanLoss
 from tenora.training.packing import PackedRows, pack
 from tenora.training.pass_queue import Work
 from tenora.training.resident_base import TrainingHost

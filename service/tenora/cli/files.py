@@ -13,7 +13,7 @@ from tenora.cli.output import AsJson, show_object, show_objects
 from tenora.cli.setting_flags import given, with_flags
 from tenora.training.settings import ROWS
 
-app = typer.Typer(cls=Group, no_args_is_help=True, help="Training files: upload, preview, list, delete.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Training files: upload, preview, list, download, delete.")
 Existing = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A JSONL, CSV or Parquet file.")
 ]
@@ -74,6 +74,14 @@ def preview(
     )
     if found.has_more:
         typer.echo(f"more: tenora files preview {file_id} --after {found.last_line}", err=True)
+
+
+@app.command()
+def download(file_id: str, path: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+    """Write a file's bytes to PATH: a training file, or what a job has left."""
+    with connect() as client:
+        client.files.download(file_id, path, progress=True)
+    typer.echo(str(path))
 
 
 @app.command()

@@ -20,7 +20,13 @@ from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", *SWEPT, "status", "step", "valid_loss", "winner")
-FLAGS = {name: setting for name, setting in {**RUN, **JOB, **LORA_ASKED}.items() if setting.flag}
+OF_METHODS = {setting.name: (name, setting) for name, method in METHODS.items() for setting in method.settings}
+"""The settings that one method has alone, with its name."""
+FLAGS = {
+    name: setting
+    for name, setting in {**RUN, **JOB, **LORA_ASKED, **{name: one for name, (_, one) in OF_METHODS.items()}}.items()
+    if setting.flag
+}
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
 
 
@@ -56,10 +62,10 @@ def train(
         name=name,
         seed=seed,
         suffix=suffix,
-        method=None if method is None else {"type": method},
+        method=method_of(method, {name: value for name, value in chosen.items() if name in OF_METHODS}),
         lora={name: value for name, value in chosen.items() if name in LORA_ASKED} or None,
         sweep=sweep_of(sweep or [], trials),
-        **{name: value for name, value in chosen.items() if name not in LORA_ASKED},
+        **{name: value for name, value in chosen.items() if name not in LORA_ASKED and name not in OF_METHODS},
     )
     for source in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
         check_file(source)
@@ -126,6 +132,21 @@ def training_fields(client: Client, training: Sequence[str]) -> dict[str, Any]:
     return {"training_files": files}
 
 
+def method_of(name: str | None, own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The request's `method`; None for the usual one.
+
+    Raises:
+        ConfigurationError: a setting belongs to another method.
+    """
+    for setting in own:
+        owner, declared = OF_METHODS[setting]
+        if owner != name:
+            raise ConfigurationError(f"{declared.flag} is a setting of method {owner}; add --method {owner}.")
+    if name is None:
+        return None
+    return {"type": name, **({name: METHODS[name].placed(own)} if own else {})}
+
+
 def sweep_of(values: Sequence[str], trials: int | None) -> dict[str, Any] | None:
     """The request's `sweep` from `name=value,value` and `name=low..high`; None if nothing is to be tried.
 
@@ -184,6 +205,11 @@ def report(job: Job) -> None:
         show_table(_TABLE, ([getattr(trial, column) for column in _TABLE] for trial in job.sweep_results))
     if job.evaluation is not None:
         _report_evaluation(job.evaluation, "base" if job.parent is None else job.parent)
+    if job.evaluation is not None and job.evaluation.full_model is not None:
+        typer.echo(f"full model     {job.evaluation.full_model.reason}")
+        typer.echo(f"               tenora files download {job.result_files[-1]} model.tar fetches it.")
+    if job.fine_tuned_model is None:
+        return
     typer.echo(f"model          {job.fine_tuned_model}")
     name = job.name or job.fine_tuned_model
     if job.published is not None:

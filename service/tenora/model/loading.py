@@ -88,12 +88,12 @@ def load_decoder(
         if team is not None and device.type == "cpu":
             packed = _packed_type(spec, checkpoint.types, dtype)
         weights = Reader(checkpoint, Place(device, dtype, team, packed), report)
-        vectors = list(_vectors(spec))
-        wanted = [*weights.wanted(_matrices(spec)), *(stored for stored, _, _ in vectors)]
+        others = list(vectors(spec))
+        wanted = [*weights.wanted(matrices(spec)), *(stored for stored, _, _ in others)]
         checkpoint.check(spec, wanted)
         weights.total = sum(prod(stored.shape) for stored in wanted)
         decoder = Decoder(spec, dtype=dtype, device=device, read=weights.read)
-        for stored, parameter, rows in vectors:
+        for stored, parameter, rows in others:
             target = decoder.get_parameter(parameter)[rows]
             target.copy_(weights.tensor(stored.name).expand_as(target))
         weights.report()
@@ -160,13 +160,13 @@ def _packed_type(spec: ModelSpec, types: Mapping[str, str], dtype: torch.dtype) 
     """
     if dtype != torch.float32 or not can_pack(spec):
         return None
-    found = [types.get(stored.name) for matrix in _matrices(spec) for stored in Packed.tensors(matrix)]
+    found = [types.get(stored.name) for matrix in matrices(spec) for stored in Packed.tensors(matrix)]
     if not all(kind in FLOATS or kind is None for kind in found):
         return None
     return torch.bfloat16 if all(kind == "BF16" for kind in found) else torch.float32
 
 
-def _matrices(spec: ModelSpec) -> Iterator[Matrix]:
+def matrices(spec: ModelSpec) -> Iterator[Matrix]:
     """Every matrix of the decoder."""
     layout = spec.layout
     yield from dict.fromkeys((spec.embedding, spec.head))
@@ -176,7 +176,7 @@ def _matrices(spec: ModelSpec) -> Iterator[Matrix]:
                 yield layout.matrix(layer, block, site)
 
 
-def _vectors(spec: ModelSpec) -> Iterator[tuple[Stored, str, slice]]:
+def vectors(spec: ModelSpec) -> Iterator[tuple[Stored, str, slice]]:
     """Every other tensor of the checkpoint, the parameter of ours that it is part of, and its rows there."""
     layout, everything = spec.layout, slice(None)
     yield Stored(f"{layout.norm}.weight", (spec.hidden_size,)), "norm.weight", everything

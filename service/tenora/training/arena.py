@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tenora.adapters.matching import layer_number
+from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
@@ -112,6 +114,7 @@ class TrainedAdapter:
     """One adapter of an arena.
 
     Attributes:
+        kept_checkpoints: latest ones that stay beside the best.
         lora: its shape.
         ranks: per row of the base; 0 for those it does not fill.
         numel: number of its weights.
@@ -119,6 +122,8 @@ class TrainedAdapter:
         slot: its column in the arena's tables, until the next `add` or `remove`.
         span: where its weights lie in the arena, until then.
     """
+
+    kept_checkpoints = 3
 
     def __init__(self, arena: TrainingArena, lora: LoraSpec) -> None:
         self.lora = lora
@@ -205,6 +210,10 @@ class TrainedAdapter:
             )
             for target in self._modules()
         }
+
+    def write(self, directory: Path, *, base_model: str) -> None:
+        """Write it as it is now as a PEFT directory; raises as `write_adapter`."""
+        write_adapter(directory, base_model=base_model, lora=self.lora, modules=self.export())
 
     def prepared(self) -> PreparedAdapter:
         """A copy of the adapter as it is now, on the arena's device and in the base's type, for a slot that serves."""

@@ -29,7 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tenora.adapters.atomic import fsync
-from tenora.adapters.peft_format import write_adapter
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
@@ -39,7 +38,6 @@ from tenora.training.settings import RunSettings
 from tenora.training.spec import TrainSpec
 
 _MOST_POINTS = 256  # of the curve that is kept
-_KEPT = 3  # latest checkpoints that stay beside the best one
 _STEP_DIRECTORY = re.compile(r"step-(\d+)")
 
 
@@ -222,7 +220,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_state(workdir: Path, state: State) -> Progress | None:
     """Restore weights and moments into `state`; its progress, or None, and nothing changed, if there is none saved.
 
-    Weights and moments stay as they are if the run was over.
+    Weights and moments stay as they are if the run was over. They hold anything after an error.
 
     Raises:
         TrainingError: the state is of another run or cannot be read.
@@ -240,27 +238,26 @@ def load_state(workdir: Path, state: State) -> Progress | None:
                 )
             state = dataclasses.replace(state, over="over" in metadata)
             places = state.tensors()
-            loaded: dict[str, Tensor] = {name: stored.get_tensor(name) for name in places}
             progress = msgspec.json.decode(metadata["progress"], type=Progress)
             steps = int(metadata["optimizer_steps"])
+            with torch.no_grad():
+                for name, tensor in places.items():  # one after the other: of a whole base they are large
+                    tensor.copy_(stored.get_tensor(name))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainingError(
             f"The saved state cannot be read ({error}); start a new job.", code="resume_unreadable"
         ) from error
-    with torch.no_grad():
-        for name, tensor in loaded.items():
-            places[name].copy_(tensor)
     state.optimizer.steps = steps
     state.optimizer.parameters.refresh()
     return progress
 
 
 def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int) -> Path:
-    """Write the adapter as it is after `step` as a PEFT directory, replacing what an earlier attempt may have left."""
+    """Write what is trained as it is after `step`, replacing what an earlier attempt may have left."""
     directory = checkpoint_path(Path(spec.workdir), step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove(directory)
-    write_adapter(directory, base_model=spec.base_model, lora=spec.lora, modules=adapter.export())
+    adapter.write(directory, base_model=spec.base_model)
     return directory
 
 
@@ -269,8 +266,8 @@ def checkpoint_path(workdir: Path, step: int) -> Path:
     return workdir / "checkpoints" / f"step-{step:06d}"
 
 
-def prune_checkpoints(workdir: Path, best_step: int) -> None:
-    """Remove all checkpoints but the best and the latest three, and whatever a killed run left half-written."""
+def prune_checkpoints(workdir: Path, best_step: int, kept_latest: int = TrainedAdapter.kept_checkpoints) -> None:
+    """Remove all checkpoints but the best and the latest ones, and whatever a killed run left half-written."""
     root = workdir / "checkpoints"
     found: dict[int, Path] = {}
     for path in root.iterdir() if root.exists() else ():
@@ -279,7 +276,7 @@ def prune_checkpoints(workdir: Path, best_step: int) -> None:
             found[int(match[1])] = path
         else:
             shutil.rmtree(path, ignore_errors=True)
-    kept = {best_step, *sorted(found)[-_KEPT:]}
+    kept = {best_step, *sorted(found)[-kept_latest:]}
     for step, path in found.items():
         if step not in kept:
             _remove(path)

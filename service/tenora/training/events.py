@@ -161,8 +161,28 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[list[float]]
 
 
+class FullResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a full fine-tuning came to, beside the run's other figures.
+
+    Attributes:
+        path: a Hugging Face directory, complete.
+        digest: of its files; see `tenora.training.full.merged.digest_of`.
+        trained: weights that were trained.
+        valid_loss: held-out loss of the model itself.
+        reason: why an adapter is served in its place, or none.
+    """
+
+    path: str
+    digest: str
+    trained: int
+    valid_loss: float
+    reason: str
+
+
 class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """The run is over; `path` is the PEFT directory of the best checkpoint, made at `step` of `steps`.
+
+    Of a full fine-tuning it is an adapter made of the best checkpoint, or empty if there is nothing to serve.
 
     Its held-out loss may still be above `base_loss`: then training did not help, and that is for the caller to say.
 
@@ -178,6 +198,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
         trial: the winner of a sweep, as an index into `TrainSpec.trials`.
         trained_tokens: learned tokens of everything that the run trained: all epochs, all trials, all folds.
         stopped_early: fewer steps were made than planned, because the held-out loss no longer fell.
+        full: of a full fine-tuning.
     """
 
     run_id: str
@@ -198,6 +219,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     curve: list[EvaluationPoint] = []
     trial: int | None = None
     stopped_early: bool = False
+    full: FullResult | None = None
 
 
 class StoppedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):

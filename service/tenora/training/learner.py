@@ -295,7 +295,7 @@ class Learner:
             )
         if path is not None and best is not None:
             yield self._checkpoint_event(path, found)
-            prune_checkpoints(self.workdir, best.step)
+            prune_checkpoints(self.workdir, best.step, self.adapter.kept_checkpoints)
         base_general = before.base_general_loss if before.step else general
         self._evaluated(found, base_loss, base_general, best, is_best=is_best)
         self.save()

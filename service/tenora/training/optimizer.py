@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tenora.training.commands import AdamWSettings
 
+_SLICE = 2**24
+"""Weights that are updated together: what a step makes on its way is as large as they are, 64 MiB here."""
+
 
 class Parameters(Protocol):
     """What is optimised; the two views may lie elsewhere at every step."""
@@ -54,18 +57,36 @@ class AdamW:
         The bias of the moments is corrected by the betas of this step, as torch does when they change on the way. The
         last thing it does is `parameters.refresh()`.
         """
-        weights, grad = self.parameters.weights, self.parameters.grad
-        beta1, beta2 = settings.beta1, settings.beta2
         self.steps += 1
-        self.exp_avg.lerp_(grad, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = self.exp_avg_sq.sqrt().div_((1 - beta2**self.steps) ** 0.5).add_(settings.epsilon)
-        for stretch, factor in self.rates:
-            own, rate = weights[stretch], settings.learning_rate * factor
-            if settings.weight_decay:
-                own.mul_(1 - rate * settings.weight_decay)
-            own.addcdiv_(self.exp_avg[stretch], denominator[stretch], value=-rate / (1 - beta1**self.steps))
+        count = len(self.exp_avg)
+        for first in range(0, count, _SLICE):
+            last = min(first + _SLICE, count)
+            denominator = self._moments(slice(first, last), settings)
+            for stretch, factor in self.rates:
+                start, stop, _ = stretch.indices(count)
+                span = slice(max(start, first), min(stop, last))
+                if span.start < span.stop:
+                    own = denominator[span.start - first : span.stop - first]
+                    self._move(span, own, settings, settings.learning_rate * factor)
         self.parameters.refresh()
+
+    def _moments(self, span: slice, settings: AdamWSettings) -> Tensor:
+        """Bring the moments up to date; what the first one is divided by."""
+        beta1, beta2 = settings.beta1, settings.beta2
+        grad, second = self.parameters.grad[span], self.exp_avg_sq[span]
+        self.exp_avg[span].lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        return second.sqrt().div_((1 - beta2**self.steps) ** 0.5).add_(settings.epsilon)
+
+    def _move(self, span: slice, denominator: Tensor, settings: AdamWSettings, rate: float) -> None:
+        weights = self.parameters.weights[span]
+        if settings.weight_decay:
+            weights.mul_(1 - rate * settings.weight_decay)
+        weights.addcdiv_(self.exp_avg[span], denominator, value=-rate / (1 - settings.beta1**self.steps))
+
+    def let_go(self) -> None:
+        """Free the moments: no step follows."""
+        self.exp_avg = self.exp_avg_sq = self.exp_avg.new_empty(0)
 
 
 @torch.no_grad()

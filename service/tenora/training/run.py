@@ -9,7 +9,7 @@ FailedEvent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -57,13 +57,17 @@ class JobRun:
     step 0 measures the base. Checkpoints older than the latest three are removed unless they are the best.
     """
 
-    def __init__(self, host: TrainingHost, spec: TrainSpec | SessionSpec) -> None:
+    def __init__(
+        self, host: TrainingHost, spec: TrainSpec | SessionSpec, plan: Callable[[Journal], Plan] | None = None
+    ) -> None:
         """Nothing happens before it is iterated.
 
         Args:
             host: the base that it shares with others, and their queue.
             spec: what to do, all resolved.
+            plan: makes the plan, over the run's journal; None makes the one that the spec asks for.
         """
+        self._make_plan = plan
         self._host, self._spec = host, spec
         self._inbox = Inbox(spec.run_id)
         keeps = isinstance(spec, TrainSpec) and spec.acknowledged
@@ -134,6 +138,8 @@ class JobRun:
 
     def _take_up(self) -> Plan:
         host, spec, journal = self._host, self._spec, self._journal
+        if self._make_plan is not None:
+            return self._make_plan(journal)
         if isinstance(spec, SessionSpec):
             return SessionPlan(host, spec, self._inbox)
         if spec.trials:

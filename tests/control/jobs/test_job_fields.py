@@ -21,6 +21,7 @@ from tenora.control.jobs.shape import Limits
 from tenora.control.jobs.sources import check_sources, name_sources
 from tenora.errors import DatasetError, InvalidRequestError
 from tenora.model.tokenizer import Tokenizer
+from tenora.training.methods.full import METHOD as FULL
 from tests.control.conftest import BASE, MANY_ROWS, ROWS, jsonl
 from tests.control.jobs.test_job_methods import PAIRS
 from tests.support.schemas import leaves
@@ -102,6 +103,12 @@ ELSEWHERE = {
     "lora.init_from": "tests/control/jobs/test_transfer.py",
     "metadata": "tests/control/jobs/test_jobs.py",
     "integrations": "test_integrations_are_refused",
+    **{
+        f"method.full.{f'hyperparameters.{name}' if name in FULL.hyperparameters else setting.at}": (
+            "tests/control/jobs/test_full_requests.py"
+        )
+        for name, setting in FULL.asked.items()
+    },
 }
 
 

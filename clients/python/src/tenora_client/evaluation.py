@@ -66,6 +66,22 @@ class EvaluationPoint(ApiObject):
     valid_accuracy: float | None = None
 
 
+class FullModel(ApiObject):
+    """A model that was trained whole; `reason` says why an adapter is served in its place, or none.
+
+    Attributes:
+        digest: SHA-256 over its files.
+        trained: weights that were trained.
+        valid_loss: held-out loss of the model itself.
+    """
+
+    digest: str
+    trained: int
+    valid_loss: float | None = None
+    served: bool
+    reason: str
+
+
 class Evaluation(ApiObject):
     """What is known of a job's result: its card. What was not measured is None, and `notes` says why.
 
@@ -73,6 +89,7 @@ class Evaluation(ApiObject):
         verdicts: against "start", "base", "few_shot_base" and "replaced", the version that its name meant.
         held_out, base: beside what training started from, and the base.
         trials: of a sweep that these rows were compared on: the winner looks better on them than on fresh ones.
+        full_model: of a full fine-tuning. Where an adapter is served in its place, other figures are the adapter's.
     """
 
     valid_loss: float | None = None
@@ -96,6 +113,7 @@ class Evaluation(ApiObject):
     near_duplicates: int | None = None
     parity: Mapping[str, Any] | None = None
     lineage: Mapping[str, Any] | None = None
+    full_model: FullModel | None = None
     notes: Sequence[str] = ()
 
 

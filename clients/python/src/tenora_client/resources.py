@@ -181,6 +181,11 @@ class Files:
         """A file's bytes."""
         return self._connection.content(calls.file_content(file_id))
 
+    def download(self, file_id: str, path: str | os.PathLike[str], *, progress: bool | calls.OnBytes = False) -> Path:
+        """Write a file's bytes to `path`, which appears only when complete, without holding them; returns it."""
+        with transfer(progress, f"downloading {file_id}") as on_bytes:
+            return self._connection.download(calls.file_content(file_id), Path(path), on_bytes)
+
     def list(
         self, *, purpose: str | None = None, order: Literal["asc", "desc"] | None = None, limit: int | None = None
     ) -> Pages[File]:

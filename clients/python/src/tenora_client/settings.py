@@ -8,7 +8,7 @@ from typing import Literal, Required, TypedDict
 from tenora_client.api_object import ApiObject, Part
 from tenora_client.ranges import Range, RangeParams
 
-MethodName = Literal["supervised", "dpo", "feature_extraction"]
+MethodName = Literal["supervised", "dpo", "feature_extraction", "full"]
 
 
 class RowParams(TypedDict, total=False):
@@ -125,6 +125,22 @@ class FeatureExtractionParams(TypedDict, total=False):
     number from 0 to 1024."""
 
 
+class FullParams(TypedDict, total=False):
+    """Options of the method full."""
+
+    hyperparameters: SharedHyperparameters
+    layers: str
+    """Layers that are trained: all, "last 4", or numbers from 0 such as "0, 5-8"; all, "last N" or numbers of layers
+    such as "0, 5-8"."""
+    embeddings: bool
+    """Train the tokens' embeddings and the head too; an adapter cannot carry that; true or false."""
+    norms: bool
+    """Train the weights of norms, and biases, too; an adapter cannot carry that; true or false."""
+    serve_as: Literal["adapter", "none"]
+    """What is served: adapter, the difference to the base as an adapter, if the gate finds it close enough; none,
+    only the model to download; one of adapter, none."""
+
+
 class MethodParams(TypedDict, total=False):
     """How to train: a type, and its options."""
 
@@ -132,6 +148,7 @@ class MethodParams(TypedDict, total=False):
     supervised: SupervisedParams
     dpo: DpoParams
     feature_extraction: FeatureExtractionParams
+    full: FullParams
 
 
 class LoraParams(TypedDict, total=False):
@@ -188,6 +205,10 @@ class MethodOptions(Part):
     hyperparameters: Hyperparameters | None = None
     head: HeadOptions | None = None
     train_layers: int | str | None = None
+    layers: str | None = None
+    embeddings: bool | None = None
+    norms: bool | None = None
+    serve_as: str | None = None
 
 
 class Method(Part):
@@ -197,6 +218,7 @@ class Method(Part):
     supervised: MethodOptions | None = None
     dpo: MethodOptions | None = None
     feature_extraction: MethodOptions | None = None
+    full: MethodOptions | None = None
 
 
 class Lora(Part):

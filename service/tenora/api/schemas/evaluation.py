@@ -111,6 +111,22 @@ class ParityObject(ResponseModel):
     modules: int
 
 
+class FullObject(ResponseModel):
+    """A model that was trained whole; `reason` says why an adapter is served in its place, or none.
+
+    Attributes:
+        digest: SHA-256 over its files.
+        trained: weights that were trained.
+        valid_loss: held-out loss of the model itself.
+    """
+
+    digest: str
+    trained: int
+    valid_loss: float | None
+    served: bool
+    reason: str
+
+
 class BaseSourceObject(ResponseModel):
     """Where the base is to be had: `source` is a hub id, a pinned wheel (the `member` in it) or a directory's name.
 
@@ -180,6 +196,7 @@ class EvaluationObject(ResponseModel):
         held_out: beside what training started from.
         trials: of a sweep that these rows were compared on: the winner looks better on them than on fresh ones.
         near_duplicates: held-out rows that are nearly training rows.
+        full_model: of a full fine-tuning. Where an adapter is served in its place, other figures are the adapter's.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())  # cards of other versions are shown whole
@@ -205,4 +222,5 @@ class EvaluationObject(ResponseModel):
     near_duplicates: int | None = None
     parity: ParityObject | None = None
     lineage: LineageObject | None = None
+    full_model: FullObject | None = None
     notes: list[str] = Field(default_factory=list)

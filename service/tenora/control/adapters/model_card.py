@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tenora.control.adapters.card_tables import code, number, share, signed, table, time
+from tenora.control.adapters.full_section import full_section
 from tenora.control.adapters.records import AdapterRecord
 from tenora.training.methods.method import PER_TOKEN, Method
 from tenora.training.methods.table import METHODS, USUAL, find_unit
@@ -27,13 +28,16 @@ def model_card(record: AdapterRecord) -> str:
         _front_matter(record),
         f"# {record.name}, version {record.version}",
         _about(record, said),
-        *(
-            section(said)
-            for section in (_verdicts, _quality, _replaced, _few_shot, _tasks, _more, _course, _lineage, _notes)
-        ),
+        *sections(said),
         _use(record, said),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def sections(said: Mapping[str, Any]) -> list[str]:
+    """What is said of any result; empty where there is nothing."""
+    parts = (_verdicts, _quality, _replaced, _few_shot, _tasks, _more, full_section, _course, _lineage, _notes)
+    return [part(said) for part in parts]
 
 
 def _front_matter(record: AdapterRecord) -> str:
@@ -52,12 +56,12 @@ def _front_matter(record: AdapterRecord) -> str:
 def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
     origin = "trained by Tenora" if record.source == "job" else "imported into Tenora"
     rows = [
-        ("Base model", _code(record.base_model)),
+        ("Base model", code(record.base_model)),
         ("Rank", record.rank),
-        ("Modules", ", ".join(map(_code, record.target_modules))),
+        ("Modules", ", ".join(map(code, record.target_modules))),
         ("Weights", f"{record.bytes:,} bytes"),
-        ("Digest", _code(record.digest)),
-        ("Made", _time(record.created_at)),
+        ("Digest", code(record.digest)),
+        ("Made", time(record.created_at)),
     ]
     if said.get("steps"):
         rows.append(("Steps", f"{said.get('best_step')} of {said['steps']} (the best held-out loss)"))
@@ -68,7 +72,7 @@ def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         rows.append(("Rows held out", f"{held['held_out']:,}" if held["held_out"] else "none; cross-validated"))
         longest = "" if held["max_seq_length"] is None else f" to {held['max_seq_length']} tokens"
         rows.append((f"Rows cut{longest}", f"{held['cut']:,}" if held["truncate"] else "none; longer ones are refused"))
-    return f"A LoRA adapter, {origin}.\n\n" + _table(("", ""), rows)
+    return f"A LoRA adapter, {origin}.\n\n" + table(("", ""), rows)
 
 
 def _verdicts(said: Mapping[str, Any]) -> str:
@@ -108,12 +112,12 @@ def _quality(said: Mapping[str, Any]) -> str:
     rows = _compared(found, "What training started from")
     if said.get("valid_accuracy") is not None:
         curve = said.get("curve") if method.start_has_accuracy else None
-        start = f" (at the start {_share(curve[0]['valid_accuracy'])})" if curve else ""
-        rows.append((method.accuracy_label, f"{_share(said['valid_accuracy'])}{start}"))
+        start = f" (at the start {share(curve[0]['valid_accuracy'])})" if curve else ""
+        rows.append((method.accuracy_label, f"{share(said['valid_accuracy'])}{start}"))
     base = said.get("base")
     if base and base != found:
-        rows += [(f"Base, on {base['rows']} of them", _number(base["other_loss"])), *_difference(base, "the base")]
-    return f"## Held-out loss\n\n{text}\n\n" + _table(("", "loss"), rows)
+        rows += [(f"Base, on {base['rows']} of them", number(base["other_loss"])), *_difference(base, "the base")]
+    return f"## Held-out loss\n\n{text}\n\n" + table(("", "loss"), rows)
 
 
 def _method(said: Mapping[str, Any]) -> Method:
@@ -134,20 +138,20 @@ def _replaced(said: Mapping[str, Any]) -> str:
         f"{name} (`{found['digest'][:12]}`) is what the name meant when this adapter was ready. On {against['rows']} "
         f"held-out rows that neither has learned ({against['tokens']:,} learned tokens), in {against['unit']}."
     )
-    return "## Against the version in use\n\n" + text + "\n\n" + _table(("", "loss"), _compared(against, name))
+    return "## Against the version in use\n\n" + text + "\n\n" + table(("", "loss"), _compared(against, name))
 
 
 def _compared(found: Mapping[str, Any], other: str) -> list[tuple[str, Any]]:
     return [
-        ("This adapter", _number(found["adapter_loss"])),
-        (other, _number(found["other_loss"])),
+        ("This adapter", number(found["adapter_loss"])),
+        (other, number(found["other_loss"])),
         *_difference(found, ""),
     ]
 
 
 def _difference(found: Mapping[str, Any], other: str) -> list[tuple[str, Any]]:
     of = f" to {other}" if other else ""
-    interval = f"{_signed(found['difference'])} ({_signed(found['low'])} to {_signed(found['high'])})"
+    interval = f"{signed(found['difference'])} ({signed(found['low'])} to {signed(found['high'])})"
     return [(f"Difference{of}", interval), (f"Verdict{of and f', beside {other}'}", f"**{found['verdict']}**")]
 
 
@@ -161,22 +165,22 @@ def _few_shot(said: Mapping[str, Any]) -> str:
         f"({against['tokens']:,} learned tokens)."
     )
     rows = [
-        ("This adapter, no example in the prompt", _number(against["adapter_loss"])),
-        (f"Base, {found['shots']} examples in the prompt", _number(against["other_loss"])),
-        ("Base, no example", _number(found["base_loss"])),
+        ("This adapter, no example in the prompt", number(against["adapter_loss"])),
+        (f"Base, {found['shots']} examples in the prompt", number(against["other_loss"])),
+        ("Base, no example", number(found["base_loss"])),
         (
             "Adapter against examples",
-            f"{_signed(against['difference'])} ({_signed(against['low'])} to {_signed(against['high'])})",
+            f"{signed(against['difference'])} ({signed(against['low'])} to {signed(against['high'])})",
         ),
         ("Verdict", f"**{against['verdict']}**"),
     ]
-    return "## Against examples in the prompt\n\n" + text + "\n\n" + _table(("", "loss"), rows)
+    return "## Against examples in the prompt\n\n" + text + "\n\n" + table(("", "loss"), rows)
 
 
 def _more(said: Mapping[str, Any]) -> str:
     rows: list[tuple[str, Any]] = []
     if found := said.get("forgetting"):
-        change = f"{_signed(found['change'])} ({_number(found['base_loss'])} to {_number(found['adapter_loss'])})"
+        change = f"{signed(found['change'])} ({number(found['base_loss'])} to {number(found['adapter_loss'])})"
         rows.append((f"Forgetting: loss change on a general text of {found['tokens']} tokens", change))
     if found := said.get("overfitting"):
         ratio = f"{found['verdict']} (last ÷ best held-out loss {found['ratio']:.3f})"
@@ -191,7 +195,7 @@ def _more(said: Mapping[str, Any]) -> str:
         if found["effect"] is not None:
             rows.append(("Largest change to the base on these tokens", f"{found['effect']:.2g} nats"))
         rows.append(("Modules with trained weights", found["modules"]))
-    return "## Checks\n\n" + _table(("", ""), rows) if rows else ""
+    return "## Checks\n\n" + table(("", ""), rows) if rows else ""
 
 
 def _tasks(said: Mapping[str, Any]) -> str:
@@ -203,8 +207,8 @@ def _tasks(said: Mapping[str, Any]) -> str:
         against = task["comparison"]
         losses = ["not measured"] * 4
         if against:
-            interval = f"{_signed(against['difference'])} ({_signed(against['low'])} to {_signed(against['high'])})"
-            losses = [_number(against["adapter_loss"]), _number(against["other_loss"]), interval, against["verdict"]]
+            interval = f"{signed(against['difference'])} ({signed(against['low'])} to {signed(against['high'])})"
+            losses = [number(against["adapter_loss"]), number(against["other_loss"]), interval, against["verdict"]]
         rows.append((task["name"], f"{task['weight']:g}", task["trained"], task["held_out"], task["cut"], *losses))
     head = (
         "task",
@@ -217,7 +221,7 @@ def _tasks(said: Mapping[str, Any]) -> str:
         "difference",
         "verdict",
     )
-    return "## Held-out loss by task\n\n" + _table(head, rows)
+    return "## Held-out loss by task\n\n" + table(head, rows)
 
 
 def _course(said: Mapping[str, Any]) -> str:
@@ -232,36 +236,36 @@ def _course(said: Mapping[str, Any]) -> str:
     rows = [
         (
             f"{point['step']} (the best)" if point["step"] == best else point["step"],
-            _number(point["valid_loss"]),
-            _share(point["valid_accuracy"]),
+            number(point["valid_loss"]),
+            share(point["valid_accuracy"]),
         )
         for point in shown
     ]
-    return "## Evaluations\n\n" + _table(("step", "held-out loss", "accuracy"), rows)
+    return "## Evaluations\n\n" + table(("step", "held-out loss", "accuracy"), rows)
 
 
 def _lineage(said: Mapping[str, Any]) -> str:
     found = said.get("lineage")
     if not found:
         return ""
-    rows: list[tuple[str, Any]] = [("Job", _code(found["job_id"])), ("Base model", _code(found["base_model"]))]
+    rows: list[tuple[str, Any]] = [("Job", code(found["job_id"])), ("Base model", code(found["base_model"]))]
     if base := found.get("base"):
         rows += _base(base)
     if parent := found["parent"]:
-        rows.append(("Started from", f"{_code(parent['name'])} {_code(parent['digest'])}".strip()))
+        rows.append(("Started from", f"{code(parent['name'])} {code(parent['digest'])}".strip()))
     rows += [
-        (f"{one['purpose'].capitalize()} file", f"{_code(one['id'])} sha256 {_code(one['sha256'] or 'unknown')}")
+        (f"{one['purpose'].capitalize()} file", f"{code(one['id'])} sha256 {code(one['sha256'] or 'unknown')}")
         for one in found["files"]
     ]
     rows += [
         ("Seed", found["seed"]),
         *_split(found.get("rows")),
-        ("Created", _time(found["created_at"])),
-        ("Finished", _time(found["finished_at"])),
+        ("Created", time(found["created_at"])),
+        ("Finished", time(found["finished_at"])),
         ("Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     ]
-    settings = [(name, _code(json.dumps(value))) for name, value in found["settings"].items()]
-    return "## Lineage\n\n" + _table(("", ""), rows) + "\n\n### Settings\n\n" + _table(("setting", "value"), settings)
+    settings = [(name, code(json.dumps(value))) for name, value in found["settings"].items()]
+    return "## Lineage\n\n" + table(("", ""), rows) + "\n\n### Settings\n\n" + table(("setting", "value"), settings)
 
 
 def _split(held: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
@@ -272,14 +276,14 @@ def _base(base: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Where the base is to be had, and how to see that it is the same one."""
     rows: list[tuple[str, Any]] = []
     if base["kind"] == "catalogue":
-        rows.append(("Base from", f"{_code(base['member'])} in the wheel {_code(base['source'])}"))
-        rows.append(("SHA-256 of the wheel", _code(base["revision"])))
+        rows.append(("Base from", f"{code(base['member'])} in the wheel {code(base['source'])}"))
+        rows.append(("SHA-256 of the wheel", code(base["revision"])))
     elif base["kind"] == "hub":
-        revision = f" at {_code(base['revision'])}" if base["revision"] else ""
-        rows.append(("Base from", f"the hub, {_code(base['source'])}{revision}"))
+        revision = f" at {code(base['revision'])}" if base["revision"] else ""
+        rows.append(("Base from", f"the hub, {code(base['source'])}{revision}"))
     else:
-        rows.append(("Base from", f"the directory {_code(base['source'])} of the machine that trained it"))
-    return rows + [(f"SHA-256 of the base's {_code(name)}", _code(digest)) for name, digest in base["weights"].items()]
+        rows.append(("Base from", f"the directory {code(base['source'])} of the machine that trained it"))
+    return rows + [(f"SHA-256 of the base's {code(name)}", code(digest)) for name, digest in base["weights"].items()]
 
 
 def _notes(said: Mapping[str, Any]) -> str:
@@ -303,33 +307,3 @@ def _use(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         f"{before}base = AutoModelForCausalLM.from_pretrained({argument}){comment}\n"
         'model = PeftModel.from_pretrained(base, "path/of/this/directory")\n```'
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _code(value: str) -> str:
-    return f"`{value}`" if value else ""
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-def _signed(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:+.4f}"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1%}"
-
-
-def _time(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

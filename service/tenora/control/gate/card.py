@@ -141,6 +141,24 @@ class TaskCard(msgspec.Struct, frozen=True, kw_only=True):
     comparison: Comparison | None
 
 
+class FullCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that was trained whole.
+
+    Attributes:
+        digest: of its files.
+        trained: weights that were trained.
+        valid_loss: held-out loss of the model itself.
+        served: whether an adapter stands for it here.
+        reason: why, or why not.
+    """
+
+    digest: str
+    trained: int
+    valid_loss: float
+    served: bool
+    reason: str
+
+
 class Card(msgspec.Struct, frozen=True, kw_only=True):
     """All of it. What could not be measured is None, and `notes` says why.
 
@@ -155,6 +173,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         tasks: file by file.
         curve: the evaluations, from the start on; of a long run some of them.
         near_duplicates: held-out rows that are nearly rows of the training file.
+        parity: None if nothing is served.
+        full_model: of a full fine-tuning. Where its model is served as an adapter all other figures are the adapter's.
     """
 
     source: Source
@@ -169,8 +189,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     forgetting: Forgetting | None
     overfitting: Overfitting | None
     near_duplicates: int | None
-    parity: Parity
+    parity: Parity | None
     lineage: Lineage
+    full_model: FullCard | None
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:

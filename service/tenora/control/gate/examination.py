@@ -15,6 +15,7 @@ from tenora.control.gate.card import (
     Card,
     Comparison,
     FewShot,
+    FullCard,
     Judgement,
     TaskCard,
     compare,
@@ -31,7 +32,7 @@ from tenora.control.registry.tables import JobRow
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
 from tenora.model.provenance import BaseSource
-from tenora.training.events import FinishedEvent, HeldOut
+from tenora.training.events import FinishedEvent, FullResult, HeldOut
 from tenora.training.methods.table import find_method
 from tenora.training.spec import TrainSpec
 
@@ -55,19 +56,36 @@ class Examined:
 
 
 async def examine(
-    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, blob: Blob, measuring: Measuring
+    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, blob: Blob | None, measuring: Measuring
 ) -> Examined:
-    """Let the stored adapter through, or not, and say what it is worth.
+    """Let the stored adapter through, or not, and say what the result is worth.
 
     Args:
         spec: of the run that made it; its files are still there.
-        blob: the adapter where it will be served from.
+        blob: the adapter where it will be served from; None if nothing is to be served.
         measuring: the base's figures.
 
     Raises:
         TrainingError: codes parity_failed, untrained_modules; parity_unavailable: the engine runs and could not score.
         UnavailableError: the engine is gone; the run can be resumed and ends here again.
     """
+    base = await measuring.result(few_shot=spec.folds > 0)
+    parity = None if blob is None else await _parity(context, claim, spec, event, blob, base)
+    async with context.database.read() as session:
+        row = await read_owned(session, claim)
+    held_out = None
+    if event.held_out is not None:
+        held_out = await asyncio.to_thread(HeldOutExamples.load, spec, event.held_out)
+    against_base = await _against_base(context, claim, spec, held_out)
+    source = await base_of(context)
+    card = await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base, source)
+    return Examined(card, held_out)
+
+
+async def _parity(
+    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, blob: Blob, base: Baselines
+) -> Parity:
+    """The stored adapter through the serving path; raises as `examine`."""
     ref = context.blobs.ref(blob.digest)
     modules = await asyncio.to_thread(
         require_weights,
@@ -76,7 +94,6 @@ async def examine(
         spec.lora.target_modules,
         max_rank=context.blobs.max_rank,
     )
-    base = await measuring.result(few_shot=spec.folds > 0)
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
     rows = []
     if event.probe is not None:
@@ -90,7 +107,7 @@ async def examine(
         raise TrainingError(
             f"The adapter could not be tried out before publishing: {error.message}", code="parity_unavailable"
         ) from error
-    parity = compare_paths(
+    return compare_paths(
         rows,
         served,
         event.probe.rows if event.probe is not None else (),
@@ -98,15 +115,6 @@ async def examine(
         dtype=context.engine.ready.dtype,
         modules=modules,
     )
-    async with context.database.read() as session:
-        row = await read_owned(session, claim)
-    held_out = None
-    if event.held_out is not None:
-        held_out = await asyncio.to_thread(HeldOutExamples.load, spec, event.held_out)
-    against_base = await _against_base(context, claim, spec, held_out)
-    source = await base_of(context)
-    card = await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base, source)
-    return Examined(card, held_out)
 
 
 async def _against_base(
@@ -138,7 +146,7 @@ def _card(
     spec: TrainSpec,
     event: FinishedEvent,
     base: Baselines,
-    parity: Parity,
+    parity: Parity | None,
     examples: HeldOutExamples | None,
     against_base: Comparison | str,
     source: BaseSource | None,
@@ -161,7 +169,7 @@ def _card(
     }
     if not base.complete:
         notes.append("The run was over before the base was measured on all rows that were meant.")
-    if parity.gap is None:
+    if parity is not None and parity.gap is None:
         notes.append("The run named no probe rows, so serving was not compared with training token by token.")
     return Card(
         source="cross-validation" if spec.folds else "held-out rows",
@@ -177,8 +185,19 @@ def _card(
         overfitting=overfitting(event.valid_loss, event.last_loss),
         near_duplicates=base.near_duplicates,
         parity=parity,
+        full_model=None if event.full is None else _full(event.full, served=parity is not None),
         lineage=lineage_of(row, spec, event, files=base.files, rows=_rows(row, base), base=source),
         notes=notes,
+    )
+
+
+def _full(found: FullResult, *, served: bool) -> FullCard:
+    return FullCard(
+        digest=found.digest,
+        trained=found.trained,
+        valid_loss=found.valid_loss,
+        served=served,
+        reason=found.reason,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tenora.adapters.store import AdapterStore
@@ -20,7 +21,9 @@ from tenora.control.storage.directory import Storage
 from tenora.control.storage.failpoints import Failpoints
 from tenora.control.tenancy.bootstrap import Registry
 from tenora.control.tokenizing.threads import Tokenizing
+from tenora.engine.apart import ApartTrainer, Trainer
 from tenora.errors import TenoraError
+from tenora.training.full.memory import require_memory
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
@@ -40,6 +43,7 @@ class JobContext:
     blobs: Blobs
     adapters: Adapters
     engine: AsyncEngine
+    apart: Trainer
     tokenizing: Tokenizing
     model: ResolvedModel
     limits: Callable[[], Limits]
@@ -69,11 +73,22 @@ class JobContext:
                 max_model_len=engine.ready.max_model_len,
                 target_modules=names,
                 fits=blobs.require_trainable,
+                admit_whole=partial(require_memory, model.directory),
             )
 
         adapters = Adapters(settings, database, storage, blobs, engine, model.id, failpoints)
         return cls(
-            settings, database, storage, blobs, adapters, engine, Tokenizing(tokenizer), model, limits, failpoints
+            settings,
+            database,
+            storage,
+            blobs,
+            adapters,
+            engine,
+            ApartTrainer(settings, model.directory),
+            Tokenizing(tokenizer),
+            model,
+            limits,
+            failpoints,
         )
 
     async def fail(self, claim: Claim, error: TenoraError) -> None:

@@ -15,6 +15,8 @@ from tenora.control.registry.dialects.dialect import unix_time
 from tenora.control.registry.presence import ALIVE_SECONDS, living
 from tenora.control.registry.tables import JobRow, JobStatus, TenantRow
 from tenora.errors import TenoraError
+from tenora.training.methods.table import METHODS
+from tenora.training.settings import USUAL_METHOD
 
 Task = Literal["prepare", "train"]
 STATUSES: Final[dict[Task, tuple[JobStatus, ...]]] = {
@@ -44,25 +46,38 @@ class Claim:
     job_id: str
     tenant_id: str
     token: int
+    method: str = USUAL_METHOD
+
+    @property
+    def runs_apart(self) -> bool:
+        """Whether it trains in a process of its own; one whose method is not known here fails when it is prepared."""
+        return self.method in METHODS and METHODS[self.method].runs_apart
 
 
 async def claim_next(
-    session: Session, process_id: str, task: Task, busy: Collection[str], *, most_of_tenant: int | None = None
+    session: Session,
+    process_id: str,
+    task: Task,
+    busy: Collection[str],
+    *,
+    most_of_tenant: int | None = None,
+    without: Collection[str] = (),
 ) -> Claim | None:
     """Lease a job for `task` that nobody has and that is not among `busy`, in one statement.
 
     It is one of the tenant that has the least in hand for this task, by its weight; among equals, of the one that was
-    served longest ago; and of that tenant's jobs it is the oldest. A tenant with `most_of_tenant` in hand waits.
+    served longest ago; and of that tenant's jobs it is the oldest. A tenant with `most_of_tenant` in hand waits, and so
+    does a job whose method is among `without`.
     """
     claimed = await session.execute(
         _claiming(task, bounded=most_of_tenant is not None),
-        {"process_id": process_id, "busy": list(busy), "most_of_tenant": most_of_tenant},
+        {"process_id": process_id, "busy": list(busy), "most_of_tenant": most_of_tenant, "without": list(without)},
     )
     row = claimed.one_or_none()
     if row is None:
         return None
     await session.execute(_served(task), {"served": row.tenant_id})
-    return Claim(row.id, row.tenant_id, row.lease_token)
+    return Claim(row.id, row.tenant_id, row.lease_token, row.requested.get("method", USUAL_METHOD))
 
 
 @functools.cache
@@ -75,6 +90,7 @@ def _claiming(task: Task, *, bounded: bool) -> Any:  # SQLAlchemy 2.0 and 2.1 sp
         .where(
             JobRow.status.in_(STATUSES[task]),
             JobRow.id.not_in(bindparam("busy", expanding=True)),
+            func.coalesce(JobRow.requested["method"].as_string(), "").not_in(bindparam("without", expanding=True)),
             or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at < unix_time()),
             tenants.c.in_hand < bindparam("most_of_tenant", type_=Integer) if bounded else true(),
         )
@@ -90,7 +106,7 @@ def _claiming(task: Task, *, bounded: bool) -> Any:  # SQLAlchemy 2.0 and 2.1 sp
             lease_token=JobRow.lease_token + 1,
             lease_expires_at=unix_time() + ALIVE_SECONDS,
         )
-        .returning(JobRow.id, JobRow.tenant_id, JobRow.lease_token)
+        .returning(JobRow.id, JobRow.tenant_id, JobRow.lease_token, JobRow.requested)
         .execution_options(synchronize_session=False)
     )
 

@@ -22,16 +22,24 @@ class Leases:
         self.owner = presence.id
         self._database = database
 
-    async def claim(self, task: Task, busy: Collection[str], *, most_of_tenant: int | None = None) -> Claim | None:
+    async def claim(
+        self,
+        task: Task,
+        busy: Collection[str],
+        *,
+        most_of_tenant: int | None = None,
+        without: Collection[str] = (),
+    ) -> Claim | None:
         """Take one job for `task`, fairly between tenants and never one that another living worker has; None: no job.
 
         Args:
             task: to prepare a job in `validating_files`, or to train one in `queued` or `running`.
             busy: ids of jobs that this worker is at still, so that it does not take one again whose lease ran out.
             most_of_tenant: a tenant of which workers have so many in hand for this task has to wait.
+            without: methods whose jobs have to wait.
         """
         async with self._database.write(alone=False) as session:
-            return await claim_next(session, self.owner, task, busy, most_of_tenant=most_of_tenant)
+            return await claim_next(session, self.owner, task, busy, most_of_tenant=most_of_tenant, without=without)
 
     async def renew(self, claims: Collection[Claim]) -> None:
         """Keep those that are still held for `presence.ALIVE_SECONDS` more; to be called every `RENEW_SECONDS`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from tenora.control.jobs.apart import served_rank
 from tenora.control.jobs.requests import Asked
 from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
 from tenora.control.jobs.sweeps import points
@@ -89,7 +90,7 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     if trials:
         lora = trials[0].lora  # where ranks are tried, the usual one may be none that can be served
     else:
-        lora = lora_spec(asked.lora, limits, parent, usual_rank=FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank)
+        lora = lora_spec(asked.lora, limits, parent, usual_rank=_usual_rank(asked, limits, counts))
     return Resolved(
         hyperparameters=chosen,
         lora=lora,
@@ -99,6 +100,12 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
         spec_fields={name: asked.settings[name] for name in _OF_RUN if name in asked.settings}
         | {name: value for name, value in dataclasses.asdict(chosen).items() if name in RUN},
     )
+
+
+def _usual_rank(asked: Asked, limits: Limits, counts: RowCounts) -> int:
+    if asked.learns_by.runs_apart:
+        return served_rank(limits)
+    return FEW_SHOT_RANK if counts.few_shot else LoraSpec().rank
 
 
 def _epochs_of(max_steps: int, examples: int, batch_size: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tenora.control.jobs.apart import check_apart
 from tenora.control.jobs.field_checks import known_fields, whole
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
@@ -121,6 +122,8 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
             param="n_epochs",
         )
     method.check(asked.method_settings, _given_beside(asked))
+    if method.runs_apart:
+        check_apart(method, request, asked.method_settings, asked.lora, limits)
     starts_from = asked.lora.get("init_from")
     if starts_from is not None:
         LORA_ASKED["init_from"].check(starts_from, "lora.init_from")

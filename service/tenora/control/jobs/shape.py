@@ -26,6 +26,10 @@ def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
     """A pool without end."""
 
 
+def _admits_anything(_settings: Mapping[str, Any]) -> None:
+    """A machine without end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What bounds a request on this service."""
@@ -36,6 +40,8 @@ class Limits:
     target_modules: tuple[str, ...]  # last parts of the paths of the base's modules, in its order
     fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
     """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
+    admit_whole: Callable[[Mapping[str, Any]], None] = _admits_anything
+    """Raises InvalidRequestError if a full fine-tuning with these settings of its own could never be run."""
 
     def of(self, setting: Setting) -> Setting:
         """A setting as it is bounded here."""

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tenora.control.adapters.blobs import Blob
+from tenora.control.adapters.full_card import full_card
 from tenora.control.adapters.row_record import Keys, RowRecord
 from tenora.control.adapters.rows import active_version
 from tenora.control.adapters.versions import NewVersion, add_version
@@ -27,7 +28,7 @@ from tenora.control.registry.database import Session
 from tenora.control.registry.tables import AdapterRow, AdapterVersionRow, JobRow
 from tenora.control.worker.checkpoints import withdraw_checkpoints
 from tenora.control.worker.log import evaluation_of
-from tenora.control.worker.result_files import ResultFile, discard_results, write_results
+from tenora.control.worker.result_files import Model, ResultFile, discard_results, write_results
 from tenora.errors import TrainingError
 from tenora.training.events import FinishedEvent
 from tenora.training.settings import PUBLISHING
@@ -51,7 +52,10 @@ async def publish_result(
     """
     context.failpoints.hit("publish.before_blob")
     try:
-        await _publish(context, claim, spec, event, measuring)
+        if event.path:
+            await _publish(context, claim, spec, event, measuring)
+        else:
+            await _publish_model(context, claim, spec, event, measuring)
     except TrainingError as error:
         if error.code in WITHHELD:
             await withdraw_checkpoints(context, claim)
@@ -65,7 +69,7 @@ async def _publish(
         context.failpoints.hit("publish.after_blob")
         examined = await examine(context, claim, spec, event, blob, measuring)
         rows, keys = await rows_of(context, claim, spec, examined.held_out)
-        results = await write_results(context, claim)
+        results = await write_results(context, claim, _model(event, examined.card))
         try:
             context.failpoints.hit("publish.after_result_file")
             moved = None
@@ -84,6 +88,49 @@ async def _publish(
         await context.adapters.pins.move(moved.pinned, blob.digest)
     elif moved.pinned is not None:
         await context.adapters.pins.let_go(moved.pinned)
+
+
+async def _publish_model(
+    context: JobContext, claim: Claim, spec: TrainSpec, event: FinishedEvent, measuring: Measuring
+) -> None:
+    """End a job whose result is a model to download and nothing to call: its name means what it meant."""
+    card = (await examine(context, claim, spec, event, None, measuring)).card
+    results = await write_results(context, claim, _model(event, card))
+    try:
+        async with context.database.write() as session:
+            row = await _unpaused(session, claim)
+            session.add_all([result.row() for result in results])
+            row.trained_tokens = event.trained_tokens
+            row.evaluation = {name: finite(value) for name, value in evaluation_of(event).items()} | card.as_json()
+            row.result_files = [result.id for result in results]
+            end(row, "succeeded")
+            log(
+                session,
+                row,
+                "No adapter was made of the model. " + ("" if card.full_model is None else card.full_model.reason),
+            )
+            await session.flush()  # keeps the order of the lines
+            log(session, row, f"The model is the file {results[-1].id}, {results[-1].size:,} bytes")
+            await session.flush()
+            log(session, row, "The job has successfully completed")
+            await session.flush()
+            context.failpoints.hit("publish.before_commit")
+    except BaseException:
+        await discard_results(context, results)
+        raise
+    context.failpoints.hit("publish.after_commit")
+
+
+def _model(event: FinishedEvent, card: Card) -> Model | None:
+    return None if event.full is None else Model(event.full.path, full_card(evaluation_of(event) | card.as_json()))
+
+
+async def _unpaused(session: Session, claim: Claim) -> JobRow:
+    """The job's row; PausedError if it waits for being resumed."""
+    row = await owned(session, claim)
+    if row.status == "paused":
+        raise PausedError("The job was paused; resume it to publish what it has learned.")
+    return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +205,7 @@ async def _record_result(
     judged: Judged,
 ) -> Moved | None:
     """Write every row of a published job; None, and nothing written, if its name means something else by now."""
-    row = await owned(session, claim)
-    if row.status == "paused":
-        raise PausedError("The job was paused; resume it to publish what it has learned.")
+    row = await _unpaused(session, claim)
     before = await active_version(session, row.tenant_id, row.name)
     if (None if before is None else before[1].id) != (judged.predecessor and judged.predecessor.id):
         return None

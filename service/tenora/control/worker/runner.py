@@ -1,4 +1,7 @@
-"""Claims jobs under leases and works on them: a few are prepared at a time, up to `max_running_jobs` train."""
+"""Claims jobs under leases and works on them: a few are prepared at a time, up to `max_running_jobs` train.
+
+Of those that train in a process of their own there is one at a time: such a process needs the memory of a whole base.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from tenora.control.storage.directory import remove
 from tenora.control.worker.preparing import prepare_job
 from tenora.control.worker.training import JobTraining
 from tenora.errors import TrainingError
+from tenora.training.methods.table import APART
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +72,7 @@ class JobRunner:
         works = list(self._works.values())
         for work in works:
             if work.training is not None:
-                await self._context.engine.stop_training(work.claim.job_id, pause=True)
+                await work.training.halt()
         if works:
             _, late = await asyncio.wait([work.task for work in works], timeout=STOP_SECONDS)
             for task in late:
@@ -138,10 +142,15 @@ class JobRunner:
                 break
             self._begin(claim, None)
         while sum(work.training is not None for work in self._works.values()) < self._context.settings.max_running_jobs:
-            claim = await self._leases.claim("train", self._works.keys())
+            claim = await self._leases.claim("train", self._works.keys(), without=self._full_methods())
             if claim is None:
                 break
             self._begin(claim, JobTraining(self._context, claim, self._closing))
+
+    def _full_methods(self) -> tuple[str, ...]:
+        """Methods whose jobs have to wait: those that take a process and its memory, while one has them."""
+        one = any(work.training is not None and work.claim.runs_apart for work in self._works.values())
+        return APART if one else ()
 
     def _begin(self, claim: Claim, training: JobTraining | None) -> None:
         task = asyncio.create_task(self._work(claim, training), name=f"job-{claim.job_id}")

@@ -24,6 +24,7 @@ from tenora.control.worker.eta import Eta
 from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, trial_line
 from tenora.control.worker.publication import publish_result
 from tenora.control.worker.sweep_table import choose_winner, record_trial, shares_done
+from tenora.engine.apart import Trainer
 from tenora.errors import StorageFullError, TenoraError, TrainingError, UnavailableError
 from tenora.training.events import (
     CheckpointEvent,
@@ -84,6 +85,7 @@ class JobTraining:
         self._claim = claim
         self._closing = closing_down
         self._pausing = asyncio.Event()  # the job is paused: its run is to end, and all that it says until then counts
+        self._trainer: Trainer = context.apart if claim.runs_apart else context.engine
         self._left = asyncio.Event()  # the job is in other hands: what the run still says is not recorded
         self._before: dict[int, float] = {}  # how far the trials of its sweep were when it began
         self._lost: LeaseLostError | None = None
@@ -113,12 +115,16 @@ class JobTraining:
     async def leave(self) -> None:
         """The job was cancelled by its owner: record nothing more, end the run."""
         self._left.set()
-        await self._context.engine.stop_training(self._claim.job_id, pause=False)
+        await self._trainer.stop_training(self._claim.job_id, pause=False)
 
     async def pause(self) -> None:
         """The job was paused by its owner: end the run, and record what it says until it has."""
         self._pausing.set()
-        await self._context.engine.stop_training(self._claim.job_id, pause=True)
+        await self.halt()
+
+    async def halt(self) -> None:
+        """End the run so that it can go on."""
+        await self._trainer.stop_training(self._claim.job_id, pause=True)
 
     async def _let_go(self) -> None:
         async with self._context.database.write() as session:
@@ -193,18 +199,18 @@ class JobTraining:
         try:
             async with (
                 measuring(self._context, self._claim, spec) as base,
-                aclosing(self._context.engine.train(spec)) as events,
+                aclosing(self._trainer.train(spec)) as events,
                 aclosing(batches(self._told(events, eta), Told.is_line, BATCH_SECONDS)) as told,
             ):
                 complete = True  # nothing is recorded behind a gap: whoever resumes the run hears all of that again
                 async for batch in told:
                     complete = complete and await self._record(batch, spec, base)
                     if complete and isinstance(batch[0].event, Recorded):
-                        await self._context.engine.acknowledge(spec.run_id, len(batch))
+                        await self._trainer.acknowledge(spec.run_id, len(batch))
         except UnavailableError as error:
             if self._is_to_end():
                 return True
-            await self._engine_died(error)
+            await self._died(error)
             return False
         return True
 
@@ -232,7 +238,7 @@ class JobTraining:
                 # so that its state is whole when another run of this job begins.
                 self._lost = error
                 self._left.set()
-                await self._context.engine.stop_training(self._claim.job_id, pause=True)
+                await self.halt()
                 return False
             except RegistryBusyError as error:
                 if self._closing.is_set():
@@ -297,6 +303,8 @@ class JobTraining:
                 choose_winner(await owned(session, self._claim), event.trial)
 
     async def _keep(self, event: CheckpointEvent) -> None:
+        if self._claim.runs_apart:
+            return  # weights of a base are nothing that the engine calls
         try:
             await keep_checkpoint(self._context, self._claim, event)
         except StorageFullError:
@@ -310,7 +318,9 @@ class JobTraining:
             raise UnavailableError("The engine is shutting down.")
         raise TrainingError(f"The run was stopped at step {event.step}; start the job again.", code="run_stopped")
 
-    async def _engine_died(self, error: UnavailableError) -> None:
+    async def _died(self, error: UnavailableError) -> None:
+        """The engine, or the process that the run has to itself, is gone."""
+        what = "training process" if self._claim.runs_apart and self._context.engine.alive else "engine"
         async with self._context.database.write() as session:
             row = await owned(session, self._claim)
             row.attempts += 1
@@ -319,14 +329,14 @@ class JobTraining:
             log(
                 session,
                 row,
-                f"The engine stopped; the job goes on from its last saved state when it is back "
+                f"The {what} stopped; the job goes on from its last saved state when it is back "
                 f"(attempt {attempts} of {MAX_ATTEMPTS})",
                 level="warn",
             )
         _log.warning("job %s: %s", self._claim.job_id, error.message)
         if attempts >= MAX_ATTEMPTS:
             raise TrainingError(
-                f"The engine stopped {attempts} times while this job ran; try a smaller batch_size or max_seq_length.",
+                f"The {what} stopped {attempts} times while this job ran; try a smaller batch_size or max_seq_length.",
                 code="engine_lost",
             )
 

@@ -7,13 +7,15 @@ from types import MappingProxyType
 
 from tenora.data.rows import RowKind
 from tenora.errors import TrainingError
-from tenora.training.methods import dpo, feature_extraction, supervised
+from tenora.training.methods import dpo, feature_extraction, full, supervised
 from tenora.training.methods.method import Method, Unit
 
 _TABLE: dict[str, Method] = {
-    method.name: method for method in (supervised.METHOD, dpo.METHOD, feature_extraction.METHOD)
+    method.name: method for method in (supervised.METHOD, dpo.METHOD, feature_extraction.METHOD, full.METHOD)
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
+APART = tuple(name for name, method in METHODS.items() if method.runs_apart)
+"""Those that train in a process of their own."""
 USUAL = supervised.METHOD
 """Of a job that names none."""
 
