@@ -180,6 +180,20 @@ def test_the_prefix_cache_finds_prompts_behind_a_prefix(engine: MakeDriver, virt
         assert [entry.logprob for entry in again.logprobs] == pytest.approx(numbers(first)[12:], abs=1e-4)
 
 
+def test_prompts_behind_one_prefix_are_told_apart(engine: MakeDriver, virtual: dict[str, Virtual]) -> None:
+    for digest in ("prefix-8", "prefix-6", "prompt-3"):
+        driver = engine()
+        common = prompt(6)
+        for last in (50, 51, 52):
+            tokens = [last, *common[1:], last, 9]
+            (answer,) = driver.run(scored(tokens, virtual[digest].ref))
+            want = wanted(virtual[digest], tokens + answer.tokens)
+            assert (torch.tensor(numbers(answer)) - want).abs().max() < 1e-5
+            (again,) = driver.run(generate(tokens, sampling(6, logprobs=0), adapter=virtual[digest].ref))
+            assert again.cached
+            assert [entry.logprob for entry in again.logprobs] == pytest.approx(want[-6:].tolist(), abs=1e-5)
+
+
 def test_a_prompt_that_does_not_fit_behind_its_prefix_is_refused(
     engine: MakeDriver, virtual: dict[str, Virtual]
 ) -> None:

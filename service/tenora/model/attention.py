@@ -7,7 +7,7 @@ Both are built once per step and asked once per layer. Heads are grouped: query 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -48,8 +48,8 @@ class PackedAttention(TorchHeads):
         self.prefixes = list(prefixes) if prefixes is not None and any(prefixes) else None
         bounds = list(pairwise(self.cu_seqlens))
         before = self.prefixes or [None] * len(bounds)
-        self._bounds: list[tuple[slice, slice]] = []
-        for (start, stop), prefix in zip(bounds, before, strict=True):
+        self._bounds: list[tuple[int, slice, slice]] = []
+        for number, ((start, stop), prefix) in enumerate(zip(bounds, before, strict=True)):
             shared = slice(0, 0)
             if prefix is not None:
                 owner, count = prefix
@@ -57,15 +57,19 @@ class PackedAttention(TorchHeads):
                     raise ValueError(f"no sequence can begin with the first {count} tokens of sequence {owner}.")
                 shared = slice(bounds[owner][0], bounds[owner][0] + count)
             if stop > start:
-                self._bounds.append((slice(start, stop), shared))
+                self._bounds.append((number, slice(start, stop), shared))
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def sequences(self) -> Iterator[tuple[int, slice, slice]]:
+        """Of each sequence that has tokens its number, those, and those of another that it sees before them."""
+        yield from self._bounds
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:  # noqa: ARG002  # the protocol's
         """See `Attention.attend`."""
         if not self._bounds:
             return q.flatten(1)
         rows = []
-        for own, shared in self._bounds:
+        for _, own, shared in self._bounds:
             count = shared.stop - shared.start
             keys, values = (x[own] if count == 0 else torch.cat((x[shared], x[own])) for x in (k, v))
             mask = self._mask(own.stop - own.start, count, window, q.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tenora.adapters.matching import layer_number
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.prepared import PreparedAdapter
-from tenora.adapters.table_rows import TableRows
+from tenora.adapters.table_rows import RowKind, TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.errors import TrainingError
 from tenora.training.spec import LoraSpec
@@ -141,6 +141,21 @@ class TrainedAdapter:
         return self._arena.tables
 
     @property
+    def rows(self) -> TableRows:
+        """Those of the base."""
+        return self._arena.rows
+
+    @property
+    def prefix(self) -> int:
+        """Virtual tokens whose keys and values it learns."""
+        return max((self.ranks[row] for row in self.rows.of(RowKind.PREFIX)), default=0)
+
+    @property
+    def prompt(self) -> int:
+        """Virtual tokens whose embeddings it learns."""
+        return max((self.ranks[row] for row in self.rows.of(RowKind.PROMPT)), default=0)
+
+    @property
     def weights(self) -> Tensor:
         """float32 [numel], a view of the master weights. Whoever changes them calls `refresh` afterwards."""
         return self._arena.masters.arena[self.span]
@@ -244,8 +259,8 @@ def scaling(lora: LoraSpec) -> float:
 
 
 def layers_of(rows: TableRows) -> list[int | None]:
-    """The number of each row's layer; None for what belongs to none."""
-    return [layer_number(f"{row.path}.", None) for row in rows.rows]
+    """The number of each row's layer, for embeddings the first; None for what belongs to none."""
+    return [0 if row.kind is RowKind.PROMPT else layer_number(f"{row.path}.", None) for row in rows.rows]
 
 
 def _module_ranks(rows: TableRows, lora: LoraSpec) -> list[int]:

@@ -92,12 +92,13 @@ class Work:
         return self.error is not None or len(self.results) == len(self.parts)
 
     @property
-    def kind(self) -> tuple[bool, bool, ReadoutKind]:
-        """Works of one kind may share a pass: whether there is a gradient, whether it needs the losses first, and of
-        what.
+    def kind(self) -> tuple[bool, bool, ReadoutKind, bool]:
+        """Works of one kind may share a pass: whether there is a gradient, whether it needs the losses first, of what,
+        and whether it wants an attention that takes other rows longer.
         """
         learns = self.objective is not None
-        return learns, self.objective is not None and self.objective.needs_losses, self.readout
+        prefixed = self.adapter is not None and self.adapter.prefix > 0
+        return learns, self.objective is not None and self.objective.needs_losses, self.readout, prefixed
 
     def part(self, index: int) -> Part:
         """Part `index` as the pass wants it."""

@@ -16,15 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tenora.model.attention import PackedAttention
+from tenora.adapters.table_rows import RowKind
+from tenora.model.attention import Attention, PackedAttention
 from tenora.model.context import ForwardContext
 from tenora.model.decoder import Decoder
 from tenora.model.executors.choice import layer_pass
 from tenora.model.executors.layers import Keep, LayerPass
+from tenora.model.learned_prefix import LearnedPrefixes, PrefixedAttention
 from tenora.model.readouts.base import Read, Readout, ReadoutKind, ReadPositions
 from tenora.model.readouts.tokens import TOKENS
 from tenora.training.arena import TrainedAdapter
 from tenora.training.packing import PackedRows
+from tenora.training.virtual import LearnedEmbeddings, behind_prefix, behind_prompt
 from tenora_kernels.layout import BASE, LoraBatch, LoraTables, build_segments
 
 
@@ -55,6 +58,7 @@ class Pass:
         dropout: None if no part has any.
         readout: what is made of the hidden states.
         first: the first layer that anybody's gradient goes to; their number, if only heads are trained.
+        embedded: tokens whose embeddings are learned; None if there are none.
     """
 
     input_ids: Tensor
@@ -65,6 +69,7 @@ class Pass:
     dropout: StreamDropout | None
     readout: Readout
     first: int = 0
+    embedded: LearnedEmbeddings | None = None
 
     @property
     def tokens(self) -> int:
@@ -158,7 +163,7 @@ def load_pass(
         readout: what all parts are read by.
     """
     device = decoder.device
-    rows = [part.rows for part in parts]
+    rows, embedded = _with_virtual_tokens(parts, tables)
     tokens = np.cumsum([0, *(packed.tokens for packed in rows)])
     learned = np.cumsum([0, *(len(packed.targets) for packed in rows)])
     starts = np.concatenate([packed.cu_seqlens[:-1] + first for packed, first in zip(rows, tokens[:-1], strict=True)])
@@ -177,8 +182,8 @@ def load_pass(
     context = ForwardContext(
         positions=positions,
         rope=decoder.rope(positions, _to(device, [np.repeat(row_lengths, row_lengths)])),
-        attention=PackedAttention(cu_seqlens.tolist(), **_prefixes(rows)),
-        lora=_adapters(parts, tables, device),
+        attention=_attention(parts, rows, cu_seqlens, tables),
+        lora=_adapters(parts, rows, tables, device),
         lora_dropout=dropout,
     )
     return Pass(
@@ -190,6 +195,7 @@ def load_pass(
         dropout=dropout,
         readout=readout.over(decoder, where),
         first=min((part.adapter.first_layer for part in parts if part.adapter is not None), default=0),
+        embedded=embedded,
     )
 
 
@@ -227,9 +233,12 @@ def forward_backward(
         for index in reversed(range(batch.first, len(decoder.layers))):
             if slope is None:
                 raise RuntimeError("a layer gave no gradient although the one below it needs it.")
-            # Nothing passes below the first trained layer: its input needs no gradient.
-            slope = layers.backward(index, slope, need_dx=index > batch.first)
+            # Nothing passes below the first trained layer but to embeddings: otherwise its input needs no gradient.
+            need_dx = index > batch.first or batch.embedded is not None
+            slope = layers.backward(index, slope, need_dx=need_dx)
             yield
+        if batch.embedded is not None and slope is not None:
+            batch.embedded.add_gradient(slope)
     finally:
         layers.close()
     return _losses(read)
@@ -238,6 +247,8 @@ def forward_backward(
 def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None, None, Tensor]:
     """Hidden states [T, H] after the last layer."""
     hidden = decoder.embed(batch.input_ids)
+    if batch.embedded is not None:
+        batch.embedded.fill(hidden)
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
         yield
@@ -260,13 +271,50 @@ def _targets(device: torch.device, rows: Sequence[PackedRows]) -> Tensor:
     return torch.from_numpy(np.concatenate(filled)).to(device)
 
 
-def _adapters(parts: Sequence[Part], tables: LoraTables | None, device: torch.device) -> LoraBatch | None:
+def _with_virtual_tokens(
+    parts: Sequence[Part], tables: LoraTables | None
+) -> tuple[list[PackedRows], LearnedEmbeddings | None]:
+    """The parts' rows behind the virtual tokens of their adapters, and which of the stream have learned embeddings."""
+    laid: list[PackedRows] = []
+    spans: list[tuple[slice, int]] = []
+    first, row = 0, 0
+    for part in parts:
+        rows, adapter = part.rows, part.adapter
+        if adapter is not None and adapter.prefix:
+            rows = behind_prefix(rows, adapter.prefix)
+        if adapter is not None and adapter.prompt:
+            rows, found = behind_prompt(rows, adapter.prompt)
+            row = adapter.rows.row(RowKind.PROMPT)
+            spans += [(slice(first + span.start, first + span.stop), adapter.slot) for span in found]
+        laid.append(rows)
+        first += rows.tokens
+    return laid, LearnedEmbeddings(tables, row, spans) if spans and tables is not None else None
+
+
+def _attention(
+    parts: Sequence[Part],
+    rows: Sequence[PackedRows],
+    cu_seqlens: npt.NDArray[np.int64],
+    tables: LoraTables | None,
+) -> Attention:
+    packed = PackedAttention(cu_seqlens.tolist(), **_prefixes(rows))
+    prefixed = [part.adapter for part in parts if part.adapter is not None and part.adapter.prefix]
+    if not prefixed or tables is None:
+        return packed
+    slots = [BASE if part.adapter is None or not part.adapter.prefix else part.adapter.slot for part in parts]
+    of_sequence = np.repeat(slots, [len(each.prefixes) for each in rows]).tolist()
+    return PrefixedAttention(packed, LearnedPrefixes(tables, prefixed[0].rows.of(RowKind.PREFIX), of_sequence))
+
+
+def _adapters(
+    parts: Sequence[Part], rows: Sequence[PackedRows], tables: LoraTables | None, device: torch.device
+) -> LoraBatch | None:
     slots = _slots(parts)
     if tables is None or max(slots) == BASE:
         return None
-    of_token = np.repeat(slots, [part.rows.tokens for part in parts])
-    if any(part.rows.adapted is not None for part in parts):
-        of_token[~np.concatenate([_adapted(part.rows) for part in parts])] = BASE
+    of_token = np.repeat(slots, [packed.tokens for packed in rows])
+    if any(packed.adapted is not None for packed in rows):
+        of_token[~np.concatenate([_adapted(packed) for packed in rows])] = BASE
         if of_token.max(initial=BASE) == BASE:
             return None
     return LoraBatch(tables, build_segments(torch.from_numpy(of_token), device=device))
