@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import re
+import struct
 import subprocess
 import sys
 from importlib import metadata
@@ -17,7 +19,7 @@ import tenora_client as tc
 from tests.client.fake import ADAPTER, BASE_CARDS, COMPLETION, FILE, KEY, Pieces, Script, job, page, reply
 
 MESSAGES = [{"role": "user", "content": "Hello?"}]
-RESOURCES = ("chat", "completions", "models", "files", "jobs", "adapters")
+RESOURCES = ("chat", "completions", "embeddings", "models", "files", "jobs", "adapters")
 
 
 def test_chat_sends_what_was_said_and_nothing_else() -> None:
@@ -40,6 +42,41 @@ def test_completions_take_token_ids() -> None:
     with script.client() as client:
         assert client.completions.create([1, 2], max_tokens=1, logprobs=2).text == "x"
     assert script.sent() == {"prompt": [1, 2], "max_tokens": 1, "logprobs": 2}
+
+
+def test_texts_are_read_with_numbers_sent_as_bytes() -> None:
+    usage = {"prompt_tokens": 3, "total_tokens": 3}
+    sent = base64.b64encode(struct.pack("<2f", 0.6, 0.8)).decode()
+    vectors = {"model": "m", "data": [{"index": 0, "object": "embedding", "embedding": sent}], "usage": usage}
+    states = {"model": "m", "head": None, "data": [{"index": 0, "object": "pooling", "data": sent}], "usage": usage}
+    classes = {
+        "model": "m",
+        "head": "mood",
+        "labels": ["good", "bad"],
+        "multi_label": False,
+        "data": [{"index": 0, "label": "bad", "probs": [0.25, 0.75], "num_classes": 2}],
+        "usage": usage,
+    }
+    scores = {"model": "m", "head": "r", "data": [{"index": 0, "score": 2.0, "normalized": 1.0}], "usage": usage}
+    script = Script(reply(vectors), reply(states), reply(classes), reply(scores))
+    with script.client() as client:
+        assert client.embeddings.create(["a"], "m", dimensions=2).data[0].embedding == pytest.approx((0.6, 0.8))
+        assert client.pool("a", layer=-2, pooling="mean").data[0].data == pytest.approx((0.6, 0.8))
+        assert client.classify([[1, 2]], "fox", head="mood").data[0].label == "bad"
+        answers: tc.Answers = {"prompt": "Hi", "completions": [" there"]}
+        assert client.rewards(answers, "fox").data[0].normalized == 1.0
+    assert [request.url.path for request in script.requests] == [
+        "/v1/embeddings",
+        "/pooling",
+        "/classify",
+        "/v1/rewards",
+    ]
+    assert [script.sent(at) for at in range(4)] == [
+        {"model": "m", "input": ["a"], "encoding_format": "base64", "dimensions": 2},
+        {"input": "a", "encoding_format": "base64", "layer": -2, "pooling": "mean"},
+        {"model": "fox", "input": [[1, 2]], "head": "mood"},
+        {"model": "fox", "input": {"prompt": "Hi", "completions": [" there"]}},
+    ]
 
 
 def test_names_are_one_path_segment_whatever_they_hold() -> None:
@@ -281,7 +318,7 @@ def test_readiness_is_false_without_a_server() -> None:
 def test_both_clients_offer_the_same(resource: str) -> None:
     with Script().client() as client:
         ours, theirs = type(getattr(client, resource)), type(getattr(Script().async_client(), resource))
-    for left, right in ((ours, theirs), (tc.Job, tc.AsyncJob)):
+    for left, right in ((ours, theirs), (tc.Job, tc.AsyncJob), (tc.Client, tc.AsyncClient)):
         names = [name for name, _ in inspect.getmembers(left, inspect.isfunction) if not name.startswith("_")]
         assert names == [name for name, _ in inspect.getmembers(right, inspect.isfunction) if not name.startswith("_")]
         for name in names:

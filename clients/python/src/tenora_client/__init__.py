@@ -66,7 +66,17 @@ from tenora_client.models import (
     Usage,
 )
 from tenora_client.paging import Pages
-from tenora_client.params import MergedAdapters, SweepParams, TrainingFileParams, WeightedAdapter
+from tenora_client.params import Answers, MergedAdapters, SweepParams, TrainingFileParams, WeightedAdapter
+from tenora_client.pooled import (
+    Classification,
+    Classifications,
+    Embedding,
+    EmbeddingList,
+    Pooled,
+    PooledData,
+    Reward,
+    Rewards,
+)
 from tenora_client.progress import Bar, JobBar
 from tenora_client.ranges import Range, RangeParams
 from tenora_client.retry import RetryPolicy
@@ -76,6 +86,7 @@ from tenora_client.version import __version__
 
 __all__ = [
     "Adapter",
+    "Answers",
     "ApiKey",
     "AsyncClient",
     "AsyncJob",
@@ -88,12 +99,16 @@ __all__ = [
     "ChatCompletion",
     "Checkpoint",
     "CheckpointMetrics",
+    "Classification",
+    "Classifications",
     "Client",
     "Comparison",
     "Completion",
     "ConfigurationError",
     "ConflictError",
     "Deleted",
+    "Embedding",
+    "EmbeddingList",
     "Estimate",
     "Evaluation",
     "EvaluationPoint",
@@ -117,6 +132,8 @@ __all__ = [
     "Pages",
     "PayloadTooLargeError",
     "PermissionDeniedError",
+    "Pooled",
+    "PooledData",
     "Preview",
     "Published",
     "Range",
@@ -127,6 +144,8 @@ __all__ = [
     "RequestTimeoutError",
     "ResponseError",
     "RetryPolicy",
+    "Reward",
+    "Rewards",
     "ServerError",
     "StatusError",
     "StorageFullError",

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Unpack
 
 import httpx
 
+from tenora_client import calls
 from tenora_client.async_admin import AsyncAdmin
 from tenora_client.async_connection import AsyncConnection
 from tenora_client.async_jobs import AsyncJobs
-from tenora_client.async_resources import AsyncAdapters, AsyncChat, AsyncCompletions, AsyncFiles, AsyncModels
+from tenora_client.async_resources import (
+    AsyncAdapters,
+    AsyncChat,
+    AsyncCompletions,
+    AsyncEmbeddings,
+    AsyncFiles,
+    AsyncModels,
+)
 from tenora_client.exchange import DEFAULT_TIMEOUT
+from tenora_client.params import Answers, ClassifyParams, PoolParams, ReadingParams
+from tenora_client.pooled import Classifications, Pooled, Rewards
 from tenora_client.retry import RetryPolicy
 
 
@@ -48,3 +59,20 @@ class AsyncClient(AsyncConnection):
         self.jobs = AsyncJobs(self)
         self.adapters = AsyncAdapters(self)
         self.admin = AsyncAdmin(self)
+        self.embeddings = AsyncEmbeddings(self)
+
+    async def classify(
+        self, texts: calls.Texts, model: str | None = None, **params: Unpack[ClassifyParams]
+    ) -> Classifications:
+        """The probabilities that a classification head of the adapter `model` gives its labels, for each text."""
+        return await self.send(calls.classify(texts, model, params))
+
+    async def pool(self, texts: calls.Texts, model: str | None = None, **params: Unpack[PoolParams]) -> Pooled:
+        """What the head of the adapter `model` gives as it is, or hidden states of the base or an adapter."""
+        return await self.send(calls.pool(texts, model, params))
+
+    async def rewards(
+        self, given: Sequence[Any] | Answers, model: str | None = None, **params: Unpack[ReadingParams]
+    ) -> Rewards:
+        """Score messages, conversations, or the completions of a prompt by a scalar head of the adapter `model`."""
+        return await self.send(calls.rewards(given, model, params))

@@ -13,7 +13,8 @@ from tenora_client.async_paging import AsyncPages
 from tenora_client.async_streams import AsyncStream
 from tenora_client.errors import ResponseError
 from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
-from tenora_client.params import ChatParams, CompletionParams
+from tenora_client.params import ChatParams, CompletionParams, EmbeddingParams
+from tenora_client.pooled import EmbeddingList
 from tenora_client.progress import transfer
 from tenora_client.settings import RowParams
 
@@ -97,6 +98,19 @@ class AsyncCompletions:
         if stream:
             return await self._connection.stream(call)
         return await self._connection.send(call)
+
+
+class AsyncEmbeddings:
+    """Vectors of length 1."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def create(
+        self, texts: calls.Texts, model: str | None = None, **params: Unpack[EmbeddingParams]
+    ) -> EmbeddingList:
+        """Of each text; `model` is the base, or an adapter with an embedding head."""
+        return await self._connection.send(calls.embeddings(texts, model, params))
 
 
 class AsyncModels:

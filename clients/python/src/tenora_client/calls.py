@@ -11,12 +11,23 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
-from tenora_client import models
-from tenora_client.params import ChatParams, CompletionParams, JobParams
+from tenora_client import models, pooled
+from tenora_client.params import (
+    Answers,
+    ChatParams,
+    ClassifyParams,
+    CompletionParams,
+    EmbeddingParams,
+    JobParams,
+    PoolParams,
+    ReadingParams,
+)
 from tenora_client.settings import RowParams
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=models.JobState)
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""A text, texts, token ids, or lists of them."""
 OnBytes = Callable[[int, int], None]
 """Called with the bytes transferred so far and the total (0 if unknown)."""
 
@@ -80,6 +91,10 @@ _NEW_KEY = TypeAdapter(models.NewApiKey)
 _CHAT = TypeAdapter(models.ChatCompletion)
 _CHAT_CHUNK = TypeAdapter(models.ChatChunk)
 _COMPLETION = TypeAdapter(models.Completion)
+_EMBEDDINGS = TypeAdapter(pooled.EmbeddingList)
+_CLASSES = TypeAdapter(pooled.Classifications)
+_POOLED = TypeAdapter(pooled.Pooled)
+_REWARDS = TypeAdapter(pooled.Rewards)
 
 
 def _segment(name: str) -> str:
@@ -120,6 +135,30 @@ def completion(
     return Call(
         "POST", "/v1/completions", _COMPLETION, body=_body(params, model=model, prompt=text, stream=stream or None)
     )
+
+
+def embeddings(texts: Texts, model: str | None, params: EmbeddingParams) -> Call[pooled.EmbeddingList]:
+    """POST /v1/embeddings; numbers come as bytes."""
+    return _reading("/v1/embeddings", _EMBEDDINGS, _body(params, model=model, input=texts, encoding_format="base64"))
+
+
+def classify(texts: Texts, model: str | None, params: ClassifyParams) -> Call[pooled.Classifications]:
+    """POST /classify."""
+    return _reading("/classify", _CLASSES, _body(params, model=model, input=texts))
+
+
+def pool(texts: Texts, model: str | None, params: PoolParams) -> Call[pooled.Pooled]:
+    """POST /pooling; numbers come as bytes."""
+    return _reading("/pooling", _POOLED, _body(params, model=model, input=texts, encoding_format="base64"))
+
+
+def rewards(given: Sequence[Any] | Answers, model: str | None, params: ReadingParams) -> Call[pooled.Rewards]:
+    """POST /v1/rewards; `given` is messages, conversations, or a prompt with its completions."""
+    return _reading("/v1/rewards", _REWARDS, _body(params, model=model, input=given))
+
+
+def _reading(path: str, answer: TypeAdapter[T], body: Mapping[str, Any]) -> Call[T]:
+    return Call("POST", path, answer, body=body, changes_nothing=True)
 
 
 def list_models() -> Call[models.ListPage[models.Model]]:

@@ -4,15 +4,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import httpx
 
+from tenora_client import calls
 from tenora_client.admin import Admin
 from tenora_client.connection import Connection
 from tenora_client.exchange import DEFAULT_TIMEOUT
 from tenora_client.jobs import Jobs
-from tenora_client.resources import Adapters, Chat, Completions, Files, Models
+from tenora_client.params import Answers, ClassifyParams, PoolParams, ReadingParams
+from tenora_client.pooled import Classifications, Pooled, Rewards
+from tenora_client.resources import (
+    Adapters,
+    Chat,
+    Completions,
+    Embeddings,
+    Files,
+    Models,
+)
 from tenora_client.retry import RetryPolicy
 
 
@@ -49,3 +60,20 @@ class Client(Connection):
         self.jobs = Jobs(self)
         self.adapters = Adapters(self)
         self.admin = Admin(self)
+        self.embeddings = Embeddings(self)
+
+    def classify(
+        self, texts: calls.Texts, model: str | None = None, **params: Unpack[ClassifyParams]
+    ) -> Classifications:
+        """The probabilities that a classification head of the adapter `model` gives its labels, for each text."""
+        return self.send(calls.classify(texts, model, params))
+
+    def pool(self, texts: calls.Texts, model: str | None = None, **params: Unpack[PoolParams]) -> Pooled:
+        """What the head of the adapter `model` gives as it is, or hidden states of the base or an adapter."""
+        return self.send(calls.pool(texts, model, params))
+
+    def rewards(
+        self, given: Sequence[Any] | Answers, model: str | None = None, **params: Unpack[ReadingParams]
+    ) -> Rewards:
+        """Score messages, conversations, or the completions of a prompt by a scalar head of the adapter `model`."""
+        return self.send(calls.rewards(given, model, params))

@@ -86,6 +86,54 @@ class CompletionParams(SamplingParams, total=False):
     logprobs: int
 
 
+class ReadingParams(TypedDict, total=False):
+    """How texts are read; absent means the server's default.
+
+    Attributes:
+        adapter_id: an adapter's name, when `model` is the base or absent.
+        head: which of the adapter's heads, if several will do.
+        priority: lower runs earlier among one's own requests.
+        extra: further fields of the request body, sent as they are.
+    """
+
+    adapter_id: str
+    head: str
+    priority: int
+    user: str
+    extra: Mapping[str, Any]
+
+
+class EmbeddingParams(ReadingParams, total=False):
+    """Those of embeddings: the first `dimensions` numbers, brought to length 1 again."""
+
+    dimensions: int
+
+
+class ClassifyParams(ReadingParams, total=False):
+    """Those of classes: without `use_activation` the `probs` are the scores themselves."""
+
+    use_activation: bool
+
+
+class PoolParams(ReadingParams, total=False):
+    """Those of pooled states: which state, instead of what a head makes of it.
+
+    Attributes:
+        pooling: of the last token, or the mean over all.
+        layer: -1 is after the final norm, -2 … -4 what the layers before the last one give.
+    """
+
+    pooling: Literal["last", "mean"]
+    layer: int
+
+
+class Answers(TypedDict):
+    """A prompt (a text, or messages), and answers to it that are each rewarded."""
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    completions: Sequence[str]
+
+
 class TrainingFileParams(TypedDict, total=False):
     """One of several files, a task of its own; its rows are seen `weight` times as often as those of others.
 

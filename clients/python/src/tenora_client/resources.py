@@ -13,7 +13,8 @@ from tenora_client.connection import Connection
 from tenora_client.errors import ResponseError
 from tenora_client.models import Adapter, ChatChunk, ChatCompletion, Completion, Deleted, File, Message, Model, Preview
 from tenora_client.paging import Pages
-from tenora_client.params import ChatParams, CompletionParams
+from tenora_client.params import ChatParams, CompletionParams, EmbeddingParams
+from tenora_client.pooled import EmbeddingList
 from tenora_client.progress import transfer
 from tenora_client.settings import RowParams
 from tenora_client.streams import Stream
@@ -98,6 +99,17 @@ class Completions:
         if stream:
             return self._connection.stream(call)
         return self._connection.send(call)
+
+
+class Embeddings:
+    """Vectors of length 1."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def create(self, texts: calls.Texts, model: str | None = None, **params: Unpack[EmbeddingParams]) -> EmbeddingList:
+        """Of each text; `model` is the base, or an adapter with an embedding head."""
+        return self._connection.send(calls.embeddings(texts, model, params))
 
 
 class Models:
