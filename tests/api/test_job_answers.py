@@ -27,6 +27,9 @@ SHAPE: dict[str, Any] = {
     "dropout": 0.0,
     "target_modules": ["q_proj"],
     "use_rslora": False,
+    "lora_plus_ratio": 1.0,
+    "init": "kaiming",
+    "eva_rho": 2.0,
 }
 SWEPT = {name: value for name, value in SHAPE.items() if name not in {"rank", "alpha"}}
 TRIAL: dict[str, Any] = {

@@ -212,6 +212,7 @@ def write_adapter(
     lora: LoraShape,
     modules: Mapping[str, tuple[Array, Array]],
     heads: HeadTensors | None = None,
+    scaling: float | None = None,
 ) -> None:
     """Write an adapter that `PeftModel.from_pretrained` loads, complete or not at all.
 
@@ -223,13 +224,15 @@ def write_adapter(
             or (as uint16 bits) bfloat16. Each of `lora.target_modules` must be there in every layer of the base, or in
             the same last layers.
         heads: of the adapter.
+        scaling: of every module, whatever its rank; None: alpha over each one's rank, or the root of it.
 
     Raises:
         ValueError: if shapes or names do not fit together.
         FileExistsError: if the directory exists; adapters are never replaced.
         StorageFullError: if the disk is full.
     """
-    config, tensors, metadata = with_heads(lora_config(base_model, lora, modules), lora_tensors(modules), heads)
+    config = lora_config(base_model, lora, modules, scaling)
+    config, tensors, metadata = with_heads(config, lora_tensors(modules), heads)
     with new_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_file(temporary / WEIGHTS_NAME, tensors, metadata)

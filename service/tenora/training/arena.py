@@ -52,16 +52,25 @@ class TrainingArena:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def add(self, lora: LoraSpec) -> TrainedAdapter:
+    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None) -> TrainedAdapter:
         """Make room for an adapter; all its weights are zero.
+
+        Args:
+            ranks: per row; None: `lora`'s in every module that it names.
 
         Raises:
             TrainingError: it names no module of the base, or has a rank below 1.
             MemoryError, torch.OutOfMemoryError: there is no room; the others are as they were.
         """
-        adapter = TrainedAdapter(self, lora)
+        adapter = TrainedAdapter(self, lora, ranks)
         self._rebuild([*self._adapters, adapter])
         return adapter
+
+    def reshape(self, adapter: TrainedAdapter, ranks: Sequence[int]) -> None:
+        """Give an adapter other ranks; its weights are zero afterwards. Raises as `add`, and the adapter is gone."""
+        self.remove(adapter)
+        adapter.take_ranks(ranks)
+        self._rebuild([*self._adapters, adapter])
 
     def remove(self, adapter: TrainedAdapter) -> None:
         """Free the room of an adapter."""
@@ -125,15 +134,20 @@ class TrainedAdapter:
 
     kept_checkpoints = 3
 
-    def __init__(self, arena: TrainingArena, lora: LoraSpec) -> None:
+    def __init__(self, arena: TrainingArena, lora: LoraSpec, ranks: Sequence[int] | None = None) -> None:
         self.lora = lora
-        self.ranks = _module_ranks(arena.rows, lora)
-        self.numel = arena.rows.numel(self.ranks)
-        layers = layers_of(arena.rows)
+        self._arena = arena
+        self.slot, self.span = -1, slice(0, 0)
+        self.take_ranks(_module_ranks(arena.rows, lora) if ranks is None else ranks)
+
+    def take_ranks(self, ranks: Sequence[int]) -> None:
+        """For the arena alone, which lays it out anew: have these ranks, per row."""
+        rows = self._arena.rows
+        self.ranks = list(ranks)
+        self.numel = rows.numel(self.ranks)
+        layers = layers_of(rows)
         changed = [layer for layer, rank in zip(layers, self.ranks, strict=True) if rank and layer is not None]
         self.first_layer = min(changed, default=max((layer or 0 for layer in layers), default=-1) + 1)
-        self.slot, self.span = -1, slice(0, 0)
-        self._arena = arena
 
     @property
     def tables(self) -> LoraTables:
@@ -165,6 +179,22 @@ class TrainedAdapter:
         """float32 [numel], a view of the gradient."""
         return _gradient(self.tables)[self.span]
 
+    @property
+    def rates(self) -> list[tuple[slice, float]]:
+        """Stretches for `AdamW`, which together are all weights: B learns faster than A by LoRA+'s ratio."""
+        ratio = self.lora.lora_plus_ratio
+        if ratio == 1:
+            return []
+        found, start = [], 0
+        for rank, width, height in zip(
+            self.ranks, self._arena.rows.in_features, self._arena.rows.out_features, strict=True
+        ):
+            for size, times in ((rank * width, 1.0), (rank * height, ratio)):
+                if size:
+                    found.append((slice(start, start + size), times))
+                    start += size
+        return found
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring what passes read up to date with the master weights."""
@@ -182,6 +212,13 @@ class TrainedAdapter:
             a = self._arena.masters.a(target.row, self.slot)
             a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
             self._arena.masters.bt(target.row, self.slot).zero_()
+        self.refresh()
+
+    def begin_as(self, directions: Mapping[int, Tensor]) -> None:
+        """Set A of each of these rows, [rank, in], and B zero."""
+        for row, a in directions.items():
+            self._arena.masters.a(row, self.slot).copy_(a)
+            self._arena.masters.bt(row, self.slot).zero_()
         self.refresh()
 
     def start_from(self, modules: Mapping[str, tuple[Float32Array, Float32Array, float]]) -> None:
@@ -228,7 +265,8 @@ class TrainedAdapter:
 
     def write(self, directory: Path, *, base_model: str) -> None:
         """Write it as it is now as a PEFT directory; raises as `write_adapter`."""
-        write_adapter(directory, base_model=base_model, lora=self.lora, modules=self.export())
+        scale = scaling(self.lora)
+        write_adapter(directory, base_model=base_model, lora=self.lora, modules=self.export(), scaling=scale)
 
     def prepared(self) -> PreparedAdapter:
         """A copy of the adapter as it is now, on the arena's device and in the base's type, for a slot that serves."""

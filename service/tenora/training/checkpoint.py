@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tenora.adapters.atomic import fsync
+from tenora.adapters.atomic import fsync, replace_file
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
@@ -38,6 +38,8 @@ from tenora.training.settings import RunSettings
 from tenora.training.spec import TrainSpec
 
 _MOST_POINTS = 256  # of the curve that is kept
+_LATER = {"last_layers": 0, "lora_plus_ratio": 1.0, "init": "kaiming", "eva_rho": 2.0}
+"""Fields of a shape that the first release did not know, where they say nothing."""
 _STEP_DIRECTORY = re.compile(r"step-(\d+)")
 
 
@@ -159,8 +161,9 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
 def _in_first_order(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as the first release named them: beta in every run, and what all methods have after the shape."""
     of_all = {name: settings.pop(name) for name in RunSettings.__struct_fields__}
-    if not settings["lora"]["last_layers"]:
-        del settings["lora"]["last_layers"]
+    for name, default in _LATER.items():
+        if settings["lora"][name] == default:
+            del settings["lora"][name]
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= {"beta": 0.1, **value} if name == "method_settings" else {name: value}
@@ -250,6 +253,28 @@ def load_state(workdir: Path, state: State) -> Progress | None:
     state.optimizer.steps = steps
     state.optimizer.parameters.refresh()
     return progress
+
+
+def save_ranks(workdir: Path, ranks: Sequence[int]) -> None:
+    """Keep the ranks that an adapter got from its rows, before its first state. Raises OSError as `save_state`."""
+    replace_file(workdir / "ranks.json", msgspec.json.encode(list(ranks)))
+
+
+def load_ranks(workdir: Path) -> list[int] | None:
+    """The ranks of the adapter whose state is saved; None if it has those of its shape, or there is no state.
+
+    Raises:
+        TrainingError: they cannot be read.
+    """
+    path = workdir / "ranks.json"
+    if not (path.exists() and (workdir / "resume.safetensors").exists()):
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[int])
+    except (OSError, msgspec.DecodeError) as error:
+        raise TrainingError(
+            f"The saved state cannot be read ({error}); start a new job.", code="resume_unreadable"
+        ) from error
 
 
 def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int) -> Path:

@@ -6,8 +6,9 @@ are made of learners: one for a plain job, one per trial of a sweep, one per fol
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,14 +21,17 @@ from tenora.training.checkpoint import (
     Progress,
     State,
     fingerprint,
+    load_ranks,
     load_state,
     prune_checkpoints,
+    save_ranks,
     save_state,
     thinned,
     write_checkpoint,
 )
 from tenora.training.commands import AdamWSettings
 from tenora.training.corpus import Corpus
+from tenora.training.eva import begin_by_variance
 from tenora.training.evaluation import Evaluation, finish, general_loss, measure
 from tenora.training.events import CheckpointEvent, EvalEvent, EvaluationPoint, Items, StepEvent
 from tenora.training.init_from import start_adapter
@@ -77,20 +81,21 @@ class Learner:
         self.workdir = Path(spec.workdir)
         self.steps_per_epoch = corpus.steps_per_epoch(spec.batch_size)
         self.total_steps = spec.max_steps or spec.n_epochs * self.steps_per_epoch
-        self.adapter = host.arena.add(spec.lora)
+        self.adapter = host.arena.add(spec.lora, load_ranks(self.workdir))
         self._learning: Learning | None = None
         try:
             self.adapter.initialise(spec.seed)
             if spec.init_path:
                 start_adapter(self.adapter, Path(spec.init_path), host.arena.rows.modules)
             self._learning = find_method(spec.method).learning(self)
-            self.optimizer = AdamW(self.adapter)
+            self.optimizer = AdamW(self.adapter, self.adapter.rates)
             self.belongs_to = fingerprint(spec, corpus.train, corpus.valid)
             restored = load_state(self.workdir, self._state(Progress()))
         except BaseException:
             self.close()
             raise
         self.progress = restored or Progress()
+        self._begins_by_variance = restored is None and spec.lora.init == "eva" and not spec.init_path
         self.dropout = LoraDropout(spec.lora.dropout, host.decoder.device) if spec.lora.dropout else None
         self.capacity = host.part_tokens(spec.tokens_per_microbatch, recompute=spec.recompute_activations)
         self._shared = (0, 0)  # tokens that every row of the training and of the held-out rows begins with
@@ -121,6 +126,8 @@ class Learner:
         Without held-out rows nothing is evaluated, and no checkpoint is written.
         """
         self._until = self.total_steps if until is None else min(until, self.total_steps)
+        if self._begins_by_variance:
+            yield from self._begin_by_variance()
         while True:
             if self._evaluation_is_due():
                 yield from self._evaluate()
@@ -145,7 +152,7 @@ class Learner:
 
     def frozen_copy(self) -> TrainedAdapter:
         """A second adapter with the weights of now; see `tenora.training.methods.method.Learner`."""
-        copy = self.host.arena.add(self.spec.lora)
+        copy = self.host.arena.add(self.spec.lora, self.adapter.ranks)
         copy.weights.copy_(self.adapter.weights)
         copy.refresh()
         return copy
@@ -169,12 +176,26 @@ class Learner:
     def _state(self, progress: Progress, *, over: bool = False) -> State:
         return State(self.optimizer, self.learning.state(), progress, self.belongs_to, over)
 
+    def _begin_by_variance(self) -> Items:
+        """Let the adapter begin where the first rows say; a crash before the state is saved repeats it."""
+
+        def first() -> Iterator[PackedRows]:
+            for step in itertools.count():
+                yield from self._microbatches(step)
+
+        ranks, directions = yield from begin_by_variance(self.host.decoder, self.adapter, first())
+        self.host.arena.reshape(self.adapter, ranks)
+        self.adapter.begin_as(directions)
+        self.optimizer = AdamW(self.adapter, self.adapter.rates)
+        save_ranks(self.workdir, ranks)
+        self._begins_by_variance = False
+        self.save()
+
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 
     def _step(self) -> Items:
         step, spec, before = self.progress.step, self.spec, time.monotonic()
-        examples = self.corpus.batch(step, spec.batch_size, seed=spec.seed)
-        parts = microbatches(self.corpus.train, examples, self.capacity if spec.packing else 1, shared=self._shared[0])
+        parts = self._microbatches(step)
         self._watch.learns(step + 1, parts)
         yield from self.learning.prepare(parts)
         work = yield from finish(self.host.queue, self._work(parts))
@@ -206,6 +227,11 @@ class Learner:
             tokens_per_second=sum(part.row_tokens for part in parts) / max(time.monotonic() - before, 1e-9),
             metrics=found.metrics,
         )
+
+    def _microbatches(self, step: int) -> list[PackedRows]:
+        spec = self.spec
+        examples = self.corpus.batch(step, spec.batch_size, seed=spec.seed)
+        return microbatches(self.corpus.train, examples, self.capacity if spec.packing else 1, shared=self._shared[0])
 
     def _work(self, parts: Sequence[PackedRows]) -> Work:
         spec = self.spec

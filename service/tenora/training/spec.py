@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from tenora.training.settings import RUN, USUAL_METHOD, RunSettings, Setting, declared
 
+Init = Literal["kaiming", "eva"]
+
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape of the adapter to train (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
+    """Shape of the adapter to train (Hu et al. 2021; rsLoRA: Kalajdzievski 2023; LoRA+: Hayou et al. 2024; EVA:
+    Paischer et al. 2024).
 
     Attributes:
         target_modules: here every module of the base's layout if empty.
@@ -27,7 +30,32 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         Setting("Last parts of the paths of what it adapts.", most=64, noun="module names", every="all-linear"),
     ] = ()
     use_rslora: Annotated[bool, Setting("Scale by alpha / root of rank.")] = False
+    lora_plus_ratio: Annotated[
+        float,
+        Setting(
+            "B learns at so many times the rate of A (LoRA+); 1 is usual, 16 LoRA+'s.",
+            least=1,
+            most=64,
+            flag="--lora-plus-ratio",
+        ),
+    ] = 1.0
+    init: Annotated[
+        Init,
+        Setting(
+            "How A begins: kaiming, at random; eva, as the directions in which the inputs of each module differ most "
+            "over the first rows, with ranks moved to where they explain more (EVA). B is zero.",
+            flag="--init",
+        ),
+    ] = "kaiming"
+    eva_rho: Annotated[
+        float, Setting("With eva: a module's rank is at most so many times the rank; 1 moves none.", least=1, most=8)
+    ] = 2.0
     last_layers: int = 0
+
+
+def highest_rank(lora: LoraSpec) -> int:
+    """The highest rank that a module of such an adapter may get."""
+    return round(lora.rank * lora.eva_rho) if lora.init == "eva" else lora.rank
 
 
 class LoraSettings(LoraSpec, frozen=True, kw_only=True):

@@ -164,6 +164,13 @@ class LoraParams(TypedDict, total=False):
     """Last parts of the paths of what it adapts; "all-linear" or a list of module names."""
     use_rslora: bool
     """Scale by alpha / root of rank; true or false."""
+    lora_plus_ratio: float
+    """B learns at so many times the rate of A (LoRA+); 1 is usual, 16 LoRA+'s; a number, at least 1 and at most 64."""
+    init: Literal["kaiming", "eva"]
+    """How A begins: kaiming, at random; eva, as the directions in which the inputs of each module differ most over
+    the first rows, with ranks moved to where they explain more (EVA); one of kaiming, eva."""
+    eva_rho: float
+    """With eva: a module's rank is at most so many times the rank; 1 moves none; a number, at least 1 and at most 8."""
     init_from: str
     """An adapter of yours to start from; the name of an adapter."""
 
@@ -229,6 +236,9 @@ class Lora(Part):
     dropout: float | None = None
     target_modules: Sequence[str] | str | None = None
     use_rslora: bool | None = None
+    lora_plus_ratio: float | None = None
+    init: str | None = None
+    eva_rho: float | None = None
     init_from: str | None = None
 
 

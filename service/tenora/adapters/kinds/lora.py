@@ -243,8 +243,12 @@ def lora_tensors(modules: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]
     return tensors
 
 
-def lora_config(base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Array, Array]]) -> dict[str, Any]:
+def lora_config(
+    base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Array, Array]], scaling: float | None = None
+) -> dict[str, Any]:
     """The adapter_config.json of such modules. A module of another rank than `lora`'s gets an entry in `rank_pattern`.
+
+    With `scaling` it gets one in `alpha_pattern` too, so that it is scaled as all others are.
 
     Raises:
         ValueError: `lora.target_modules` names others than those that are there.
@@ -254,7 +258,10 @@ def lora_config(base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Ar
     if set(names) != set(target_modules):
         raise ValueError(f"the modules are {sorted(names)}, but target_modules are {sorted(target_modules)}.")
     layers = sorted({layer_number(path, None) or 0 for path in modules})
+    others = {path: a.shape[0] for path, (a, _) in modules.items() if a.shape[0] != lora.rank}
+    alphas = {} if scaling is None else {path: scaling * _divisor(rank, lora) for path, rank in others.items()}
     return {
+        **({"alpha_pattern": alphas} if alphas else {}),
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -266,9 +273,14 @@ def lora_config(base_model: str, lora: LoraShape, modules: Mapping[str, tuple[Ar
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "rank_pattern": {path: a.shape[0] for path, (a, _) in modules.items() if a.shape[0] != lora.rank},
+        "rank_pattern": others,
         "target_modules": target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.use_rslora,
     }
+
+
+def _divisor(rank: int, lora: LoraShape) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(rank) if lora.use_rslora else rank

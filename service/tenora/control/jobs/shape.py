@@ -19,7 +19,7 @@ from tenora.adapters.targets import TargetModule
 from tenora.control.jobs.field_checks import known_fields
 from tenora.errors import AdapterFormatError, InvalidRequestError
 from tenora.training.settings import Setting
-from tenora.training.spec import LORA, LORA_ASKED, LoraSpec
+from tenora.training.spec import LORA, LORA_ASKED, LoraSpec, highest_rank
 
 
 def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
@@ -107,16 +107,34 @@ def lora_spec(
     modules = _target_modules(given.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
+    settled = {"rank": rank, "target_modules": modules}
+    highest = _highest_rank(LoraSpec(**{**given, **settled}), limits, parent)
     try:
-        limits.fits(rank, modules)
+        limits.fits(highest, modules)
     except AdapterFormatError as error:
         raise InvalidRequestError(error.message, code=error.code, param="lora.rank") from error
     rslora = given.get("use_rslora", parent is not None and parent.use_rslora)
     usual_alpha = 2.0 * rank
     if parent is not None and parent.scaling > 0:
         usual_alpha = parent.scaling * (math.sqrt(rank) if rslora else rank)
-    settled = {"rank": rank, "target_modules": modules, "use_rslora": rslora}
-    return LoraSpec(**{"alpha": usual_alpha, **given, **settled})
+    return LoraSpec(**{"alpha": usual_alpha, **given, **settled, "use_rslora": rslora})
+
+
+def _highest_rank(lora: LoraSpec, limits: Limits, parent: ParentShape | None) -> int:
+    """What a module of the adapter may get."""
+    highest = highest_rank(lora)
+    if lora.init == "eva" and parent is not None:
+        raise InvalidRequestError(
+            "lora.init says where a new adapter begins, and lora.init_from begins as another one; give one of them.",
+            param="lora.init",
+        )
+    if highest > limits.max_rank:
+        raise InvalidRequestError(
+            f"With lora.init eva and lora.eva_rho {lora.eva_rho:g} a module of rank {lora.rank} may get {highest}, and "
+            f"this server accepts {limits.max_rank}; lower one of them.",
+            param="lora.eva_rho",
+        )
+    return highest
 
 
 def _require_room(rank: int, modules: tuple[str, ...], parent: ParentShape) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,11 @@ class FullWeights(TrainedAdapter):
         return self._grad
 
     @property
+    def rates(self) -> list[tuple[slice, float]]:
+        """One rate for all."""
+        return []
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """The trained tensors by their names in a checkpoint, views of the vector."""
         return self._tensors
@@ -142,7 +147,7 @@ class FullArena(TrainingArena):
         super().__init__(table_rows(weights.decoder.spec), device=weights.decoder.device)
         self._weights = weights
 
-    def add(self, lora: LoraSpec) -> TrainedAdapter:  # noqa: ARG002  # an adapter's shape
+    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None) -> TrainedAdapter:  # noqa: ARG002  # an adapter's
         """See `TrainingArena`."""
         return self._weights
 

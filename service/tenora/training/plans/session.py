@@ -71,7 +71,7 @@ class SessionPlan:
         self._gradient: Tensor | None = None  # gathered by the commands that were answered
         try:
             self._adapter.initialise(spec.seed)
-            self._optimizer = AdamW(self._adapter)
+            self._optimizer = AdamW(self._adapter, self._adapter.rates)
             if self._resume.exists():
                 self._load(self._resume, optimizer=True)
         except BaseException:
