@@ -34,7 +34,7 @@ LORA = "LoRA r=16"
 KINDS: Mapping[str, Kind] = {
     LORA: Kind(rank=RANK, is_bf16=True),
     "rsLoRA r=16": Kind(rank=RANK, scaling=RANK**-0.5, is_bf16=True),
-    "DoRA r=16": Kind(rank=RANK, scaled=ALL, flags=BIAS_OUTSIDE, is_bf16=True),
+    "DoRA r=16, float32": Kind(rank=RANK, scaled=ALL, flags=BIAS_OUTSIDE),
     "(IA)³": Kind(scaled=("k_proj", "v_proj", "up_proj"), is_bf16=True),
     "VeRA r=256 on q, v": Kind(rank=256, targets=("q_proj", "v_proj"), is_bf16=True),
     "Houlsby, 36 wide": Kind(width=36, is_bf16=True),
@@ -43,7 +43,9 @@ KINDS: Mapping[str, Kind] = {
         width=288, blocks=("mlp",), activation="relu", flags=PARALLEL, scaling=4.0, is_bf16=True
     ),
 }
-"""Widths are those of the `adapters` package's reduction factors for 576 columns: 16, and 2 for parallel ones."""
+"""Widths are those of the `adapters` package's reduction factors for 576 columns: 16, and 2 for parallel ones. All lie
+as bfloat16, as their files do, but DoRA: its scales come as float32, and an adapter has one type.
+"""
 
 
 class Rows:
