@@ -115,11 +115,12 @@ def scale_columns(y: Tensor, site: LoraSite, batch: LoraBatch | None, bias: Tens
 def add_bottleneck(y: Tensor, x: Tensor, site: BottleneckSite, batch: LoraBatch | None) -> Tensor:
     """`y[t] += s · (U · f(D · h + b_d) + b_u)` with the bottleneck of row t's slot.
 
-    h is y[t] itself, or x[t] where the slot has PARALLEL. Rows without a bottleneck are untouched, to the bit.
+    h is y[t] itself, or x[t] where the slot has PARALLEL, or y[t] + x[t] where it has WITH_RESIDUAL. Rows without a
+    bottleneck are untouched, to the bit.
 
     Args:
         y: [T, H], a block's output before it is added to the residual. Changed in place, unless a gradient is needed.
-        x: [T, H], the block's normalised input. Must not alias y.
+        x: [T, H], the residual stream before the block. Must not alias y.
         site: the block's.
         batch: the step's tables and segments; None if no row has an adapter.
 
@@ -127,8 +128,8 @@ def add_bottleneck(y: Tensor, x: Tensor, site: BottleneckSite, batch: LoraBatch 
         y itself if no gradient is needed, else a new tensor; when one is, see `add_lora`. The backward pass **adds**
         the weights' gradients to `batch.tables.grad`.
 
-    Source: adapters, arXiv:1902.00751 (after attention and MLP) and arXiv:2005.00247 (after the MLP); parallel ones,
-    arXiv:2110.04366.
+    Source: adapters, arXiv:1902.00751 (h = y, after attention and MLP) and arXiv:2005.00247 (h = y + x, after the MLP);
+    parallel ones, arXiv:2110.04366 (h = x). What they read in a pre-norm decoder is what AdapterHub's library does.
     """
     if batch is None or not batch.flags & BOTTLENECKS:
         return y

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tenora_kernels.flags import BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.flags import BIAS_OUTSIDE, PARALLEL, WITH_RESIDUAL
 from tenora_kernels.layout import BottleneckSite, LoraSite, LoraTables
 from tenora_kernels.torch_parts import activation_of
 
@@ -89,10 +89,12 @@ def add_bottleneck_reference(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`y[t] + s · (U · f(D · h + b_d) + b_u)` with h = y[t], or x[t] in a slot with PARALLEL, token by token.
+    """`y[t] + s · (U · f(D · h + b_d) + b_u)`, token by token.
+
+    h is y[t], or x[t] in a slot with PARALLEL, or y[t] + x[t] in one with WITH_RESIDUAL.
 
     Args:
-        y: [T, H], a block's output. x: [T, H], its input.
+        y: [T, H], a block's output. x: [T, H], the residual stream before it.
         site: which block's.
         tables: where D, Uᵀ, b_d, b_u lie; s is the scaling of the site's row. Gradients as `add_lora_reference`.
         slot_of_row: [T], -1 for a row of the base.
@@ -106,7 +108,8 @@ def add_bottleneck_reference(
         own = y[t].to(dtype)
         if slot >= 0 and tables.rank(site.row, slot):
             flags = int(tables.flags[slot])
-            inner = tables.a(site.row, slot).to(dtype) @ (x[t].to(dtype) if flags & PARALLEL else own)
+            read = x[t].to(dtype) if flags & PARALLEL else own + x[t].to(dtype) if flags & WITH_RESIDUAL else own
+            inner = tables.a(site.row, slot).to(dtype) @ read
             if tables.rank(site.inner_row, slot):
                 inner = inner + tables.a(site.inner_row, slot)[:, 0].to(dtype)
             outer = activation_of(flags)(inner) @ tables.bt(site.row, slot).to(dtype)

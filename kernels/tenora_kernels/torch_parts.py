@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenora_kernels.flags import ACTIVATION_BITS, ACTIVATIONS, BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.flags import ACTIVATION_BITS, ACTIVATIONS, BIAS_OUTSIDE, PARALLEL, WITH_RESIDUAL
 from tenora_kernels.layout import BottleneckSite, LoraBatch, LoraSegments, LoraSite, LoraTables, accumulation_dtype
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,6 +28,13 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activation_of(flags: int) -> Callable[[Tensor], Tensor]:
     """The function between the two matrices of a slot's bottlenecks."""
     return _FUNCTIONS[ACTIVATIONS[flags & ACTIVATION_BITS]]
+
+
+def read_by(flags: int, y: Tensor, x: Tensor) -> Tensor:
+    """What a slot's bottlenecks read, of a block's output y and the residual stream x before it."""
+    if flags & PARALLEL:
+        return x
+    return y + x if flags & WITH_RESIDUAL else y
 
 
 def scale_forward(y: Tensor, site: LoraSite, batch: LoraBatch, bias: Tensor | None) -> None:
@@ -100,8 +107,9 @@ def bottleneck_forward(y: Tensor, x: Tensor, site: BottleneckSite, batch: LoraBa
         if (bottleneck := Bottleneck.of(site, tables, slot)) is not None:
             flags = int(tables.flags[slot])
             dtype = accumulation_dtype(y.dtype, bottleneck.down.dtype)
-            own, given = y[rows].to(dtype), (x if flags & PARALLEL else y)[rows].to(dtype)
-            y[rows] = (own + tables.scale(site.row, slot) * bottleneck.to(dtype)(given, flags)).to(y.dtype)
+            own, stream = y[rows].to(dtype), x[rows].to(dtype)
+            made = bottleneck.to(dtype)(read_by(flags, own, stream), flags)
+            y[rows] = (own + tables.scale(site.row, slot) * made).to(y.dtype)
 
 
 def bottleneck_backward(
@@ -119,14 +127,15 @@ def bottleneck_backward(
         if (stored := Bottleneck.of(site, tables, slot)) is None:
             continue
         flags = int(tables.flags[slot])
-        source, below = (x, d_x) if flags & PARALLEL else (y, d_y)
         dtype = accumulation_dtype(dy.dtype, stored.down.dtype)
-        bottleneck, given = stored.to(dtype), source[rows].detach().to(dtype).requires_grad_()
+        given = read_by(flags, y[rows].detach().to(dtype), x[rows].detach().to(dtype))
+        bottleneck, given = stored.to(dtype), given.requires_grad_()
         with torch.enable_grad():
             made = tables.scale(site.row, slot) * bottleneck(given, flags)
         parts = [part for part in bottleneck if part is not None]
         to_given, *to_parts = torch.autograd.grad(made, [given, *parts], dy[rows].to(dtype))
-        below[rows] += to_given.to(below.dtype)
+        for below in (*(() if flags & PARALLEL else (d_y,)), *((d_x,) if flags & (PARALLEL | WITH_RESIDUAL) else ())):
+            below[rows] += to_given.to(below.dtype)
         if tables.grad is not None:
             places = Bottleneck.of(site, tables, slot, gradient=True) or ()
             for place, gradient in zip((part for part in places if part is not None), to_parts, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from tenora.adapters.safetensors_file import Array, write_file
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 
 PREFIX = "base_model.model."
@@ -27,6 +28,15 @@ TARGETS = tuple(
     TargetModule(f"model.layers.{layer}.{name}", layer * 7 + i, *shape)
     for layer in range(3)
     for i, (name, shape) in enumerate(_SHAPES.items())
+)
+
+ROWS = TableRows(
+    modules=TARGETS,
+    blocks=tuple(f"model.layers.{layer}.{block}" for layer in range(3) for block in ("self_attn", "mlp")),
+    layers=tuple(f"model.layers.{layer}" for layer in range(3)),
+    hidden=48,
+    kv=16,
+    factors={f"model.layers.{layer}.mlp.down_proj": f"model.layers.{layer}.mlp.up_proj" for layer in range(3)},
 )
 
 

@@ -26,7 +26,7 @@ def stored(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader() -> AdapterReader:
-    return AdapterReader(files.TARGETS, max_rank=4096)
+    return AdapterReader(files.ROWS, max_rank=4096)
 
 
 class HashingOnceUsed:

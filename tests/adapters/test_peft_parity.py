@@ -20,7 +20,7 @@ from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter,
 from tenora.adapters.safetensors_file import Array
 from tenora.adapters.weights import AdapterWeights, LoraModule
 from tenora.errors import AdapterFormatError
-from tests.adapters.files import TARGETS
+from tests.adapters.files import ROWS, TARGETS
 
 # PEFT and transformers disagree on a name that one of them deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -108,12 +108,12 @@ def test_adapters_that_peft_saves(
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **CONFIGURATIONS[name]))
     randomise(model)
     model.save_pretrained(tmp_path)
-    weights = read_adapter(tmp_path, TARGETS, max_rank=64)
+    weights = read_adapter(tmp_path, ROWS, max_rank=64)
     # The saved adapter as PEFT loads it is what counts: saving sorts the patterns, and with them which one wins.
     assert_same_deltas(our_deltas(weights), peft_deltas(peft.PeftModel.from_pretrained(load(tiny_base), tmp_path)))
     assert weights.rank == max(module.rank for module in weights.modules.values())
     assert list(weights.modules) == [target.path for target in TARGETS if target.path in weights.modules]
-    summary = validate_files((tmp_path / CONFIG_NAME).read_bytes(), tmp_path / WEIGHTS_NAME, TARGETS, max_rank=64)
+    summary = validate_files((tmp_path / CONFIG_NAME).read_bytes(), tmp_path / WEIGHTS_NAME, ROWS, max_rank=64)
     assert (summary.rank, summary.target_modules) == (weights.rank, weights.target_modules)
     assert summary.nbytes == weights.nbytes == sum(m.a.nbytes + m.b.nbytes for m in weights.modules.values())
     assert summary.parameters * 4 == summary.nbytes
@@ -126,7 +126,7 @@ def test_every_weight_type(dtype: torch.dtype, name: str, base: transformers.Pre
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     randomise(model, dtype)
     model.save_pretrained(tmp_path)
-    weights = read_adapter(tmp_path, TARGETS, max_rank=64)
+    weights = read_adapter(tmp_path, ROWS, max_rank=64)
     assert {module.dtype for module in weights.modules.values()} == {name}
     randomise(model)  # PEFT's own product would round in the narrow type; ours is compared with the rounded factors
     for parameter_name, parameter in model.named_parameters():
@@ -150,9 +150,9 @@ def test_a_and_b_may_differ_in_their_float_type(
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_NAME)
     tensors = {name: value.to(a_type if ".lora_A." in name else b_type) for name, value in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / WEIGHTS_NAME)
-    ours = our_deltas(read_adapter(tmp_path, TARGETS, max_rank=64))
+    ours = our_deltas(read_adapter(tmp_path, ROWS, max_rank=64))
     assert_same_deltas(ours, peft_deltas(peft.PeftModel.from_pretrained(load(tiny_base), tmp_path)))
-    summary = validate_files((tmp_path / CONFIG_NAME).read_bytes(), tmp_path / WEIGHTS_NAME, TARGETS, max_rank=64)
+    summary = validate_files((tmp_path / CONFIG_NAME).read_bytes(), tmp_path / WEIGHTS_NAME, ROWS, max_rank=64)
     assert summary.bfloat16 == (a_type == b_type == torch.bfloat16)
 
 
@@ -179,7 +179,7 @@ def test_configurations_that_others_write(
     fields = {**json.loads((tmp_path / CONFIG_NAME).read_text()), **written}
     (tmp_path / CONFIG_NAME).write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
     theirs = peft_deltas(peft.PeftModel.from_pretrained(load(tiny_base), tmp_path))
-    assert_same_deltas(our_deltas(read_adapter(tmp_path, TARGETS, max_rank=64)), theirs)
+    assert_same_deltas(our_deltas(read_adapter(tmp_path, ROWS, max_rank=64)), theirs)
 
 
 def test_the_keys_of_configurations_by_hand(base: transformers.PreTrainedModel, tmp_path: Path) -> None:
@@ -191,11 +191,10 @@ def test_the_keys_of_configurations_by_hand(base: transformers.PreTrainedModel, 
     minimal = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
     assert set(fields["target_modules"]) == {target.name for target in TARGETS}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(minimal))
-    assert_same_deltas(our_deltas(read_adapter(tmp_path, TARGETS, max_rank=64)), peft_deltas(model))
+    assert_same_deltas(our_deltas(read_adapter(tmp_path, ROWS, max_rank=64)), peft_deltas(model))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora is True"),
     "bias": ({"bias": "lora_only"}, "bias is 'lora_only'"),
     "a bias of the low-rank layers": ({"lora_bias": True}, "lora_bias is True"),
     "the head in full": ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
@@ -217,14 +216,14 @@ def test_kinds_that_peft_saves_and_that_are_refused(
         tmp_path
     )
     with pytest.raises(AdapterFormatError, match=reason):
-        read_adapter(tmp_path, TARGETS, max_rank=64)
+        read_adapter(tmp_path, ROWS, max_rank=64)
 
 
 def test_another_method_is_refused(base: transformers.PreTrainedModel, tmp_path: Path) -> None:
-    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    config = peft.LoHaConfig(target_modules=["k_proj", "down_proj"])
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterFormatError, match="peft_type is 'IA3'; only LORA"):
-        read_adapter(tmp_path, TARGETS, max_rank=64)
+    with pytest.raises(AdapterFormatError, match="peft_type is 'LOHA'; adapters of the kinds"):
+        read_adapter(tmp_path, ROWS, max_rank=64)
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def test_adapters_that_we_write(
     shape = Shape(alpha=6.5, use_rslora=use_rslora)
     modules = random_modules(lambda path: 7 if mixed and ".1." in path else 4, shape.target_modules)
     write_adapter(tmp_path / "adapter", base_model="some/base", lora=shape, modules=modules)
-    ours = read_adapter(tmp_path / "adapter", TARGETS, max_rank=64)
+    ours = read_adapter(tmp_path / "adapter", ROWS, max_rank=64)
     for path, (a, b) in modules.items():
         assert np.array_equal(ours.modules[path].a, a)
         assert np.array_equal(ours.modules[path].bt, b.T)
@@ -283,7 +282,7 @@ def test_exported_adapters_give_the_same_logits(base: transformers.PreTrainedMod
         merged.load_state_dict(state)
         merged.eval()
         plain = merged(ids).logits
-        for path, delta in our_deltas(read_adapter(tmp_path / "a", TARGETS, max_rank=64)).items():
+        for path, delta in our_deltas(read_adapter(tmp_path / "a", ROWS, max_rank=64)).items():
             merged.get_submodule(path).weight += delta
         ours = merged(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -304,7 +303,7 @@ def test_half_precision_is_written_as_it_is(tmp_path: Path) -> None:
     bits = np.arange(4 * 48, dtype=np.uint16).reshape(4, 48)
     modules = {t.path: (bits, bits.T.copy()) for t in TARGETS if t.name == "q_proj"}
     write_adapter(tmp_path / "a", base_model="b", lora=Shape(target_modules=("q_proj",)), modules=modules)
-    module = read_adapter(tmp_path / "a", TARGETS, max_rank=64).modules["model.layers.2.self_attn.q_proj"]
+    module = read_adapter(tmp_path / "a", ROWS, max_rank=64).modules["model.layers.2.self_attn.q_proj"]
     assert module.dtype == "bfloat16"
     assert np.array_equal(module.a, bits)
 

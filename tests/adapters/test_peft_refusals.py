@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter, validate_files
 from tenora.errors import AdapterFormatError
-from tests.adapters.files import PREFIX, TARGETS, config, raw_safetensors, save, tensors
+from tests.adapters.files import PREFIX, ROWS, config, raw_safetensors, save, tensors
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
@@ -22,10 +22,10 @@ Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
 def refusal(directory: Path, max_rank: int = 64) -> str:
     """The message with which both ways in refuse the adapter; they must agree."""
     with pytest.raises(AdapterFormatError) as read:
-        read_adapter(directory, TARGETS, max_rank=max_rank)
+        read_adapter(directory, ROWS, max_rank=max_rank)
     if (directory / WEIGHTS_NAME).exists() and (directory / CONFIG_NAME).exists():
         with pytest.raises(AdapterFormatError) as validated:
-            validate_files((directory / CONFIG_NAME).read_bytes(), directory / WEIGHTS_NAME, TARGETS, max_rank=max_rank)
+            validate_files((directory / CONFIG_NAME).read_bytes(), directory / WEIGHTS_NAME, ROWS, max_rank=max_rank)
         assert validated.value.message == read.value.message
     assert read.value.message.endswith("."), "a message is a sentence"
     return read.value.message
@@ -33,15 +33,23 @@ def refusal(directory: Path, max_rank: int = 64) -> str:
 
 def test_the_unchanged_one_is_accepted(tmp_path: Path) -> None:
     save(tmp_path, config(), tensors())
-    assert read_adapter(tmp_path, TARGETS, max_rank=64).target_modules == ("q_proj", "down_proj")
+    assert read_adapter(tmp_path, ROWS, max_rank=64).target_modules == ("q_proj", "down_proj")
 
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "other peft_type": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+    "other peft_type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; adapters of the kinds dora, alora, lora"),
     "no peft_type": ({"peft_type": None}, "peft_type is None"),
     "classifier of tokens": ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'"),
     "classifier without its head": ({"task_type": "SEQ_CLS"}, "score.weight is not in the file; save the adapter with"),
-    "DoRA": ({"use_dora": True}, "use_dora is True: DoRA also rescales"),
+    "DoRA without magnitudes": (
+        {"use_dora": True},
+        "self_attn.q_proj.lora_magnitude_vector is missing, but use_dora needs it",
+    ),
+    "DoRA that is neither": ({"use_dora": "yes"}, "use_dora is 'yes': it must be true or false"),
+    "DoRA with an invocation": (
+        {"use_dora": True, "alora_invocation_tokens": [3]},
+        "alora_invocation_tokens is [3]: a DoRA adapter is not activated",
+    ),
     "bias": ({"bias": "all"}, "bias is 'all'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
@@ -190,7 +198,7 @@ def test_nan_in_sixteen_bits(tmp_path: Path) -> None:
     for bad in (np.uint16(0x7FC0), np.uint16(0xFF80)):  # a NaN and minus infinity in bfloat16
         weights: dict[str, Any] = {name: np.full(value.shape, 0x3F80, np.uint16) for name, value in tensors().items()}
         save(tmp_path, config(), weights)
-        read_adapter(tmp_path, TARGETS, max_rank=64)
+        read_adapter(tmp_path, ROWS, max_rank=64)
         weights[f"{Q0}.lora_A.weight"][3, 47] = bad
         save(tmp_path, config(), weights)
         assert f"{Q0}.lora_A.weight holds NaN" in refusal(tmp_path)
@@ -203,7 +211,7 @@ def test_nan_in_sixteen_bits(tmp_path: Path) -> None:
 def test_rank_above_the_limit(tmp_path: Path) -> None:
     save(tmp_path, config(r=8), tensors(rank=8))
     assert "model.layers.0.self_attn.q_proj has rank 8; this server accepts ranks up to 7." in refusal(tmp_path, 7)
-    assert read_adapter(tmp_path, TARGETS, max_rank=8).rank == 8
+    assert read_adapter(tmp_path, ROWS, max_rank=8).rank == 8
 
 
 def test_too_many_tensors(tmp_path: Path) -> None:
@@ -339,7 +347,7 @@ def test_missing_files(tmp_path: Path) -> None:
     (adapter / CONFIG_NAME).unlink()
     assert "adapter_config.json is missing" in refusal(adapter)
     with pytest.raises(FileNotFoundError):
-        read_adapter(tmp_path / "nowhere", TARGETS, max_rank=64)
+        read_adapter(tmp_path / "nowhere", ROWS, max_rank=64)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'{"r": 1, "r": 2}', b"\xff\xfe", b"[" * 100_000])

@@ -75,7 +75,7 @@ def test_adapters_of_another_base_are_not_half_applied() -> None:
 
 
 def test_a_remembered_header_still_reads_and_checks_every_value(tmp_path: Path) -> None:
-    reader = AdapterReader(files.TARGETS, max_rank=8)
+    reader = AdapterReader(files.ROWS, max_rank=8)
     for seed in range(3):
         directory = files.save(tmp_path / str(seed), files.config(), files.tensors(seed=seed))
         for path, module in reader.read(directory).modules.items():
@@ -96,7 +96,7 @@ def test_a_remembered_header_still_reads_and_checks_every_value(tmp_path: Path) 
 
 
 def test_another_configuration_over_the_same_header_is_looked_at_anew(tmp_path: Path) -> None:
-    reader = AdapterReader(files.TARGETS, max_rank=8)
+    reader = AdapterReader(files.ROWS, max_rank=8)
     one = reader.read(files.save(tmp_path / "a", files.config(), files.tensors()))
     two = reader.read(files.save(tmp_path / "b", files.config(lora_alpha=4), files.tensors()))
     scalings = [next(iter(weights.modules.values())).scaling for weights in (one, two)]
@@ -107,7 +107,7 @@ def test_another_configuration_over_the_same_header_is_looked_at_anew(tmp_path: 
 
 
 def test_few_headers_are_remembered(tmp_path: Path) -> None:
-    reader = AdapterReader(files.TARGETS, max_rank=64)
+    reader = AdapterReader(files.ROWS, max_rank=64)
     for rank in range(1, 20):
         reader.read(files.save(tmp_path / str(rank), files.config(r=rank), files.tensors(rank=rank)))
     assert len(reader._layouts) == 8
@@ -123,4 +123,4 @@ def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path) -> No
     for wanted_length in (640, 896, 1152):
         padded = content[8 : 8 + length].ljust(wanted_length) + content[8 + length :]
         (tmp_path / WEIGHTS_NAME).write_bytes(wanted_length.to_bytes(8, "little") + padded)
-        assert AdapterReader(files.TARGETS, max_rank=8).read(tmp_path).rank == 4
+        assert AdapterReader(files.ROWS, max_rank=8).read(tmp_path).rank == 4

@@ -17,7 +17,7 @@ import pytest
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from tenora.adapters.store import AdapterStore, canonical_config
 from tenora.errors import AdapterFormatError, NotFoundError, StorageFullError
-from tests.adapters.files import TARGETS, config, save, tensors
+from tests.adapters.files import ROWS, config, save, tensors
 from tests.support.patience import PATIENCE
 
 
@@ -48,7 +48,7 @@ def test_round_trip(store: AdapterStore, source: Path, tmp_path: Path) -> None:
     assert store.size(digest) == sum(path.stat().st_size for path in store.path(digest).iterdir())
     reference = store.ref(digest)
     assert (reference.digest, reference.path) == (digest, str(store.path(digest)))
-    assert read_adapter(Path(reference.path), TARGETS, max_rank=4).rank == 4
+    assert read_adapter(Path(reference.path), ROWS, max_rank=4).rank == 4
     assert staging(tmp_path / "store") == []
 
 

@@ -18,7 +18,7 @@ from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import resolve_model
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.support.patience import PATIENCE
@@ -85,9 +85,9 @@ async def running(settings: Settings, script: Script, base: Path, engine: AsyncE
     """The service over an engine, from start to end."""
     await engine.start()
     model = resolve_model(str(base), settings.root)
-    targets = target_modules(ModelSpec.from_directory(base))
+    rows = table_rows(ModelSpec.from_directory(base))
     await migrate(settings)
-    control = await Control.open(settings, engine, Tokenizer.load(base), model, targets)
+    control = await Control.open(settings, engine, Tokenizer.load(base), model, rows)
     await control.start()
     service = Service(create_app(control, settings), control, script, settings)
     await _make_keys(service)
@@ -117,7 +117,7 @@ def base_id(service: Service) -> str:
 @pytest.fixture
 def make_adapter(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
     """`make_adapter(seed=0)` → a PEFT directory of rank 4 on q_proj and v_proj of the tiny base."""
-    targets = target_modules(ModelSpec.from_directory(tiny_base))
+    targets = table_rows(ModelSpec.from_directory(tiny_base)).modules
     shape = LoraSpec(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))
 
     def make(seed: int = 0) -> Path:

@@ -22,7 +22,7 @@ from tenora.control.registry.database import RegistryDamagedError
 from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import resolve_model
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tests.api.conftest import TRAINING_ROWS, Service, import_adapter, upload
 from tests.support.scripted_engine import Script, ScriptedEngine
@@ -160,7 +160,7 @@ async def test_a_damaged_database_is_told_in_a_sentence_at_start(
                 engine,
                 Tokenizer.load(tiny_base),
                 resolve_model(str(tiny_base), settings.root),
-                target_modules(ModelSpec.from_directory(tiny_base)),
+                table_rows(ModelSpec.from_directory(tiny_base)),
             )
     finally:
         await engine.close(0)

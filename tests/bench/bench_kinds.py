@@ -25,7 +25,7 @@ from tenora.model.executors.choice import executor_for
 from tenora.model.loading import load_decoder
 from tenora.model.spec import table_rows
 from tenora_kernels.cpu.runtime.team import Team
-from tenora_kernels.flags import BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.flags import BIAS_OUTSIDE, PARALLEL, WITH_RESIDUAL
 from tests.bench.serving.quiet import NOISY, Quiet
 from tests.model.kinds_of_adapters import ALL, Kind, tables_of
 
@@ -38,7 +38,7 @@ KINDS: Mapping[str, Kind] = {
     "(IA)³": Kind(scaled=("k_proj", "v_proj", "up_proj"), is_bf16=True),
     "VeRA r=256 on q, v": Kind(rank=256, targets=("q_proj", "v_proj"), is_bf16=True),
     "Houlsby, 36 wide": Kind(width=36, is_bf16=True),
-    "Pfeiffer, 36 wide": Kind(width=36, blocks=("mlp",), activation="relu", is_bf16=True),
+    "Pfeiffer, 36 wide": Kind(width=36, blocks=("mlp",), activation="relu", flags=WITH_RESIDUAL, is_bf16=True),
     "parallel, 288 wide": Kind(
         width=288, blocks=("mlp",), activation="relu", flags=PARALLEL, scaling=4.0, is_bf16=True
     ),

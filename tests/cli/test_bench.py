@@ -21,7 +21,7 @@ from tenora.cli.bench import compare, figures, load, plot, serving, subjects, wo
 from tenora.cli.bench.exchange import Address, EventCounter, Sample
 from tenora.cli.bench.workload import Ask, Distribution
 from tenora.errors import InvalidRequestError
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 
 EVENTS = (
     b'data: {"choices":[{"text":"a"}]}\n\n: still here\n\ndata: {"choices":[{"text":"b\\n\\n"}]}\n\n'
@@ -278,9 +278,10 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 
 def test_random_adapters_are_adapters_of_the_base(tiny_base: Path, tmp_path: Path) -> None:
-    targets = target_modules(ModelSpec.from_directory(tiny_base))
+    rows = table_rows(ModelSpec.from_directory(tiny_base))
+    targets = rows.modules
     paths = [subjects.write_random_adapter(tmp_path / str(i), targets, rank=3, seed=i // 2) for i in range(3)]
-    first = read_adapter(paths[0], targets, max_rank=8)
+    first = read_adapter(paths[0], rows, max_rank=8)
     assert (first.rank, len(first.modules)) == (3, len(targets))
     assert {module.dtype for module in first.modules.values()} == {"bfloat16"}
     assert all(module.b.any() for module in first.modules.values())

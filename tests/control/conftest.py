@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from tenora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.config import Settings
 from tenora.control.adapters.records import AdapterRecord
@@ -28,7 +29,7 @@ from tenora.control.tenancy.records import Principal
 from tenora.engine.client import supervisor
 from tenora.engine.client.client import AsyncEngine
 from tenora.model.catalog import ResolvedModel
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tenora.training.spec import LoraSpec
 from tests.support.loop_link import in_loop
@@ -50,8 +51,13 @@ MANY_ROWS = [
 
 
 @pytest.fixture(scope="session")
-def targets(tiny_base: Path) -> Sequence[TargetModule]:
-    return target_modules(ModelSpec.from_directory(tiny_base))
+def rows(tiny_base: Path) -> TableRows:
+    return table_rows(ModelSpec.from_directory(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def targets(rows: TableRows) -> Sequence[TargetModule]:
+    return rows.modules
 
 
 ON_BOTH = (
@@ -136,7 +142,7 @@ async def open_control(
     engine: AsyncEngine,
     tokenizer: Tokenizer,
     tiny_base: Path,
-    targets: Sequence[TargetModule],
+    rows: TableRows,
 ) -> AsyncIterator[OpenControl]:
     """`await open_control(**settings)`: a started control plane on `home`; closed at the end unless the test did."""
     opened: list[Control] = []
@@ -146,7 +152,7 @@ async def open_control(
         if registry_url is None and not home.exists():  # noqa: ASYNC240 (the state of a directory)
             await migrate(settings)
         model = ResolvedModel(tiny_base, BASE)
-        control = await Control.open(settings, engine, tokenizer, model, targets)
+        control = await Control.open(settings, engine, tokenizer, model, rows)
         await control.start()
         opened.append(control)
         close = control.close

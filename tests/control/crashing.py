@@ -15,7 +15,7 @@ from tenora.control.jobs.records import JobRecord, JobRequest
 from tenora.control.tenancy.idempotency import Receipt, StoredAnswer
 from tenora.control.tenancy.records import Principal
 from tenora.model.catalog import ResolvedModel
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tests.control.conftest import BASE, adapter_files, tenant, until, upload
 from tests.support.loop_link import in_loop
@@ -54,13 +54,13 @@ async def keyed(control: Control, who: Principal, deed: str) -> None:
     elif deed == "keyed-upload":
         await upload(control, who, receipt=receipt)
     else:
-        config, weights = adapter_files(control.settings.root.parent, control._blobs.targets, seed=2)
+        config, weights = adapter_files(control.settings.root.parent, control._blobs.rows.modules, seed=2)
         await control.adapters.import_(who, name="desk", config=config, weights=str(weights), receipt=receipt)
 
 
 async def main(home: Path, base: Path, point: str, deed: str, registry_url: str | None) -> None:
-    targets = target_modules(ModelSpec.from_directory(base))
-    script = JobScript(targets)
+    rows = table_rows(ModelSpec.from_directory(base))
+    script = JobScript(rows.modules)
     if deed == "worse-job":
         script.loss = WORSE
     settings = Armed(home=home, database_url=registry_url, failpoints=f"{point}=kill" if point else "")
@@ -71,7 +71,7 @@ async def main(home: Path, base: Path, point: str, deed: str, registry_url: str 
         engine,
         Tokenizer.load(base),
         ResolvedModel(base, BASE),
-        targets,
+        rows,
     )
     await control.start()
     who = await tenant(control, "acme")
@@ -85,7 +85,7 @@ async def main(home: Path, base: Path, point: str, deed: str, registry_url: str 
         (file,) = (await control.files.list(who)).items
         await control.files.delete(who, file.id)
     elif deed == "import":
-        config, weights = adapter_files(home.parent, targets, seed=2)
+        config, weights = adapter_files(home.parent, rows.modules, seed=2)
         await control.adapters.import_(who, name="desk", config=config, weights=str(weights))
     elif deed == "delete-adapter":
         await control.adapters.delete(who, "desk")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenora_kernels.flags import ACTIVATIONS, BIAS_OUTSIDE, BOTTLENECKS, PARALLEL, SCALES
+from tenora_kernels.flags import ACTIVATIONS, BIAS_OUTSIDE, BOTTLENECKS, PARALLEL, SCALES, WITH_RESIDUAL
 from tenora_kernels.layout import BottleneckSite, LoraBatch, LoraSite, LoraTables, build_segments
 from tenora_kernels.ops import add_bottleneck, scale_columns
 from tenora_kernels.reference import add_bottleneck_reference, scale_columns_reference
@@ -25,9 +25,13 @@ RANKS = (
     (0, 0, 3, 0, 0),
     (1, 0, 2, 1, 2),
     (0, 0, 0, 0, 0),
+    (0, 0, 4, 1, 4),
 )
-FLAGS = (SCALES, SCALES | BIAS_OUTSIDE, BOTTLENECKS, BOTTLENECKS | PARALLEL | 3, SCALES | BOTTLENECKS | 1, 0)
-ROWS = (-1, 2, 0, 0, 5, 3, 3, 4, 1, 2)
+FLAGS = (
+    *(SCALES, SCALES | BIAS_OUTSIDE, BOTTLENECKS, BOTTLENECKS | PARALLEL | 3, SCALES | BOTTLENECKS | 1, 0),
+    BOTTLENECKS | WITH_RESIDUAL | 3,
+)
+ROWS = (-1, 2, 0, 0, 5, 3, 3, 4, 1, 2, 6, 6)
 
 
 def make_tables(dtype: torch.dtype, *, train: bool, flags: tuple[int, ...] = FLAGS) -> LoraTables:
@@ -65,7 +69,7 @@ def test_bottlenecks_are_added_as_the_slow_twin_says_and_other_rows_keep_their_b
     wanted = add_bottleneck_reference(y, x, BLOCK, tables, ROWS)
     found = add_bottleneck(y.clone(), x, BLOCK, LoraBatch(tables, build_segments(ROWS)))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
-    untouched = [row for row, slot in enumerate(ROWS) if slot not in (2, 3, 4)]
+    untouched = [row for row, slot in enumerate(ROWS) if slot not in (2, 3, 4, 6)]
     assert torch.equal(found[untouched], y[untouched])
 
 

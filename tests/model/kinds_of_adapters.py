@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from tenora.adapters.table_rows import RowKind, TableRows
-from tenora_kernels.flags import ACTIVATIONS, BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.flags import ACTIVATIONS, BIAS_OUTSIDE, PARALLEL, WITH_RESIDUAL
 from tenora_kernels.layout import LoraTables
 
 __all__ = ["KINDS", "Kind", "tables_of"]
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
         blocks: names of the blocks with one.
         biased: whether bottlenecks have biases.
         activation: of the bottlenecks.
-        flags: PARALLEL, BIAS_OUTSIDE.
+        flags: PARALLEL, WITH_RESIDUAL, BIAS_OUTSIDE.
         scaling: of every matrix.
         is_bf16: whether it lies as bfloat16.
     """
@@ -67,7 +67,7 @@ KINDS: Mapping[str, Kind] = {
     "dora": Kind(rank=5, scaled=ALL, flags=BIAS_OUTSIDE),
     "ia3": Kind(scaled=("k_proj", "v_proj", "up_proj"), is_bf16=True),
     "houlsby": Kind(width=9),
-    "pfeiffer": Kind(width=7, blocks=("mlp",), activation="relu", is_bf16=True),
+    "pfeiffer": Kind(width=7, blocks=("mlp",), activation="relu", flags=WITH_RESIDUAL, is_bf16=True),
     "parallel": Kind(width=33, blocks=("mlp",), biased=False, activation="gelu", flags=PARALLEL, scaling=4.0),
     "tanh": Kind(width=3, blocks=("self_attn",), activation="tanh"),
     "all at once": Kind(rank=3, scaled=ALL, width=4, activation="gelu_pytorch_tanh", flags=PARALLEL, scaling=0.7),

@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from tenora.adapters.arena_room import ArenaRoom
 from tenora.adapters.atomic import new_directory
@@ -35,7 +35,7 @@ from tenora.adapters.safetensors_file import (
     require_below,
     write_file,
 )
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterSummary, AdapterWeights
 from tenora.errors import AdapterFormatError
 
@@ -59,9 +59,9 @@ class AdapterReader:
     saves differ in nothing but their weights: what was found out about a header is kept for the next equal one.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], *, max_rank: int) -> None:
-        """`targets` are the modules of the base that can be adapted, `max_rank` the highest rank that is accepted."""
-        self._targets = tuple(targets)
+    def __init__(self, rows: TableRows, *, max_rank: int) -> None:
+        """`rows` are those of the base that an adapter can fill, `max_rank` is the highest rank that is accepted."""
+        self._rows = rows
         self._max_rank = max_rank
         self._layouts: OrderedDict[bytes, _Layout] = OrderedDict()
         self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-hashing")
@@ -113,44 +113,44 @@ class AdapterReader:
         key = hashlib.sha256(b"%d %d " % (len(config), file_size) + config + header).digest()
         layout = self._layouts.get(key)
         if layout is None:
-            layout = _layout(config, header, file_size, self._targets, self._max_rank)
+            layout = _layout(config, header, file_size, self._rows, self._max_rank)
             self._layouts[key] = layout
             while len(self._layouts) > _KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
         return layout
 
 
-def read_adapter(directory: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterWeights:
+def read_adapter(directory: Path, rows: TableRows, *, max_rank: int) -> AdapterWeights:
     """Read and check an adapter.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
-        targets: the modules of the base that can be adapted.
+        rows: those of the base that an adapter can fill.
         max_rank: highest rank that is accepted.
 
     Raises:
         AdapterFormatError: if anything about it is not as it must be; the message names the tensor or field.
         FileNotFoundError: if the directory does not exist.
     """
-    return AdapterReader(targets, max_rank=max_rank).read(directory)
+    return AdapterReader(rows, max_rank=max_rank).read(directory)
 
 
-def summarise(directory: Path, targets: Sequence[TargetModule], *, max_rank: int) -> AdapterSummary:
+def summarise(directory: Path, rows: TableRows, *, max_rank: int) -> AdapterSummary:
     """What the adapter of a directory is. No weight is read. Raises as `read_adapter`."""
     config = read_config(directory)
     with _open_weights(directory / WEIGHTS_NAME) as file:
-        return _layout(config, *_header(config, file), targets, max_rank).plan.summary
+        return _layout(config, *_header(config, file), rows, max_rank).plan.summary
 
 
 def validate_files(
-    config: bytes, weights: Path, targets: Sequence[TargetModule], *, max_rank: int, room: ArenaRoom | None = None
+    config: bytes, weights: Path, rows: TableRows, *, max_rank: int, room: ArenaRoom | None = None
 ) -> AdapterSummary:
     """Check an upload exactly as `read_adapter` does, holding one tensor in memory at a time.
 
     Args:
         config: content of adapter_config.json.
         weights: the safetensors file, under any name.
-        targets: the modules of the base that can be adapted.
+        rows: those of the base that an adapter can fill.
         max_rank: highest rank that is accepted.
         room: where it is to be served.
 
@@ -158,7 +158,7 @@ def validate_files(
         AdapterFormatError: as `read_adapter`, or it does not fit the room, or a weight is too large for its type.
     """
     with _open_weights(weights) as file:
-        layout = _layout(config, *_header(config, file), targets, max_rank)
+        layout = _layout(config, *_header(config, file), rows, max_rank)
         summary = layout.plan.summary
         if room is not None:
             room.require(room.bytes_of(summary.parameters, bfloat16=summary.bfloat16))
@@ -196,13 +196,13 @@ def _header(config: bytes, file: BinaryIO) -> tuple[bytes, int]:
         raise
 
 
-def _layout(config: bytes, header: bytes, file_size: int, targets: Sequence[TargetModule], max_rank: int) -> _Layout:
+def _layout(config: bytes, header: bytes, file_size: int, rows: TableRows, max_rank: int) -> _Layout:
     """Everything that can be checked without reading a weight."""
     parsed = parse_config(config)
     # Two or three tensors a module; with room for those of other formats, so that a name among them can tell which.
-    entries = parse_header(header, file_size, max_tensors=4 * len(targets))
-    heads, others = plan_heads(read_fields(config), entries, read_metadata(header), targets)
-    return _Layout(tuple(entries.values()), heads.beside(parsed.plan(others, targets, max_rank=max_rank)))
+    entries = parse_header(header, file_size, max_tensors=4 * len(rows.modules))
+    heads, others = plan_heads(read_fields(config), entries, read_metadata(header), rows.modules)
+    return _Layout(tuple(entries.values()), heads.beside(parsed.plan(others, rows, max_rank=max_rank)))
 
 
 def write_adapter(
@@ -231,8 +231,25 @@ def write_adapter(
         FileExistsError: if the directory exists; adapters are never replaced.
         StorageFullError: if the disk is full.
     """
-    config = lora_config(base_model, lora, modules, scaling)
-    config, tensors, metadata = with_heads(config, lora_tensors(modules), heads)
+    write_files(directory, lora_config(base_model, lora, modules, scaling), lora_tensors(modules), heads=heads)
+
+
+def write_files(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array], *, heads: HeadTensors | None = None
+) -> None:
+    """Write the two files of an adapter, complete or not at all.
+
+    Args:
+        directory: does not exist yet; its parent does.
+        config, tensors: what a kind made of an adapter (`tenora.adapters.kinds`).
+        heads: of the adapter.
+
+    Raises:
+        ValueError: if the heads and their tensors do not fit together.
+        FileExistsError: if the directory exists; adapters are never replaced.
+        StorageFullError: if the disk is full.
+    """
+    config, tensors, metadata = with_heads(config, tensors, heads)
     with new_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_file(temporary / WEIGHTS_NAME, tensors, metadata)

@@ -6,7 +6,7 @@ r = 1, in = n and out = 0. So one arena, one pool and one optimizer carry every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -70,6 +70,7 @@ class TableRows:
         layers: paths of the layers.
         hidden: H; 0: there are low-rank rows only.
         kv: columns of a token's keys in one layer, and of its values.
+        factors: by path of a module, that of another one whose output's columns are factors of its input's.
     """
 
     modules: tuple[TargetModule, ...]
@@ -77,6 +78,7 @@ class TableRows:
     layers: tuple[str, ...] = ()
     hidden: int = 0
     kv: int = 0
+    factors: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[TableRow, ...] = field(init=False, repr=False, compare=False)
     _places: dict[tuple[RowKind, str], int] = field(init=False, repr=False, compare=False)
     _spans: dict[RowKind, range] = field(init=False, repr=False, compare=False)

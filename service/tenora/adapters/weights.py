@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tenora.adapters.heads import Head
 from tenora.adapters.safetensors_file import Array
 from tenora.adapters.table_rows import RowKind
@@ -55,6 +57,11 @@ class AdapterPart:
     scaling: float = 1.0
     dtype: str = "float32"
 
+    @classmethod
+    def columns(cls, kind: RowKind, path: str, a: Array, *, dtype: str = "float32") -> AdapterPart:
+        """A row that has A alone: a vector [1, n], a column [r, 1], heads, virtual tokens."""
+        return cls(kind, path, a, np.empty((a.shape[0], 0), dtype=a.dtype), dtype=dtype)
+
     @property
     def rank(self) -> int:
         """r."""
@@ -94,7 +101,7 @@ class AdapterWeights:
         modules: low-rank terms by path, in the order of the base.
         rank, target_modules, config, nbytes: as in `AdapterSummary`.
         parts: whatever else it has.
-        flags: bits of `LoraTables.flags` that its parts do not tell: activation, PARALLEL, BIAS_OUTSIDE.
+        flags: bits of `LoraTables.flags` that its parts do not tell: activation, PARALLEL, WITH_RESIDUAL, BIAS_OUTSIDE.
         heads: what reads its last hidden states.
     """
 

@@ -41,7 +41,7 @@ from tenora.control.tokenizing.fair_threads import leave_threads
 from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError
 from tenora.model.catalog import ResolvedModel
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tenora.telemetry import logs
 from tenora.telemetry.metrics import Metrics
@@ -159,7 +159,7 @@ async def control_plane(
         at_once.callback(worker.kill)
         try:
             control = await Control.open(
-                settings, engine, tokenizer, model, target_modules(spec), claimed=True, queue=worker.line
+                settings, engine, tokenizer, model, table_rows(spec), claimed=True, queue=worker.line
             )
             try:
                 await control.start()

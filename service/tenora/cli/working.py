@@ -24,7 +24,7 @@ from tenora.control.worker.worker import Worker
 from tenora.engine.client.client import AsyncEngine
 from tenora.errors import ConfigurationError, TenoraError
 from tenora.model.catalog import ResolvedModel
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tenora.processes import lower_priority
 from tenora.telemetry import logs
@@ -100,7 +100,7 @@ async def work(settings: Settings, line: WorkerEnd) -> None:
         model = ResolvedModel(Path(line.welcome.directory), line.welcome.model_id)
         tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
         spec = await asyncio.to_thread(ModelSpec.from_directory, model.directory)
-        worker = await Worker.open(settings, engine, tokenizer, model, target_modules(spec), line.count)
+        worker = await Worker.open(settings, engine, tokenizer, model, table_rows(spec), line.count)
         try:
             await worker.start()
             line.serve(worker.queue)

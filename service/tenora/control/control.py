@@ -6,10 +6,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.config import Settings
 from tenora.control.adapters.models import Models
 from tenora.control.files.files import Files
@@ -59,7 +58,7 @@ class Control:
         engine: AsyncEngine,
         tokenizer: Tokenizer,
         model: ResolvedModel,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
         bootstrap: Bootstrap,
         presence: Presence,
         lock: int | None,
@@ -76,7 +75,7 @@ class Control:
         self.idempotency = Idempotency(database, presence)
         self._registry = registry
         self._lock = lock
-        context = JobContext.of(registry, engine, tokenizer, model, targets)
+        context = JobContext.of(registry, engine, tokenizer, model, rows)
         self._blobs = blobs = context.blobs
         tokenizing = context.tokenizing
         storage, limits = context.storage, context.limits
@@ -103,7 +102,7 @@ class Control:
         engine: AsyncEngine,
         tokenizer: Tokenizer,
         model: ResolvedModel,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
         *,
         claimed: bool = False,
         queue: JobQueue | None = None,
@@ -129,7 +128,7 @@ class Control:
             if (dead := await asyncio.to_thread(vacant_seat, settings.root, WORKER_LOCK)) is not None:
                 await presence.vacate(dead)
             control = await asyncio.to_thread(
-                cls, registry, engine, tokenizer, model, targets, bootstrap, presence, lock, queue
+                cls, registry, engine, tokenizer, model, rows, bootstrap, presence, lock, queue
             )
             await control.sweep(min(started, await presence.oldest_start()))
         except BaseException:

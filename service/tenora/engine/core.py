@@ -119,7 +119,7 @@ class Engine:
         cache = KVCache.allocate(spec, num_blocks, settings.block_size, dtype=decoder.dtype, device=decoder.device)
         self.loader = AdapterLoader(
             self.pool,
-            AdapterFiles(self.rows, self.pool.tables.arena, max_rank=settings.max_lora_rank).read,
+            AdapterFiles(decoder, self.pool.tables.arena, max_rank=settings.max_lora_rank).read,
             HostCache(settings.host_cache_bytes),
             wake,
         )

@@ -10,17 +10,20 @@ from tenora.adapters.combining import combine
 from tenora.adapters.peft_format import AdapterReader
 from tenora.adapters.prepared import PreparedAdapter, prepare
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterWeights
+from tenora.model.decoder import Decoder
+from tenora.model.magnitudes import RowNorms, with_scales
+from tenora.model.spec import table_rows
 
 
 class AdapterFiles:
     """Reads and prepares adapters. `read` runs on the loader's thread."""
 
-    def __init__(self, rows: TableRows, arena: Tensor, *, max_rank: int) -> None:
-        """`rows` are those of the base; adapters are prepared for `arena`."""
-        self._rows, self._arena, self._max_rank = rows, arena, max_rank
-        self._reader = AdapterReader(rows.modules, max_rank=max_rank)
+    def __init__(self, decoder: Decoder, arena: Tensor, *, max_rank: int) -> None:
+        """Adapters of a base are prepared for `arena`."""
+        self._rows, self._norms = table_rows(decoder.spec), RowNorms(decoder)
+        self._arena, self._max_rank = arena, max_rank
+        self._reader = AdapterReader(self._rows, max_rank=max_rank)
 
     def read(self, ref: AdapterRef) -> PreparedAdapter:
         """What `SlotPool.insert` copies; every byte that it is made of was compared with its digest.
@@ -35,6 +38,7 @@ class AdapterFiles:
         return self._prepared(combine(ref, parts, self._rows.modules, max_rank=self._max_rank))
 
     def _prepared(self, weights: AdapterWeights) -> PreparedAdapter:
+        weights = with_scales(weights, self._rows, self._norms)
         return prepare(weights, self._rows, dtype=self._arena.dtype, device=self._arena.device)
 
 

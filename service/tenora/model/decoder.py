@@ -148,8 +148,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Map hidden [T, H] to [T, H]; the input is left as it was."""
         for norm, block, site in zip(self.norms, self.blocks, self.bottlenecks, strict=True):
-            normed = norm(hidden)
-            hidden = hidden + add_bottleneck(block(normed, context), normed, site, context.lora)
+            hidden = hidden + add_bottleneck(block(norm(hidden), context), hidden, site, context.lora)
         return hidden
 
 

@@ -37,12 +37,14 @@ class Site:
         input: columns of the input.
         modules: in the order of their columns.
         bias: every one of them has a bias.
+        factor: a module of the block whose output's columns are factors of the input's, one of each; empty if none is.
     """
 
     name: str
     input: int
     modules: tuple[Module, ...]
     bias: bool = False
+    factor: str = ""
 
     @property
     def output(self) -> int:
@@ -178,7 +180,7 @@ def gated_decoder(sizes: Sizes) -> Layout:
         norm="post_attention_layernorm",
         sites=(
             Site("gate_up", hidden, (Module("gate_proj", mlp), Module("up_proj", mlp)), bias=sizes.mlp_bias),
-            Site("down", mlp, (Module("down_proj", hidden),), bias=sizes.mlp_bias),
+            Site("down", mlp, (Module("down_proj", hidden),), bias=sizes.mlp_bias, factor="up_proj"),
         ),
     )
     return Layout((attention, gated))

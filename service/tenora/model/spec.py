@@ -233,6 +233,14 @@ def table_rows(spec: ModelSpec) -> TableRows:
         layers=tuple(layout.path(layer) for layer in range(spec.num_layers)),
         hidden=spec.hidden_size,
         kv=spec.kv_size,
+        factors={
+            layout.path(layer, block.name, module.name): layout.path(layer, block.name, site.factor)
+            for layer in range(spec.num_layers)
+            for block in layout.blocks
+            for site in block.sites
+            for module in site.modules
+            if site.factor
+        },
     )
 
 

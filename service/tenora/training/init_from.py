@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from tenora.adapters.peft_format import read_adapter
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import LoraModule
 from tenora.errors import AdapterFormatError, TrainingError
 from tenora.training.arena import TrainedAdapter
@@ -17,14 +16,14 @@ from tenora.training.arena import TrainedAdapter
 _ANY_RANK = 2**16  # it was accepted when it was stored
 
 
-def start_adapter(adapter: TrainedAdapter, directory: Path, targets: Sequence[TargetModule]) -> None:
+def start_adapter(adapter: TrainedAdapter, directory: Path, rows: TableRows) -> None:
     """Let `adapter` begin as the PEFT adapter in `directory` does; see `TrainedAdapter.start_from`.
 
     Raises:
         TrainingError: it is gone, unreadable, or does not fit.
     """
     try:
-        found = read_adapter(directory, targets, max_rank=_ANY_RANK)
+        found = read_adapter(directory, rows, max_rank=_ANY_RANK)
     except (AdapterFormatError, OSError) as error:
         raise TrainingError(f"The starting adapter cannot be read: {error}", code="init_from_unreadable") from error
     adapter.start_from(

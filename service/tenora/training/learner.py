@@ -86,7 +86,7 @@ class Learner:
         try:
             self.adapter.initialise(spec.seed)
             if spec.init_path:
-                start_adapter(self.adapter, Path(spec.init_path), host.arena.rows.modules)
+                start_adapter(self.adapter, Path(spec.init_path), host.arena.rows)
             self._learning = find_method(spec.method).learning(self)
             self.optimizer = AdamW(self.adapter, self.adapter.rates)
             self.belongs_to = fingerprint(spec, corpus.train, corpus.valid)

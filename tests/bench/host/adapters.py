@@ -51,7 +51,7 @@ def _loading(directory: Path) -> Iterator[tuple[str, float]]:
     write_adapter(directory, base_model="SmolLM2-135M", lora=LoraSpec(rank=RANK), modules=modules)
     digest = digest_of(directory)
     assert digest is not None
-    reader = AdapterReader(TARGETS, max_rank=RANK)
+    reader = AdapterReader(TableRows(TARGETS), max_rank=RANK)
 
     def prepared(weights: AdapterWeights) -> PreparedAdapter:
         return prepare(weights, TableRows(TARGETS), dtype=torch.float32, device=torch.device("cpu"))

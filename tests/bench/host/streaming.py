@@ -23,7 +23,7 @@ from tenora.config import Settings
 from tenora.control.control import Control
 from tenora.engine.messages import Command, Event, FinishReason, Generate, Outputs, Ready, SequenceOutput
 from tenora.model.catalog import resolve_model
-from tenora.model.spec import ModelSpec, target_modules
+from tenora.model.spec import ModelSpec, table_rows
 from tenora.model.tokenizer import Tokenizer
 from tests.support.tiny import build_tiny
 
@@ -108,7 +108,7 @@ async def serving(home: Path, frames: Frames) -> AsyncIterator[tuple[FastAPI, st
     await engine.start()
     tokenizer, spec = Tokenizer.load(base), ModelSpec.from_directory(base)
     model = resolve_model(str(base), settings.root)
-    control = await Control.open(settings, engine, tokenizer, model, target_modules(spec))
+    control = await Control.open(settings, engine, tokenizer, model, table_rows(spec))
     await control.start()
     tenant = await control.tenants.get("default")
     _, key = await control.keys.create(tenant.id, ["infer"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tenora.adapters.store import AdapterStore
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.control.adapters.blobs import Blob, Blobs
 from tenora.control.adapters.versions import NewVersion, add_version
@@ -24,12 +25,10 @@ LATER = 2.0**40  # everything is older than that
 
 
 @pytest.fixture
-async def other(
-    control: Control, home: Path, engine: AsyncEngine, targets: Sequence[TargetModule]
-) -> AsyncIterator[Blobs]:
+async def other(control: Control, home: Path, engine: AsyncEngine, rows: TableRows) -> AsyncIterator[Blobs]:
     """What another process has of the same adapters."""
     database = await Database.open(control.settings.database)
-    yield Blobs(database, AdapterStore(home / "adapters"), engine, targets, 64)
+    yield Blobs(database, AdapterStore(home / "adapters"), engine, rows, 64)
     await database.close()
 
 

@@ -13,13 +13,14 @@ import pytest
 from tenora.adapters.peft_format import write_adapter
 from tenora.adapters.pool import SlotPool
 from tenora.adapters.prepared import PreparedAdapter
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.control.control import Control
 from tenora.control.gate.parity import TOLERANCE, compare_paths, probe_rows, require_weights
 from tenora.control.jobs.records import JobRecord
 from tenora.control.tenancy.records import Principal
 from tenora.data.dataset import TokenizedDataset
-from tenora.engine import core
+from tenora.engine import reading
 from tenora.errors import ModelNotFoundError, NotFoundError, TrainingError
 from tenora.training.spec import LoraSpec
 from tests.control.conftest import ROWS, create_job, tenant, until, upload
@@ -52,13 +53,13 @@ async def test_a_sound_adapter_passes_with_a_gap_far_below_its_effect(service: S
 
 def double_the_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     """What serving would do if it took 2 · alpha / rank."""
-    prepare = core.prepare
+    prepare = reading.prepare
 
     def doubled(*args: Any, **kwargs: Any) -> PreparedAdapter:
         prepared = prepare(*args, **kwargs)
         return dataclasses.replace(prepared, scaling=tuple(2.0 * value for value in prepared.scaling))
 
-    monkeypatch.setattr(core, "prepare", doubled)
+    monkeypatch.setattr(reading, "prepare", doubled)
 
 
 def serve_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,8 @@ def write(path: Path, targets: Sequence[TargetModule], change: Any) -> Path:
     return path
 
 
-def test_every_module_must_carry_weights(tmp_path: Path, targets: Sequence[TargetModule]) -> None:
+def test_every_module_must_carry_weights(tmp_path: Path, rows: TableRows) -> None:
+    targets = rows.modules
     paths = [target.path for target in targets if target.name in NAMES]
 
     def zero(modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -125,13 +127,13 @@ def test_every_module_must_carry_weights(tmp_path: Path, targets: Sequence[Targe
         modules[paths[3]][0][:] = 0.0
 
     whole = str(write(tmp_path / "whole", targets, lambda _: None))
-    assert require_weights(whole, targets, NAMES, max_rank=8) == len(paths)
+    assert require_weights(whole, rows, NAMES, max_rank=8) == len(paths)
     with pytest.raises(TrainingError) as raised:
-        require_weights(str(write(tmp_path / "holes", targets, zero)), targets, NAMES, max_rank=8)
+        require_weights(str(write(tmp_path / "holes", targets, zero)), rows, NAMES, max_rank=8)
     assert raised.value.code == "untrained_modules"
     assert f"{paths[0]} (zero), {paths[3]} (zero)" in raised.value.message
     with pytest.raises(TrainingError, match=r"self_attn.o_proj \(missing\)"):
-        require_weights(whole, targets, (*NAMES, "o_proj"), max_rank=8)
+        require_weights(whole, rows, (*NAMES, "o_proj"), max_rank=8)
 
 
 def dataset(rows: Sequence[tuple[int, int]]) -> TokenizedDataset:

@@ -1,9 +1,9 @@
 """What follows the products of a step, row by row: biases, and the epilogues of the adapters that have one.
 
 An epilogue is an output scale, y ← g ∘ y for the columns of a module, or a bottleneck behind a block, y ← y + s · (U ·
-f(D · x + b) + c) where x is y or what the block read. A row's arithmetic is decided by its own adapter. Rows whose
-adapter has an epilogue come last in the batch. While their blocks run, the place of their hidden state holds the
-block's output alone, and `end_block` adds the residual.
+f(D · x + b) + c) where x is y, the residual stream, or both added. A row's arithmetic is decided by its own adapter.
+Rows whose adapter has an epilogue come last in the batch. While their blocks run, the place of their hidden state holds
+the block's output alone, and `end_block` adds the residual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tenora_kernels.cpu.products.gemm import add_bias
 from tenora_kernels.cpu.runtime.compiled import compiled
 from tenora_kernels.cpu.runtime.team import claim, complete, join
 from tenora_kernels.cpu.runtime.values import load, peek, size_of, store
-from tenora_kernels.flags import ACTIVATION_BITS, BIAS_OUTSIDE, PARALLEL
+from tenora_kernels.flags import ACTIVATION_BITS, BIAS_OUTSIDE, PARALLEL, WITH_RESIDUAL
 
 __all__ = ["copy_row", "end_block", "finish_rows"]
 
@@ -113,6 +113,17 @@ def _vector(lora, row, slot):
 
 
 @compiled()
+def _after_block(step, first, rows):
+    """NORMED = X + RESIDUAL of rows of a piece: the block has read what was there."""
+    for row in range(first, first + rows):
+        at = row * step.hidden * 4
+        residual = step.residual + at - step.plain_rows * step.hidden * 4
+        for i in range(step.hidden):
+            total = load(residual, i, float32(0)) + load(step.x + at, i, float32(0))
+            store(step.normed + at, i, total, float32(0))
+
+
+@compiled()
 def _bottleneck(lora, step, block, slot, first, rows, buffer, ahead, ahead_size):
     """The bottleneck of a piece, on X, where its rows' outputs of the block lie."""
     width, size, down = factor_of(lora, step.bottlenecks + block, slot)
@@ -120,7 +131,12 @@ def _bottleneck(lora, step, block, slot, first, rows, buffer, ahead, ahead_size)
         return
     up, scale = second_factor(lora, step.bottlenecks + block, slot, size)
     flags = peek(lora.flags, slot, _I64)
-    x = step.normed if flags & PARALLEL else step.x
+    x = step.x
+    if flags & PARALLEL:
+        x = step.residual - step.plain_rows * step.hidden * 4
+    elif flags & WITH_RESIDUAL:
+        _after_block(step, first, rows)
+        x = step.normed
     inner = _vector(lora, step.inner_biases + block, slot)
     outer = _vector(lora, step.outer_biases + block, slot)
     kind, index = flags & ACTIVATION_BITS, step.numbers + 8 * first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from tenora.adapters.kinds import fields, lora
 from tenora.adapters.kinds.kind import Kind
 from tenora.adapters.kinds.lora import LoraConfiguration, LoraPlan
 from tenora.adapters.safetensors_file import TensorEntry
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.errors import AdapterFormatError
 
 _FIELD = "alora_invocation_tokens"
@@ -28,9 +28,9 @@ class ActivatedConfiguration:
         """See `tenora.adapters.kinds.kind.Configuration`."""
         return self.lora.raw
 
-    def plan(self, entries: Mapping[str, TensorEntry], targets: Sequence[TargetModule], *, max_rank: int) -> LoraPlan:
+    def plan(self, entries: Mapping[str, TensorEntry], rows: TableRows, *, max_rank: int) -> LoraPlan:
         """See `tenora.adapters.kinds.kind.Configuration`."""
-        plan = self.lora.plan(entries, targets, max_rank=max_rank)
+        plan = self.lora.plan(entries, rows, max_rank=max_rank)
         return replace(plan, summary=replace(plan.summary, kind=ALORA.name))
 
 

@@ -34,6 +34,12 @@ def refuse_unread(raw: Mapping[str, Any], read: Collection[str], unsupported: Ma
         )
 
 
+def require_causal_lm(raw: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError if the adapter is for another task than giving text."""
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
+        raise AdapterFormatError(f"task_type is {raw['task_type']!r}; only CAUSAL_LM adapters are served.")
+
+
 def shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
     text = repr(value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.safetensors_file import Array, TensorEntry
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterSummary, AdapterWeights
 
 
@@ -29,12 +30,12 @@ class Configuration(Protocol):
     def raw(self) -> Mapping[str, Any]:
         """The whole file."""
 
-    def plan(self, entries: Mapping[str, TensorEntry], targets: Sequence[TargetModule], *, max_rank: int) -> Plan:
+    def plan(self, entries: Mapping[str, TensorEntry], rows: TableRows, *, max_rank: int) -> Plan:
         """What the tensors of the file become on a base.
 
         Args:
             entries: every tensor of the file by name, in the order of their bytes.
-            targets: the modules of the base that can be adapted.
+            rows: those of the base that an adapter can fill.
             max_rank: highest rank that is accepted.
 
         Raises:
@@ -53,9 +54,11 @@ class Kind:
         parse: reads and checks them; raises AdapterFormatError that names the field and says what to do.
         composes: whether it is low-rank matrices that act on every token, and nothing else: several of them act as one
             (`tenora.adapters.composition`).
+        weights_name: what the format calls the file of the weights; in the store all have one name.
     """
 
     name: str
     is_of: Callable[[Mapping[str, Any]], bool]
     parse: Callable[[Mapping[str, Any]], Configuration]
     composes: bool = False
+    weights_name: str = WEIGHTS_NAME

@@ -14,6 +14,7 @@ from tenora.adapters.kinds.coverage import Coverage
 from tenora.adapters.kinds.kind import Kind
 from tenora.adapters.matching import Expressions, KeyTable, layer_number
 from tenora.adapters.safetensors_file import Array, TensorEntry, as_float32
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterSummary, AdapterWeights, LoraModule
 from tenora.errors import AdapterFormatError
@@ -23,7 +24,8 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Every field that changes what the adapter computes in a way that the low-rank op does not, with what to do about it.
 _UNSUPPORTED = {
-    "use_dora": "DoRA also rescales the base weights; train plain LoRA",
+    "use_dora": "it must be true or false",
+    "alora_invocation_tokens": "a DoRA adapter is not activated by tokens; train without use_dora",
     "bias": "trained biases are not served; train with bias='none'",
     "lora_bias": "biases of the low-rank layers are not served; train with lora_bias=False",
     "modules_to_save": "modules that are trained in full are not served; train without modules_to_save",
@@ -116,18 +118,20 @@ class LoraConfiguration:
             covered[target.path] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
         return covered
 
-    def plan(self, entries: Mapping[str, TensorEntry], targets: Sequence[TargetModule], *, max_rank: int) -> LoraPlan:
+    def plan(self, entries: Mapping[str, TensorEntry], rows: TableRows, *, max_rank: int) -> LoraPlan:
         """See `tenora.adapters.kinds.kind.Configuration`."""
-        covered = self.resolve(targets)
+        covered = self.resolve(rows.modules)
         if (reason := foreign_name(entries)) is not None:
             raise AdapterFormatError(reason)
         modules = [
-            _planned(target, *covered[target.path], entries, max_rank) for target in targets if target.path in covered
+            _planned(target, *covered[target.path], entries, max_rank)
+            for target in rows.modules
+            if target.path in covered
         ]
         expected = {entry.name for planned in modules for entry in (planned.a, planned.b)}
         for name in entries:
             if name not in expected:
-                raise AdapterFormatError(unexpected_name(name, {target.path for target in targets}))
+                raise AdapterFormatError(unexpected_name(name, {target.path for target in rows.modules}))
         summary = AdapterSummary(
             kind=LORA.name,
             rank=max(planned.rank for planned in modules),
@@ -176,8 +180,7 @@ def parse(raw: Mapping[str, Any], *, also_read: Collection[str] = ()) -> LoraCon
         AdapterFormatError: a field is not served or not known, or has no value that it may have; the message names it.
             `base_model_name_or_path` and `auto_mapping` are never followed.
     """
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterFormatError(f"task_type is {raw['task_type']!r}; only CAUSAL_LM adapters are served.")
+    fields.require_causal_lm(raw)
     fields.refuse_unread(raw, _READ.union(also_read), _UNSUPPORTED)
     if raw.get("init_lora_weights") not in _HARMLESS_INITS:
         raise AdapterFormatError(

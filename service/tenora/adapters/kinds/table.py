@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tenora.adapters.head_files import without_heads
 from tenora.adapters.kinds.alora import ALORA
+from tenora.adapters.kinds.bottleneck import BOTTLENECK
+from tenora.adapters.kinds.dora import DORA
+from tenora.adapters.kinds.ia3 import IA3
 from tenora.adapters.kinds.kind import Configuration, Kind
 from tenora.adapters.kinds.lora import LORA
+from tenora.adapters.kinds.vera import VERA
+from tenora.adapters.kinds.virtual_tokens import PREFIX, PROMPT
 from tenora.adapters.safetensors_file import parse_json_object
 from tenora.errors import AdapterFormatError
 
-KINDS: tuple[Kind, ...] = (ALORA, LORA)
+KINDS: tuple[Kind, ...] = (DORA, ALORA, LORA, IA3, VERA, BOTTLENECK, PREFIX, PROMPT)
 """The first that a configuration is of counts."""
 COMPOSED = frozenset(kind.name for kind in KINDS if kind.composes)
 """The names of those of which several act as one."""
@@ -26,9 +32,20 @@ def read_fields(text: bytes) -> dict[str, Any]:
     """
     if len(text) > MAX_CONFIG_BYTES:
         raise AdapterFormatError(
-            f"adapter_config.json is over {MAX_CONFIG_BYTES} bytes; that is no LoRA configuration."
+            f"adapter_config.json is over {MAX_CONFIG_BYTES} bytes; that is no configuration of an adapter."
         )
     return parse_json_object(text, what="adapter_config.json")
+
+
+def kind_of(raw: Mapping[str, Any]) -> Kind:
+    """The kind whose configuration an adapter_config.json is. Raises AdapterFormatError if none is known."""
+    for kind in KINDS:
+        if kind.is_of(raw):
+            return kind
+    raise AdapterFormatError(
+        f"peft_type is {raw.get('peft_type')!r}; adapters of the kinds {', '.join(kind.name for kind in KINDS)} are "
+        "served. Train one of them."
+    )
 
 
 def parse_config(text: bytes) -> Configuration:
@@ -39,7 +56,4 @@ def parse_config(text: bytes) -> Configuration:
             known; the message names the field.
     """
     raw = without_heads(read_fields(text))
-    for kind in KINDS:
-        if kind.is_of(raw):
-            return kind.parse(raw)
-    raise AdapterFormatError(f"peft_type is {raw.get('peft_type')!r}; only LORA adapters are served.")
+    return kind_of(raw).parse(raw)

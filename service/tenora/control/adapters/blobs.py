@@ -17,7 +17,7 @@ from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.heads import Head
 from tenora.adapters.peft_format import read_config, summarise, validate_files
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.adapters.weights import AdapterSummary
 from tenora.control.adapters import rows
 from tenora.control.registry.database import Database
@@ -68,7 +68,7 @@ class Blobs:
 
     Attributes:
         store: where they lie.
-        targets: the base's modules.
+        rows: those of the base that an adapter can fill.
         max_rank: highest rank that is accepted.
     """
 
@@ -77,11 +77,11 @@ class Blobs:
         database: Database,
         store: VersionStore,
         engine: AsyncEngine,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
         max_rank: int,
     ) -> None:
         self.store = store
-        self.targets = targets
+        self.rows = rows
         self.max_rank = max_rank
         self._database = database
         self._engine = engine
@@ -111,7 +111,7 @@ class Blobs:
 
     def require_trainable(self, rank: int, names: Sequence[str]) -> None:
         """Raise AdapterFormatError if an adapter that is trained so, in float32, could never be served."""
-        self.room.require(self.room.bytes_of(lora_parameters(self.targets, names, rank)))
+        self.room.require(self.room.bytes_of(lora_parameters(self.rows.modules, names, rank)))
 
     async def device_bytes(self, digest: str) -> int:
         """What a stored version takes on the device; 0 if its files cannot be read, for then it is never there."""
@@ -122,9 +122,7 @@ class Blobs:
         """What a stored version is; None if its files cannot be read."""
         if digest not in self._shapes:
             try:
-                summary = await asyncio.to_thread(
-                    summarise, self.store.path(digest), self.targets, max_rank=self.max_rank
-                )
+                summary = await asyncio.to_thread(summarise, self.store.path(digest), self.rows, max_rank=self.max_rank)
             except (AdapterFormatError, OSError):
                 return None
             return self._keep(digest, summary)
@@ -225,7 +223,7 @@ class Blobs:
         def put() -> tuple[AdapterSummary, str]:
             weights = directory / WEIGHTS_NAME
             config = read_config(directory)
-            summary = validate_files(config, weights, self.targets, max_rank=self.max_rank, room=room)
+            summary = validate_files(config, weights, self.rows, max_rank=self.max_rank, room=room)
             with full_disk():
                 return summary, self.store.put(directory)
 

@@ -90,7 +90,7 @@ async def _parity(
     modules = await asyncio.to_thread(
         require_weights,
         ref.path,
-        context.blobs.targets,
+        context.blobs.rows,
         spec.lora.target_modules,
         max_rank=context.blobs.max_rank,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from tenora.adapters.peft_format import read_adapter
 from tenora.adapters.ref import AdapterRef
 from tenora.adapters.safetensors_file import Array, all_finite
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.control.inference.scoring import Scorer
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
@@ -89,21 +89,21 @@ async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterR
     return await asyncio.gather(*(scorer.score(row.tokens, row.learned, adapter) for row in rows))
 
 
-def require_weights(directory: str, targets: Sequence[TargetModule], names: Collection[str], *, max_rank: int) -> int:
+def require_weights(directory: str, rows: TableRows, names: Collection[str], *, max_rank: int) -> int:
     """Read the adapter and return how many modules it has.
 
     Args:
         directory: path of a PEFT directory.
-        targets: the base's modules.
+        rows: those of the base that an adapter can fill.
         names: last parts of the paths that were to be trained, in every layer.
 
     Raises:
         TrainingError: code untrained_modules; the message names modules that are missing, not finite or zero.
         AdapterFormatError: not an adapter of this base.
     """
-    modules = read_adapter(Path(directory), targets, max_rank=max_rank).modules
+    modules = read_adapter(Path(directory), rows, max_rank=max_rank).modules
     bad: list[str] = []
-    for path in (target.path for target in targets if target.name in names):
+    for path in (target.path for target in rows.modules if target.name in names):
         module = modules.get(path)
         if module is None:
             bad.append(f"{path} (missing)")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tenora.adapters.store import AdapterStore
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.config import Settings
 from tenora.control.adapters.adapters import Adapters
 from tenora.control.adapters.blobs import Blobs
@@ -56,15 +56,15 @@ class JobContext:
         engine: AsyncEngine,
         tokenizer: Tokenizer,
         model: ResolvedModel,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
     ) -> JobContext:
         """Everything over an open registry, for a worker, or for a service whose worker shares its process."""
         settings, database, storage = registry.settings, registry.database, registry.storage
         failpoints = Failpoints.parse(settings.failpoints)
         if failpoints.armed:
             _log.warning("failpoints are armed: %s", ", ".join(sorted(failpoints.armed)))
-        blobs = Blobs(database, AdapterStore(storage.adapters), engine, targets, settings.max_lora_rank)
-        names = tuple(dict.fromkeys(target.name for target in targets))
+        blobs = Blobs(database, AdapterStore(storage.adapters), engine, rows, settings.max_lora_rank)
+        names = tuple(dict.fromkeys(module.name for module in rows.modules))
 
         def limits() -> Limits:
             return Limits(

@@ -62,7 +62,7 @@ async def parent_shape(blobs: Blobs, digest: str) -> ParentShape:
             "The adapter to start from is not a LoRA adapter, and LoRA starts from those only; start from the base.",
             param="lora.init_from",
         )
-    return ParentShape.of(config, blobs.targets)
+    return ParentShape.of(config, blobs.rows.modules)
 
 
 async def _digest(session: Session, principal: Principal, name: str, param: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tenora.adapters.targets import TargetModule
+from tenora.adapters.table_rows import TableRows
 from tenora.config import Settings
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.leases import Leases
@@ -43,7 +43,7 @@ class Worker:
         engine: AsyncEngine,
         tokenizer: Tokenizer,
         model: ResolvedModel,
-        targets: Sequence[TargetModule],
+        rows: TableRows,
         tell_lost: Callable[[int], None],
     ) -> Worker:
         """Open the registry, as the holder of WORKER_LOCK.
@@ -57,7 +57,7 @@ class Worker:
         try:
             presence = Presence(registry.database, await asyncio.to_thread(seat, settings.root, WORKER_LOCK))
             await presence.begin()
-            context = await asyncio.to_thread(JobContext.of, registry, engine, tokenizer, model, targets)
+            context = await asyncio.to_thread(JobContext.of, registry, engine, tokenizer, model, rows)
         except BaseException:
             await registry.close()
             raise
