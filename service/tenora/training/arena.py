@@ -165,6 +165,12 @@ class TrainedAdapter:
         return max((self.ranks[row] for row in self.rows.of(RowKind.PREFIX)), default=0)
 
     @property
+    def has_epilogue(self) -> bool:
+        """Whether it has scales or bottlenecks."""
+        kinds = (RowKind.SCALE, RowKind.MAGNITUDE, RowKind.BOTTLENECK)
+        return any(self.ranks[row] for kind in kinds for row in self.rows.of(kind))
+
+    @property
     def prompt(self) -> int:
         """Virtual tokens whose embeddings it learns."""
         return max((self.ranks[row] for row in self.rows.of(RowKind.PROMPT)), default=0)

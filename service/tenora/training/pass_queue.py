@@ -92,13 +92,16 @@ class Work:
         return self.error is not None or len(self.results) == len(self.parts)
 
     @property
-    def kind(self) -> tuple[bool, bool, ReadoutKind, bool]:
+    def kind(self) -> tuple[bool, bool, ReadoutKind, bool, bool]:
         """Works of one kind may share a pass: whether there is a gradient, whether it needs the losses first, of what,
-        and whether it wants an attention that takes other rows longer.
+        whether it wants an attention that takes other rows longer, and whether it has what compiled layers do not
+        compute: other rows keep these layers, and so their bits and their speed.
         """
         learns = self.objective is not None
         prefixed = self.adapter is not None and self.adapter.prefix > 0
-        return learns, self.objective is not None and self.objective.needs_losses, self.readout, prefixed
+        needs_losses = self.objective is not None and self.objective.needs_losses
+        has_epilogue = self.adapter is not None and self.adapter.has_epilogue
+        return learns, needs_losses, self.readout, prefixed, has_epilogue
 
     def part(self, index: int) -> Part:
         """Part `index` as the pass wants it."""
