@@ -51,13 +51,13 @@ MANY_ROWS = [
 
 
 @pytest.fixture(scope="session")
-def rows(tiny_base: Path) -> TableRows:
+def base_rows(tiny_base: Path) -> TableRows:
     return table_rows(ModelSpec.from_directory(tiny_base))
 
 
 @pytest.fixture(scope="session")
-def targets(rows: TableRows) -> Sequence[TargetModule]:
-    return rows.modules
+def targets(base_rows: TableRows) -> Sequence[TargetModule]:
+    return base_rows.modules
 
 
 ON_BOTH = (
@@ -142,7 +142,7 @@ async def open_control(
     engine: AsyncEngine,
     tokenizer: Tokenizer,
     tiny_base: Path,
-    rows: TableRows,
+    base_rows: TableRows,
 ) -> AsyncIterator[OpenControl]:
     """`await open_control(**settings)`: a started control plane on `home`; closed at the end unless the test did."""
     opened: list[Control] = []
@@ -152,7 +152,7 @@ async def open_control(
         if registry_url is None and not home.exists():  # noqa: ASYNC240 (the state of a directory)
             await migrate(settings)
         model = ResolvedModel(tiny_base, BASE)
-        control = await Control.open(settings, engine, tokenizer, model, rows)
+        control = await Control.open(settings, engine, tokenizer, model, base_rows)
         await control.start()
         opened.append(control)
         close = control.close

@@ -24,7 +24,7 @@ from tests.support.threads import one_thread
 class Service:
     """Engine and control plane on one state directory, to be stopped and started again."""
 
-    def __init__(self, home: Path, base: Path, tokenizer: Tokenizer, rows: TableRows) -> None:
+    def __init__(self, home: Path, base: Path, tokenizer: Tokenizer, base_rows: TableRows) -> None:
         self.settings = Settings(
             home=home,
             device="cpu",
@@ -34,7 +34,7 @@ class Service:
             adapter_pool_bytes=8 * 2**20,
             max_adapters=8,
         )
-        self.parts = (tokenizer, ResolvedModel(base, BASE), rows)
+        self.parts = (tokenizer, ResolvedModel(base, BASE), base_rows)
         self.base = base
 
     async def start(self) -> Control:
@@ -58,8 +58,8 @@ def _one_thread() -> object:
 
 
 @pytest.fixture
-async def service(home: Path, tiny_base: Path, tokenizer: Tokenizer, rows: TableRows) -> AsyncIterator[Service]:
-    made = Service(home, tiny_base, tokenizer, rows)
+async def service(home: Path, tiny_base: Path, tokenizer: Tokenizer, base_rows: TableRows) -> AsyncIterator[Service]:
+    made = Service(home, tiny_base, tokenizer, base_rows)
     await made.start()
     yield made
     await made.stop()

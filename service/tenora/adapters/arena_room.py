@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tenora.adapters.targets import TargetModule
 from tenora.errors import AdapterFormatError
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load of any kernel
@@ -54,8 +52,3 @@ def too_large(nbytes: int, pool: int) -> AdapterFormatError:
         "Train a lower rank or fewer modules, or have the operator raise TENORA_ADAPTER_POOL_BYTES.",
         code="adapter_too_large",
     )
-
-
-def lora_parameters(targets: Sequence[TargetModule], names: Sequence[str], rank: int) -> int:
-    """Weights of an adapter of this rank on all modules of these names."""
-    return sum(rank * (target.in_features + target.out_features) for target in targets if target.name in names)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from tenora.adapters.matching import layer_number
 from tenora.adapters.targets import TargetModule
 from tenora_kernels.flags import BOTTLENECKS, SCALES
 
@@ -71,6 +72,7 @@ class TableRows:
         hidden: H; 0: there are low-rank rows only.
         kv: columns of a token's keys in one layer, and of its values.
         factors: by path of a module, that of another one whose output's columns are factors of its input's.
+        cached: paths of the modules whose output are keys or values.
     """
 
     modules: tuple[TargetModule, ...]
@@ -79,6 +81,7 @@ class TableRows:
     hidden: int = 0
     kv: int = 0
     factors: Mapping[str, str] = field(default_factory=dict)
+    cached: tuple[str, ...] = ()
     rows: tuple[TableRow, ...] = field(init=False, repr=False, compare=False)
     _places: dict[tuple[RowKind, str], int] = field(init=False, repr=False, compare=False)
     _spans: dict[RowKind, range] = field(init=False, repr=False, compare=False)
@@ -139,6 +142,11 @@ class TableRows:
     def row(self, kind: RowKind, path: str = "") -> int:
         """The row of a module, a block, a layer, or the adapter. KeyError if there is none."""
         return self._places[kind, path]
+
+    def layer(self, row: int) -> int | None:
+        """The number of the layer that a row belongs to, for embeddings the first; None for what belongs to none."""
+        found = self.rows[row]
+        return 0 if found.kind is RowKind.PROMPT else layer_number(f"{found.path}.", None)
 
     def flags(self, ranks: Sequence[int]) -> int:
         """The bits of `LoraTables.flags` that follow from which rows an adapter fills."""

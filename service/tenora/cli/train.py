@@ -13,20 +13,21 @@ from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.cli.setting_flags import given, with_flags
 from tenora.errors import ConfigurationError
+from tenora.training.kinds.table import KINDS
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import JOB, RUN
-from tenora.training.spec import LORA_ASKED, SWEPT
+from tenora.training.spec import LORA, LORA_ASKED, SWEPT, USUAL_KIND
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", *SWEPT, "status", "step", "valid_loss", "winner")
 OF_METHODS = {setting.name: (name, setting) for name, method in METHODS.items() for setting in method.settings}
 """The settings that one method has alone, with its name."""
-FLAGS = {
-    name: setting
-    for name, setting in {**RUN, **JOB, **LORA_ASKED, **{name: one for name, (_, one) in OF_METHODS.items()}}.items()
-    if setting.flag
-}
+OF_KINDS = {name: setting for kind in KINDS.values() for name, setting in kind.declared.items() if name not in LORA}
+OF_ADAPTER = {*LORA_ASKED, *OF_KINDS}
+_ALL = {**RUN, **JOB, **LORA_ASKED, **OF_KINDS, **{name: one for name, (_, one) in OF_METHODS.items()}}
+FLAGS = {name: setting for name, setting in _ALL.items() if setting.flag}
+KINDS_HELP = "; ".join(f"{name} {kind.summary}" for name, kind in KINDS.items())
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
 
 
@@ -45,6 +46,7 @@ def train(
         str | None, typer.Option("--validation", help="A file or id to measure on; rows are held out if absent.")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help=METHODS_HELP)] = None,
+    adapter_type: Annotated[str | None, typer.Option("--adapter-type", help=KINDS_HELP)] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option("--sweep", help="Values to try, as rank=8,16 or learning_rate=1e-4..1e-3; may be repeated."),
@@ -63,9 +65,9 @@ def train(
         seed=seed,
         suffix=suffix,
         method=method_of(method, {name: value for name, value in chosen.items() if name in OF_METHODS}),
-        lora={name: value for name, value in chosen.items() if name in LORA_ASKED} or None,
         sweep=sweep_of(sweep or [], trials),
-        **{name: value for name, value in chosen.items() if name not in LORA_ASKED and name not in OF_METHODS},
+        **_adapter(adapter_type, {name: value for name, value in chosen.items() if name in OF_ADAPTER}),
+        **{name: value for name, value in chosen.items() if name not in OF_ADAPTER and name not in OF_METHODS},
     )
     for source in (*(_weighted(entry)[0] for entry in training), *([] if validation is None else [validation])):
         check_file(source)
@@ -83,6 +85,13 @@ def train(
         typer.echo(finished.model_dump_json())
         return
     report(finished)
+
+
+def _adapter(kind: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The field of a job that says what the adapter is."""
+    if kind is None and not OF_KINDS.keys() & settings.keys():
+        return {"lora": dict(settings)} if settings else {}
+    return {"adapter": {"type": kind or USUAL_KIND, **settings}}
 
 
 def _report_evaluation(said: Evaluation, start: str) -> None:

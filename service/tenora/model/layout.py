@@ -38,6 +38,7 @@ class Site:
         modules: in the order of their columns.
         bias: every one of them has a bias.
         factor: a module of the block whose output's columns are factors of the input's, one of each; empty if none is.
+        cached: its modules whose output are keys or values.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     modules: tuple[Module, ...]
     bias: bool = False
     factor: str = ""
+    cached: tuple[str, ...] = ()
 
     @property
     def output(self) -> int:
@@ -169,7 +171,7 @@ def gated_decoder(sizes: Sizes) -> Layout:
         kind="attention",
         norm="input_layernorm",
         sites=(
-            Site("qkv", hidden, qkv, bias=sizes.attention_bias),
+            Site("qkv", hidden, qkv, bias=sizes.attention_bias, cached=("k_proj", "v_proj")),
             Site("o", q, (Module("o_proj", hidden),), bias=sizes.o_bias),
         ),
         head_norms=(("q_norm", sizes.heads), ("k_norm", sizes.kv_heads)) if sizes.qk_norm else (),

@@ -241,6 +241,13 @@ def table_rows(spec: ModelSpec) -> TableRows:
             for module in site.modules
             if site.factor
         },
+        cached=tuple(
+            layout.path(layer, block.name, name)
+            for layer in range(spec.num_layers)
+            for block in layout.blocks
+            for site in block.sites
+            for name in site.cached
+        ),
     )
 
 

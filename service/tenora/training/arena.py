@@ -11,25 +11,45 @@ The copy has the values that the adapter will be served with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tenora.adapters.matching import layer_number
-from tenora.adapters.peft_format import write_adapter
+from tenora.adapters.peft_format import write_files
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.table_rows import RowKind, TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.errors import TrainingError
+from tenora.model.decoder import Decoder
+from tenora.model.magnitudes import RowNorms
+from tenora.training.kinds.kind import Files
+from tenora.training.kinds.table import find_kind
 from tenora.training.spec import LoraSpec
 from tenora_kernels.layout import LoraTables
 
 Float32Array = npt.NDArray[np.float32]
+
+
+class Base(NamedTuple):
+    """A base's weights, as far as adapters depend on them.
+
+    Attributes:
+        row_norms: of its matrices.
+        family: its `model_type`.
+    """
+
+    row_norms: RowNorms
+    family: str
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Base:
+        """That of a decoder."""
+        return cls(RowNorms(decoder), decoder.spec.family)
 
 
 class TrainingArena:
@@ -42,9 +62,20 @@ class TrainingArena:
             while a pass is under way.
     """
 
-    def __init__(self, rows: TableRows, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """An empty arena on `device` for a base with these rows that computes in `dtype`."""
-        self.rows = rows
+    def __init__(
+        self,
+        rows: TableRows,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        base: Base | None = None,
+    ) -> None:
+        """An empty arena on `device` for a base with these rows that computes in `dtype`.
+
+        Args:
+            base: what kinds of adapters need to know of it beside its rows; None if none of those comes.
+        """
+        self.rows, self.base = rows, base
         self._device, self._dtype = device, dtype
         self._adapters: list[TrainedAdapter] = []
         self.masters, self.tables = self._allocate([])
@@ -114,8 +145,8 @@ class TrainingArena:
         )
         start = 0
         for slot, adapter in enumerate(adapters):
-            scales = [scaling(adapter.lora)] * len(adapter.ranks)
-            start += tables.place(slot, start, adapter.ranks, scales)
+            scales = [adapter.scaling] * len(adapter.ranks)
+            start += tables.place(slot, start, adapter.ranks, scales, flags=adapter.flags)
         return tables
 
 
@@ -125,7 +156,10 @@ class TrainedAdapter:
     Attributes:
         kept_checkpoints: latest ones that stay beside the best.
         lora: its shape.
+        kind: which kind it is.
         ranks: per row of the base; 0 for those it does not fill.
+        scaling: of its low-rank terms.
+        flags: of its slot, see `LoraTables`.
         numel: number of its weights.
         first_layer: the first layer that it changes; their number if it changes none.
         slot: its column in the arena's tables, until the next `add` or `remove`.
@@ -136,18 +170,20 @@ class TrainedAdapter:
 
     def __init__(self, arena: TrainingArena, lora: LoraSpec, ranks: Sequence[int] | None = None) -> None:
         self.lora = lora
+        self.kind = find_kind(lora.type)
+        self.scaling = self.kind.scaling(lora)
         self._arena = arena
         self.slot, self.span = -1, slice(0, 0)
-        self.take_ranks(_module_ranks(arena.rows, lora) if ranks is None else ranks)
+        self.take_ranks(self.kind.ranks(arena.rows, lora) if ranks is None else ranks)
 
     def take_ranks(self, ranks: Sequence[int]) -> None:
         """For the arena alone, which lays it out anew: have these ranks, per row."""
         rows = self._arena.rows
         self.ranks = list(ranks)
+        self.flags = self.kind.flags(self.lora) | rows.flags(self.ranks)
         self.numel = rows.numel(self.ranks)
-        layers = layers_of(rows)
-        changed = [layer for layer, rank in zip(layers, self.ranks, strict=True) if rank and layer is not None]
-        self.first_layer = min(changed, default=max((layer or 0 for layer in layers), default=-1) + 1)
+        layers = (rows.layer(row) for row, rank in enumerate(self.ranks) if rank)
+        self.first_layer = min((layer for layer in layers if layer is not None), default=len(rows.layers))
 
     @property
     def tables(self) -> LoraTables:
@@ -204,20 +240,36 @@ class TrainedAdapter:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring what passes read up to date with the master weights."""
+        self.kind.derive(self)
         if self.tables is not self._arena.masters:
             self.tables.arena[self.span].copy_(self.weights)
 
+    @property
+    def base(self) -> Base:
+        """The base's weights. TrainingError if the arena was made without."""
+        if self._arena.base is None:
+            raise TrainingError(f"The arena was built without the base, which {self.kind.name} depends on.")
+        return self._arena.base
+
+    def filled(self, kind: RowKind) -> list[int]:
+        """The rows of a kind that it fills."""
+        return [row for row in self._arena.rows.of(kind) if self.ranks[row]]
+
+    def a(self, row: int) -> Tensor:
+        """View of the masters of A, [r, in], in a row of the base."""
+        return self._arena.masters.a(row, self.slot)
+
+    def bt(self, row: int) -> Tensor:
+        """View of the masters of Bᵀ, [r, out]."""
+        return self._arena.masters.bt(row, self.slot)
+
+    @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set A uniform in ±1/√in (PEFT's Kaiming initialisation) and B zero, so that the adapter begins as the base.
+        """Set the weights so that the adapter begins as the base; see its kind.
 
         Numbers come from a generator of its own: equal seeds give equal weights, and no global state moves.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for target in self._modules():
-            bound = 1 / math.sqrt(target.in_features)
-            a = self._arena.masters.a(target.row, self.slot)
-            a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
-            self._arena.masters.bt(target.row, self.slot).zero_()
+        self.kind.initialise(self, torch.Generator().manual_seed(seed))
         self.refresh()
 
     def begin_as(self, directions: Mapping[int, Tensor]) -> None:
@@ -226,6 +278,23 @@ class TrainedAdapter:
             self._arena.masters.a(row, self.slot).copy_(a)
             self._arena.masters.bt(row, self.slot).zero_()
         self.refresh()
+
+    def files(self, base_model: str) -> Files:
+        """The adapter as it is written: the fields of its configuration, and tensors by name.
+
+        Args:
+            base_model: id of the base.
+        """
+        return self.kind.files(self, base_model)
+
+    def grad_a(self, row: int) -> Tensor:
+        """View of the gradient of A, [r, in]."""
+        return self.tables.grad_a(row, self.slot)
+
+    def matrices(self, kind: RowKind, *, transposed_b: bool = False) -> dict[str, Float32Array]:
+        """A of the rows of a kind, or their Bᵀ, by path: float32 copies on the host."""
+        view = self.bt if transposed_b else self.a
+        return {self.rows.rows[row].path: view(row).cpu().numpy().copy() for row in self.filled(kind)}
 
     def start_from(self, modules: Mapping[str, tuple[Float32Array, Float32Array, float]]) -> None:
         """Begin as another adapter does, after `initialise`.
@@ -255,7 +324,7 @@ class TrainedAdapter:
                     code="init_from_mismatch",
                 )
             self._arena.masters.a(target.row, self.slot)[:rank].copy_(torch.from_numpy(a))
-            bt = torch.from_numpy(np.ascontiguousarray(b.T)).mul(scale / scaling(self.lora))
+            bt = torch.from_numpy(np.ascontiguousarray(b.T)).mul(scale / self.scaling)
             self._arena.masters.bt(target.row, self.slot)[:rank].copy_(bt)
         self.refresh()
 
@@ -271,16 +340,15 @@ class TrainedAdapter:
 
     def write(self, directory: Path, *, base_model: str) -> None:
         """Write it as it is now as a PEFT directory; raises as `write_adapter`."""
-        scale = scaling(self.lora)
-        write_adapter(directory, base_model=base_model, lora=self.lora, modules=self.export(), scaling=scale)
+        write_files(directory, *self.files(base_model))
 
     def prepared(self) -> PreparedAdapter:
         """A copy of the adapter as it is now, on the arena's device and in the base's type, for a slot that serves."""
-        scale = scaling(self.lora)
         return PreparedAdapter(
             values=self.tables.arena[self.span].clone(),
             ranks=tuple(self.ranks),
-            scaling=tuple(scale if rank else 0.0 for rank in self.ranks),
+            scaling=tuple(self.scaling if rank else 0.0 for rank in self.ranks),
+            flags=self.flags,
         )
 
     def remove(self) -> None:
@@ -295,28 +363,3 @@ def _gradient(tables: LoraTables) -> Tensor:
     if tables.grad is None:
         raise TrainingError("The arena was built without gradients.")
     return tables.grad
-
-
-def scaling(lora: LoraSpec) -> float:
-    """What multiplies x·Aᵀ·Bᵀ: alpha / rank, or alpha / √rank with rsLoRA."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
-
-
-def layers_of(rows: TableRows) -> list[int | None]:
-    """The number of each row's layer, for embeddings the first; None for what belongs to none."""
-    return [0 if row.kind is RowKind.PROMPT else layer_number(f"{row.path}.", None) for row in rows.rows]
-
-
-def _module_ranks(rows: TableRows, lora: LoraSpec) -> list[int]:
-    known = {module.name for module in rows.modules}
-    unknown = [name for name in lora.target_modules if name not in known]
-    if unknown:
-        raise TrainingError(f"The base has no module {unknown}; it has {', '.join(sorted(known))}.")
-    if lora.rank < 1:
-        raise TrainingError(f"The rank is {lora.rank} and must be at least 1.")
-    wanted, layers = lora.target_modules or known, layers_of(rows)
-    first = len(rows.layers) - lora.last_layers if lora.last_layers else 0
-    ranks = [0] * len(rows)
-    for module in rows.modules:
-        ranks[module.row] = lora.rank if module.name in wanted and (layers[module.row] or 0) >= first else 0
-    return ranks

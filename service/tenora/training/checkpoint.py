@@ -35,11 +35,9 @@ from tenora.training.arena import TrainedAdapter
 from tenora.training.events import EvaluationPoint
 from tenora.training.optimizer import AdamW
 from tenora.training.settings import RunSettings
-from tenora.training.spec import TrainSpec
+from tenora.training.spec import TrainSpec, stored_shape
 
 _MOST_POINTS = 256  # of the curve that is kept
-_LATER = {"last_layers": 0, "lora_plus_ratio": 1.0, "init": "kaiming", "eva_rho": 2.0}
-"""Fields of a shape that the first release did not know, where they say nothing."""
 _STEP_DIRECTORY = re.compile(r"step-(\d+)")
 
 
@@ -149,7 +147,7 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
         msgspec.structs.replace(spec, run_id="", share_group="", tasks=(), workdir="", init_path=start)
     )
     del settings["split_seed"], settings["acknowledged"]  # the rows that it draws go in; and what its follower does
-    digest = hashlib.sha256(msgspec.json.encode(_in_first_order(settings)))
+    digest = hashlib.sha256(msgspec.json.encode(_in_first_order(spec, settings)))
     for dataset in (train, valid):
         for array in (dataset.tokens, dataset.weights, dataset.offsets):
             digest.update(array.tobytes())
@@ -158,17 +156,14 @@ def fingerprint(spec: TrainSpec, train: TokenizedDataset, valid: TokenizedDatase
     return digest.hexdigest()
 
 
-def _in_first_order(settings: dict[str, Any]) -> dict[str, Any]:
+def _in_first_order(spec: TrainSpec, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as the first release named them: beta in every run, and what all methods have after the shape."""
     of_all = {name: settings.pop(name) for name in RunSettings.__struct_fields__}
-    for name, default in _LATER.items():
-        if settings["lora"][name] == default:
-            del settings["lora"][name]
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= {"beta": 0.1, **value} if name == "method_settings" else {name: value}
         if name == "lora":
-            found |= of_all
+            found |= {"lora": stored_shape(spec.lora), **of_all}
     return found
 
 

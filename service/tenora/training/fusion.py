@@ -20,7 +20,7 @@ from tenora.model.device import survive
 from tenora.model.executors.choice import release_buffers
 from tenora.model.executors.layers import Keep
 from tenora.model.spec import table_rows
-from tenora.training.arena import TrainingArena
+from tenora.training.arena import Base, TrainingArena
 from tenora.training.commands import Refused, RunCommand
 from tenora.training.events import FailedEvent, FinishedEvent, Items, StoppedEvent, TrainEvent
 from tenora.training.failures import explain
@@ -84,7 +84,9 @@ class FusedTraining:
             sampler: generates with adapters in training; None: nobody does.
             start: makes a run.
         """
-        arena = TrainingArena(table_rows(decoder.spec), device=decoder.device, dtype=decoder.dtype)
+        arena = TrainingArena(
+            table_rows(decoder.spec), device=decoder.device, dtype=decoder.dtype, base=Base.of(decoder)
+        )
         self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory, sampler or NoSampler())
         self._start = start
         self._runs: dict[str, _Hosted] = {}

@@ -203,6 +203,7 @@ class Learner:
         found = self.learning.measure(step + 1, parts, work.results)
         start = self.progress.base_loss if self.progress.evaluated_step >= 0 else None
         self._watch.course(step + 1, parts, found.loss, start)
+        self.adapter.kind.gradients(self.adapter)
         norm = clip_grad_norm(self.adapter.grad, spec.max_grad_norm)
         self._watch.gradient(step + 1, parts, norm)
         rate = learning_rate(

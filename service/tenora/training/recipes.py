@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenora.errors import InvalidRequestError
+from tenora.training.kinds.kind import AdapterKind
+from tenora.training.kinds.table import LORA_KIND
 from tenora.training.methods.method import Method
 from tenora.training.methods.table import USUAL
 from tenora.training.settings import AUTO, RUN
@@ -54,6 +56,7 @@ def resolve_hyperparameters(
     requested: Mapping[str, Any],
     *,
     method: Method = USUAL,
+    kind: AdapterKind = LORA_KIND,
     few_shot: bool = False,
 ) -> ResolvedHyperparameters:
     """Replace "auto" and absent values by numbers that suit the training rows.
@@ -64,6 +67,7 @@ def resolve_hyperparameters(
         requested: the method's hyperparameters and `learning_rate`, each a number, "auto", None or absent.
             `learning_rate` is absolute; the multiplier scales the method's usual one.
         method: the one to train by.
+        kind: of the adapter.
         few_shot: the recipe of `FEW_SHOT_ROWS`; see `is_few_shot`.
 
     Raises:
@@ -80,13 +84,14 @@ def resolve_hyperparameters(
         raise InvalidRequestError(
             "Give learning_rate or learning_rate_multiplier, not both.", param="learning_rate_multiplier"
         )
-    rate = rate if rate is not None else method.learning_rate * (1.0 if multiplier is None else multiplier)
+    usual = method.learning_rate * kind.rate
+    rate = rate if rate is not None else usual * (1.0 if multiplier is None else multiplier)
     batch_size = min(asked["batch_size"] or _auto_batch_size(rows, few_shot=few_shot), max(rows, 1))
     return ResolvedHyperparameters(
         n_epochs=asked["n_epochs"] or _auto_epochs(rows, tokens, method=method, few_shot=few_shot),
         batch_size=batch_size,
         learning_rate=rate,
-        learning_rate_multiplier=rate / method.learning_rate,
+        learning_rate_multiplier=rate / usual,
         own=method.own_settings(asked),
     )
 

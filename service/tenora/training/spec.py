@@ -9,6 +9,8 @@ import msgspec
 from tenora.training.settings import RUN, USUAL_METHOD, RunSettings, Setting, declared
 
 Init = Literal["kaiming", "eva"]
+USUAL_KIND = "lora"
+"""Of an adapter whose `type` nobody names."""
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,7 +19,9 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         target_modules: here every module of the base's layout if empty.
-        last_layers: only modules of so many last layers; 0 is all of them.
+        last_layers: only what lies in so many last layers; 0 is all of them.
+        type: which kind it is, one of `tenora.training.kinds.table`; what a kind does not have is passed over.
+        own: settings of its kind, by name.
     """
 
     rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, swept=1, flag="--rank")] = 16
@@ -51,6 +55,14 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         float, Setting("With eva: a module's rank is at most so many times the rank; 1 moves none.", least=1, most=8)
     ] = 2.0
     last_layers: int = 0
+    type: str = USUAL_KIND
+    own: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def stored_shape(lora: LoraSpec) -> dict[str, Any]:
+    """A shape in plain types, as it was stored before there were further fields, if it needs none of them."""
+    found: dict[str, Any] = msgspec.to_builtins(lora)
+    return {name: value for name, value in found.items() if name in FIRST or value != getattr(_USUAL_SHAPE, name)}
 
 
 def highest_rank(lora: LoraSpec) -> int:
@@ -69,8 +81,11 @@ class LoraSettings(LoraSpec, frozen=True, kw_only=True):
     ] = ""
 
 
+_USUAL_SHAPE = LoraSpec()
 LORA, LORA_ASKED = declared(LoraSpec), declared(LoraSettings)
 """The settings of its shape, and all that may be asked of it."""
+FIRST = tuple(LORA)[:5]
+"""What the first release knew of a shape."""
 _NUMBERS = {**LORA, **RUN}
 SWEPT = {one.name: one for one in sorted(_NUMBERS.values(), key=lambda one: one.swept) if one.swept}
 """The dimensions of a sweep, in the order in which trials are drawn."""

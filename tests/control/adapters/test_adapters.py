@@ -186,15 +186,15 @@ async def test_blobs_are_shared_and_freed_with_the_last_row(
 
 
 async def test_the_archive_is_the_adapter(
-    control: Control, acme: Principal, import_adapter: ImportAdapter, rows: TableRows, tmp_path: Path
+    control: Control, acme: Principal, import_adapter: ImportAdapter, base_rows: TableRows, tmp_path: Path
 ) -> None:
     await import_adapter(control, acme, "desk", seed=5)
     archive = await archive_of(control, acme, "desk")
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         assert sorted(file.namelist()) == sorted([CONFIG_NAME, WEIGHTS_NAME, README_NAME])
         file.extractall(tmp_path / "out")
-    got = read_adapter(tmp_path / "out", rows, max_rank=64)
-    want = read_adapter(tmp_path / "adapter-5-4", rows, max_rank=64)
+    got = read_adapter(tmp_path / "out", base_rows, max_rank=64)
+    want = read_adapter(tmp_path / "adapter-5-4", base_rows, max_rank=64)
     for path, module in want.modules.items():
         assert np.array_equal(got.modules[path].a, module.a)
         assert np.array_equal(got.modules[path].b, module.b)

@@ -25,10 +25,10 @@ LATER = 2.0**40  # everything is older than that
 
 
 @pytest.fixture
-async def other(control: Control, home: Path, engine: AsyncEngine, rows: TableRows) -> AsyncIterator[Blobs]:
+async def other(control: Control, home: Path, engine: AsyncEngine, base_rows: TableRows) -> AsyncIterator[Blobs]:
     """What another process has of the same adapters."""
     database = await Database.open(control.settings.database)
-    yield Blobs(database, AdapterStore(home / "adapters"), engine, rows, 64)
+    yield Blobs(database, AdapterStore(home / "adapters"), engine, base_rows, 64)
     await database.close()
 
 

@@ -118,8 +118,8 @@ def write(path: Path, targets: Sequence[TargetModule], change: Any) -> Path:
     return path
 
 
-def test_every_module_must_carry_weights(tmp_path: Path, rows: TableRows) -> None:
-    targets = rows.modules
+def test_every_module_must_carry_weights(tmp_path: Path, base_rows: TableRows) -> None:
+    targets = base_rows.modules
     paths = [target.path for target in targets if target.name in NAMES]
 
     def zero(modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -127,13 +127,16 @@ def test_every_module_must_carry_weights(tmp_path: Path, rows: TableRows) -> Non
         modules[paths[3]][0][:] = 0.0
 
     whole = str(write(tmp_path / "whole", targets, lambda _: None))
-    assert require_weights(whole, rows, NAMES, max_rank=8) == len(paths)
+    shape = LoraSpec(rank=4, target_modules=NAMES)
+    assert require_weights(whole, base_rows, shape, max_rank=8) == len(paths)
     with pytest.raises(TrainingError) as raised:
-        require_weights(str(write(tmp_path / "holes", targets, zero)), rows, NAMES, max_rank=8)
+        require_weights(
+            str(write(tmp_path / "holes", targets, zero)), base_rows, LoraSpec(rank=4, target_modules=NAMES), max_rank=8
+        )
     assert raised.value.code == "untrained_modules"
     assert f"{paths[0]} (zero), {paths[3]} (zero)" in raised.value.message
     with pytest.raises(TrainingError, match=r"self_attn.o_proj \(missing\)"):
-        require_weights(whole, rows, (*NAMES, "o_proj"), max_rank=8)
+        require_weights(whole, base_rows, LoraSpec(rank=4, target_modules=(*NAMES, "o_proj")), max_rank=8)
 
 
 def dataset(rows: Sequence[tuple[int, int]]) -> TokenizedDataset:

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from tenora_client.api_object import ApiObject
 from tenora_client.evaluation import Evaluation, Published
 from tenora_client.job_parts import CheckpointMetrics, Replaces, Sweep, TaskEstimate, TrainingFile, Trial
-from tenora_client.settings import EstimatedSettings, Hyperparameters, JobSettings, Lora, Method
+from tenora_client.settings import AdapterSettings, EstimatedSettings, Hyperparameters, JobSettings, Lora, Method
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -268,6 +268,7 @@ class JobState(JobSettings):
     method: Method | None = None
     hyperparameters: Hyperparameters = Hyperparameters()
     lora: Lora = Lora()
+    adapter: AdapterSettings = AdapterSettings()
     seed: int | None = None
     name: str | None = None
     error: JobFailure | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Required, TypedDict
 
-from tenora_client.settings import LoraParams, MethodParams, Settings, SharedHyperparameters, SweptParams
+from tenora_client.settings import AdapterParams, LoraParams, MethodParams, Settings, SharedHyperparameters, SweptParams
 
 Combination = Literal["cat", "linear", "ties", "dare_linear", "dare_ties", "svd"]
 
@@ -166,7 +166,9 @@ class JobParams(Settings, total=False):
         training_files: several files instead of one.
         method: how to train.
         hyperparameters: the older place for those that all methods have.
-        lora: the adapter; its `init_from` names an adapter, a version, a job's result or a checkpoint to start from.
+        adapter: what the adapter is, of any type; instead of `lora`.
+        lora: an adapter of low-rank terms; its `init_from` names an adapter, a version, a job's result or a checkpoint
+            to start from.
         sweep: settings to try.
         extra: further fields of the request body, sent as they are.
     """
@@ -179,5 +181,6 @@ class JobParams(Settings, total=False):
     method: MethodParams | Mapping[str, Any]
     hyperparameters: SharedHyperparameters | Mapping[str, int | float | Literal["auto"]]
     lora: LoraParams | Mapping[str, Any]
+    adapter: AdapterParams | Mapping[str, Any]
     sweep: SweepParams | Mapping[str, Any]
     extra: Mapping[str, Any]

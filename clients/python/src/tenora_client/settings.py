@@ -175,6 +175,44 @@ class LoraParams(TypedDict, total=False):
     """An adapter of yours to start from; the name of an adapter."""
 
 
+class AdapterShape(TypedDict, total=False):
+    """The settings of adapters; each type has some of them."""
+
+    rank: int
+    """Rank of the adapter; a whole number from 1 to 256."""
+    alpha: float
+    """Scales the adapter by alpha / rank; twice the rank; a number, above 0 and at most 4096."""
+    dropout: float
+    """Of the adapter's inputs; a number, at least 0 and at most 0.9."""
+    target_modules: Sequence[str] | Literal["all-linear"]
+    """Last parts of the paths of what it adapts; "all-linear" or a list of module names."""
+    use_rslora: bool
+    """Scale by alpha / root of rank; true or false."""
+    lora_plus_ratio: float
+    """B learns at so many times the rate of A (LoRA+); 1 is usual, 16 LoRA+'s; a number, at least 1 and at most 64."""
+    init: Literal["kaiming", "eva"]
+    """How A begins: kaiming, at random; eva, as the directions in which the inputs of each module differ most over
+    the first rows, with ranks moved to where they explain more (EVA); one of kaiming, eva."""
+    eva_rho: float
+    """With eva: a module's rank is at most so many times the rank; 1 moves none; a number, at least 1 and at most 8."""
+    init_from: str
+    """An adapter of yours to start from; the name of an adapter."""
+    reduction_factor: float
+    """Width of the hidden states divided by that of a bottleneck; a number, at least 1 and at most 10000."""
+    non_linearity: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "tanh"]
+    """Function between the two matrices of a bottleneck; one of silu, gelu, gelu_pytorch_tanh, relu, tanh."""
+    placement: Literal["houlsby", "pfeiffer"]
+    """Which blocks have one: houlsby, attention and MLP; pfeiffer, the MLP; one of houlsby, pfeiffer."""
+    scaling: float
+    """What a bottleneck's output is multiplied with; a number, above 0 and at most 1000."""
+
+
+class AdapterParams(AdapterShape, total=False):
+    """What the adapter is: a type, and its settings."""
+
+    type: Required[Literal["lora", "dora", "ia3", "bottleneck", "parallel"]]
+
+
 class SweptParams(TypedDict, total=False):
     """Values to try, one by one or as a range."""
 
@@ -240,6 +278,25 @@ class Lora(Part):
     init: str | None = None
     eva_rho: float | None = None
     init_from: str | None = None
+
+
+class AdapterSettings(Part):
+    """The adapter, of any type; what its type has is there."""
+
+    type: str = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target_modules: Sequence[str] | str | None = None
+    use_rslora: bool | None = None
+    lora_plus_ratio: float | None = None
+    init: str | None = None
+    eva_rho: float | None = None
+    init_from: str | None = None
+    reduction_factor: float | None = None
+    non_linearity: str | None = None
+    placement: str | None = None
+    scaling: float | None = None
 
 
 class SweptValues(Part):

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, create_model
 
 from tenora.api.schemas.base import RequestModel, invalid, no_flag
 from tenora.api.schemas.fixed import only
-from tenora.api.schemas.settings import method_model, model_of
+from tenora.api.schemas.settings import adapter_model, method_model, model_of
 from tenora.control.jobs.records import JobRequest
 from tenora.control.jobs.sweeps import MAX_TRIALS
 from tenora.training.settings import BY_THEMSELVES, HYPERPARAMETERS, SETTINGS
@@ -28,6 +28,7 @@ Values = Annotated[Any, PlainValidator(_values, json_schema_input_type=list[floa
 
 
 if TYPE_CHECKING:
+    from tenora.api.schemas.base import RequestModel as Adapter
     from tenora.api.schemas.base import RequestModel as Hyperparameters
     from tenora.api.schemas.base import RequestModel as Lora
     from tenora.api.schemas.base import RequestModel as Method
@@ -44,6 +45,10 @@ else:
         "Lora",
         LORA_ASKED,
         doc="Shape of the adapter, and an adapter of one's own to start from; its shape is the default then.",
+    )
+    Adapter = adapter_model(
+        "Adapter",
+        doc="What the adapter is, of any type: a type, and its own settings; instead of `lora`, which is one of them.",
     )
     SweptValues = create_model("SweptValues", __base__=RequestModel, **dict.fromkeys(SWEPT, (Values, None)))
     SettingFields = model_of(
@@ -91,6 +96,7 @@ class JobCreateRequest(SettingFields):
     )
     name: str | None = Field(default=None, max_length=64, description="The name under which the adapter is called.")
     lora: Lora | None = None
+    adapter: Adapter | None = None
     sweep: Sweep | None = None
 
     def to_request(self) -> JobRequest:
@@ -103,6 +109,7 @@ class JobCreateRequest(SettingFields):
             method=None if self.method is None else _set_fields(self.method),
             hyperparameters=_set_fields(self.hyperparameters),
             lora=_set_fields(self.lora),
+            adapter=_set_fields(self.adapter),
             sweep=None if self.sweep is None else _set_fields(self.sweep),
             suffix=self.suffix,
             name=self.name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, create_model
 
 from tenora.api.schemas.base import Number, StoredModel
-from tenora.api.schemas.settings import stored_method, stored_model
+from tenora.api.schemas.settings import stored_adapter, stored_method, stored_model
 from tenora.training.events import TrialStatus
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import HYPERPARAMETERS, JOB, RUN
@@ -24,6 +24,7 @@ class RangeObject(StoredModel):
 
 if TYPE_CHECKING:
     HyperparametersObject = StoredModel
+    AdapterShapeObject = StoredModel
     LoraObject = StoredModel
     MadeWith = StoredModel
     MethodObject = StoredModel
@@ -39,6 +40,7 @@ else:
         LORA_ASKED,
         doc="The adapter's shape: as asked for, and whole once the files were read, but for what a sweep chooses.",
     )
+    AdapterShapeObject = stored_adapter("AdapterShapeObject", doc="What the adapter is, of any type.")
     MadeWith = stored_model(
         "MadeWith", RUN | {one.name: one for method in METHODS.values() for one in method.settings} | JOB
     )

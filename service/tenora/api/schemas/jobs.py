@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from tenora.api.schemas.base import ResponseModel
 from tenora.api.schemas.evaluation import EvaluationObject, ReplacedObject
 from tenora.api.schemas.job_parts import (
+    AdapterShapeObject,
     CheckpointMetrics,
     EventData,
     HyperparametersObject,
@@ -25,6 +26,7 @@ from tenora.control.jobs.records import CheckpointRecord, JobRecord
 from tenora.control.registry.tables import JobStatus
 from tenora.training.methods.table import METHODS, USUAL
 from tenora.training.settings import HYPERPARAMETERS, SETTINGS
+from tenora.training.spec import LORA_ASKED, USUAL_KIND
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -93,6 +95,7 @@ class JobObject(SettingEchoes):
     name: str
     suffix: str | None
     lora: LoraObject
+    adapter: AdapterShapeObject
     sweep: SweepObject | None
     sweep_results: list[TrialObject] | None
     parent: str | None
@@ -126,7 +129,8 @@ class JobObject(SettingEchoes):
             method=_method(record),
             name=record.name,
             suffix=record.suffix,
-            lora=LoraObject.model_validate(record.lora),
+            lora=LoraObject.model_validate({name: record.lora[name] for name in LORA_ASKED if name in record.lora}),
+            adapter=AdapterShapeObject.model_validate({"type": USUAL_KIND, **record.lora}),
             **{name: record.settings.get(name) for name in SETTINGS},
             sweep=None if record.sweep is None else SweepObject.model_validate(record.sweep),
             sweep_results=_all(TrialObject, record.sweep_results),

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tenora.adapters.arena_room import ArenaRoom, lora_parameters
+import msgspec
+
+from tenora.adapters.arena_room import ArenaRoom
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.heads import Head
 from tenora.adapters.peft_format import read_config, summarise, validate_files
@@ -24,6 +26,8 @@ from tenora.control.registry.database import Database
 from tenora.control.storage.directory import full_disk
 from tenora.control.storage.object_store import VersionStore
 from tenora.errors import AdapterFormatError, NotFoundError
+from tenora.training.kinds.table import find_kind
+from tenora.training.spec import LoraSpec, highest_rank
 
 if TYPE_CHECKING:
     from tenora.engine.client.client import AsyncEngine
@@ -39,11 +43,13 @@ class Blob:
     """A stored adapter: its digest and what its files say.
 
     Attributes:
+        kind: what it is, a name of `tenora.adapters.kinds`.
         bytes: size of the weights in the file.
         device_bytes: what they take in the engine's arena.
     """
 
     digest: str
+    kind: str
     rank: int
     target_modules: Sequence[str]
     bytes: int
@@ -109,9 +115,17 @@ class Blobs:
         """What the engine needs to find a version, whether it is stored or not: a pin may meet a deletion."""
         return AdapterRef(digest=digest, path=str(self.store.path(digest)))
 
-    def require_trainable(self, rank: int, names: Sequence[str]) -> None:
-        """Raise AdapterFormatError if an adapter that is trained so, in float32, could never be served."""
-        self.room.require(self.room.bytes_of(lora_parameters(self.rows.modules, names, rank)))
+    def require_trainable(self, lora: LoraSpec) -> None:
+        """Raise AdapterFormatError if an adapter of this shape, in float32, could never be served."""
+        lora = msgspec.structs.replace(lora, rank=highest_rank(lora))
+        ranks = find_kind(lora.type).ranks(self.rows, lora)
+        widest = max(ranks[: self.rows.low_rank], default=0)
+        if widest > self.max_rank:
+            raise AdapterFormatError(
+                f"The adapter would have ranks or bottlenecks of {widest}, and this server accepts up to "
+                f"{self.max_rank}. Ask for narrower ones, or have the operator raise TENORA_MAX_LORA_RANK."
+            )
+        self.room.require(self.room.bytes_of(self.rows.numel(ranks)))
 
     async def device_bytes(self, digest: str) -> int:
         """What a stored version takes on the device; 0 if its files cannot be read, for then it is never there."""
@@ -242,6 +256,7 @@ class Blobs:
             break
         blob = Blob(
             digest=digest,
+            kind=summary.kind,
             rank=summary.rank,
             target_modules=summary.target_modules,
             bytes=summary.nbytes,

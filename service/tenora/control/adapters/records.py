@@ -20,7 +20,7 @@ class AdapterRecord:
     version: int  # 1, 2, … per alias
     digest: str
     base_model: str
-    method: str  # "lora"
+    method: str  # which kind of adapter it is: "lora", "ia3", …
     rank: int
     target_modules: Sequence[str]
     bytes: int

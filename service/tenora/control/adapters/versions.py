@@ -50,7 +50,7 @@ async def add_version(
         version=await newest_number(session, alias) + 1,
         digest=blob.digest,
         base_model=new.base_model,
-        method="lora",
+        method=blob.kind,
         rank=blob.rank,
         target_modules=list(blob.target_modules),
         bytes=blob.bytes,

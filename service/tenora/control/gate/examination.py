@@ -88,11 +88,7 @@ async def _parity(
     """The stored adapter through the serving path; raises as `examine`."""
     ref = context.blobs.ref(blob.digest)
     modules = await asyncio.to_thread(
-        require_weights,
-        ref.path,
-        context.blobs.rows,
-        spec.lora.target_modules,
-        max_rank=context.blobs.max_rank,
+        require_weights, ref.path, context.blobs.rows, spec.lora, max_rank=context.blobs.max_rank
     )
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
     rows = []

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tenora.control.jobs.plan import shown_shape
 from tenora.control.jobs.requests import Asked
 from tenora.control.registry.ids import unix_now
 from tenora.control.registry.tables import JobRow
@@ -98,6 +99,7 @@ def settings_of(spec: TrainSpec, trial: int | None) -> dict[str, Any]:
     if trial is not None:
         spec = trial_of(spec, trial)
     values: dict[str, Any] = msgspec.to_builtins(spec)
+    values["lora"] = shown_shape(spec.lora)
     return {name: values[name] for name in _OF_SPEC} | find_method(spec.method).own_settings(spec.method_settings)
 
 

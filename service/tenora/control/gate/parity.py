@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,14 @@ import numpy as np
 
 from tenora.adapters.peft_format import read_adapter
 from tenora.adapters.ref import AdapterRef
-from tenora.adapters.safetensors_file import Array, all_finite
-from tenora.adapters.table_rows import TableRows
+from tenora.adapters.safetensors_file import Array, all_finite, as_float32
+from tenora.adapters.table_rows import RowKind, TableRows
+from tenora.adapters.weights import AdapterPart, LoraModule
 from tenora.control.inference.scoring import Scorer
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
+from tenora.training.kinds.table import find_kind
+from tenora.training.spec import LoraSpec
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.75, "float16": 0.1}
 """Largest gap between the two paths' log-probabilities of one token, in nats, by the type that the base computes in.
@@ -89,37 +92,50 @@ async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterR
     return await asyncio.gather(*(scorer.score(row.tokens, row.learned, adapter) for row in rows))
 
 
-def require_weights(directory: str, rows: TableRows, names: Collection[str], *, max_rank: int) -> int:
-    """Read the adapter and return how many modules it has.
+def require_weights(directory: str, rows: TableRows, lora: LoraSpec, *, max_rank: int) -> int:
+    """Read the adapter and return how many modules, blocks or layers of the base it changes.
 
     Args:
         directory: path of a PEFT directory.
         rows: those of the base that an adapter can fill.
-        names: last parts of the paths that were to be trained, in every layer.
+        lora: the shape that was to be trained.
 
     Raises:
-        TrainingError: code untrained_modules; the message names modules that are missing, not finite or zero.
+        TrainingError: code untrained_modules; the message names modules that are missing, not finite or as they began.
         AdapterFormatError: not an adapter of this base.
     """
-    modules = read_adapter(Path(directory), rows, max_rank=max_rank).modules
+    weights = read_adapter(Path(directory), rows, max_rank=max_rank)
+    found: dict[tuple[RowKind, str], LoraModule | AdapterPart] = {}
+    found |= {(RowKind.LOW_RANK, path): module for path, module in weights.modules.items()}
+    found |= {(part.kind, part.path): part for part in weights.parts}
+    kind = find_kind(lora.type)
+    ranks = kind.ranks(rows, lora)
+    wanted = [row for row, rank in zip(rows.rows, ranks, strict=True) if rank and row.kind in kind.learned]
     bad: list[str] = []
-    for path in (target.path for target in rows.modules if target.name in names):
-        module = modules.get(path)
-        if module is None:
-            bad.append(f"{path} (missing)")
-        elif not (all_finite(module.a) and all_finite(module.b)):
-            bad.append(f"{path} (not finite)")
-        elif _is_zero(module.a, module.dtype) or _is_zero(module.b, module.dtype):
-            bad.append(f"{path} (zero)")
+    for row in wanted:
+        one = found.get((row.kind, row.path))
+        if one is None:
+            bad.append(f"{row.path} (missing)")
+        elif not (all_finite(one.a) and all_finite(one.bt)):
+            bad.append(f"{row.path} (not finite)")
+        elif (fault := _unchanged(one, row.kind)) is not None:
+            bad.append(f"{row.path} ({fault})")
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise TrainingError(
             f"{len(bad)} of the adapter's modules carry no trained weights: {', '.join(bad[:_NAMED])}{more}. "
             "Nothing was published; train for more steps or with a higher learning rate, or leave these modules out of "
-            "lora.target_modules.",
+            "the adapter's target_modules.",
             code="untrained_modules",
         )
-    return len(modules)
+    return len({row.path for row in wanted})
+
+
+def _unchanged(one: LoraModule | AdapterPart, kind: RowKind) -> str | None:
+    """What shows that a row does not change the base; None if nothing does."""
+    if kind in (RowKind.LOW_RANK, RowKind.BOTTLENECK):
+        return "zero" if _is_zero(one.a, one.dtype) or _is_zero(one.bt, one.dtype) else None
+    return "all 1" if kind == RowKind.SCALE and (as_float32(one.a) == 1).all() else None
 
 
 def compare_paths(

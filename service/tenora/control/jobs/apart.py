@@ -10,6 +10,7 @@ from tenora.control.jobs.shape import Limits
 from tenora.errors import AdapterFormatError, InvalidRequestError
 from tenora.training.full.ranks import SERVED_RANKS
 from tenora.training.methods.method import Method
+from tenora.training.spec import LoraSpec
 
 
 def check_apart(
@@ -44,7 +45,7 @@ def served_rank(limits: Limits) -> int:
     for rank in reversed(SERVED_RANKS):
         if rank <= limits.max_rank:
             try:
-                limits.fits(rank, limits.target_modules)
+                limits.fits(LoraSpec(rank=rank, target_modules=limits.target_modules))
             except AdapterFormatError:
                 continue
             return rank

@@ -12,8 +12,9 @@ import msgspec
 
 from tenora.control.jobs.apart import served_rank
 from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
+from tenora.control.jobs.shape import Limits, ParentShape, kind_of, lora_spec
 from tenora.control.jobs.sweeps import points
+from tenora.training.kinds.table import LORA_KIND, find_kind
 from tenora.training.recipes import (
     FEW_SHOT_RANK,
     ResolvedHyperparameters,
@@ -21,7 +22,7 @@ from tenora.training.recipes import (
     resolve_hyperparameters,
 )
 from tenora.training.settings import AUTO, PUBLISHING, ROWS, RUN, SETTINGS
-from tenora.training.spec import LORA, TRIAL, LoraSpec, TrainSpec, Trial
+from tenora.training.spec import LORA, LORA_ASKED, TRIAL, LoraSpec, TrainSpec, Trial
 
 _OF_RUN = tuple(name for name in SETTINGS if name in RUN)
 
@@ -79,7 +80,12 @@ def resolve(asked: Asked, limits: Limits, parent: ParentShape | None, counts: Ro
     """
     requested = {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}
     chosen = resolve_hyperparameters(
-        counts.examples, counts.tokens, requested, method=asked.learns_by, few_shot=counts.few_shot
+        counts.examples,
+        counts.tokens,
+        requested,
+        method=asked.learns_by,
+        kind=kind_of(asked.lora),
+        few_shot=counts.few_shot,
     )
     max_steps = int(asked.settings.get("max_steps", 0))
     if max_steps:
@@ -122,10 +128,16 @@ def shown_hyperparameters(asked: Asked, spec: TrainSpec, multiplier: float) -> d
 
 def shown_lora(asked: Asked, spec: TrainSpec) -> dict[str, Any]:
     """The shape in numbers, without what the job's sweep still has to choose."""
-    shape: dict[str, Any] = msgspec.to_builtins(spec.lora)
     swept = _chosen_by_sweep(asked)
-    start = {name: value for name, value in asked.lora.items() if name not in LORA}
-    return {name: value for name, value in shape.items() if name in LORA and name not in swept} | start
+    start = {name: value for name, value in asked.lora.items() if name in LORA_ASKED and name not in LORA}
+    return {name: value for name, value in shown_shape(spec.lora).items() if name not in swept} | start
+
+
+def shown_shape(lora: LoraSpec) -> dict[str, Any]:
+    """What a shape says of the settings that its kind has, and its `type` if that is not the usual one."""
+    kind = find_kind(lora.type)
+    shared: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(lora).items() if name in kind.shared}
+    return ({} if kind is LORA_KIND else {"type": kind.name}) | shared | lora.own
 
 
 def shown_settings(asked: Asked, spec: TrainSpec, max_seq_length: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class JobRequest:
         method: `{"type": <method>, <method>: {"hyperparameters": {…}}}`, echoed in the job.
         hyperparameters: the older place for those of the method that all methods have.
         lora: its shape (`tenora.training.spec.LoraSpec`), and init_from.
+        adapter: the same of any kind, with its `type` (`tenora.training.kinds`); instead of `lora`.
         sweep: values to try; see `tenora.control.jobs.sweeps`.
         name: alias under which the result is callable; made from `suffix` or the job's id if absent.
         settings: those of `tenora.training.settings.SETTINGS`, and hyperparameters that stand by themselves; the
@@ -34,6 +35,7 @@ class JobRequest:
         method: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
+        adapter: Mapping[str, Any] | None = None,
         sweep: Mapping[str, Any] | None = None,
         suffix: str | None = None,
         name: str | None = None,
@@ -48,6 +50,7 @@ class JobRequest:
         self.method = method
         self.hyperparameters = hyperparameters or {}
         self.lora = lora or {}
+        self.adapter = adapter or {}
         self.sweep = sweep
         self.suffix = suffix
         self.name = name

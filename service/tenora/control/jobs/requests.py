@@ -11,12 +11,13 @@ import msgspec
 from tenora.control.jobs.apart import check_apart
 from tenora.control.jobs.field_checks import known_fields, whole
 from tenora.control.jobs.records import JobRequest
-from tenora.control.jobs.shape import Limits, ParentShape, lora_spec
+from tenora.control.jobs.shape import Limits, ParentShape, kind_of, lora_spec
 from tenora.control.jobs.sources import check_sources
 from tenora.control.jobs.sweeps import check_sweep, swept_ranks
 from tenora.control.registry.ids import SUFFIX_PATTERN, check_name, check_suffix
 from tenora.data.rows import RowKind
 from tenora.errors import InvalidRequestError
+from tenora.training.kinds.table import LORA_KIND
 from tenora.training.methods.method import Method
 from tenora.training.methods.table import METHODS, USUAL, find_method
 from tenora.training.recipes import resolve_hyperparameters
@@ -37,7 +38,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         method: its name.
         hyperparameters: those of the method, each a number or "auto".
         settings: the given ones of `SETTINGS`.
-        lora: the given ones of `tenora.training.spec.LORA_ASKED`.
+        lora: the given ones of `tenora.training.spec.LORA_ASKED`; or those of another kind of adapter, with its `type`.
         sweep: the object as sent.
         seed: as sent.
     """
@@ -112,7 +113,7 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
         method=method.name,
         hyperparameters=_hyperparameters(request, method),
         settings=_settings(request, limits),
-        lora=_given(known_fields(request.lora, tuple(LORA_ASKED), "lora"), tuple(LORA_ASKED)),
+        lora=_shape(request),
         sweep=None if request.sweep is None else dict(request.sweep),
         seed=request.seed,
     )
@@ -129,7 +130,11 @@ def check_request(request: JobRequest, limits: Limits) -> Asked:
         LORA_ASKED["init_from"].check(starts_from, "lora.init_from")
     # Ranges do not depend on the rows: these numbers stand in for them until the files are read.
     resolve_hyperparameters(
-        1000, 100_000, {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")}, method=method
+        1000,
+        100_000,
+        {**asked.hyperparameters, "learning_rate": asked.settings.get("learning_rate")},
+        method=method,
+        kind=kind_of(asked.lora),
     )
     if asked.sweep is not None:
         _check_sweep(asked, limits)
@@ -224,6 +229,21 @@ def _hyperparameters(request: JobRequest, method: Method) -> dict[str, Any]:
     return found
 
 
+def _shape(request: JobRequest) -> dict[str, Any]:
+    """What is asked of the adapter: `adapter`, or `lora` for one of that type."""
+    lora = _given(known_fields(request.lora, tuple(LORA_ASKED), "lora"), tuple(LORA_ASKED))
+    if not request.adapter:
+        return lora
+    if lora:
+        raise InvalidRequestError(
+            "lora and adapter both say what the adapter is; say all of it in adapter, with its type.", param="adapter"
+        )
+    kind = kind_of(request.adapter)
+    names = ("type", *(LORA_ASKED if kind is LORA_KIND else kind.declared))
+    found = _given(known_fields(request.adapter, names, "adapter"), names)
+    return {name: value for name, value in found.items() if kind is not LORA_KIND or name != "type"}
+
+
 def _settings(request: JobRequest, limits: Limits) -> dict[str, Any]:
     """The given settings, each within its bounds."""
     for name in request.settings:
@@ -248,6 +268,12 @@ def _publishing(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sweep(asked: Asked, limits: Limits) -> None:
+    kind = kind_of(asked.lora)
+    for name in asked.sweep or {}:
+        if name in LORA and name not in kind.shared:
+            raise InvalidRequestError(
+                f"sweep.{name} is nothing that an adapter of type {kind.name} has; leave it out.", param=f"sweep.{name}"
+            )
     swept = check_sweep(asked.sweep or {}, limits)
     fixed = {**asked.hyperparameters, **asked.settings, **asked.lora}
     for name in swept:

@@ -17,12 +17,14 @@ from typing import Any
 from tenora.adapters.kinds.lora import LoraConfiguration
 from tenora.adapters.targets import TargetModule
 from tenora.control.jobs.field_checks import known_fields
-from tenora.errors import AdapterFormatError, InvalidRequestError
+from tenora.errors import AdapterFormatError, InvalidRequestError, TrainingError
+from tenora.training.kinds.kind import AdapterKind
+from tenora.training.kinds.table import KINDS, LORA_KIND
 from tenora.training.settings import Setting
 from tenora.training.spec import LORA, LORA_ASKED, LoraSpec, highest_rank
 
 
-def _fits_anywhere(_rank: int, _modules: tuple[str, ...]) -> None:
+def _fits_anywhere(_shape: LoraSpec) -> None:
     """A pool without end."""
 
 
@@ -38,8 +40,8 @@ class Limits:
     max_rank: int
     max_model_len: int
     target_modules: tuple[str, ...]  # last parts of the paths of the base's modules, in its order
-    fits: Callable[[int, tuple[str, ...]], None] = _fits_anywhere
-    """Raises AdapterFormatError if an adapter of this rank on these modules could never be served."""
+    fits: Callable[[LoraSpec], None] = _fits_anywhere
+    """Raises AdapterFormatError if an adapter of this shape could never be served."""
     admit_whole: Callable[[Mapping[str, Any]], None] = _admits_anything
     """Raises InvalidRequestError if a full fine-tuning with these settings of its own could never be run."""
 
@@ -96,7 +98,10 @@ def lora_spec(
     Raises:
         InvalidRequestError: out of bounds, larger than the engine's pool, or the parent does not fit into it.
     """
-    known_fields(lora, tuple(LORA_ASKED), "lora")
+    kind = kind_of(lora)
+    if kind is not LORA_KIND:
+        return _other_kind(kind, lora, limits, parent)
+    known_fields(lora, ("type", *LORA_ASKED), "lora")
     given = {
         name: limits.of(setting).check(lora[name], f"lora.{name}")
         for name, setting in LORA.items()
@@ -107,21 +112,18 @@ def lora_spec(
     modules = _target_modules(given.get("target_modules"), limits, parent)
     if parent is not None:
         _require_room(rank, modules, parent)
-    settled = {"rank": rank, "target_modules": modules}
-    highest = _highest_rank(LoraSpec(**{**given, **settled}), limits, parent)
-    try:
-        limits.fits(highest, modules)
-    except AdapterFormatError as error:
-        raise InvalidRequestError(error.message, code=error.code, param="lora.rank") from error
     rslora = given.get("use_rslora", parent is not None and parent.use_rslora)
     usual_alpha = 2.0 * rank
     if parent is not None and parent.scaling > 0:
         usual_alpha = parent.scaling * (math.sqrt(rank) if rslora else rank)
-    return LoraSpec(**{"alpha": usual_alpha, **given, **settled, "use_rslora": rslora})
+    settled = {"rank": rank, "target_modules": modules, "use_rslora": rslora}
+    shape = LoraSpec(**{"alpha": usual_alpha, **given, **settled})
+    _check_start(shape, limits, parent)
+    return _fitting(shape, limits, "lora.rank")
 
 
-def _highest_rank(lora: LoraSpec, limits: Limits, parent: ParentShape | None) -> int:
-    """What a module of the adapter may get."""
+def _check_start(lora: LoraSpec, limits: Limits, parent: ParentShape | None) -> None:
+    """Raise InvalidRequestError unless the adapter can begin so."""
     highest = highest_rank(lora)
     if lora.init == "eva" and parent is not None:
         raise InvalidRequestError(
@@ -134,7 +136,53 @@ def _highest_rank(lora: LoraSpec, limits: Limits, parent: ParentShape | None) ->
             f"this server accepts {limits.max_rank}; lower one of them.",
             param="lora.eva_rho",
         )
-    return highest
+
+
+def kind_of(lora: Mapping[str, Any]) -> AdapterKind:
+    """The kind of adapter that a shape asks for. InvalidRequestError if there is none of that name."""
+    named = lora.get("type", LORA_KIND.name)
+    found = KINDS.get(named) if isinstance(named, str) else None
+    if found is None:
+        raise InvalidRequestError(
+            f"adapter.type must be one of {', '.join(KINDS)}; {named!r} is not available.", param="adapter.type"
+        )
+    return found
+
+
+def _other_kind(kind: AdapterKind, asked: Mapping[str, Any], limits: Limits, parent: ParentShape | None) -> LoraSpec:
+    """The shape of an adapter of another kind than LoRA."""
+    known_fields(asked, ("type", *kind.declared), "adapter")
+    if parent is not None:
+        raise InvalidRequestError(
+            f"An adapter of type {kind.name} begins as the base; only {LORA_KIND.name} goes on from another one. "
+            "Set model to the base, and leave init_from out.",
+            param="adapter.type",
+        )
+    given = {
+        name: limits.of(setting).check(asked[name], f"adapter.{name}")
+        for name, setting in kind.declared.items()
+        if asked.get(name) is not None
+    }
+    shared = {name: value for name, value in given.items() if name in kind.shared}
+    if "target_modules" in kind.shared:
+        shared["target_modules"] = _target_modules(given.get("target_modules"), limits, None)
+    if "rank" in kind.shared:
+        shared["rank"] = given.get("rank") or min(LoraSpec().rank, limits.max_rank)
+    if "alpha" in kind.shared:
+        shared = {"alpha": 2.0 * shared["rank"], **shared}
+    own = kind.own_settings(given)
+    return _fitting(LoraSpec(**shared, type=kind.name, own=own), limits, "adapter")
+
+
+def _fitting(lora: LoraSpec, limits: Limits, param: str) -> LoraSpec:
+    """The shape, if an adapter of it can be served."""
+    try:
+        limits.fits(lora)
+    except AdapterFormatError as error:
+        raise InvalidRequestError(error.message, code=error.code, param=param) from error
+    except TrainingError as error:
+        raise InvalidRequestError(error.message, param=param) from error
+    return lora
 
 
 def _require_room(rank: int, modules: tuple[str, ...], parent: ParentShape) -> None:

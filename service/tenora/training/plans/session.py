@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from tenora.adapters.peft_format import write_adapter
+from tenora.adapters.peft_format import write_files
 from tenora.errors import TrainingError
 from tenora.model.device import survive
 from tenora.training.checkpoint import read_tensors, replace_tensors
@@ -41,7 +41,7 @@ from tenora.training.optimizer import AdamW, clip_grad_norm
 from tenora.training.packing import microbatches, shared_prefix
 from tenora.training.pass_queue import Work
 from tenora.training.resident_base import TrainingHost
-from tenora.training.spec import SessionSpec
+from tenora.training.spec import SessionSpec, stored_shape
 
 STATE_INTERVAL_SECONDS = 120.0
 """At most this much work is lost when the process is killed."""
@@ -126,9 +126,8 @@ class SessionPlan:
             case SaveAdapter(command_id=command_id, name=name):
                 path = self._workdir / "adapters" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                spec = self._spec
-                write_adapter(path, base_model=spec.base_model, lora=spec.lora, modules=self._adapter.export())
-                return Saved(run_id=spec.run_id, command_id=command_id, path=str(path))
+                write_files(path, *self._adapter.files(self._spec.base_model))
+                return Saved(run_id=self._spec.run_id, command_id=command_id, path=str(path))
             case Sample():
                 adapter = None if command.base else self._adapter
                 sequences = yield from self._host.sample(self._spec, adapter, command.prompts, command.sampling)
@@ -170,6 +169,7 @@ class SessionPlan:
         if self._gradient is None:
             raise TrainingError("There is no gradient: send forward_backward before optim_step.", code="no_gradient")
         self._adapter.grad.copy_(self._gradient)  # a command that was given up may have left a part of its own
+        self._adapter.kind.gradients(self._adapter)
         norm = clip_grad_norm(self._adapter.grad, command.max_grad_norm)
         if not math.isfinite(norm):
             self._gradient = None
@@ -192,7 +192,7 @@ class SessionPlan:
     @property
     def _shape(self) -> str:
         """What a state belongs to."""
-        return msgspec.json.encode([self._spec.base_model, self._spec.lora]).decode()
+        return msgspec.json.encode([self._spec.base_model, stored_shape(self._spec.lora)]).decode()
 
     def _write(self, path: Path) -> None:
         own = self._optimizer
