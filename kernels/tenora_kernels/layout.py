@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -345,6 +345,8 @@ class LoraBatch:
     tables: LoraTables
     segments: LoraSegments
     flags: int = field(init=False, default=0)
+    on_device: ClassVar[bool] = False
+    """Whether the host does not know the rows."""
 
     def __post_init__(self) -> None:
         slots = self.segments.arrays.seg_slot

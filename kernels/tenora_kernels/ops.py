@@ -46,6 +46,29 @@ def _triton() -> Backend:
     return backend
 
 
+class Parts(Protocol):
+    """What an implementation offers of the other two ops, in place."""
+
+    def scale_forward(self, y: Tensor, site: LoraSite, batch: Any, bias: Tensor | None) -> None:
+        """Multiply the columns of y."""
+
+    def bottleneck_forward(self, y: Tensor, x: Tensor, site: BottleneckSite, batch: Any) -> None:
+        """Add bottlenecks to y."""
+
+
+def _parts_of(batch: LoraBatch) -> Parts:
+    """Triton where the rows are known on the device alone, else plain torch."""
+    return _triton_parts() if batch.on_device else torch_parts
+
+
+@cache
+def _triton_parts() -> Parts:
+    """See `_triton`."""
+    from tenora_kernels.gpu import parts  # noqa: PLC0415  # see there
+
+    return parts
+
+
 def add_lora(y: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch | None) -> Tensor:
     """`y[t, slice_j] += c · (x[t] · Aᵀ) · Bᵀ` with the A, B, c of row t's slot, for every module j of the site.
 
@@ -108,7 +131,7 @@ def scale_columns(y: Tensor, site: LoraSite, batch: LoraBatch | None, bias: Tens
         anchor = torch.empty(0, requires_grad=tables.grad is not None)
         result: Tensor = _ScaleColumns.apply(y, tables.arena, anchor, site, batch, bias)  # type: ignore[no-untyped-call]  # torch
         return result
-    torch_parts.scale_forward(y, site, batch, bias)
+    _parts_of(batch).scale_forward(y, site, batch, bias)
     return y
 
 
@@ -138,7 +161,7 @@ def add_bottleneck(y: Tensor, x: Tensor, site: BottleneckSite, batch: LoraBatch 
         anchor = torch.empty(0, requires_grad=tables.grad is not None)
         result: Tensor = _AddBottleneck.apply(y, x, tables.arena, anchor, site, batch)  # type: ignore[no-untyped-call]  # torch
         return result
-    torch_parts.bottleneck_forward(y, x, site, batch)
+    _parts_of(batch).bottleneck_forward(y, x, site, batch)
     return y
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tenora.engine.core import Engine
 from tenora.model.executors.cuda_graphs import GraphExecutor
 from tenora.model.executors.decode_graphs import DecodeGraphs
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.gpu.configs import rank_bounds
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
@@ -45,14 +46,19 @@ class HostRows:
         copies = (table.clone() for table in (given.ranks, given.scaling, given.a_offset, given.b_offset))
         self._mirror = LoraTables(given.arena, *copies, given.in_features, given.out_features)
         self._mirror.is_bf16[:] = given.is_bf16
+        self._mirror.flags[:] = given.flags
         return True
 
     def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
         highest = max((int(self._tables.ranks[:, slot].max()) for slot in slots if slot >= 0), default=-1)
         return 0 if highest < 0 else next(bound for bound in self.bounds if highest <= bound)
 
-    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None) -> LoraBatch:
+    def flags(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        return int(np.bitwise_or.reduce(self._tables.flags[slots[slots >= 0]])) & EPILOGUE
+
+    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None, flags: int = EPILOGUE) -> LoraBatch:
         assert self._mirror is not None
+        assert not flags & ~EPILOGUE
         assert max_rank in self.bounds
         assert slot_of_row.dtype in {torch.int32, torch.int64}
         return LoraBatch(self._mirror, build_segments(slot_of_row))

@@ -119,9 +119,9 @@ def test_only_rows_with_adapters_pay_for_them(
     grouped: list[list[int]] = []
     batch = HostRows.batch
 
-    def grouping(self: HostRows, slots: Tensor, *, max_rank: int | None = None) -> Any:
+    def grouping(self: HostRows, slots: Tensor, **given: Any) -> Any:
         grouped.append(slots.tolist())
-        return batch(self, slots, max_rank=max_rank)
+        return batch(self, slots, **given)
 
     monkeypatch.setattr(HostRows, "batch", grouping)
     tiny.run(generate([5], sampling(max_tokens=3)), generate([6], sampling(max_tokens=3)))
@@ -142,9 +142,9 @@ def test_an_adapter_of_high_rank_costs_only_the_steps_that_it_takes_part_in(
     assert graphs.lora.bounds == (16, 256)
     pick = graphs._graph
 
-    def picked(rows: int, max_rank: int) -> Any:
+    def picked(rows: int, max_rank: int, flags: int) -> Any:
         bounds.append(max_rank)
-        return pick(rows, max_rank)
+        return pick(rows, max_rank, flags)
 
     monkeypatch.setattr(graphs, "_graph", picked)
     params = sampling(max_tokens=4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.gpu import configs
 from tenora_kernels.gpu.launch import Step
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata, Workspace
@@ -35,6 +36,12 @@ class GpuBatch(LoraBatch):
     """
 
     step: Step
+    wanted: int = 0
+    on_device: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """`flags` are `wanted`: what the caller says that its rows may have."""
+        object.__setattr__(self, "flags", self.wanted)
 
 
 class GpuLora:
@@ -90,12 +97,24 @@ class GpuLora:
         highest = self._tables.highest_ranks[used].max()
         return next(bound for bound in self.bounds if highest <= bound)
 
-    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None, max_segments: int | None = None) -> GpuBatch:
+    def flags(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        """SCALES and BOTTLENECKS, as far as any row of a step has them, whose rows use `slots` [n], -1 for the base."""
+        return int(np.bitwise_or.reduce(self._tables.flags[slots[slots >= 0]])) & EPILOGUE
+
+    def batch(
+        self,
+        slot_of_row: Tensor,
+        *,
+        max_rank: int | None = None,
+        max_segments: int | None = None,
+        flags: int = EPILOGUE,
+    ) -> GpuBatch:
         """Group the rows of a step on the device. Two launches, no synchronisation, may be captured.
 
         Args:
             slot_of_row: int32 or int64 [T] on the device; -1 for rows of the base and for padding. Not checked there.
             max_rank: from `bound`: no row's adapter has a higher one. None: any that the pool may hold.
+            flags: from `flags`: what is not among them is not launched.
             max_segments: how many different adapters there are at most, if the caller knows: fewer idle programs.
 
         Raises:
@@ -104,7 +123,7 @@ class GpuLora:
         self._metadata.build(slot_of_row, max_segments=max_segments)
         segments = dataclasses.replace(_NO_SEGMENTS, rows=slot_of_row.shape[0])
         step = Step(self._tables.arena, self._mirror, self._metadata, self._workspace, max_rank or self.bounds[-1])
-        return GpuBatch(self._tables, segments, step)
+        return GpuBatch(self._tables, segments, step, flags)
 
 
 # Device copies of host structures, for as long as these live. The keys are the tensors that each owns alone; a value

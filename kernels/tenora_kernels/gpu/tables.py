@@ -25,6 +25,7 @@ class DeviceTables:
         scaling: float32 [rows, slots].
         a_offset: int64 [rows, slots].
         b_offset: int64 [rows, slots].
+        flags: int64 [slots].
         align: every offset is a multiple of this number of elements, 16 or 1; a constant of the compiled kernels.
         max_rank: highest rank there is, or may be if it was given.
     """
@@ -44,6 +45,7 @@ class DeviceTables:
         self.scaling = torch.zeros_like(tables.scaling, device=device)
         self.a_offset = torch.zeros_like(tables.a_offset, device=device)
         self.b_offset = torch.zeros_like(tables.b_offset, device=device)
+        self.flags = torch.zeros(tables.slots, dtype=torch.int64, device=device)
         self._wanted = (max_rank, align)
         self._version: int | None = None
         self.max_rank, self.align = max_rank or 1, align or 1
@@ -68,8 +70,8 @@ class DeviceTables:
             raise ValueError(f"an adapter does not lie at a multiple of {_ALIGNED} elements, as these kernels expect.")
         if tables.is_bf16.any():
             raise ValueError("bfloat16 matrices in a float32 arena are for the CPU.")
-        for name in ("ranks", "scaling", "a_offset", "b_offset"):
-            source: Tensor = getattr(tables, name)
+        for name in ("ranks", "scaling", "a_offset", "b_offset", "flags"):
+            source: Tensor = torch.as_tensor(getattr(tables, name))
             target: Tensor = getattr(self, name)
             if target.device.type == "cuda":
                 # The allocator keeps a pinned block from being reused until its copy is done.
@@ -108,6 +110,7 @@ class StepMetadata:
 
     Attributes:
         perm: int32 [max_rows], the rows in order of slot; base rows last.
+        sorted_slot: int32 [max_rows], the slot of each row of perm.
         seg_ptr: int32 [max_segments + 1]; segment i is `perm[seg_ptr[i]:seg_ptr[i + 1]]`. Segments have adapters.
         seg_slot: int32 [max_segments].
         nseg: int32 [1], their number.
@@ -122,7 +125,7 @@ class StepMetadata:
         self.slots = slots
         self.max_segments = max(1, min(max_rows, slots))
         self.perm = torch.zeros(max(1, max_rows), dtype=torch.int32, device=device)
-        self._sorted_slot = torch.full_like(self.perm, -1)
+        self.sorted_slot = torch.full_like(self.perm, -1)
         self._within = torch.zeros_like(self.perm)
         self.seg_ptr = torch.zeros(self.max_segments + 1, dtype=torch.int32, device=device)
         self.seg_slot = torch.full((self.max_segments,), -1, dtype=torch.int32, device=device)
@@ -152,9 +155,9 @@ class StepMetadata:
         if rows == 0:
             return
         block = 64
-        sort_rows[(-(-rows // block),)](slot_of_row, self.perm, self._sorted_slot, self._within, rows, block=block)
+        sort_rows[(-(-rows // block),)](slot_of_row, self.perm, self.sorted_slot, self._within, rows, block=block)
         find_tiles[(1,)](
-            self._sorted_slot,
+            self.sorted_slot,
             self._within,
             self.seg_ptr,
             self.seg_slot,

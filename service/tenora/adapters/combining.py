@@ -62,9 +62,11 @@ def combine(
     if composition is None:
         raise ValueError("the reference names one version, not a composition.")
     require_composable([part.rank for part in parts], composition.combination, max_rank=max_rank)
-    if any(part.invocation for part in parts):
+    if any(part.invocation or part.parts or part.flags or part.heads for part in parts):
         raise CompositionError(
-            "An adapter that acts from its invocation on cannot be composed; call it by itself.", param="adapters"
+            "Only low-rank adapters that act on every token are composed or scaled, and one of these has more: an "
+            "invocation, heads, a bottleneck, a prefix or scales of outputs. Call it by itself.",
+            param="adapters",
         )
     combined = _combined(composition, int(ref.digest[:15], 16), max(part.rank for part in parts))
     weights = [part.weight for part in composition.parts]

@@ -22,6 +22,7 @@ from tenora.model.executors.base import Batch
 from tenora.model.executors.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from tenora.model.spec import ModelSpec, target_modules
 from tenora.model.weights.dense import Dense
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.layout import BASE, LoraBatch, LoraTables
 from tests.bench.gpu.decode_loop import RANK, SPARE_BYTES, adapter_bytes, model_bytes
@@ -93,8 +94,11 @@ class AnyRank:
     def bound(self, slots: npt.NDArray[np.integer[Any]]) -> int:
         return self._lora.bound(slots) and self.bounds[-1]
 
-    def batch(self, slot_of_row: torch.Tensor, *, max_rank: int | None = None) -> LoraBatch:
-        return self._lora.batch(slot_of_row, max_rank=max_rank)
+    def flags(self, slots: npt.NDArray[np.integer[Any]]) -> int:
+        return self._lora.flags(slots)
+
+    def batch(self, slot_of_row: torch.Tensor, *, max_rank: int | None = None, flags: int = EPILOGUE) -> LoraBatch:
+        return self._lora.batch(slot_of_row, max_rank=max_rank, flags=flags)
 
 
 def compare(

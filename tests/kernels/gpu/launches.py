@@ -14,13 +14,14 @@ from unittest import mock
 
 import torch
 
-from tenora_kernels.gpu import backend, configs, launch, paged, tables
+from tenora_kernels.gpu import backend, configs, launch, paged, parts, tables
 from tenora_kernels.gpu.context import GpuLora
-from tenora_kernels.layout import LoraSite, LoraTables
+from tenora_kernels.layout import BottleneckSite, LoraSite, LoraTables
 
 _KERNELS = {
     launch: ("shrink", "expand", "expand_joint", "lora_wgrad"),
     tables: ("sort_rows", "find_tiles"),
+    parts: ("scale", "choose_input", "activate", "add_outer"),
     paged: ("paged_decode", "combine_decode", "write_kernel"),
 }
 
@@ -192,7 +193,8 @@ def _attend(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
 
 LOW_RANK = ("sort_rows", "find_tiles", "shrink", "expand", "expand_joint", "lora_wgrad")
 PAGED = ("paged_decode", "combine_decode", "write_pages")
-EVERYTHING = LOW_RANK + PAGED
+PARTS = ("scale", "choose_input", "activate", "add_outer")
+EVERYTHING = LOW_RANK + PAGED + PARTS
 
 # Query heads, key heads, columns of a head: Llama-3-8B, SmolLM2-135M, Gemma-like, Phi-3, and one key head for 32.
 _HEADS = ((32, 8, 128), (9, 3, 64), (8, 4, 256), (32, 32, 96), (32, 1, 128))
@@ -266,6 +268,28 @@ def _products() -> Iterator[Product]:
     yield Product(LLAMA_8B, "qkv", 16, 2048, weights=torch.float32, backward=True)
 
 
+def _parts(model: Model, rows: int, dtype: torch.dtype, *, biased: bool) -> None:
+    """Scales at the site of q, k and v, and a bottleneck of rank 64 after a block."""
+    site, hidden = model.sites()["qkv"], model.inputs[0]
+    wide = site.slices[-1][1]
+    widths = [stop - start for start, stop in site.slices]
+    arena = torch.empty(1 << 20, dtype=dtype, device="meta")
+    lora_tables = LoraTables.empty(
+        arena,
+        in_features=(hidden, hidden, hidden, hidden, *widths, hidden, 1),
+        out_features=(*widths, hidden, 0, 0, 0, 0, 0),
+        slots=64,
+        low_rank_rows=4,
+    )
+    slots = torch.empty(rows, dtype=torch.int32, device="meta")
+    batch = GpuLora(lora_tables, max_rows=rows, max_rank=64).batch(slots)
+    y = torch.empty(rows, wide, dtype=dtype, device="meta")
+    bias = torch.empty(wide, dtype=dtype, device="meta") if biased else None
+    parts.scale_forward(y, LoraSite(0, hidden, site.slices, scale_row=4), batch, bias)
+    y, x = (torch.empty(rows, hidden, dtype=dtype, device="meta") for _ in range(2))
+    parts.bottleneck_forward(y, x, BottleneckSite(row=3, outer_row=7, inner_row=8, features=hidden), batch)
+
+
 def all_launches(arch: configs.Arch) -> list[Launch]:
     """Every kernel in every configuration of the tables, once each."""
     found: dict[Any, Launch] = {}
@@ -280,6 +304,14 @@ def all_launches(arch: configs.Arch) -> list[Launch]:
             _attend(heads, kv_heads, dim, dtype)
         for item in log:
             found.setdefault(item.key, item)
+    for dtype, rows in itertools.product((torch.bfloat16, torch.float16, torch.float32), (32, 2048)):
+        biased = rows == 32
+        kind = "decode" if rows <= configs.DECODE_ROWS else "prefill"
+        with recording(f"{kind} 8B parts {name_of(dtype)}", arch) as log:
+            _parts(LLAMA_8B, rows, dtype, biased=biased)
+        for item in log:
+            if item.name in PARTS:
+                found.setdefault(item.key, item)
     launches = list(found.values())
     assert len({item.title for item in launches}) == len(launches), "two configurations have one title"
     return launches

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tenora.model.executors.base import Batch, Integers
 from tenora.model.to_device import to_device
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
 
 __all__ = ["AdapterRows", "Adapters", "DeviceAdapters", "HostAdapters"]
@@ -59,7 +60,11 @@ class AdapterRows(Protocol):
         """The lowest of `bounds` that fits the adapters of a step's rows [n]; 0 if none has one."""
         ...
 
-    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None) -> LoraBatch:
+    def flags(self, slots: Integers) -> int:
+        """What adapters of a step's rows [n] have beside low-rank terms: bits of `tenora_kernels.flags.EPILOGUE`."""
+        ...
+
+    def batch(self, slot_of_row: Tensor, *, max_rank: int | None = None, flags: int = EPILOGUE) -> LoraBatch:
         """Group the rows of a step on the device, for ranks up to one of `bounds`; part of a captured graph."""
         ...
 
@@ -75,4 +80,5 @@ class DeviceAdapters:
         max_rank = self._rows.bound(batch.adapters)
         if not max_rank:
             return None
-        return self._rows.batch(to_device(torch.from_numpy(batch.adapter_of_token), self._device), max_rank=max_rank)
+        slots = to_device(torch.from_numpy(batch.adapter_of_token), self._device)
+        return self._rows.batch(slots, max_rank=max_rank, flags=self._rows.flags(batch.adapters))

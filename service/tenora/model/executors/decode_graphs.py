@@ -90,7 +90,8 @@ class DecodeGraphs:
     """Hidden states of decode steps, by replaying what was captured once per batch size.
 
     Every size has a graph for the bare base, which no adapter makes dearer, and one per bound of the rows' ranks: an
-    adapter of high rank costs only the steps that it takes part in.
+    adapter of high rank costs only the steps that it takes part in. Steps with scales or bottlenecks have graphs of
+    their own, captured when the first such step comes.
 
     Attributes:
         lora: the adapters of the rows, for steps that are not decode steps, too.
@@ -130,7 +131,7 @@ class DecodeGraphs:
             shape = (max_rows, decoder.spec.head_dim)
             zeros = (torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
             self._rope = (next(zeros), next(zeros))
-        self._graphs: dict[tuple[int, int], Captured] = {}
+        self._graphs: dict[tuple[int, int, int], Captured] = {}
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -138,7 +139,7 @@ class DecodeGraphs:
         for rows in reversed(self.sizes):
             for max_rank in (*reversed(self.lora.bounds), 0):
                 self._fill(rows, _NOTHING)
-                self._graph(rows, max_rank)
+                self._graph(rows, max_rank, 0)
 
     @torch.no_grad()
     def run(self, step: Batch) -> Tensor:
@@ -148,7 +149,7 @@ class DecodeGraphs:
             raise ValueError(f"{count} rows do not fit graphs for {self.sizes[-1]}.")
         rows = next(size for size in self.sizes if size >= count)
         self._fill(rows, step)
-        graph = self._graph(rows, self.lora.bound(step.adapters))
+        graph = self._graph(rows, self.lora.bound(step.adapters), self.lora.flags(step.adapters))
         graph.replay()
         return graph.output[:count]
 
@@ -181,17 +182,20 @@ class DecodeGraphs:
         block_tables = table[len(_PADDING) :, :rows].t()
         return _Inputs(token_ids, positions, kv_slots, contexts, adapters, block_tables)
 
-    def _graph(self, rows: int, max_rank: int) -> Captured:
-        """The graph of a size and a bound; captured now if nobody warmed up. Its inputs must have been filled."""
-        key = (rows, max_rank)
+    def _graph(self, rows: int, max_rank: int, flags: int) -> Captured:
+        """The graph of a size, a bound and what follows products and blocks; captured now if nobody warmed up.
+
+        Its inputs must have been filled.
+        """
+        key = (rows, max_rank, flags)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(lambda: self._forward(rows, max_rank))
+            self._graphs[key] = self._capture(lambda: self._forward(rows, max_rank, flags))
         return self._graphs[key]
 
-    def _forward(self, rows: int, max_rank: int) -> Tensor:
+    def _forward(self, rows: int, max_rank: int, flags: int) -> Tensor:
         """What is captured; without adapters if the bound is 0."""
         inputs = self._inputs(rows)
-        lora = self.lora.batch(inputs.adapters, max_rank=max_rank) if max_rank else None
+        lora = self.lora.batch(inputs.adapters, max_rank=max_rank, flags=flags) if max_rank else None
         positions = inputs.positions.long()
         rope = self._decoder.rope(positions) if self._rope is None else (self._rope[0][:rows], self._rope[1][:rows])
         attention = paged_attention(self._cache, inputs.kv_slots, None, inputs.contexts, inputs.block_tables)

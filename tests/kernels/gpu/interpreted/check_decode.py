@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -17,9 +18,10 @@ from tenora.model.loading import load_decoder
 from tenora_kernels import ops
 from tenora_kernels.gpu import backend, paged
 from tenora_kernels.gpu.context import GpuLora
-from tests.engine.driver import Driver, make_adapter
+from tests.engine.driver import Driver, make_adapter, peft_warnings, ref_of
 from tests.engine.graphs import Rerun
 from tests.engine.requests import generate, prompt, sampling
+from tests.model.served import save_random
 from tests.support.full import full_but
 
 
@@ -81,6 +83,26 @@ def test_adapters(tiny_base: Path, adapters: list[AdapterRef], gpu: Callable[...
     tiny = gpu(tiny_base, max_adapters=1)
     assert [answer.tokens for answer in tiny.run(*requests)] == wanted
     assert tiny.engine.stats().adapter_evictions == 1
+
+
+@pytest.mark.full
+def test_rows_with_scales_decode_beside_lora_rows(
+    tiny_base: Path, adapters: list[AdapterRef], gpu: Callable[..., Driver], tmp_path: Path
+) -> None:
+    """(IA)³, a LoRA adapter and the base in one batch, its prompts and its decode steps, as on the CPU."""
+    config = peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    with peft_warnings():
+        save_random(tiny_base, config, tmp_path / "ia3", lambda name: "ia3_" in name)
+    kinds = (ref_of(tmp_path / "ia3"), adapters[0], None)
+    requests = [generate(prompt(5, n), sampling(max_tokens=3), adapter=kind) for n, kind in enumerate(kinds)]
+    plain = Driver(load_decoder(tiny_base))
+    wanted = [answer.tokens for answer in plain.run(*requests)]
+    bare = plain.tokens(requests[0].token_ids, requests[0].sampling)
+    plain.close()
+    assert bare != wanted[0], "the scales change nothing, so this shows nothing"
+    assert [answer.tokens for answer in gpu(tiny_base).run(*requests)] == wanted
 
 
 def test_the_blocks_of_a_gpu_are_whole(tiny_base: Path, gpu: Callable[..., Driver]) -> None:
