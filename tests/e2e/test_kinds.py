@@ -30,7 +30,7 @@ def greedy(model: Any, tokens: int) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["dora", "ia3", "bottleneck", "parallel"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"])
 def test_a_kind_goes_from_rows_to_answers_and_into_peft(
     server: Server, tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:

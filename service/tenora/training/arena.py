@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,21 +34,18 @@ from tenora_kernels.layout import LoraTables
 Float32Array = npt.NDArray[np.float32]
 
 
-class Base(NamedTuple):
-    """A base's weights, as far as adapters depend on them.
+class Base:
+    """A base as far as adapters depend on it, see `tenora.training.kinds.kind.Base`."""
 
-    Attributes:
-        row_norms: of its matrices.
-        family: its `model_type`.
-    """
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, spec = decoder, decoder.spec
+        self.row_norms = RowNorms(decoder)
+        self.family, self.vocabulary = spec.family, spec.vocab_size
+        self.heads, self.kv_heads = spec.num_heads, spec.num_kv_heads
 
-    row_norms: RowNorms
-    family: str
-
-    @classmethod
-    def of(cls, decoder: Decoder) -> Base:
-        """That of a decoder."""
-        return cls(RowNorms(decoder), decoder.spec.family)
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Embeddings [n, H] of tokens [n]."""
+        return self._decoder.embed(tokens.to(self._decoder.device))
 
 
 class TrainingArena:

@@ -84,9 +84,7 @@ class FusedTraining:
             sampler: generates with adapters in training; None: nobody does.
             start: makes a run.
         """
-        arena = TrainingArena(
-            table_rows(decoder.spec), device=decoder.device, dtype=decoder.dtype, base=Base.of(decoder)
-        )
+        arena = TrainingArena(table_rows(decoder.spec), device=decoder.device, dtype=decoder.dtype, base=Base(decoder))
         self.host = TrainingHost(decoder, arena, WorkQueue(), tokens_per_pass, memory, sampler or NoSampler())
         self._start = start
         self._runs: dict[str, _Hosted] = {}

@@ -55,6 +55,7 @@ def test_what_is_asked_stands_in_the_shape() -> None:
         ({"adapter": {"type": "lora", "reduction_factor": 2}}, "adapter.reduction_factor"),
         ({"adapter": {"type": "dora", "target_modules": ["nothing"]}}, "adapter.target_modules"),
         ({"adapter": {"type": "dora", "init_from": "mine"}}, "adapter.init_from"),
+        ({"adapter": {"type": "prefix", "num_virtual_tokens": 510}}, "adapter.num_virtual_tokens"),
         ({"adapter": {"type": "ia3"}, "sweep": {"rank": [2, 4]}}, "sweep.rank"),
     ],
 )

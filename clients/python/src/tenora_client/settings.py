@@ -205,12 +205,14 @@ class AdapterShape(TypedDict, total=False):
     """Which blocks have one: houlsby, attention and MLP; pfeiffer, the MLP; one of houlsby, pfeiffer."""
     scaling: float
     """What a bottleneck's output is multiplied with; a number, above 0 and at most 1000."""
+    num_virtual_tokens: int
+    """How many virtual tokens come before every text; they take room of the context; a whole number from 1 to 1024."""
 
 
 class AdapterParams(AdapterShape, total=False):
     """What the adapter is: a type, and its settings."""
 
-    type: Required[Literal["lora", "dora", "ia3", "bottleneck", "parallel"]]
+    type: Required[Literal["lora", "dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"]]
 
 
 class SweptParams(TypedDict, total=False):
@@ -297,6 +299,7 @@ class AdapterSettings(Part):
     non_linearity: str | None = None
     placement: str | None = None
     scaling: float | None = None
+    num_virtual_tokens: int | None = None
 
 
 class SweptValues(Part):

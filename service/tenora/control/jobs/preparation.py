@@ -23,7 +23,7 @@ from tenora.control.jobs.plan import (
     shown_trials,
 )
 from tenora.control.jobs.requests import Asked
-from tenora.control.jobs.shape import Limits, ParentShape
+from tenora.control.jobs.shape import Limits, ParentShape, virtual_tokens
 from tenora.control.jobs.sources import Source, sources_of
 from tenora.control.registry.tables import JobRow
 from tenora.control.storage.directory import Storage, full_disk, remove
@@ -248,7 +248,7 @@ def _plan(
 
 def _max_length(job: Preparation, limits: Limits) -> int:
     length: int = job.asked.settings.get("max_seq_length") or limits.max_model_len
-    return length
+    return min(length, limits.max_model_len - virtual_tokens(job.asked.lora))
 
 
 def _tokenize(

@@ -20,7 +20,7 @@ from tenora.control.jobs.field_checks import known_fields
 from tenora.errors import AdapterFormatError, InvalidRequestError, TrainingError
 from tenora.training.kinds.kind import AdapterKind
 from tenora.training.kinds.table import KINDS, LORA_KIND
-from tenora.training.settings import Setting
+from tenora.training.settings import ROWS, Setting
 from tenora.training.spec import LORA, LORA_ASKED, LoraSpec, highest_rank
 
 
@@ -149,6 +149,12 @@ def kind_of(lora: Mapping[str, Any]) -> AdapterKind:
     return found
 
 
+def virtual_tokens(lora: Mapping[str, Any]) -> int:
+    """How much of the context an adapter of such a shape takes before a text begins."""
+    kind = kind_of(lora)
+    return kind.virtual_tokens(LoraSpec(type=kind.name, own=kind.own_settings(lora)))
+
+
 def _other_kind(kind: AdapterKind, asked: Mapping[str, Any], limits: Limits, parent: ParentShape | None) -> LoraSpec:
     """The shape of an adapter of another kind than LoRA."""
     known_fields(asked, ("type", *kind.declared), "adapter")
@@ -171,6 +177,13 @@ def _other_kind(kind: AdapterKind, asked: Mapping[str, Any], limits: Limits, par
     if "alpha" in kind.shared:
         shared = {"alpha": 2.0 * shared["rank"], **shared}
     own = kind.own_settings(given)
+    least = int(ROWS["max_seq_length"].least)
+    if (before := virtual_tokens(given | {"type": kind.name})) > limits.max_model_len - least:
+        raise InvalidRequestError(
+            f"adapter.num_virtual_tokens is {before}, and the context of {limits.max_model_len} tokens has to hold a "
+            f"text of at least {least} behind them; ask for {limits.max_model_len - least} or fewer.",
+            param="adapter.num_virtual_tokens",
+        )
     return _fitting(LoraSpec(**shared, type=kind.name, own=own), limits, "adapter")
 
 

@@ -39,6 +39,21 @@ class Base(Protocol):
     def family(self) -> str:
         """Its `model_type`."""
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+
+    @property
+    def heads(self) -> int:
+        """Of its queries."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Of its keys."""
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Embeddings [n, H] of tokens [n]."""
+
 
 class Trained(Protocol):
     """An adapter in training, as its kind sees it: `tenora.training.arena.TrainedAdapter`."""
@@ -123,6 +138,11 @@ class AdapterKind(ABC):
         """What the terms of its low-rank rows are multiplied with."""
         del lora
         return 1.0
+
+    def virtual_tokens(self, lora: LoraSpec) -> int:
+        """How much of the context it takes before a text begins."""
+        del lora
+        return 0
 
     def flags(self, lora: LoraSpec) -> int:
         """Bits of `LoraTables.flags` that its rows do not tell."""
