@@ -63,7 +63,8 @@ def test_every_operation_tells_its_errors_and_its_key(service: Service) -> None:
 
 def test_what_waits_in_a_queue_and_what_writes_says_so(service: Service) -> None:  # noqa: F811
     paths = service.app.openapi()["paths"]
-    for path in ("/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate", "/v1/chat/completions"):
+    queued = ("/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate", "/v1/chat/completions")
+    for path in (*queued, "/v1/embeddings", "/classify", "/pooling", "/v1/rewards"):
         assert "429" in paths[path]["post"]["responses"], path
     assert "507" in paths["/v1/adapters/{name}/download"]["get"]["responses"]
 

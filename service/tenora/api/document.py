@@ -27,8 +27,9 @@ _ERROR = {
 }
 _STATUS = {"type": "object", "required": ["status"], "properties": {"status": _TEXT}}
 _INFERENCE = frozenset({"/v1/chat/completions", "/v1/completions"})
+_READING = frozenset({"/v1/embeddings", "/classify", "/pooling", "/v1/rewards"})
 # Text is worked on, on threads for which a tenant may queue only so long.
-_QUEUED = _INFERENCE | {"/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate"}
+_QUEUED = _INFERENCE | _READING | {"/v1/files", "/v1/files/{file_id}/preview", "/v1/fine_tuning/estimate"}
 _HEALTH = PROBE_PATHS - {"/metrics"}
 # Bodies that FastAPI cannot know, because the routes write them themselves.
 _MEDIA = {
