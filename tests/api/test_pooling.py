@@ -214,10 +214,10 @@ async def test_what_cannot_be_read_is_refused_by_its_place(service: Service, pat
 async def test_a_client_that_leaves_ends_what_is_read_for_it(service: Service) -> None:
     service.script.hold_after = 0
     task = asyncio.create_task(ask(service, "/v1/embeddings", input=["a"] * 70))
-    await service.script.until(lambda: len(service.script.pools) == AT_ONCE)
+    await service.script.until(lambda: len(service.script.pools) >= AT_ONCE)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await service.script.until(lambda: len(service.script.aborted) == AT_ONCE)
+    await service.script.until(lambda: len(service.script.aborted) >= AT_ONCE)
     assert service.control.engine.open_requests == 0
     assert len(service.script.pools) == AT_ONCE
 

@@ -126,6 +126,21 @@ def test_the_adapter_says_something_else_than_the_base(
     assert said[base] != said["sdk-adapter"]
 
 
+def test_embeddings(client: openai.OpenAI, base: str) -> None:
+    """Unless told otherwise the SDK asks for base64."""
+    texts = ["Question 1?", "Question 1?", "Something else."]
+    coded = client.embeddings.create(model=base, input=texts)
+    plain = client.embeddings.create(model=base, input=texts, encoding_format="float")
+    vectors = [item.embedding for item in coded.data]
+    assert vectors == [pytest.approx(item.embedding) for item in plain.data]
+    assert vectors[0] == pytest.approx(vectors[1])
+    assert sum(number**2 for number in vectors[0]) == pytest.approx(1)
+    assert sum(a * b for a, b in zip(vectors[0], vectors[2], strict=True)) < 0.999
+    assert coded.usage.total_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="has no heads"):
+        client.embeddings.create(model=base, input="a", extra_body={"head": "x"})
+
+
 def test_completions(client: openai.OpenAI, finished: FineTuningJob) -> None:
     settings = {"model": "sdk-adapter", "prompt": "Question", "temperature": 0, "max_tokens": 12}
     whole = client.completions.create(**settings, logprobs=1)
