@@ -79,6 +79,23 @@ def test_pooled_states_of_every_layer_are_those_of_transformers(
         np.testing.assert_allclose(states, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.real
+@pytest.mark.full
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_pooled_states_of_the_real_base_are_those_of_transformers(real_base: Path, pooling: str) -> None:
+    """Of the largest number of each state, which is what the layers' sums are rounded by."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32)
+    driver = Driver(load_decoder(real_base, dtype=torch.float32, team=Team(2)), kv_cache_bytes=32 * 2**20)
+    text = torch.randint(3, 40000, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = pooled(driver, *(pool(text, pooling=pooling, layer=layer) for layer in LAYERS))
+    for layer, states in zip(LAYERS, found, strict=True):
+        wanted = oracle(model, text, layer, pooling)
+        worst = np.abs(states - wanted).max() / np.abs(wanted).max()
+        print(f"{pooling} {layer}: {worst:.1e} of {np.abs(wanted).max():.1f}")
+        assert worst < 1e-5
+    driver.close()
+
+
 def test_an_adapter_changes_the_pooled_state_as_peft_has_it(
     driver: MakeDriver, tiny_base: Path, adapters: list[AdapterRef]
 ) -> None:
