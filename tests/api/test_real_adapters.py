@@ -75,6 +75,39 @@ async def test_requests_that_wait_for_a_slot_outlive_the_deletion_of_their_adapt
     assert len(service.control._blobs.store.list()) == 1
 
 
+async def test_compositions_are_exact_wait_for_a_slot_and_outlive_the_deletion_of_a_part(
+    service: Service, make_adapter: Make
+) -> None:
+    adapters, infer = service.client("adapters"), service.client("infer")
+    base = service.control.inference.base_id
+    digests = {}
+    for seed, name in enumerate(("fox", "owl")):
+        digests[name] = (await import_adapter(adapters, name, make_adapter(seed))).json()["digest"]
+
+    async def choices(model: str, **fields: Any) -> Any:
+        answer = await ask(infer, model, logprobs=3, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    assert await choices("fox", adapter_scale=0) == await choices(base)
+    assert await choices("fox", adapter_scale=1) == await choices("fox") != await choices(base)
+    both = {"adapters": [{"name": "fox", "weight": 0.75}, {"name": "owl", "weight": 0.5}]}
+    alone = {"adapters": [{"name": "fox", "weight": 0.75}, {"name": "owl", "weight": 0}]}
+    composed = await choices(base, **both)
+    assert composed != await choices(base, **alone) == await choices("fox", adapter_scale=0.75)
+    GatedEngine.gate.clear()
+    waiting = asyncio.create_task(choices(base, **both))
+    await until_true(lambda: service.control.engine.open_requests == 1)
+    assert (await adapters.delete("/v1/adapters/fox")).status_code == 200
+    assert (await ask(infer, base, **both)).status_code == 404
+    GatedEngine.gate.set()
+    assert await waiting == composed
+    await service.control._blobs.settle()
+    assert service.control._blobs.store.list() == (digests["owl"],)
+    await choices("owl")  # a step, in which what was deleted goes
+    await until_true(lambda: set(service.control.engine.stats.adapters_resident) == {digests["owl"]})
+
+
 async def test_one_flipped_bit_is_an_error_that_is_not_repeated_and_nobody_elses(
     service: Service, make_adapter: Make
 ) -> None:
