@@ -88,8 +88,8 @@ def tables_of(rows: TableRows, kinds: Sequence[Kind], *, deviation: float = 0.1)
         ranks = kind.ranks(rows)
         flags = rows.flags(ranks) | kind.flags | ACTIVATIONS.index(kind.activation)
         offset += tables.place(slot, offset, ranks, [kind.scaling] * len(ranks), is_bf16=kind.is_bf16, flags=flags) + 1
-        for number, row in enumerate(rows.rows):
+        for number in (number for number, rank in enumerate(ranks) if rank):
             for matrix in (tables.a(number, slot), tables.bt(number, slot)):
                 values = torch.randn(matrix.shape, generator=generator) * deviation
-                matrix.copy_(1 + values if row.kind == RowKind.SCALE else values)
+                matrix.copy_(1 + values if rows.rows[number].kind == RowKind.SCALE else values)
     return tables
