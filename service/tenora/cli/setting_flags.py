@@ -22,6 +22,8 @@ def flag_of(setting: Setting) -> inspect.Parameter:
     is_switch = kind is bool or bool(setting.true)
     if is_switch:
         kind = bool
+    elif setting.every and kind is int:
+        kind, bounds = str, {"parser": _number_or_word, "metavar": f"N|{setting.every}"}
     elif kind in {int, float}:
         bounds["min"] = kind(max(setting.least, setting.above))
     option = typer.Option(setting.flag or f"--{setting.name.replace('_', '-')}", help=setting.help, **bounds)
@@ -32,6 +34,10 @@ def flag_of(setting: Setting) -> inspect.Parameter:
         default=False if is_switch else None,
         annotation=annotated[kind if is_switch else kind | None, option],
     )
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def with_flags(settings: Mapping[str, Setting]) -> Callable[[Callable[..., None]], Callable[..., None]]:

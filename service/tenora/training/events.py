@@ -126,6 +126,51 @@ class FoldEvent(msgspec.Struct, frozen=True, kw_only=True, tag="fold"):
     done_before: float = 0.0
 
 
+class ProgressEvent(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """How far a run is that takes no steps.
+
+    Attributes:
+        what: is done, as a message begins: `Reading rows`.
+        done, total: of it.
+    """
+
+    run_id: str
+    what: str
+    done: int
+    total: int
+
+
+class HeadCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A head that was compared with others by cross-validation on the training rows.
+
+    Attributes:
+        layer, pooling: what it reads; see `tenora.adapters.heads.Head`.
+        strength: its C.
+        loss, accuracy: over all rows, each under a head that had not seen it.
+    """
+
+    layer: int
+    pooling: str
+    strength: float
+    loss: float
+    accuracy: float
+
+
+class HeadOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a head.
+
+    Attributes:
+        scores: of each held-out row what the head says: a logarithm of odds for each class, or the number in the
+            labels' units.
+        folds: of the cross-validation; 0 if there was nothing to choose, or a gradient chose.
+        candidates: for each layer and pooling the best strength, the best of all first.
+    """
+
+    scores: list[list[float]]
+    folds: int = 0
+    candidates: list[HeadCandidate] = []
+
+
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """The held-out rows one by one: losses in nats, summed over a row's learned tokens.
 
@@ -199,6 +244,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
         trained_tokens: learned tokens of everything that the run trained: all epochs, all trials, all folds.
         stopped_early: fewer steps were made than planned, because the held-out loss no longer fell.
         full: of a full fine-tuning.
+        head: of a run that trained one.
     """
 
     run_id: str
@@ -220,6 +266,7 @@ class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     trial: int | None = None
     stopped_early: bool = False
     full: FullResult | None = None
+    head: HeadOutcome | None = None
 
 
 class StoppedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
@@ -245,7 +292,7 @@ class FailedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-Recorded = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FoldEvent
+Recorded = StepEvent | EvalEvent | CheckpointEvent | TrialEvent | FoldEvent | ProgressEvent
 """What a run says on its way. Its last word is none of these: a run that is resumed comes to it again."""
 
 

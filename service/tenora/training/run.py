@@ -20,6 +20,8 @@ from tenora.training.events import FailedEvent, FinishedEvent, Items, RetoldEven
 from tenora.training.failures import explain
 from tenora.training.inbox import Inbox
 from tenora.training.journal import Journal
+from tenora.training.methods.table import find_method
+from tenora.training.plans.features import FeaturesPlan
 from tenora.training.plans.folds import FoldsPlan
 from tenora.training.plans.session import SessionPlan
 from tenora.training.plans.single import PlainPlan
@@ -142,6 +144,9 @@ class JobRun:
             return self._make_plan(journal)
         if isinstance(spec, SessionSpec):
             return SessionPlan(host, spec, self._inbox)
+        method = find_method(spec.method)
+        if method.is_frozen(method.own_settings(spec.method_settings)):
+            return FeaturesPlan(host, spec, journal)
         if spec.trials:
             return SweepPlan(host, spec, journal)
         return FoldsPlan(host, spec, journal) if spec.folds else PlainPlan(host, spec, journal)

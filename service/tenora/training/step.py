@@ -251,6 +251,8 @@ def _upwards(decoder: Decoder, layers: LayerPass, batch: Pass) -> Generator[None
         batch.embedded.fill(hidden)
     for index in range(len(decoder.layers)):
         hidden = layers.forward(index, hidden)
+        if index + 1 < len(decoder.layers):
+            batch.readout.see(index - len(decoder.layers), hidden, batch.predict_at)
         yield
     return hidden
 

@@ -82,6 +82,48 @@ class FullModel(ApiObject):
     reason: str
 
 
+class HeadBeside(ApiObject):
+    """A head beside something that needs none, on the same rows: "most common", "tf-idf" or "few-shot base".
+
+    Attributes:
+        measure: of a row: accuracy, or squared error.
+        head, other, difference: means, and head - other; low, high: its 95% interval.
+    """
+
+    name: str
+    rows: int
+    measure: str
+    head: float | None = None
+    other: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str
+    shots: int = 0
+
+
+class HeadResult(ApiObject):
+    """What a head is worth on the held-out rows.
+
+    Attributes:
+        accuracy, low, high: share of rows that are right and its 95% interval; None for numbers.
+        confusion: [true][said], in the order of `labels`.
+        candidates: that were compared by cross-validation on training rows, the best first.
+    """
+
+    type: str
+    labels: Sequence[str] = ()
+    rows: int
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    metrics: Mapping[str, float | None] = Field(default_factory=dict)
+    confusion: Sequence[Sequence[int]] | None = None
+    folds: int = 0
+    candidates: Sequence[Mapping[str, Any]] = ()
+    beside: Sequence[HeadBeside] = ()
+
+
 class Evaluation(ApiObject):
     """What is known of a job's result: its card. What was not measured is None, and `notes` says why.
 
@@ -115,6 +157,7 @@ class Evaluation(ApiObject):
     lineage: Mapping[str, Any] | None = None
     full_model: FullModel | None = None
     notes: Sequence[str] = ()
+    head: HeadResult | None = None
 
 
 class Published(ApiObject):

@@ -9,6 +9,7 @@ from tenora.adapters.head_files import without_heads
 from tenora.adapters.kinds.alora import ALORA
 from tenora.adapters.kinds.bottleneck import BOTTLENECK
 from tenora.adapters.kinds.dora import DORA
+from tenora.adapters.kinds.head import HEAD
 from tenora.adapters.kinds.ia3 import IA3
 from tenora.adapters.kinds.kind import Configuration, Kind
 from tenora.adapters.kinds.lora import LORA
@@ -17,7 +18,7 @@ from tenora.adapters.kinds.virtual_tokens import PREFIX, PROMPT
 from tenora.adapters.safetensors_file import parse_json_object
 from tenora.errors import AdapterFormatError
 
-KINDS: tuple[Kind, ...] = (DORA, ALORA, LORA, IA3, VERA, BOTTLENECK, PREFIX, PROMPT)
+KINDS: tuple[Kind, ...] = (HEAD, DORA, ALORA, LORA, IA3, VERA, BOTTLENECK, PREFIX, PROMPT)
 """The first that a configuration is of counts."""
 COMPOSED = frozenset(kind.name for kind in KINDS if kind.composes)
 """The names of those of which several act as one."""

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from tenora.api.schemas.base import ResponseModel
 from tenora.api.schemas.job_parts import LineageSettingsObject
-from tenora.control.gate.card import Against, OverfitVerdict, Source, Verdict
+from tenora.control.gate.card import Against, Measure, Other, OverfitVerdict, Source, Verdict
 from tenora.training.methods.method import PER_TOKEN
 from tenora.training.methods.table import METHODS
 
@@ -97,6 +97,62 @@ class OverfittingObject(ResponseModel):
     last_loss: float | None
     ratio: float | None
     verdict: OverfitVerdict
+
+
+class HeadCandidateObject(ResponseModel):
+    """A head that was compared by cross-validation on training rows; `strength` is its inverse_regularization."""
+
+    layer: int
+    pooling: str
+    strength: float
+    loss: float | None
+    accuracy: float | None
+
+
+class HeadBesideObject(ResponseModel):
+    """A head beside something that needs none, on the same rows; `difference` is head - other.
+
+    Attributes:
+        name: most common says the same of every row; tf-idf is a linear head on the text's tokens; few-shot base is the
+            base with `shots` labelled rows in its prompt.
+        measure: of a row: whether it is right, or its squared error.
+        low, high: 95% interval of the difference, by a paired bootstrap.
+    """
+
+    name: Other
+    rows: int
+    measure: Measure
+    head: float | None
+    other: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    shots: int
+
+
+class HeadObject(ResponseModel):
+    """What a head is worth on the held-out rows.
+
+    Attributes:
+        accuracy, low, high: share of rows that are right, in all of their labels, and its 95% interval (Wilson); null
+            for numbers.
+        metrics: macro_f1, auroc, calibration_error or micro_f1; of numbers mean_absolute_error and r2.
+        confusion: [true][said], in the order of `labels`; null if a row has several classes, or for many.
+        folds: of the cross-validation that chose among `candidates`; 0 if there was none.
+    """
+
+    type: str
+    labels: list[str]
+    rows: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    metrics: dict[str, float | None]
+    confusion: list[list[int]] | None
+    folds: int
+    candidates: list[HeadCandidateObject]
+    beside: list[HeadBesideObject]
 
 
 class ParityObject(ResponseModel):
@@ -197,6 +253,7 @@ class EvaluationObject(ResponseModel):
         trials: of a sweep that these rows were compared on: the winner looks better on them than on fresh ones.
         near_duplicates: held-out rows that are nearly training rows.
         full_model: of a full fine-tuning. Where an adapter is served in its place, other figures are the adapter's.
+        head: of an adapter that has one.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())  # cards of other versions are shown whole
@@ -224,3 +281,4 @@ class EvaluationObject(ResponseModel):
     lineage: LineageObject | None = None
     full_model: FullObject | None = None
     notes: list[str] = Field(default_factory=list)
+    head: HeadObject | None = None

@@ -136,3 +136,5 @@ class EventData(MethodMetrics):
     fold_valid_loss: Number | None = None
     fold_base_loss: Number | None = None
     folds_done: Number | None = None
+    done: int | None = None
+    total: int | None = None

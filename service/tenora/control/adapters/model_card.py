@@ -8,6 +8,7 @@ from typing import Any
 
 from tenora.control.adapters.card_tables import code, number, share, signed, table, time
 from tenora.control.adapters.full_section import full_section
+from tenora.control.adapters.head_section import head_section
 from tenora.control.adapters.records import AdapterRecord
 from tenora.training.methods.method import PER_TOKEN, Method
 from tenora.training.methods.table import METHODS, USUAL, find_unit
@@ -36,7 +37,19 @@ def model_card(record: AdapterRecord) -> str:
 
 def sections(said: Mapping[str, Any]) -> list[str]:
     """What is said of any result; empty where there is nothing."""
-    parts = (_verdicts, _quality, _replaced, _few_shot, _tasks, _more, full_section, _course, _lineage, _notes)
+    parts = (
+        _verdicts,
+        head_section,
+        _quality,
+        _replaced,
+        _few_shot,
+        _tasks,
+        _more,
+        full_section,
+        _course,
+        _lineage,
+        _notes,
+    )
     return [part(said) for part in parts]
 
 
@@ -72,7 +85,8 @@ def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         rows.append(("Rows held out", f"{held['held_out']:,}" if held["held_out"] else "none; cross-validated"))
         longest = "" if held["max_seq_length"] is None else f" to {held['max_seq_length']} tokens"
         rows.append((f"Rows cut{longest}", f"{held['cut']:,}" if held["truncate"] else "none; longer ones are refused"))
-    return f"A LoRA adapter, {origin}.\n\n" + table(("", ""), rows)
+    kind = "A LoRA adapter" if record.target_modules else "Heads on the frozen base"
+    return f"{kind}, {origin}.\n\n" + table(("", ""), rows)
 
 
 def _verdicts(said: Mapping[str, Any]) -> str:
@@ -292,6 +306,11 @@ def _notes(said: Mapping[str, Any]) -> str:
 
 
 def _use(record: AdapterRecord, said: Mapping[str, Any]) -> str:
+    if not record.target_modules:
+        return (
+            "## Use\n\nThe heads read the base's hidden states and change none of them. Import the directory into "
+            f'Tenora, and POST /classify {{"model": {json.dumps(record.name)}, "input": "..."}}.'
+        )
     base: Mapping[str, Any] = (said.get("lineage") or {}).get("base") or {}
     name = json.dumps(record.base_model)
     before, argument, comment = "", name, "  # or where the base lies"

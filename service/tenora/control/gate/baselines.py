@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from tenora.aclosing import aclosing
 from tenora.control.files.rows import digests
 from tenora.control.gate.few_shot import Prompted, few_shot_prompts
+from tenora.control.gate.head_card import HeadShots
+from tenora.control.gate.head_shots import Question, answered, questions
 from tenora.control.gate.held_out import held_out_rows
 from tenora.control.gate.lineage import TrainingFile
 from tenora.control.gate.parity import probe_rows, score_rows
@@ -74,7 +77,7 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
         split_seed: that drew the held-out rows; None if none were drawn.
         near_duplicates: held-out rows that are nearly training rows; None if none are held out.
         probe: log-probabilities of the probe rows' learned tokens.
-        few_shot: None if it was not measured.
+        few_shot, head_shots: of tokens, and of classes; None if it was not measured.
         notes: why something is missing.
     """
 
@@ -84,6 +87,7 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
     near_duplicates: int | None = None
     probe: list[list[float]] = []
     few_shot: FewShotLosses | None = None
+    head_shots: HeadShots | None = None
     notes: list[str] = []
     complete: bool = False
 
@@ -104,7 +108,7 @@ class Measuring:
         if self.task is not None:
             if few_shot:
                 await asyncio.wait([self.task], timeout=_FEW_SHOT_PATIENCE_SECONDS)
-            elif not self.found.probe:
+            elif not (self.found.probe or self.found.head_shots):
                 await asyncio.wait([self.task], timeout=_PATIENCE_SECONDS)
         await self.stop()
         return self.found
@@ -159,6 +163,10 @@ async def _run(context: JobContext, claim: Claim, spec: TrainSpec, measuring: Me
         if measuring.found.complete:
             return
         scorer = Scorer.behind_requests(context.engine, claim.tenant_id)
+        if find_method(spec.method).has_head:
+            await base_of(context)
+            await _head_shots(context, claim, spec, scorer, measuring)
+            return
         await _probe(context, claim, spec, scorer, measuring)
         await base_of(context)  # hashed once a process, and better now than when the adapter is ready
         await _few_shot(context, claim, spec, scorer, measuring)
@@ -195,6 +203,26 @@ async def _few_shot(context: JobContext, claim: Claim, spec: TrainSpec, scorer: 
         if not chosen:
             notes.append("No held-out row fits the context behind a training row, so there is no few-shot baseline.")
     measuring.found = msgspec.structs.replace(measuring.found, notes=notes, complete=True)
+    await _keep(context, claim, measuring.found)
+
+
+async def _head_shots(context: JobContext, claim: Claim, spec: TrainSpec, scorer: Scorer, measuring: Measuring) -> None:
+    """The base's classes of held-out rows, behind a few training rows."""
+    longest = context.engine.ready.max_model_len
+
+    def choose(tokenizer: Tokenizer) -> tuple[list[Question], int]:
+        train = concatenate([TokenizedDataset.load(Path(task.train_path)) for task in spec.tasks])
+        return questions(tokenizer, train, held_out_rows(spec), max_length=longest, seed=spec.seed)
+
+    asked, shots = await context.tokenizing.baseline(claim.tenant_id, choose)
+    said: list[int] = []
+    async with aclosing(answered(scorer, asked)) as answers:
+        async for answer in answers:
+            said.append(answer)
+            found = HeadShots(shots=shots, rows=[one.row for one in asked[: len(said)]], said=list(said))
+            measuring.found = msgspec.structs.replace(measuring.found, head_shots=found)
+            await _give_way(context)
+    measuring.found = msgspec.structs.replace(measuring.found, complete=True)
     await _keep(context, claim, measuring.found)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tenora.control.gate.lineage import Lineage
 from tenora.control.gate.parity import Parity
 from tenora.control.jobs.rows import finite
-from tenora.training.events import EvaluationPoint
+from tenora.training.events import EvaluationPoint, HeadCandidate
 from tenora.training.methods.method import PER_TOKEN, Unit
 from tenora.training.methods.table import find_unit
 
@@ -31,6 +31,8 @@ STRONG_OVERFITTING = 1.10
 
 Verdict = Literal["better", "worse", "no difference", "too few rows"]
 Against = Literal["start", "base", "few_shot_base", "replaced"]
+Other = Literal["most common", "tf-idf", "few-shot base"]
+Measure = Literal["accuracy", "squared error"]
 OverfitVerdict = Literal["none", "some", "strong"]
 Source = Literal["held-out rows", "cross-validation"]
 
@@ -159,6 +161,60 @@ class FullCard(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class HeadBeside(msgspec.Struct, frozen=True, kw_only=True):
+    """The head beside something that needs none, on the same rows.
+
+    Attributes:
+        name: "most common" says the same of every row; "tf-idf" is a logistic or ridge head on the tokens of a text,
+            its strength cross-validated; "few-shot base" is the base with labelled training rows in its prompt.
+        shots: of the few-shot base, these; else 0.
+        measure: of a row: whether it is right, or its squared error.
+        head, other, difference: the means, and head - other.
+        low, high: 95% interval of the difference, by a paired bootstrap over rows.
+    """
+
+    name: Other
+    rows: int
+    measure: Measure
+    head: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+    shots: int = 0
+
+
+class HeadCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One head on the held-out rows.
+
+    Attributes:
+        type: of the head.
+        labels: of a classification.
+        rows: that it was measured on.
+        accuracy: share of rows that are right: with several labels, in all of them; None for numbers.
+        low, high: its 95% interval (Wilson 1927).
+        metrics: macro_f1, auroc, calibration_error; with several labels micro_f1 for the last; of numbers
+            mean_absolute_error and r2.
+        confusion: [true][said] of one class each, in the order of `labels`; None for others, or for too many classes.
+        folds: of the cross-validation that chose what the head reads; 0 if it was not chosen so.
+        candidates: that were compared by it, on training rows, the best first.
+        beside: what it has to be better than.
+    """
+
+    type: str
+    labels: list[str]
+    rows: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    metrics: dict[str, float]
+    confusion: list[list[int]] | None
+    folds: int
+    candidates: list[HeadCandidate]
+    beside: list[HeadBeside]
+
+
 class Card(msgspec.Struct, frozen=True, kw_only=True):
     """All of it. What could not be measured is None, and `notes` says why.
 
@@ -175,6 +231,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         near_duplicates: held-out rows that are nearly rows of the training file.
         parity: None if nothing is served.
         full_model: of a full fine-tuning. Where its model is served as an adapter all other figures are the adapter's.
+        head: of an adapter that has one.
     """
 
     source: Source
@@ -193,6 +250,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     lineage: Lineage
     full_model: FullCard | None
     notes: list[str]
+    head: HeadCard | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Builtin values, with None for numbers that JSON cannot carry."""
@@ -236,7 +294,7 @@ def compare(
         difference=float(differences.sum()) / total,
         low=low,
         high=high,
-        verdict=_verdict(len(count), low, high),
+        verdict=verdict_of(len(count), low, high),
         unit=unit.name,
     )
 
@@ -285,7 +343,8 @@ def overfitting(best_loss: float, last_loss: float) -> Overfitting | None:
     return Overfitting(best_loss=best_loss, last_loss=last_loss, ratio=ratio, verdict=verdict)
 
 
-def _verdict(rows: int, low: float, high: float) -> Verdict:
+def verdict_of(rows: int, low: float, high: float) -> Verdict:
+    """What the interval of a difference in loss says."""
     if rows < MIN_ROWS:
         return "too few rows"
     if high < 0.0:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from tenora.adapters.ref import AdapterRef
 from tenora.control.adapters.blobs import Blob
 from tenora.control.gate.baselines import Baselines, Measuring, base_of
 from tenora.control.gate.card import (
@@ -16,23 +17,26 @@ from tenora.control.gate.card import (
     Comparison,
     FewShot,
     FullCard,
+    HeadCard,
     Judgement,
     TaskCard,
     compare,
     forgetting,
     overfitting,
 )
-from tenora.control.gate.held_out import HeldOutExamples
+from tenora.control.gate.head_card import head_card
+from tenora.control.gate.head_gate import compare_heads, require_heads
+from tenora.control.gate.held_out import HeldOutExamples, held_out_rows
 from tenora.control.gate.lineage import Rows, lineage_of
 from tenora.control.gate.parity import Parity, compare_paths, probe_rows, require_weights, score_rows
 from tenora.control.inference.scoring import Scorer, is_gone
 from tenora.control.jobs.context import JobContext
 from tenora.control.jobs.lease_rows import Claim, read_owned
 from tenora.control.registry.tables import JobRow
-from tenora.data.dataset import TokenizedDataset
+from tenora.data.dataset import TokenizedDataset, concatenate
 from tenora.errors import RateLimitedError, TenoraError, TrainingError, UnavailableError
 from tenora.model.provenance import BaseSource
-from tenora.training.events import FinishedEvent, FullResult, HeldOut
+from tenora.training.events import FinishedEvent, FullResult, HeadOutcome, HeldOut
 from tenora.training.methods.table import find_method
 from tenora.training.spec import TrainSpec
 
@@ -69,7 +73,7 @@ async def examine(
         TrainingError: codes parity_failed, untrained_modules; parity_unavailable: the engine runs and could not score.
         UnavailableError: the engine is gone; the run can be resumed and ends here again.
     """
-    base = await measuring.result(few_shot=spec.folds > 0)
+    base = await measuring.result(few_shot=spec.folds > 0 or find_method(spec.method).has_head)
     parity = None if blob is None else await _parity(context, claim, spec, event, blob, base)
     async with context.database.read() as session:
         row = await read_owned(session, claim)
@@ -79,6 +83,9 @@ async def examine(
     against_base = await _against_base(context, claim, spec, held_out)
     source = await base_of(context)
     card = await asyncio.to_thread(_card, row, spec, event, base, parity, held_out, against_base, source)
+    if event.head is not None and held_out is not None:
+        head = await asyncio.to_thread(_head, spec, event.head, held_out, base)
+        card = msgspec.structs.replace(card, head=head)
     return Examined(card, held_out)
 
 
@@ -87,15 +94,19 @@ async def _parity(
 ) -> Parity:
     """The stored adapter through the serving path; raises as `examine`."""
     ref = context.blobs.ref(blob.digest)
-    modules = await asyncio.to_thread(
-        require_weights, ref.path, context.blobs.rows, spec.lora, max_rank=context.blobs.max_rank
-    )
+    method, modules = find_method(spec.method), 0
+    if not method.is_frozen(method.own_settings(spec.method_settings)):
+        modules = await asyncio.to_thread(
+            require_weights, ref.path, context.blobs.rows, spec.lora, max_rank=context.blobs.max_rank
+        )
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
     rows = []
     if event.probe is not None:
         rows = probe_rows(await asyncio.to_thread(TokenizedDataset.load, Path(event.probe.path)))
         rows = rows[: len(event.probe.rows)]
     try:
+        if event.head is not None:
+            return await _heads(context, scorer, spec, event.head, ref, modules)
         served = await score_rows(scorer, rows, ref)
     except (RateLimitedError, UnavailableError) as error:
         if is_gone(error, context.engine):
@@ -111,6 +122,21 @@ async def _parity(
         dtype=context.engine.ready.dtype,
         modules=modules,
     )
+
+
+async def _heads(
+    context: JobContext, scorer: Scorer, spec: TrainSpec, outcome: HeadOutcome, ref: AdapterRef, modules: int
+) -> Parity:
+    """The heads of the stored adapter, through the serving path."""
+    max_rank = context.blobs.max_rank
+    heads = await asyncio.to_thread(require_heads, ref.path, context.blobs.rows, max_rank=max_rank)
+    rows = await asyncio.to_thread(held_out_rows, spec)
+    return await compare_heads(scorer, heads, outcome, rows, ref, dtype=context.engine.ready.dtype, modules=modules)
+
+
+def _head(spec: TrainSpec, outcome: HeadOutcome, held_out: HeldOutExamples, base: Baselines) -> HeadCard | None:
+    train = concatenate([TokenizedDataset.load(Path(task.train_path)) for task in spec.tasks])
+    return head_card(held_out.settings, outcome, train, held_out.dataset, base.head_shots, seed=spec.seed)
 
 
 async def _against_base(

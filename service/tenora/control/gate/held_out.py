@@ -135,7 +135,7 @@ class HeldOutExamples:
         return self.method.example_losses(self.settings, rows, self.start[examples])
 
     def _by_example(self, values: Sequence[float]) -> Float64Array:
-        return np.array(values, dtype=np.float64).reshape(-1, self.method.rows.sequences)
+        return np.array(values, dtype=np.float64).reshape(-1, self.dataset.rows_per_example)
 
 
 def held_out_rows(spec: TrainSpec) -> TokenizedDataset:

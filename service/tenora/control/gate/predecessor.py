@@ -24,7 +24,13 @@ from tenora.training.spec import TrainSpec
 
 @dataclass(frozen=True, slots=True)
 class Predecessor:
-    """What a name means. `rows` is None where nobody knows what it has learned; `id` is the version's row."""
+    """What a name means.
+
+    Attributes:
+        id: the version's row.
+        rows: None where nobody knows what it has learned.
+        head: the type of its head and the classes; None if it has none that is known.
+    """
 
     id: str
     name: str
@@ -32,6 +38,7 @@ class Predecessor:
     digest: str
     base_model: str
     rows: RowRecord | None
+    head: tuple[str, ...] | None = None
 
     def replaced(self, comparison: Comparison | None) -> Replaced:
         """As the card shows it."""
@@ -54,7 +61,15 @@ async def find_predecessor(session: Session, tenant_id: str, name: str) -> Prede
         return None
     _, row = found
     record = _decoded(await rows_of_version(session, row))
-    return Predecessor(row.id, name, row.version, row.digest, row.base_model, record)
+    said = (row.evaluation or {}).get("head")
+    head = None if said is None else (str(said["type"]), *map(str, said["labels"]))
+    return Predecessor(row.id, name, row.version, row.digest, row.base_model, record, head)
+
+
+def head_labels(examples: HeldOutExamples) -> tuple[str, ...]:
+    """The type of a result's head, and its classes."""
+    labels = examples.dataset.labels
+    return (str(examples.settings["head_type"]), *(() if labels is None else labels.names))
 
 
 async def rows_of(
@@ -112,8 +127,8 @@ async def hold_against(
     if predecessor.base_model != base_model:
         return Beside(why_not=f"{named} is an adapter of another base, {predecessor.base_model}.")
     known, fresh = _divide(predecessor.rows, keys, examples.dataset.rows_per_example)
-    if not known and not fresh:
-        return Beside(why_not=f"{named} has learned every row that this job holds out.")
+    if examples.method.has_head or not (known or fresh):
+        return _unscored(predecessor, examples, known)
     if predecessor.digest == parent_digest:
         start = examples.start
         losses = known | {example: start[example].tolist() for example in fresh}
@@ -130,6 +145,19 @@ async def hold_against(
     if comparison is None:
         return Beside(why_not=f"no row that this job holds out fits, or has a learned token, for {named}.")
     return Beside(comparison=comparison, note=_note(predecessor, len(keys) - len(known) - len(fresh)))
+
+
+def _unscored(predecessor: Predecessor, examples: HeldOutExamples, known: dict[int, list[float]]) -> Beside:
+    """What can be said without asking the predecessor: of a head the rows that both were measured on."""
+    named = f"version {predecessor.version}"
+    if not examples.method.has_head:
+        return Beside(why_not=f"{named} has learned every row that this job holds out.")
+    if predecessor.head != head_labels(examples):
+        return Beside(why_not=f"{named} has no head of the same type and classes.")
+    comparison = examples.compare(known) if known else None
+    if comparison is None:
+        return Beside(why_not=f"{named} was measured on none of the rows that this job holds out.")
+    return Beside(comparison=comparison, note=_note(predecessor, examples.dataset.examples - len(known)))
 
 
 def _divide(rows: RowRecord | None, keys: Keys, rows_per_example: int) -> tuple[dict[int, list[float]], list[int]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tenora.aclosing import aclosing
+from tenora.adapters.heads import Head
 from tenora.adapters.ref import AdapterRef
 from tenora.control.registry.ids import random_word
-from tenora.engine.messages import Generate, SamplingParams
+from tenora.engine.messages import Generate, Pool, SamplingParams
 from tenora.errors import RateLimitedError, TenoraError, UnavailableError
 
 if TYPE_CHECKING:
@@ -65,17 +66,44 @@ class Scorer:
                 for PATIENCE_SECONDS.
             RateLimitedError: the queue was full for as long.
         """
+        scores = await self._patiently(lambda: self._once(tokens, places[0], adapter))
+        return [scores[place - places[0]] for place in places]
+
+    async def head(self, tokens: Sequence[int], head: Head, adapter: AdapterRef) -> list[float]:
+        """What a head of an adapter says of a text, as it is served, before its numbers are told in any unit.
+
+        Raises:
+            UnavailableError, RateLimitedError: as `score`.
+        """
+        return await self._patiently(lambda: self._head_once(tokens, head, adapter))
+
+    async def _patiently(self, ask: Callable[[], Awaitable[list[float]]]) -> list[float]:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                scores = await self._once(tokens, places[0], adapter)
+                return await ask()
             except (RateLimitedError, UnavailableError) as error:
                 if is_gone(error, self.engine) or time.monotonic() + error.retry_after > deadline:
                     raise
                 _log.info("scoring waits for the engine: %s", error.message)
                 await asyncio.sleep(error.retry_after)
-            else:
-                return [scores[place - places[0]] for place in places]
+
+    async def _head_once(self, tokens: Sequence[int], head: Head, adapter: AdapterRef) -> list[float]:
+        found = await self.engine.pool(
+            Pool(
+                request_id=f"head-{random_word(16)}",
+                token_ids=list(tokens),
+                layer=head.layer,
+                pooling=head.pooling,
+                head=(head.start, head.stop),
+                adapter=adapter,
+                share_group=self.share_group,
+                weight=self.weight,
+                priority=self.priority,
+                cache_salt=self.share_group,
+            )
+        )
+        return [float(value) for value in memoryview(found.pooled or b"").cast("f")]
 
     async def _once(self, tokens: Sequence[int], first: int, adapter: AdapterRef | None) -> list[float]:
         """Of the tokens from `first` on."""

@@ -65,6 +65,9 @@ def workload(found: Resolved, tasks: Sequence[TaskRows], examples: int, method: 
         examples: of an epoch.
         general: tokens of the general text that the model reads; its last one is only predicted.
     """
+    if method.is_frozen(method.own_settings(found.hyperparameters.own)):
+        rows = [part for task in tasks for part in (task.train, task.valid) if part is not None]
+        return Workload(0, 1, 0, sum(map(_tokens, rows)))
     if found.folds:
         return _folds(found, tasks[0].train, general)
     largest = max(task.source.weight for task in tasks)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tenora.training.events import EvalEvent, FoldEvent, StepEvent, TrainEvent, TrialEvent
+from tenora.training.events import EvalEvent, FoldEvent, ProgressEvent, StepEvent, TrainEvent, TrialEvent
 from tenora.training.recipes import halving_rungs
 from tenora.training.spec import TrainSpec, trial_of
 
@@ -68,6 +68,8 @@ class Eta:
                     return self._after_trial(event, now)
                 case FoldEvent():
                     return self._after_fold(event, now)
+                case ProgressEvent():
+                    return (now - self._started) * (event.total - event.done) / max(event.done, 1)
             return None
         finally:
             self._last = now

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tenora.training.events import EvalEvent, FinishedEvent, FoldEvent, StepEvent, TrialEvent
+from tenora.training.events import EvalEvent, FinishedEvent, FoldEvent, ProgressEvent, StepEvent, TrialEvent
 
 CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _CSV_SOURCES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -85,6 +85,11 @@ def fold_line(event: FoldEvent, folds: int) -> tuple[str, Metrics]:
         "folds_done": event.done,
         "trained_tokens": event.trained_tokens,
     }
+
+
+def progress_line(event: ProgressEvent) -> tuple[str, Metrics]:
+    """Message and numbers of a run that takes no steps."""
+    return f"{event.what}: {event.done} of {event.total}", {"done": event.done, "total": event.total}
 
 
 def evaluation_of(event: FinishedEvent) -> Metrics:

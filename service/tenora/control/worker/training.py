@@ -21,7 +21,7 @@ from tenora.control.registry.database import RegistryBusyError
 from tenora.control.worker.batches import batches
 from tenora.control.worker.checkpoints import keep_checkpoint
 from tenora.control.worker.eta import Eta
-from tenora.control.worker.log import Metrics, eval_line, fold_line, step_line, trial_line
+from tenora.control.worker.log import Metrics, eval_line, fold_line, progress_line, step_line, trial_line
 from tenora.control.worker.publication import publish_result
 from tenora.control.worker.sweep_table import choose_winner, record_trial, shares_done
 from tenora.engine.apart import Trainer
@@ -32,6 +32,7 @@ from tenora.training.events import (
     FailedEvent,
     FinishedEvent,
     FoldEvent,
+    ProgressEvent,
     Recorded,
     RetoldEvent,
     StepEvent,
@@ -67,7 +68,7 @@ class Told:
 
     def is_line(self) -> bool:
         """Whether it is no more than a line of the log, which may wait for others."""
-        return isinstance(self.event, StepEvent | EvalEvent | TrialEvent | FoldEvent)
+        return isinstance(self.event, StepEvent | EvalEvent | TrialEvent | FoldEvent | ProgressEvent)
 
 
 class JobTraining:
@@ -352,6 +353,8 @@ def _line(told: Told, spec: TrainSpec) -> tuple[str, Metrics]:
             return trial_line(event, len(spec.trials))
         case FoldEvent() as event:
             return fold_line(event, spec.folds)
+        case ProgressEvent() as event:
+            return progress_line(event)
         case event:
             raise AssertionError(event)
 

@@ -32,6 +32,16 @@ class Read(NamedTuple):
 class Readout(Protocol):
     """The final norm and a head on it. What it learns, if anything, it adds to gradients of its own."""
 
+    def see(self, layer: int, hidden: Tensor, predict_at: Tensor) -> None:
+        """Look at what comes out of a layer below the last, on the way up.
+
+        Args:
+            layer: counted from -2 for the one below the last.
+            hidden: [T, H], which may be overwritten afterwards.
+            predict_at: as of `read`.
+        """
+        ...
+
     def read(
         self, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
     ) -> Generator[None, None, Read]:

@@ -59,6 +59,9 @@ class HeadReadout:
         sums = finished.new_zeros(len(read_at), finished.shape[1]).index_add(0, row, finished)
         return sums / counts[:, None]
 
+    def see(self, layer: int, hidden: Tensor, predict_at: Tensor) -> None:
+        """See `Readout`; it reads the last layer only."""
+
     def read(
         self, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
     ) -> Generator[None, None, Read]:

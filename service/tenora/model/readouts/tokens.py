@@ -22,6 +22,9 @@ class TokenReadout:
 
     decoder: Decoder
 
+    def see(self, layer: int, hidden: Tensor, predict_at: Tensor) -> None:
+        """See `Readout`; it reads the last layer only."""
+
     def read(
         self, hidden: Tensor, predict_at: Tensor, targets: Tensor, coefficients: Tensor | None
     ) -> Generator[None, None, Read]:

@@ -116,6 +116,7 @@ class FeatureExtraction(Method):
             auto="by cross-validation",
         ),
     )
+    has_head = True
     no_few_shot = (
         "A head is measured by its labels and not by tokens; where it says classes, the base with examples in its "
         "prompt stands beside it under `head`."
@@ -133,8 +134,6 @@ class FeatureExtraction(Method):
 
     def check(self, settings: Mapping[str, Any], given: Collection[str]) -> None:
         """See `Method`."""
-        if str(settings["train_layers"]):
-            raise InvalidRequestError("Heads cannot be trained yet.", code="unavailable", param="method.type")
         kind = settings["head_type"]
         only = {"head_labels": "classification", "head_multi_label": "classification", "head_dims": "embedding"}
         for name, wanted in only.items():

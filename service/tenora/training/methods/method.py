@@ -149,6 +149,7 @@ class Method(ABC):
         cross_validates: few rows may be divided into folds, rather than hold some out.
         has_reference: each training row is measured under a reference once.
         runs_apart: it trains a copy of the base in a process of its own, not an adapter on the one that serves.
+        has_head: its rows are labelled, and measured by what a head says of them, not by their tokens.
         no_few_shot: why the base with examples in its prompt has no figure to compare with; empty if it has one.
         unit: of its losses.
         metrics: further numbers that it measures at steps and evaluations, and what each is: their names in the job's
@@ -167,6 +168,7 @@ class Method(ABC):
     cross_validates: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False
     runs_apart: ClassVar[bool] = False
+    has_head: ClassVar[bool] = False
     no_few_shot: ClassVar[str] = ""
     unit: ClassVar[Unit] = PER_TOKEN
     metrics: ClassVar[Mapping[str, str]] = MappingProxyType({})
