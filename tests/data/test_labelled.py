@@ -175,3 +175,6 @@ def test_every_class_is_held_out_by_its_share_and_none_wholly(tmp_path: Path, to
     assert held_out.labels is not None
     assert train.labels.counts() == {"x": 72, "y": 8, "z": 1}
     assert held_out.labels.counts() == {"x": 18, "y": 2, "z": 0}
+    ((train, _),) = divide([dataset], [0.6], seed=3)
+    assert train.labels is not None
+    assert train.labels.counts()["z"] == 1

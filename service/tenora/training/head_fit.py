@@ -77,7 +77,8 @@ class HeadFit:
         self.mean, self.std = 0.0, 1.0
         if self._labels.kind == "number":
             self.mean, self.std = float(self._labels.values.mean()), float(self._labels.values.std()) or 1.0
-        self._link: Link = {"number": "identity", "classes": "sigmoid", "class": "softmax"}[self._labels.kind]  # type: ignore[assignment]
+        links: Mapping[str, Link] = {"number": "identity", "classes": "sigmoid", "class": "softmax"}
+        self._link = links[self._labels.kind]
         if len(self._labels.names) == 2 and self._labels.kind == "class":
             self._link = "sigmoid"
 
