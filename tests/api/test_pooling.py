@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,54 +161,54 @@ async def test_rewards_score_whole_conversations_and_answers_to_a_prompt(
     assert all(text.endswith(end) for text, end in zip(texts, sorted(read), strict=True)), texts
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "heads", "said"),
-    [
-        ("/classify", {"model": None}, (), "no heads"),
-        ("/classify", {}, (), "no heads"),
-        ("/v1/rewards", {"input": TALK}, (), "no heads"),
-        ("/v1/embeddings", {}, (INTENT,), "'intent' (classification)"),
-        ("/classify", {}, (INTENT, TOPICS), "'intent' (classification), 'topics' (classification)"),
-        ("/pooling", {}, (INTENT, GOOD), "name one in `head`"),
-        ("/classify", {"head": "intents"}, (INTENT,), "'intent' (classification)"),
-        ("/classify", {"head": "good"}, (INTENT, GOOD), "'good' (scalar)"),
-        ("/v1/embeddings", {"model": None, "head": "vector"}, (), "is the base"),
-    ],
+HEADLESS: Sequence[tuple[str, Any, Sequence[Head], str]] = (
+    ("/classify", {"model": None}, (), "no heads"),
+    ("/classify", {}, (), "no heads"),
+    ("/v1/rewards", {"input": TALK}, (), "no heads"),
+    ("/v1/embeddings", {}, (INTENT,), "'intent' (classification)"),
+    ("/classify", {}, (INTENT, TOPICS), "'intent' (classification), 'topics' (classification)"),
+    ("/pooling", {}, (INTENT, GOOD), "name one in `head`"),
+    ("/classify", {"head": "intents"}, (INTENT,), "'intent' (classification)"),
+    ("/classify", {"head": "good"}, (INTENT, GOOD), "'good' (scalar)"),
+    ("/v1/embeddings", {"model": None, "head": "vector"}, (), "is the base"),
 )
+
+
 async def test_a_head_that_is_not_there_is_a_400_that_lists_those_that_are(
-    service: Service, adapter: Callable[..., None], base_id: str, path: str, body: Any, heads: Any, said: str
+    service: Service, adapter: Callable[..., None], base_id: str
 ) -> None:
-    adapter(*heads)
-    model = body.get("model", "fox") or base_id
-    error = await bad(service, path, **{"input": "a", **body, "model": model})
-    assert said in error["message"]
-    assert (error["code"], error["param"]) == ("head_not_found", "head")
+    for path, body, heads, said in HEADLESS:
+        adapter(*heads)
+        model = body.get("model", "fox") or base_id
+        error = await bad(service, path, **{"input": "a", **body, "model": model})
+        assert said in error["message"], (path, body)
+        assert (error["code"], error["param"]) == ("head_not_found", "head")
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/v1/embeddings", {"input": []}, "input"),
-        ("/v1/embeddings", {"input": ""}, "input"),
-        ("/v1/embeddings", {"input": ["a", ""]}, "input[1]"),
-        ("/v1/embeddings", {"input": ["a", 5]}, "input"),
-        ("/v1/embeddings", {"input": [5, 9999]}, "input"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
-        ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
-        ("/v1/embeddings", {"input": ["a"] * 2049}, "input"),
-        ("/v1/embeddings", {"input": [[5]] * 3 + [[5] * 600]}, "input[3]"),
-        ("/pooling", {"input": "a", "layer": -5}, "layer"),
-        ("/pooling", {"input": "a", "head": "x", "layer": -2}, "head"),
-        ("/pooling", {"input": "a", "messages": TALK}, "input"),
-        ("/pooling", {}, "input"),
-        ("/v1/rewards", {"input": "a"}, "input"),
-        ("/v1/rewards", {"input": {"prompt": "a", "completions": []}}, "input.completions"),
-    ],
+UNREADABLE: Sequence[tuple[str, Any, str]] = (
+    ("/v1/embeddings", {"input": []}, "input"),
+    ("/v1/embeddings", {"input": ""}, "input"),
+    ("/v1/embeddings", {"input": ["a", ""]}, "input[1]"),
+    ("/v1/embeddings", {"input": ["a", 5]}, "input"),
+    ("/v1/embeddings", {"input": [5, 9999]}, "input"),
+    ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions"),
+    ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
+    ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
+    ("/v1/embeddings", {"input": ["a"] * 2049}, "input"),
+    ("/v1/embeddings", {"input": [[5]] * 3 + [[5] * 600]}, "input[3]"),
+    ("/pooling", {"input": "a", "layer": -5}, "layer"),
+    ("/pooling", {"input": "a", "head": "x", "layer": -2}, "head"),
+    ("/pooling", {"input": "a", "messages": TALK}, "input"),
+    ("/pooling", {}, "input"),
+    ("/v1/rewards", {"input": "a"}, "input"),
+    ("/v1/rewards", {"input": {"prompt": "a", "completions": []}}, "input.completions"),
 )
-async def test_what_cannot_be_read_is_refused_by_its_place(service: Service, path: str, body: Any, param: str) -> None:
-    error = await bad(service, path, **body)
-    assert error["param"] == param, error
+
+
+async def test_what_cannot_be_read_is_refused_by_its_place(service: Service) -> None:
+    for path, body, param in UNREADABLE:
+        error = await bad(service, path, **body)
+        assert error["param"] == param, error
 
 
 async def test_a_client_that_leaves_ends_what_is_read_for_it(service: Service) -> None:

@@ -137,7 +137,7 @@ def _headed(decoder: Decoder, adapters: list[AdapterRef]) -> list[PreparedAdapte
     rows, hidden = table_rows(decoder.spec), decoder.spec.hidden_size
     made = []
     for index, adapter in enumerate(adapters):
-        weights = AdapterReader(rows.modules, max_rank=64).read(Path(adapter.path))
+        weights = AdapterReader(rows, max_rank=64).read(Path(adapter.path))
         random = np.random.default_rng(index)
         values = {RowKind.HEAD: random.normal(size=(3 + index, hidden)), RowKind.HEAD_BIAS: np.ones((3 + index, 1))}
         if index % 2:
