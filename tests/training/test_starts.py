@@ -20,11 +20,12 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.model.spec import table_rows, target_modules
 from tenora.training import eva
-from tenora.training.arena import TrainingArena, scaling
+from tenora.training.arena import TrainingArena
 from tenora.training.checkpoint import checkpoint_path
 from tenora.training.commands import AdamWSettings
 from tenora.training.eva import begin_by_variance, redistributed
 from tenora.training.events import FinishedEvent, TrainEvent
+from tenora.training.kinds.kind import low_rank_scaling
 from tenora.training.optimizer import AdamW
 from tenora.training.packing import PackedRows, microbatches
 from tenora.training.spec import LoraSpec
@@ -137,7 +138,7 @@ def test_eva_begins_where_peft_begins(
         assert expected.shape[0] == ranks[module.row]
         cosines = (directions[module.row].float() * expected).sum(1).abs()
         torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-6)
-        assert theirs.scaling["default"] == pytest.approx(scaling(lora))
+        assert theirs.scaling["default"] == pytest.approx(low_rank_scaling(lora))
         assert not theirs.lora_B["default"].weight.any()
 
 
@@ -155,7 +156,7 @@ def test_a_run_begins_by_eva_and_peft_loads_what_it_exports(
     events: list[TrainEvent | None] = list(TrainingRun(decoder, spec))
     assert isinstance(events[-1], FinishedEvent)
     directory = checkpoint_path(Path(spec.workdir), 3)
-    found = read_adapter(directory, target_modules(decoder.spec), max_rank=8)
+    found = read_adapter(directory, table_rows(decoder.spec), max_rank=8)
     assert len({module.rank for module in found.modules.values()}) > 1
     assert {round(module.scaling, 6) for module in found.modules.values()} == {2.0}
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)

@@ -117,6 +117,7 @@ def begin_by_variance(
     rows = {
         row: found[projection] for layer in sites for projection in layer for row in _rows(projection) if ranks[row]
     }
+    budget = sum(ranks[row] for row in rows)
     needed = {projection: directions.most for projection, directions in found.items()}
     for number, part in enumerate(parts, start=1):
         batch = load_pass(decoder, [Part(part)])
@@ -127,12 +128,12 @@ def begin_by_variance(
             for projection, seen in inputs.items():
                 found[projection].add(seen[batch.predict_at].to("cpu"), last=number == MOST_PARTS)
             yield
-        new = redistributed({row: directions.ratios for row, directions in rows.items()}, sum(ranks))
+        new = redistributed({row: directions.ratios for row, directions in rows.items()}, budget)
         needed = {each: max(new.get(row, 0) for row in _rows(each)) for each in found}
         if number == MOST_PARTS or all(directions.settled(needed[each]) for each, directions in found.items()):
             break
     return (
-        [new.get(row, 0) for row in range(len(ranks))],
+        [new.get(row, rank) for row, rank in enumerate(ranks)],
         {row: rows[row].components[:rank] for row, rank in new.items()},
     )
 

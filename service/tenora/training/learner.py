@@ -185,6 +185,7 @@ class Learner:
 
         ranks, directions = yield from begin_by_variance(self.host.decoder, self.adapter, first())
         self.host.arena.reshape(self.adapter, ranks)
+        self.adapter.initialise(self.spec.seed)
         self.adapter.begin_as(directions)
         self.optimizer = AdamW(self.adapter, self.adapter.rates)
         save_ranks(self.workdir, ranks)
