@@ -72,9 +72,9 @@ def save_random(base: Path, config: peft.PeftConfig, directory: Path, wanted: Ca
 
 
 @torch.no_grad()
-def peft_logits(base: Path, directory: Path) -> Tensor:
-    """Of IDS; what PEFT misses in the files, or finds beside, is an error."""
+def peft_logits(base: Path, directory: Path, ids: Tensor = IDS) -> Tensor:
+    """What PEFT misses in the files, or finds beside, is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         model = peft.PeftModel.from_pretrained(base_model(base), directory)
-    return model(IDS[None]).logits[0]
+    return model(ids[None]).logits[0][-len(ids) :]  # PEFT gives those of a prompt's virtual tokens, too

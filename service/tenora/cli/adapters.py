@@ -13,7 +13,7 @@ from tenora.cli.output import AsJson, show_object, show_objects
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Adapters: list, import, download, delete, rollback.")
 PeftDirectory = Annotated[
-    Path, typer.Argument(exists=True, file_okay=False, help="Has adapter_config.json and adapter_model.safetensors.")
+    Path, typer.Argument(exists=True, file_okay=False, help="Saved by PEFT, or by AdapterHub's library.")
 ]
 Target = Annotated[Path | None, typer.Option("--output", "-o", help="Default: <name>.zip here.")]
 

@@ -228,7 +228,7 @@ class AsyncAdapters:
         progress: bool | calls.OnBytes = False,
         idempotency_key: str | None = None,
     ) -> Adapter:
-        """Import a PEFT directory (adapter_config.json, adapter_model.safetensors); a name in use gets a version."""
+        """Import a directory that PEFT, or AdapterHub's library, saved; a name in use gets a version."""
         with transfer(progress, f"importing {name}") as on_bytes:
             return await self._connection.send(calls.import_adapter(name, Path(directory), on_bytes, idempotency_key))
 

@@ -295,11 +295,12 @@ def adapter_versions(name: str, after: str | None) -> Call[models.ListPage[model
 def import_adapter(
     name: str, directory: Path, on_bytes: OnBytes | None, idempotency_key: str | None
 ) -> Call[models.Adapter]:
-    """POST /v1/adapters with the two files of a PEFT directory."""
-    files = {
-        "adapter_config": directory / "adapter_config.json",
-        "adapter_model": directory / "adapter_model.safetensors",
-    }
+    """POST /v1/adapters with the two files of a directory that PEFT or AdapterHub's library saved."""
+    weights = directory / "adapter_model.safetensors"
+    of_adapterhub = directory / "adapter.safetensors"
+    if of_adapterhub.exists() and not weights.exists():
+        weights = of_adapterhub
+    files = {"adapter_config": directory / "adapter_config.json", "adapter_model": weights}
     upload = Upload({"name": name}, files, on_bytes)
     return Call("POST", "/v1/adapters", _ADAPTER, upload=upload, idempotency_key=idempotency_key or new_key())
 

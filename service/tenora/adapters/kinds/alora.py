@@ -48,5 +48,8 @@ def parse(raw: Mapping[str, Any]) -> ActivatedConfiguration:
 
 
 ALORA = Kind(
-    name="alora", is_of=lambda raw: raw.get("peft_type") == "LORA" and raw.get(_FIELD) is not None, parse=parse
+    name="alora",
+    title="An activated LoRA adapter",
+    is_of=lambda raw: raw.get("peft_type") == "LORA" and raw.get(_FIELD) is not None,
+    parse=parse,
 )

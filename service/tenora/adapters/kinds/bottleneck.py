@@ -235,8 +235,10 @@ def _reads(config: Mapping[str, Any]) -> int:
 
 BOTTLENECK = Kind(
     name="bottleneck",
+    title="Bottleneck adapters",
     is_of=lambda raw: isinstance(raw.get("config"), dict) and "peft_type" not in raw,
     parse=parse,
+    library="adapters",
     weights_name=WEIGHTS_NAME,
 )
 

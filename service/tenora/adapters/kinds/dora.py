@@ -80,6 +80,7 @@ def parse(raw: Mapping[str, Any]) -> DoraConfiguration:
 
 DORA = Kind(
     name="dora",
+    title="A DoRA adapter",
     is_of=lambda raw: raw.get("peft_type") == "LORA" and raw.get("use_dora") is True,
     parse=parse,
 )

@@ -50,7 +50,7 @@ def is_of(raw: Mapping[str, Any]) -> bool:
     return raw.get("peft_type") == "LORA" and raw.get("target_modules") == NO_MODULES
 
 
-HEAD = Kind(name="head", is_of=is_of, parse=HeadConfiguration)
+HEAD = Kind(name="head", title="Heads on the frozen base", is_of=is_of, parse=HeadConfiguration)
 
 
 def head_config(base_model: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def parse(raw: Mapping[str, Any]) -> Ia3Configuration:
     )
 
 
-IA3 = Kind(name="ia3", is_of=lambda raw: raw.get("peft_type") == "IA3", parse=parse)
+IA3 = Kind(name="ia3", title="An (IA)³ adapter", is_of=lambda raw: raw.get("peft_type") == "IA3", parse=parse)
 
 
 def ia3_files(base_model: str, scales: Mapping[str, Array], rows: TableRows) -> tuple[dict[str, Any], dict[str, Array]]:

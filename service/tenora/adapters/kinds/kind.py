@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tenora.adapters.digest import WEIGHTS_NAME
 from tenora.adapters.safetensors_file import Array, TensorEntry
@@ -50,15 +50,19 @@ class Kind:
 
     Attributes:
         name: what `AdapterSummary.kind` says.
+        title: what an adapter of it is, as a sentence begins.
         is_of: whether the fields of an adapter_config.json are those of this kind.
         parse: reads and checks them; raises AdapterFormatError that names the field and says what to do.
         composes: whether it is low-rank matrices that act on every token, and nothing else: several of them act as one
             (`tenora.adapters.composition`).
+        library: whose format it is in: that of "peft", or of AdapterHub's "adapters".
         weights_name: what the format calls the file of the weights; in the store all have one name.
     """
 
     name: str
+    title: str
     is_of: Callable[[Mapping[str, Any]], bool]
     parse: Callable[[Mapping[str, Any]], Configuration]
     composes: bool = False
+    library: Literal["peft", "adapters"] = "peft"
     weights_name: str = WEIGHTS_NAME

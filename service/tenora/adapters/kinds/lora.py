@@ -199,7 +199,9 @@ def parse(raw: Mapping[str, Any], *, also_read: Collection[str] = ()) -> LoraCon
     )
 
 
-LORA = Kind(name="lora", is_of=lambda raw: raw.get("peft_type") == "LORA", parse=parse, composes=True)
+LORA = Kind(
+    name="lora", title="A LoRA adapter", is_of=lambda raw: raw.get("peft_type") == "LORA", parse=parse, composes=True
+)
 
 
 def _planned(

@@ -20,6 +20,7 @@ from tenora.errors import AdapterFormatError
 
 KINDS: tuple[Kind, ...] = (HEAD, DORA, ALORA, LORA, IA3, VERA, BOTTLENECK, PREFIX, PROMPT)
 """The first that a configuration is of counts."""
+NAMED = {kind.name: kind for kind in KINDS}
 COMPOSED = frozenset(kind.name for kind in KINDS if kind.composes)
 """The names of those of which several act as one."""
 MAX_CONFIG_BYTES = 2**20

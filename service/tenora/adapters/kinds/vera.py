@@ -162,7 +162,9 @@ def parse(raw: Mapping[str, Any]) -> VeraConfiguration:
     )
 
 
-VERA = Kind(name="vera", is_of=lambda raw: raw.get("peft_type") == "VERA", parse=parse, composes=True)
+VERA = Kind(
+    name="vera", title="A VeRA adapter", is_of=lambda raw: raw.get("peft_type") == "VERA", parse=parse, composes=True
+)
 
 
 def vera_files(

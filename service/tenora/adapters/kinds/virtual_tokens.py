@@ -118,8 +118,8 @@ def parse(raw: Mapping[str, Any]) -> VirtualTokensConfiguration:
     return VirtualTokensConfiguration(kind=kind.name, tokens=tokens, width=width, raw=raw)
 
 
-PREFIX = Kind(name="prefix", is_of=lambda raw: raw.get("peft_type") in _PREFIXES, parse=parse)
-PROMPT = Kind(name="prompt", is_of=lambda raw: raw.get("peft_type") in _PROMPTS, parse=parse)
+PREFIX = Kind(name="prefix", title="A learned prefix", is_of=lambda raw: raw.get("peft_type") in _PREFIXES, parse=parse)
+PROMPT = Kind(name="prompt", title="A learned prompt", is_of=lambda raw: raw.get("peft_type") in _PROMPTS, parse=parse)
 
 
 def prefix_files(base_model: str, layers: Sequence[Array], *, kv_heads: int) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -41,7 +41,7 @@ async def import_adapter(
     settings: SettingsDep,
     lifecycle: LifecycleDep,
 ) -> Response:
-    """Import a PEFT adapter; under a name in use it becomes the next version."""
+    """Import an adapter in PEFT's format, or AdapterHub's bottlenecks; under a name in use it is the next version."""
     files = {"adapter_config": MAX_CONFIG_BYTES, "adapter_model": settings.max_adapter_bytes}
     async with read_form(request, settings.root / "staging", fields=("name",), files=files) as form:
         name = form.text("name")
@@ -104,7 +104,7 @@ async def unpin_adapter(
 async def download_adapter(
     name: str, caller: Annotated[Principal, may("adapters.download")], control: ControlDep
 ) -> FileResponse:
-    """A zip of the PEFT directory, which `PeftModel.from_pretrained` and vLLM load once unpacked.
+    """A zip of the directory, which the library of its format (PEFT, or AdapterHub's) loads once unpacked.
 
     A version that its name does not mean goes by `name@digest` or, if a job made it, by its `ft:` name.
     """

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tenora.adapters.kinds.table import NAMED
 from tenora.control.adapters.card_tables import code, number, share, signed, table, time
 from tenora.control.adapters.full_section import full_section
 from tenora.control.adapters.head_section import head_section
@@ -15,7 +16,18 @@ from tenora.training.methods.table import METHODS, USUAL, find_unit
 
 README_NAME = "README.md"
 _SHOWN_POINTS = 12  # of the curve
-_TAGS = ("lora", "peft", "text-generation", "tenora")
+_TAGS = ("text-generation", "tenora")
+_LOADED = {
+    "peft": ("from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "path/of/this/directory")'),
+    "adapters": (
+        "import adapters",
+        """adapters.init(base)
+name = base.load_adapter("path/of/this/directory", use_safetensors=True)
+base.set_active_adapters(name)""",
+    ),
+}
+"""How a library gets at an adapter: what is imported, and what loads it into `base`."""
+_LIBRARIES = {"peft": "peft", "adapters": "adapter-transformers"}  # as the hub calls them
 
 
 def model_card(record: AdapterRecord) -> str:
@@ -55,10 +67,11 @@ def sections(said: Mapping[str, Any]) -> list[str]:
 
 def _front_matter(record: AdapterRecord) -> str:
     """YAML. A JSON string is a YAML string, whatever stands in it."""
-    tags = [*_TAGS, f"base_model:adapter:{record.base_model}"]
+    library = _LIBRARIES[NAMED[record.method].library]
+    tags = [record.method, library, *_TAGS, f"base_model:adapter:{record.base_model}"]
     lines = [
         f"base_model: {json.dumps(record.base_model)}",
-        "library_name: peft",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -85,8 +98,7 @@ def _about(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         rows.append(("Rows held out", f"{held['held_out']:,}" if held["held_out"] else "none; cross-validated"))
         longest = "" if held["max_seq_length"] is None else f" to {held['max_seq_length']} tokens"
         rows.append((f"Rows cut{longest}", f"{held['cut']:,}" if held["truncate"] else "none; longer ones are refused"))
-    kind = "A LoRA adapter" if record.target_modules else "Heads on the frozen base"
-    return f"{kind}, {origin}.\n\n" + table(("", ""), rows)
+    return f"{NAMED[record.method].title}, {origin}.\n\n" + table(("", ""), rows)
 
 
 def _verdicts(said: Mapping[str, Any]) -> str:
@@ -321,8 +333,8 @@ def _use(record: AdapterRecord, said: Mapping[str, Any]) -> str:
         argument, comment = json.dumps(f"path/to/.tenora/models/{record.base_model}"), ""
     elif base.get("kind") == "directory":
         argument, comment = json.dumps(f"path/to/{base['source']}"), "  # the weights have the SHA-256 above"
+    imported, loaded = _LOADED[NAMED[record.method].library]
     return (
-        "## Use\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"{before}base = AutoModelForCausalLM.from_pretrained({argument}){comment}\n"
-        'model = PeftModel.from_pretrained(base, "path/of/this/directory")\n```'
+        f"## Use\n\n```python\n{imported}\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"{before}base = AutoModelForCausalLM.from_pretrained({argument}){comment}\n{loaded}\n```"
     )
