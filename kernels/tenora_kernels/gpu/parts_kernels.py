@@ -12,6 +12,7 @@ from tenora_kernels import flags as bits
 from tenora_kernels.gpu.primitives import jit, module_of_block, pick
 
 _PARALLEL = tl.constexpr(bits.PARALLEL)
+_WITH_RESIDUAL = tl.constexpr(bits.WITH_RESIDUAL)
 _BIAS_OUTSIDE = tl.constexpr(bits.BIAS_OUTSIDE)
 _ACTIVATION_BITS = tl.constexpr(bits.ACTIVATION_BITS)
 _SILU = tl.constexpr(bits.ACTIVATIONS.index("silu"))
@@ -83,7 +84,7 @@ def choose_input(
     width: tl.tensor,
     bn: tl.constexpr,
 ) -> None:
-    """out[row] = y[row], or x[row] where the slot's bottlenecks are parallel: a copy, for y is written afterwards.
+    """out[row] = y[row], x[row] or their sum, as the slot's flags say: a copy, for y is written afterwards.
 
     Grid: (rows, blocks of bn columns). out is contiguous.
     """
@@ -94,10 +95,11 @@ def choose_input(
         n = tl.program_id(1) * bn + tl.arange(0, bn)
         inside = n < width
         at = tl.load(perm + position).to(tl.int64)
-        parallel = tl.load(flags + slot) & _PARALLEL
-        of_y = tl.load(y + at * y_stride + n, mask=inside & (parallel == 0), other=0.0)
-        of_x = tl.load(x + at * x_stride + n, mask=inside & (parallel != 0), other=0.0)
-        chosen = tl.where(parallel != 0, of_x.to(tl.float32), of_y.to(tl.float32))
+        bits_of_slot = tl.load(flags + slot)
+        reads_y, reads_x = (bits_of_slot & _PARALLEL) == 0, (bits_of_slot & (_PARALLEL | _WITH_RESIDUAL)) != 0
+        of_y = tl.load(y + at * y_stride + n, mask=inside & reads_y, other=0.0)
+        of_x = tl.load(x + at * x_stride + n, mask=inside & reads_x, other=0.0)
+        chosen = of_y.to(tl.float32) + of_x.to(tl.float32)
         tl.store(out + at * width + n, chosen.to(out.dtype.element_ty), mask=inside)
 
 

@@ -40,7 +40,7 @@ def test_bottlenecks_are_added(activation: int) -> None:
     wanted = add_bottleneck_reference(y, x, BLOCK, tables, ROWS)
     found = add_bottleneck(y.clone(), x, BLOCK, batch_of(tables))
     torch.testing.assert_close(found.double(), wanted, **TOLERANCE[torch.float32])
-    untouched = [row for row, slot in enumerate(ROWS) if slot not in (2, 3, 4)]
+    untouched = [row for row, slot in enumerate(ROWS) if slot not in (2, 3, 4, 6)]
     assert torch.equal(found[untouched], y[untouched])
 
 
@@ -50,7 +50,10 @@ def test_bottlenecks_are_added_to_large_batches() -> None:
     tables, (y, x, _) = make_tables(torch.bfloat16, train=False), inputs(torch.bfloat16)
     wanted = add_bottleneck_reference(y, x, BLOCK, tables, ROWS)
     found = add_bottleneck(y.clone(), x, BLOCK, batch_of(tables))
-    torch.testing.assert_close(found.double(), wanted, **TOLERANCE[torch.bfloat16])
+    # What is read with the residual stream is the rounded sum of two rounded ones; its weights here are large.
+    one = torch.tensor([slot == 6 for slot in ROWS])
+    torch.testing.assert_close(found[~one].double(), wanted[~one], **TOLERANCE[torch.bfloat16])
+    torch.testing.assert_close(found[one].double(), wanted[one], rtol=0, atol=1e-2 * float(wanted[one].abs().max()))
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
