@@ -127,6 +127,7 @@ def card(**changes: Any) -> Card:
             finished_at=1_700_000_100,
         ),
         "notes": ["A note."],
+        "full_model": None,
     }
     return Card(**values | changes)
 
