@@ -13,7 +13,7 @@ import torch
 
 from tenora.adapters.invocation import NEVER, adapted_from
 from tenora.adapters.ref import AdapterRef
-from tenora.engine.messages import EvictAdapter
+from tenora.engine.messages import Abort, EvictAdapter
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora_kernels.cpu.runtime.team import Team
@@ -141,6 +141,40 @@ def test_ten_adapters_compute_one_context_once(tmp_path: Path) -> None:
 
     assert computed(alora_invocation_tokens=INVOCATION) <= 1.1 * len(context)
     assert computed() == 10 * (len(context) + len(INVOCATION))
+
+
+@pytest.mark.parametrize("first", ["base", "adapter"])
+def test_adapters_that_come_together_compute_one_context_once(
+    engine: MakeDriver, activated: list[AdapterRef], first: str
+) -> None:
+    driver = engine(block_size=4, max_num_batched_tokens=32)
+    driver.engine.loader.read_ahead(activated)
+    driver.wait_for_loads()
+    context = prompt(120, seed=8)
+    refs = [None if first == "base" else activated[0], *activated[1:], *activated]
+    requests = [generate([*context, *INVOCATION], adapter=ref) for ref in refs]
+    answers = driver.run(*requests, generate(prompt(9), adapter=activated[0]))
+    assert [answer.cached for answer in answers] == [0, *[120] * (len(refs) - 1), 0]
+    alone = [engine().tokens(request.token_ids, request.sampling, request.adapter) for request in requests]
+    assert [answer.tokens for answer in answers[:-1]] == alone
+
+
+def test_a_context_that_nobody_computes_any_more_is_not_waited_for(
+    engine: MakeDriver, activated: list[AdapterRef]
+) -> None:
+    driver = engine(block_size=4, max_num_batched_tokens=32)
+    driver.engine.loader.read_ahead(activated)
+    driver.wait_for_loads()
+    tokens = [*prompt(120, seed=8), *INVOCATION]
+    gone, *others = (generate(tokens, adapter=ref) for ref in activated)
+    for request in (gone, *others):
+        driver.add(request)
+    driver.step()
+    assert len(driver.engine.scheduler.running) == 1
+    driver.engine.add(Abort(gone.request_id))
+    for _ in range(40):
+        driver.step()
+    assert all(driver.answers[request.request_id].done for request in others)
 
 
 def test_what_the_base_computed_is_found_by_an_adapter_and_the_other_way_round(

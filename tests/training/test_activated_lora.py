@@ -14,10 +14,14 @@ from tenora.data.dataset import TokenizedDataset
 from tenora.model.decoder import Decoder
 from tenora.model.loading import load_decoder
 from tenora.model.spec import target_modules
+from tenora.training.events import FinishedEvent
 from tenora.training.packing import microbatches, pack, shared_prefix
 from tenora.training.spec import LoraSpec
 from tenora.training.step import Part, forward, load_pass
 from tenora_kernels.cpu.runtime.team import Team
+from tests.engine.driver import Driver, load_peft, ref_of
+from tests.engine.requests import generate, sampling
+from tests.training.runs import TrainingRun, default_spec
 from tests.training.test_step import finish, load, make_adapter, peft_losses, peft_model, train
 
 INVOCATION = [301, 302]
@@ -121,3 +125,38 @@ def test_what_rows_share_ends_before_the_invocation_of_each() -> None:
     assert packed.adapted is not None
     assert [adapted_from(row, INVOCATION) for row in (alike, later, BEGINNING)] == [5, 9, NEVER]
     assert packed.positions[packed.adapted].tolist() == [*range(5, 9), *range(9, 12)]
+
+
+def test_a_run_leaves_an_adapter_that_acts_from_its_invocation_on(
+    base: Decoder, tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = dataset()
+    rows.save(tmp_path / "train.npz")
+    rows.save(tmp_path / "valid.npz")
+    lora = LoraSpec(rank=4, alpha=8.0, invocation=tuple(INVOCATION))
+    run = TrainingRun(base, default_spec(tmp_path, "work", lora=lora, learning_rate=0.02, n_epochs=6))
+    (finished,) = [event for event in run if isinstance(event, FinishedEvent)]
+    ref = ref_of(Path(finished.path))
+    driver = Driver(base, block_size=4)
+    model = load_peft(tiny_base, ref)
+    for row in range(len(rows)):
+        tokens = rows.row(row)[0].tolist()
+        scored = generate(tokens, sampling(max_tokens=1, prompt_logprobs=0), adapter=ref)
+        plain = generate(tokens, sampling(max_tokens=1, prompt_logprobs=0))
+        (ours,), (bare,) = driver.run(scored), driver.run(plain)
+        found, without = (
+            torch.tensor([entry.logprob for entry in (each.outputs[0].prompt_logprobs or ())[1:] if entry])
+            for each in (ours, bare)
+        )
+        want = torch.cat(peft_losses(model, _all_learned(rows, row)))
+        torch.testing.assert_close(-found, want, rtol=0, atol=1e-5)
+        first = min(adapted_from(tokens, INVOCATION), len(tokens))
+        assert (found - without)[first:].abs().max() > 0.01 if first < len(tokens) else torch.equal(found, without)
+    driver.close()
+
+
+def _all_learned(rows: TokenizedDataset, row: int) -> TokenizedDataset:
+    """One row, of which every token but the first counts."""
+    one = rows.select(np.array([row]))
+    one.weights[1:] = 1
+    return one

@@ -216,6 +216,9 @@ class Scheduler:
             if sequence.id not in self._by_id:
                 continue  # its adapter could not be loaded
             matched = self._match(sequence)
+            if self._is_being_computed(sequence, matched):
+                self._release(sequence)
+                continue
             # The margin keeps a newcomer from being preempted at once by those that run.
             if not self.blocks.can_hold(matched, sequence.length, reserve=len(self.running)):
                 self._release(sequence)
@@ -230,6 +233,26 @@ class Scheduler:
 
     def _match(self, sequence: SequenceState) -> list[int]:
         return self.blocks.match(sequence.hashes(self.blocks.block_size, sequence.num_cacheable))
+
+    def _is_being_computed(self, sequence: SequenceState, matched: list[int]) -> bool:
+        """Whether most of the base's part of a prompt is being computed for another one, so that waiting saves it.
+
+        Adapters with an invocation come together to one context; each of them would compute it.
+        """
+        if sequence.adapted_from == 0:
+            return False
+        size = self.blocks.block_size
+        last = min(sequence.adapted_from, sequence.num_cacheable) // size - 1  # block of the base's part
+        middle = (len(matched) + last + 1) // 2
+        if middle <= len(matched):
+            return False  # it saves a block or none
+        wanted = sequence.hashes(size, sequence.num_cacheable)[middle]
+        return any(
+            middle < len(running.block_hashes)
+            and running.block_hashes[middle] == wanted
+            and running.context < (middle + 1) * size
+            for running in self.running
+        )
 
     def _acquire(self, sequence: SequenceState) -> Blocked | None:
         """Give the sequence its adapter's slot; a failed load ends it and all others that wait for the same."""

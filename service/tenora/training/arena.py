@@ -345,6 +345,7 @@ class TrainedAdapter:
             ranks=tuple(self.ranks),
             scaling=tuple(self.scaling if rank else 0.0 for rank in self.ranks),
             flags=self.flags,
+            invocation=self.lora.invocation,
         )
 
     def remove(self) -> None:

@@ -106,7 +106,7 @@ def measure(
     examples = dataset.examples
     for first in range(0, examples, _PACKED_AT_ONCE):
         together = range(first, min(first + _PACKED_AT_ONCE, examples))
-        parts = microbatches(dataset, together, capacity, shared=shared)
+        parts = microbatches(dataset, together, capacity, shared=shared, invocation=spec.lora.invocation)
         asked = Work(spec.run_id, spec.share_group, parts, adapter, readout=readout, weight=spec.weight)
         work = yield from finish(queue, asked)
         for part, found in zip(parts, work.results, strict=True):

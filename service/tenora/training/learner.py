@@ -100,7 +100,8 @@ class Learner:
         self.capacity = host.part_tokens(spec.tokens_per_microbatch, recompute=spec.recompute_activations)
         self._shared = (0, 0)  # tokens that every row of the training and of the held-out rows begins with
         if host.shares_prefixes and spec.packing and not spec.lora.dropout:
-            self._shared = (shared_prefix(corpus.train), shared_prefix(corpus.valid))
+            invocation = spec.lora.invocation
+            self._shared = (shared_prefix(corpus.train, invocation), shared_prefix(corpus.valid, invocation))
         self._checkpoints = checkpoints
         self._watch = Watch(corpus)
         self.start: Evaluation | None = None
@@ -233,7 +234,13 @@ class Learner:
     def _microbatches(self, step: int) -> list[PackedRows]:
         spec = self.spec
         examples = self.corpus.batch(step, spec.batch_size, seed=spec.seed)
-        return microbatches(self.corpus.train, examples, self.capacity if spec.packing else 1, shared=self._shared[0])
+        return microbatches(
+            self.corpus.train,
+            examples,
+            self.capacity if spec.packing else 1,
+            shared=self._shared[0],
+            invocation=spec.lora.invocation,
+        )
 
     def _work(self, parts: Sequence[PackedRows]) -> Work:
         spec = self.spec

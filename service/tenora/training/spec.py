@@ -22,6 +22,8 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         last_layers: only what lies in so many last layers; 0 is all of them.
         type: which kind it is, one of `tenora.training.kinds.table`; what a kind does not have is passed over.
         own: settings of its kind, by name.
+        invocation: tokens from which on it acts, in training as in serving (`tenora.adapters.invocation`); empty: on
+            all.
     """
 
     rank: Annotated[int, Setting("Rank of the adapter.", least=1, most=256, swept=1, flag="--rank")] = 16
@@ -57,6 +59,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     last_layers: int = 0
     type: str = USUAL_KIND
     own: dict[str, Any] = msgspec.field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
 
 def stored_shape(lora: LoraSpec) -> dict[str, Any]:

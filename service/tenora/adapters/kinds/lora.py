@@ -81,6 +81,10 @@ class LoraShape(Protocol):
     def use_rslora(self) -> bool:
         """Whether the scaling is alpha / √rank."""
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Tokens from which on it acts; empty: on all."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraConfiguration:
@@ -267,6 +271,7 @@ def lora_config(
     alphas = {} if scaling is None else {path: scaling * _divisor(rank, lora) for path, rank in others.items()}
     return {
         **({"alpha_pattern": alphas} if alphas else {}),
+        **({"alora_invocation_tokens": list(lora.invocation)} if lora.invocation else {}),
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,

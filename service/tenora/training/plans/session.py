@@ -135,8 +135,9 @@ class SessionPlan:
 
     def _forward_backward(self, command: ForwardBackward) -> Generator[None, None, Losses]:
         spec, rows = self._spec, dataset_of(command.rows)
-        shared = shared_prefix(rows) if self._host.shares_prefixes and len(rows) > 1 else 0
-        parts = microbatches(rows, range(len(rows)), self._capacity, shared=shared)
+        invocation = spec.lora.invocation
+        shared = shared_prefix(rows, invocation) if self._host.shares_prefixes and len(rows) > 1 else 0
+        parts = microbatches(rows, range(len(rows)), self._capacity, shared=shared, invocation=invocation)
         objective = WeightedLoss.of(command.rows)
         work = Work(
             spec.run_id,
