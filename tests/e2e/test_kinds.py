@@ -18,19 +18,19 @@ from tests.e2e.serving import Server
 PROMPT = list(range(20, 34))
 
 
-def greedy(model: Any, tokens: int) -> tuple[list[int], list[float]]:
+def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """The likeliest continuation of the prompt, and the log-probability of each of its tokens."""
-    ids, logprobs = list(PROMPT), []
+    ids, logprobs = list(prompt), []
     with torch.no_grad():
         for _ in range(tokens):
             scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             ids.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
-    return ids[len(PROMPT) :], logprobs
+    return ids[len(prompt) :], logprobs
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "bottleneck", "parallel", "prefix", "prompt", "alora"])
 def test_a_kind_goes_from_rows_to_answers_and_into_peft(
     server: Server, tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -49,22 +49,23 @@ def test_a_kind_goes_from_rows_to_answers_and_into_peft(
     assert adapter.evaluation.parity is not None
     assert adapter.evaluation.parity["gap"] < 1e-4
     assert adapter.evaluation.parity["effect"] > 1e-3
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))
+    prompt = [*PROMPT, *(config.get("alora_invocation_tokens") or ())]
     with server.raw() as raw:
         answers = {
             model: raw.post(
                 "/v1/completions",
-                json={"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "logprobs": 1},
+                json={"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 1},
             ).json()["choices"][0]["logprobs"]["token_logprobs"]
             for model in (name, adapter.base_model)
         }
     assert answers[name] != answers[adapter.base_model]
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(tmp_path / "adapter")
     assert job.id in (tmp_path / "adapter" / "README.md").read_text("utf-8")
     if kind in {"bottleneck", "parallel"}:  # AdapterHub's, whose library needs another transformers
-        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))["config"]
-        assert config["is_parallel"] == (kind == "parallel")
+        assert config["config"]["is_parallel"] == (kind == "parallel")
         return
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    _, wanted = greedy(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), 6)
+    _, wanted = greedy(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), prompt, 6)
     assert answers[name] == pytest.approx(wanted, abs=1e-4)

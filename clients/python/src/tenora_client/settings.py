@@ -197,6 +197,9 @@ class AdapterShape(TypedDict, total=False):
     """With eva: a module's rank is at most so many times the rank; 1 moves none; a number, at least 1 and at most 8."""
     init_from: str
     """An adapter of yours to start from; the name of an adapter."""
+    invocation: str
+    """The string from which on the adapter acts, where it occurs last; empty: what the chat template puts before an
+    answer; a text of up to 600 characters."""
     reduction_factor: float
     """Width of the hidden states divided by that of a bottleneck; a number, at least 1 and at most 10000."""
     non_linearity: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "tanh"]
@@ -212,7 +215,7 @@ class AdapterShape(TypedDict, total=False):
 class AdapterParams(AdapterShape, total=False):
     """What the adapter is: a type, and its settings."""
 
-    type: Required[Literal["lora", "dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"]]
+    type: Required[Literal["lora", "alora", "dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"]]
 
 
 class SweptParams(TypedDict, total=False):
@@ -295,6 +298,7 @@ class AdapterSettings(Part):
     init: str | None = None
     eva_rho: float | None = None
     init_from: str | None = None
+    invocation: str | None = None
     reduction_factor: float | None = None
     non_linearity: str | None = None
     placement: str | None = None

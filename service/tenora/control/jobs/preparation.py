@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import msgspec
 
 from tenora.control.adapters.blobs import Blobs
 from tenora.control.jobs.forgetting_text import general_text
+from tenora.control.jobs.invocation import with_invocation
 from tenora.control.jobs.parent import parent_shape
 from tenora.control.jobs.plan import (
     Resolved,
@@ -112,6 +113,7 @@ def prepare(job: Preparation, tokenizer: Tokenizer, limits: Limits, *, tokens_pe
     counts = count_rows(tasks)
     found = resolve(job.asked, limits, job.parent, counts, job.seed)
     text = general_text(tokenizer, limits.max_model_len)
+    found = replace(found, lora=with_invocation(found.lora, tokenizer, [task.train for task in tasks]))
     spec = _plan(job, tasks, found, limits.base_id, tokens_per_microbatch, text)
     workdir = Path(job.workdir)
     with full_disk():

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from tenora.errors import TrainingError
-from tenora.training.kinds import bottleneck, dora, ia3, lora, parallel, prefix, prompt
+from tenora.training.kinds import alora, bottleneck, dora, ia3, lora, parallel, prefix, prompt
 from tenora.training.kinds.kind import AdapterKind
 
-_TABLE = (lora.KIND, dora.KIND, ia3.KIND, bottleneck.KIND, parallel.KIND, prefix.KIND, prompt.KIND)
+_TABLE = (
+    *(lora.KIND, alora.KIND, dora.KIND, ia3.KIND),
+    *(bottleneck.KIND, parallel.KIND, prefix.KIND, prompt.KIND),
+)
 KINDS: Mapping[str, AdapterKind] = MappingProxyType({kind.name: kind for kind in _TABLE})
 LORA_KIND = lora.KIND
 """Of a job that names none."""
