@@ -39,7 +39,7 @@ from tenora.model.loading import load_decoder
 from tenora.model.spec import table_rows
 from tenora.training.spec import LoraSpec
 from tenora_kernels.layout import LoraBatch, LoraTables, build_segments
-from tests.adapters.files import PREFIX, TARGETS, config, tensors
+from tests.adapters.files import PREFIX, ROWS, TARGETS, config, tensors
 
 # PEFT and transformers disagree on a name that one of them deprecates.
 pytestmark = [
@@ -91,7 +91,7 @@ def head_weights(rows: int) -> Any:
 
 def written(directory: Path, heads: HeadTensors) -> AdapterWeights:
     write_adapter(directory, base_model="tiny", lora=LORA, modules=modules(), heads=heads)
-    return read_adapter(directory, TARGETS, max_rank=64)
+    return read_adapter(directory, ROWS, max_rank=64)
 
 
 def test_a_classifier_that_peft_saves_gives_the_same_scores_here(tiny_base: Path, tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_a_classifier_that_peft_saves_gives_the_same_scores_here(tiny_base: Path
         if "lora_" in name or "modules_to_save" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.3)
     model.save_pretrained(tmp_path)
-    weights = read_adapter(tmp_path, TARGETS, max_rank=64)
+    weights = read_adapter(tmp_path, ROWS, max_rank=64)
     labels = ("LABEL_0", "LABEL_1", "LABEL_2")
     assert weights.heads == (Head(name="score", kind="classification", start=0, stop=3, labels=labels),)
     decoder = load_decoder(tiny_base, device=CPU)
     torch.testing.assert_close(our_scores(decoder, weights), peft_scores(tiny_base, tmp_path, 3), rtol=1e-5, atol=1e-5)
-    summary = summarise(tmp_path, TARGETS, max_rank=64)
+    summary = summarise(tmp_path, ROWS, max_rank=64)
     assert summary.parameters * 4 == summary.nbytes == weights.nbytes
     assert summary.heads == weights.heads
     assert weights.config == summary.config == json.loads((tmp_path / CONFIG_NAME).read_bytes())
@@ -127,7 +127,7 @@ def test_several_heads_at_the_last_token_are_one_classifier_to_peft_and_come_bac
         classifier(tiny_base, 4), tmp_path / "mine", is_trainable=True
     )
     model.save_pretrained(tmp_path / "theirs")
-    again = read_adapter(tmp_path / "theirs", TARGETS, max_rank=64)
+    again = read_adapter(tmp_path / "theirs", ROWS, max_rank=64)
     assert torch.equal(our_scores(decoder, again), our_scores(decoder, weights))
     (head,) = again.heads  # what PEFT does not know it cannot keep
     assert head.size == 4
@@ -183,7 +183,7 @@ def test_an_adapter_of_the_last_layers_names_them_and_peft_finds_it_whole(tiny_b
     last = {path: pair for path, pair in modules().items() if ".0." not in path}
     write_adapter(tmp_path / "mine", base_model="tiny", lora=LORA, modules=last)
     assert json.loads((tmp_path / "mine" / CONFIG_NAME).read_bytes())["layers_to_transform"] == [1, 2]
-    assert set(read_adapter(tmp_path / "mine", TARGETS, max_rank=64).modules) == set(last)
+    assert set(read_adapter(tmp_path / "mine", ROWS, max_rank=64).modules) == set(last)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     model: Any = peft.PeftModel.from_pretrained(base, tmp_path / "mine")
     state = peft.get_peft_model_state_dict(model)
@@ -233,8 +233,8 @@ def test_heads_that_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_bytes(text)
     write_file(tmp_path / WEIGHTS_NAME, {**tensors(), **extra}, metadata)
     with pytest.raises(AdapterFormatError) as read:
-        AdapterReader(TARGETS, max_rank=64).read(tmp_path)
+        AdapterReader(ROWS, max_rank=64).read(tmp_path)
     assert reason in read.value.message
     with pytest.raises(AdapterFormatError) as validated:
-        validate_files(text, tmp_path / WEIGHTS_NAME, TARGETS, max_rank=64)
+        validate_files(text, tmp_path / WEIGHTS_NAME, ROWS, max_rank=64)
     assert validated.value.message == read.value.message
