@@ -165,6 +165,8 @@ def with_bottlenecks(model: Any, adapter: TrainedAdapter) -> Iterator[dict[int, 
         ) -> Any:
             own = output[0] if isinstance(output, tuple) else output
             source = streams[path] if adapter.lora.type == "parallel" else own
+            if adapter.lora.own.get("placement") == "pfeiffer":
+                source = streams[path] + own
             made = function(source @ parts[0].t() + parts[2][:, 0]) @ parts[1] + parts[3][0]
             changed = own + adapter.scaling * made
             return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -205,7 +205,8 @@ class AdapterShape(TypedDict, total=False):
     non_linearity: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "tanh"]
     """Function between the two matrices of a bottleneck; one of silu, gelu, gelu_pytorch_tanh, relu, tanh."""
     placement: Literal["houlsby", "pfeiffer"]
-    """Which blocks have one: houlsby, attention and MLP; pfeiffer, the MLP; one of houlsby, pfeiffer."""
+    """houlsby: after attention and MLP, on a block's output; pfeiffer: after the MLP, on the residual stream; one of
+    houlsby, pfeiffer."""
     scaling: float
     """What a bottleneck's output is multiplied with; a number, above 0 and at most 1000."""
     num_virtual_tokens: int
