@@ -28,6 +28,10 @@ NOT_STATED = {
     **dict.fromkeys(("Limits", "Ready"), "the modules of a base"),
     **dict.fromkeys(("Layout", "PackedStack"), "the layers of a base"),
     "Selection": "which weights are trained",
+    **dict.fromkeys(
+        ("RankPoint", "RankPointObject", "FullResult", "FullCard", "FullObject", "FullModel"),
+        "an adapter that was made of a model",
+    ),
     **dict.fromkeys(("Part", "Pass"), "where a pass takes the numbers of its dropout"),
     "PromptLogprob": "the rank of a token",
 }

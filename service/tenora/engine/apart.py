@@ -65,6 +65,11 @@ class ApartTrainer:
         self._turn = asyncio.Lock()
         self._running: _Running | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that there is now."""
+        return None if self._running is None else self._running.process.pid
+
     async def train(self, spec: TrainSpec, /) -> AsyncGenerator[TrainEvent, None]:
         """See `Trainer`. Closing the iterator kills the process; the run goes on from its last saved state.
 

@@ -206,6 +206,26 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[list[float]]
 
 
+class RankPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """How far an adapter of a model's difference to its base is from the model, on held-out rows.
+
+    Attributes:
+        rank: the mean over all matrices; some have more.
+        highest: of one matrix.
+        weights: numbers in the adapter.
+        loss: held-out loss, nats per token.
+        gap: that, less the model's on the same rows.
+        kl: mean divergence KL(model ‖ adapter) of the next token, nats per token.
+    """
+
+    rank: int
+    highest: int
+    weights: int
+    loss: float
+    gap: float
+    kl: float
+
+
 class FullResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a full fine-tuning came to, beside the run's other figures.
 
@@ -215,6 +235,9 @@ class FullResult(msgspec.Struct, frozen=True, kw_only=True):
         trained: weights that were trained.
         valid_loss: held-out loss of the model itself.
         reason: why an adapter is served in its place, or none.
+        rank: of that adapter, on the average over its matrices; 0 without one.
+        allowed_gap, allowed_kl: what its distance to the model may be, in nats per token.
+        curve: the ranks that were tried.
     """
 
     path: str
@@ -222,6 +245,10 @@ class FullResult(msgspec.Struct, frozen=True, kw_only=True):
     trained: int
     valid_loss: float
     reason: str
+    rank: int = 0
+    allowed_gap: float = 0.0
+    allowed_kl: float = 0.0
+    curve: list[RankPoint] = []
 
 
 class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):

@@ -17,6 +17,7 @@ from tenora.model.tokenizer import Tokenizer
 from tenora.training.full import memory
 from tenora.training.full.memory import require_memory
 from tenora.training.methods.full import METHOD
+from tenora.training.spec import LoraSpec
 from tests.control.conftest import BASE
 from tests.control.jobs.test_job_fields import ALL_LINEAR, LIMITS, Prepared
 
@@ -57,8 +58,8 @@ def test_few_rows_are_held_out_not_divided_into_folds_and_the_rate_is_a_tenth(pr
 
 
 def test_the_rank_of_what_is_served_is_the_highest_that_fits() -> None:
-    def fits(rank: int, names: tuple[str, ...]) -> None:
-        if rank > 100:
+    def fits(lora: LoraSpec) -> None:
+        if lora.rank > 100:
             raise AdapterFormatError("too large")
 
     limits = Limits(BASE, 256, 256, ALL_LINEAR, fits)

@@ -73,6 +73,9 @@ class FullModel(ApiObject):
         digest: SHA-256 over its files.
         trained: weights that were trained.
         valid_loss: held-out loss of the model itself.
+        rank: mean one of the adapter that is served; 0 without one.
+        allowed_gap, allowed_kl: what its distance to the model may be, in nats per token.
+        curve: the distance at each rank that was tried: `rank`, `highest`, `weights`, `loss`, `gap`, `kl`.
     """
 
     digest: str
@@ -80,6 +83,10 @@ class FullModel(ApiObject):
     valid_loss: float | None = None
     served: bool
     reason: str
+    rank: int = 0
+    allowed_gap: float | None = None
+    allowed_kl: float | None = None
+    curve: Sequence[Mapping[str, Any]] = ()
 
 
 class HeadBeside(ApiObject):

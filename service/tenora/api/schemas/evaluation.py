@@ -167,6 +167,22 @@ class ParityObject(ResponseModel):
     modules: int
 
 
+class RankPointObject(ResponseModel):
+    """How far an adapter of a mean rank is from the model that it may stand for, in nats per held-out token.
+
+    Attributes:
+        highest: rank of one matrix; weights: numbers in the adapter.
+        gap: held-out loss, less the model's; kl: mean KL(model ‖ adapter).
+    """
+
+    rank: int
+    highest: int
+    weights: int
+    loss: float | None
+    gap: float | None
+    kl: float | None
+
+
 class FullObject(ResponseModel):
     """A model that was trained whole; `reason` says why an adapter is served in its place, or none.
 
@@ -174,6 +190,9 @@ class FullObject(ResponseModel):
         digest: SHA-256 over its files.
         trained: weights that were trained.
         valid_loss: held-out loss of the model itself.
+        rank: mean one of the adapter that is served; 0 without one.
+        allowed_gap, allowed_kl: what its distance to the model may be.
+        curve: the ranks that were tried.
     """
 
     digest: str
@@ -181,6 +200,10 @@ class FullObject(ResponseModel):
     valid_loss: float | None
     served: bool
     reason: str
+    rank: int
+    allowed_gap: float | None
+    allowed_kl: float | None
+    curve: list[RankPointObject]
 
 
 class BaseSourceObject(ResponseModel):

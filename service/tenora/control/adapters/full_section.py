@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tenora.control.adapters.card_tables import code, number, table
+from tenora.control.adapters.card_tables import code, number, signed, table
 
 
 def full_section(said: Mapping[str, Any]) -> str:
@@ -19,4 +19,12 @@ def full_section(said: Mapping[str, Any]) -> str:
         ("Held-out loss of the model itself", number(found["valid_loss"])),
         ("Served as an adapter", "yes" if found["served"] else "**no**"),
     ]
-    return f"## The full fine-tuning\n\n{found['reason']}\n\n" + table(("", ""), rows)
+    curve = ""
+    if found["curve"]:
+        head = ("mean rank", "highest rank", "weights", "gap in held-out loss", "KL(model ‖ adapter)")
+        points = [
+            (point["rank"], point["highest"], f"{point['weights']:,}", signed(point["gap"]), number(point["kl"]))
+            for point in found["curve"]
+        ]
+        curve = "\n\n### Adapters beside the model, nats per held-out token\n\n" + table(head, points)
+    return f"## The full fine-tuning\n\n{found['reason']}\n\n" + table(("", ""), rows) + curve

@@ -7,21 +7,17 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from tenora.control.gate.lineage import Lineage
 from tenora.control.gate.parity import Parity
 from tenora.control.jobs.rows import finite
-from tenora.training.events import EvaluationPoint, HeadCandidate
+from tenora.training.events import EvaluationPoint, HeadCandidate, RankPoint
+from tenora.training.intervals import bootstrap
 from tenora.training.methods.method import PER_TOKEN, Unit
 from tenora.training.methods.table import find_unit
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 MIN_ROWS = 6
 """Rows that a verdict needs: with five, all of which agree, a sign test still gives p = 2 · 0.5⁵ = 0.06."""
-_MAX_UNITS = 1024  # more rows are gathered into this many groups, which bounds the time and changes little else
-_CHUNK = 500  # resamples at once
 
 SOME_OVERFITTING = 1.02
 """Last ÷ best held-out loss. With a few dozen rows it moves by a percent or two from one evaluation to the next without
@@ -152,6 +148,9 @@ class FullCard(msgspec.Struct, frozen=True, kw_only=True):
         valid_loss: held-out loss of the model itself.
         served: whether an adapter stands for it here.
         reason: why, or why not.
+        rank: of that adapter, on the average over its matrices; 0 without one.
+        allowed_gap, allowed_kl: what its distance to the model may be, in nats per token.
+        curve: the distances of the ranks that were tried.
     """
 
     digest: str
@@ -159,6 +158,10 @@ class FullCard(msgspec.Struct, frozen=True, kw_only=True):
     valid_loss: float
     served: bool
     reason: str
+    rank: int
+    allowed_gap: float
+    allowed_kl: float
+    curve: list[RankPoint]
 
 
 class HeadBeside(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,32 +300,6 @@ def compare(
         verdict=verdict_of(len(count), low, high),
         unit=unit.name,
     )
-
-
-def bootstrap(differences: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], *, seed: int) -> tuple[float, float]:
-    """Percentile interval of Σ differences / Σ tokens when rows are drawn again with replacement (Efron 1979).
-
-    Rows, not tokens, are drawn: tokens of one row are not independent.
-
-    Args:
-        differences: float64 [n], per row, paired: one number for both sides.
-        tokens: int64 [n].
-    """
-    random = np.random.default_rng(seed)
-    weights = tokens.astype(np.float64)
-    if len(weights) > _MAX_UNITS:
-        unit = random.permutation(len(weights)) % _MAX_UNITS
-        differences, weights = (
-            np.bincount(unit, weights=values, minlength=_MAX_UNITS).astype(np.float64, copy=False)
-            for values in (differences, weights)
-        )
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, _CHUNK):
-        drawn = random.integers(0, len(weights), size=(_CHUNK, len(weights)))
-        means[start : start + _CHUNK] = differences[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1.0)
-    tail = 100.0 * (1.0 - CONFIDENCE) / 2.0
-    low, high = np.percentile(means, [tail, 100.0 - tail])
-    return float(low), float(high)
 
 
 def forgetting(adapter: float | None, base: float | None, *, tokens: int) -> Forgetting | None:

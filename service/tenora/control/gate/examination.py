@@ -97,7 +97,11 @@ async def _parity(
     method, modules = find_method(spec.method), 0
     if not method.is_frozen(method.own_settings(spec.method_settings)):
         modules = await asyncio.to_thread(
-            require_weights, ref.path, context.blobs.rows, spec.lora, max_rank=context.blobs.max_rank
+            require_weights,
+            ref.path,
+            context.blobs.rows,
+            spec.lora if event.full is None else None,  # what a whole model lacks of an adapter is meant
+            max_rank=context.blobs.max_rank,
         )
     scorer = Scorer(context.engine, claim.tenant_id, priority=_URGENT)
     rows = []
@@ -220,6 +224,10 @@ def _full(found: FullResult, *, served: bool) -> FullCard:
         valid_loss=found.valid_loss,
         served=served,
         reason=found.reason,
+        rank=found.rank,
+        allowed_gap=found.allowed_gap,
+        allowed_kl=found.allowed_kl,
+        curve=found.curve,
     )
 
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tenora.control.gate.card import HeadBeside, HeadCard, Measure, Other, bootstrap, verdict_of
+from tenora.control.gate.card import HeadBeside, HeadCard, Measure, Other, verdict_of
 from tenora.control.gate.tfidf import MAX_ROWS, tfidf
 from tenora.data.dataset import TokenizedDataset
 from tenora.data.labels import Labels
@@ -18,6 +18,7 @@ from tenora.training.closed_form import Float64Array
 from tenora.training.events import HeadOutcome
 from tenora.training.head_fit import HeadFit
 from tenora.training.head_metrics import class_metrics, labels_metrics, number_metrics
+from tenora.training.intervals import bootstrap
 
 T = TypeVar("T")
 

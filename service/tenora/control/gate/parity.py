@@ -92,13 +92,13 @@ async def score_rows(scorer: Scorer, rows: Sequence[ProbeRow], adapter: AdapterR
     return await asyncio.gather(*(scorer.score(row.tokens, row.learned, adapter) for row in rows))
 
 
-def require_weights(directory: str, rows: TableRows, lora: LoraSpec, *, max_rank: int) -> int:
+def require_weights(directory: str, rows: TableRows, lora: LoraSpec | None, *, max_rank: int) -> int:
     """Read the adapter and return how many modules, blocks or layers of the base it changes.
 
     Args:
         directory: path of a PEFT directory.
         rows: those of the base that an adapter can fill.
-        lora: the shape that was to be trained.
+        lora: the shape that was to be trained; None wants nothing of it but that it is readable.
 
     Raises:
         TrainingError: code untrained_modules; the message names modules that are missing, not finite or as they began.
@@ -108,6 +108,8 @@ def require_weights(directory: str, rows: TableRows, lora: LoraSpec, *, max_rank
     found: dict[tuple[RowKind, str], LoraModule | AdapterPart] = {}
     found |= {(RowKind.LOW_RANK, path): module for path, module in weights.modules.items()}
     found |= {(part.kind, part.path): part for part in weights.parts}
+    if lora is None:
+        return len({path for _, path in found})
     kind = find_kind(lora.type)
     ranks = kind.ranks(rows, lora)
     wanted = [row for row, rank in zip(rows.rows, ranks, strict=True) if rank and row.kind in kind.learned]

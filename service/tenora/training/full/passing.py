@@ -7,6 +7,8 @@ gradients and moments there is never more than the inside of one layer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from tenora.training.packing import PackedRows
 from tenora.training.pass_queue import Objective
 from tenora.training.step import Part, Pass, TokenLosses, load_pass
 
-__all__ = ["finished_states", "learn", "measure"]
+__all__ = ["Divergence", "diverge", "finished_states", "head_of", "learn", "measure"]
 
 _LOGITS_BYTES = 16 * 2**20  # float32 scores alive at once
 
@@ -70,6 +72,48 @@ def learn(weights: FullWeights, rows: PackedRows, objective: Objective) -> Token
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Sums over tokens: loss, the model's own, and KL(model ‖ this)."""
+
+    loss: float
+    model_loss: float
+    kl: float
+    tokens: int
+
+    def __add__(self, other: Divergence) -> Divergence:
+        """Over the tokens of both."""
+        return Divergence(
+            self.loss + other.loss,
+            self.model_loss + other.model_loss,
+            self.kl + other.kl,
+            self.tokens + other.tokens,
+        )
+
+
+@torch.no_grad()
+def diverge(
+    decoder: Decoder, states: Tensor, model_states: Tensor, targets: Tensor, model_head: Tensor | None
+) -> Divergence:
+    """What a decoder makes of tokens beside what a model does, chunk by chunk.
+
+    Args:
+        states, model_states: [n, H] of the decoder and of the model.
+        model_head: [V, H]; None is the decoder's own.
+    """
+    head = head_of(decoder)
+    size = max(16, _LOGITS_BYTES // (8 * len(head)))
+    total = Divergence(0.0, 0.0, 0.0, 0)
+    for start in range(0, len(targets), size):
+        span, wanted = slice(start, start + size), targets[start : start + size, None]
+        own = (states[span] @ head.t()).log_softmax(dim=1)
+        model = (model_states[span] @ (head if model_head is None else model_head).t()).log_softmax(dim=1)
+        loss, model_loss = (float(-one.gather(1, wanted).double().sum()) for one in (own, model))
+        kl = float((model.exp() * (model - own)).double().sum())
+        total += Divergence(loss, model_loss, kl, len(wanted))
+    return total
+
+
 def decoder_states(decoder: Decoder, batch: Pass, inputs: list[Tensor] | None = None) -> Tensor:
     """Hidden states [T, H] after the last layer; `inputs` gets those before each layer."""
     hidden = decoder.embed(batch.input_ids)
@@ -95,7 +139,7 @@ def _scored(
         coefficients: [n]; with them `slope` [n, H] becomes the gradient of Σ coefficient · loss, and `head_grad` [V, H]
             has the head's added to it.
     """
-    head = _head(decoder)
+    head = head_of(decoder)
     size = max(16, _LOGITS_BYTES // (4 * len(head)))
     loss, correct = states.new_empty(len(targets)), torch.empty(len(targets), dtype=torch.bool, device=states.device)
     for start in range(0, len(targets), size):
@@ -115,8 +159,8 @@ def _scored(
     return TokenLosses(loss, correct)
 
 
-def _head(decoder: Decoder) -> Tensor:
-    """[V, H]."""
+def head_of(decoder: Decoder) -> Tensor:
+    """The head [V, H], as it is."""
     values: Tensor = decoder.lm_head.values  # type: ignore[attr-defined]  # `FullWeights` sees that it is dense
     return values.detach()
 

@@ -19,6 +19,7 @@ from tenora.model.weights.dense import Dense
 from tenora.training.arena import TrainedAdapter, TrainingArena
 from tenora.training.checkpoint import read_tensors, replace_tensors
 from tenora.training.full.selection import Selection
+from tenora.training.kinds.table import find_kind
 from tenora.training.spec import LoraSpec
 
 __all__ = ["FullArena", "FullWeights"]
@@ -68,6 +69,7 @@ class FullWeights(TrainedAdapter):
     def __init__(self, decoder: Decoder, selection: Selection) -> None:
         """Move the decoder's chosen weights into one vector; no other copy of them stays."""
         self.decoder = decoder
+        self.kind = find_kind(LoraSpec().type)  # whose gradients are those of what is learned
         self.lowest_layer = 0 if selection.embeddings else selection.layers[0]
         pieces = list(_pieces(decoder, selection))
         self.numel = sum(piece.now.numel() for piece in pieces)
@@ -78,7 +80,9 @@ class FullWeights(TrainedAdapter):
         self.head_grad: Tensor | None = None
         tied = decoder.lm_head is decoder.embed_tokens
         start = 0
-        for piece in pieces:
+        pieces.reverse()
+        while pieces:
+            piece = pieces.pop()  # the last hold on the tensor that is replaced
             span = slice(start, start + piece.now.numel())
             view = self._flat[span].view(piece.now.shape)
             view.copy_(piece.now)
@@ -91,7 +95,6 @@ class FullWeights(TrainedAdapter):
             if piece.parts[0][0] == f"{decoder.spec.head.parts[0][0]}.weight":
                 self.head_grad = leaf.grad
             start = span.stop
-        del pieces
         if tied:
             decoder.lm_head = decoder.embed_tokens
 
