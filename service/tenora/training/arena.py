@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tenora.adapters.head_files import HeadTensors
 from tenora.adapters.peft_format import write_files
 from tenora.adapters.prepared import PreparedAdapter
 from tenora.adapters.table_rows import RowKind, TableRows
@@ -32,6 +33,9 @@ from tenora.training.spec import LoraSpec
 from tenora_kernels.layout import LoraTables
 
 Float32Array = npt.NDArray[np.float32]
+
+HEAD_RATE = 10.0
+"""Times the rate of the low-rank terms: a head begins at zero, and not as something that is nearly right."""
 
 
 class Base:
@@ -79,17 +83,19 @@ class TrainingArena:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None) -> TrainedAdapter:
+    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None, *, heads: int = 0) -> TrainedAdapter:
         """Make room for an adapter; all its weights are zero.
 
         Args:
+            lora: its shape.
             ranks: per row; None: `lora`'s in every module that it names.
+            heads: rows of its heads.
 
         Raises:
             TrainingError: it names no module of the base, or has a rank below 1.
             MemoryError, torch.OutOfMemoryError: there is no room; the others are as they were.
         """
-        adapter = TrainedAdapter(self, lora, ranks)
+        adapter = TrainedAdapter(self, lora, ranks, heads)
         self._rebuild([*self._adapters, adapter])
         return adapter
 
@@ -164,13 +170,18 @@ class TrainedAdapter:
 
     kept_checkpoints = 3
 
-    def __init__(self, arena: TrainingArena, lora: LoraSpec, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, arena: TrainingArena, lora: LoraSpec, ranks: Sequence[int] | None = None, heads: int = 0
+    ) -> None:
         self.lora = lora
         self.kind = find_kind(lora.type)
         self.scaling = self.kind.scaling(lora)
         self._arena = arena
         self.slot, self.span = -1, slice(0, 0)
-        self.take_ranks(self.kind.ranks(arena.rows, lora) if ranks is None else ranks)
+        ranks = self.kind.ranks(arena.rows, lora) if ranks is None else list(ranks)
+        if heads:
+            ranks[self.head_row] = heads
+        self.take_ranks(ranks)
 
     def take_ranks(self, ranks: Sequence[int]) -> None:
         """For the arena alone, which lays it out anew: have these ranks, per row."""
@@ -219,15 +230,16 @@ class TrainedAdapter:
 
     @property
     def rates(self) -> list[tuple[slice, float]]:
-        """Stretches for `AdamW`, which together are all weights: B learns faster than A by LoRA+'s ratio."""
-        ratio = self.lora.lora_plus_ratio
-        if ratio == 1:
+        """Stretches for `AdamW`, which together are all weights: B learns faster than A by LoRA+'s ratio, and heads
+        `HEAD_RATE` times as fast.
+        """
+        ratio, heads = self.lora.lora_plus_ratio, self.filled(RowKind.HEAD)
+        if ratio == 1 and not heads:
             return []
         found, start = [], 0
-        for rank, width, height in zip(
-            self.ranks, self._arena.rows.in_features, self._arena.rows.out_features, strict=True
-        ):
-            for size, times in ((rank * width, 1.0), (rank * height, ratio)):
+        for place, (rank, row) in enumerate(zip(self.ranks, self._arena.rows.rows, strict=True)):
+            first = HEAD_RATE if place in heads else 1.0
+            for size, times in ((rank * row.in_features, first), (rank * row.out_features, ratio)):
                 if size:
                     found.append((slice(start, start + size), times))
                     start += size
@@ -258,6 +270,16 @@ class TrainedAdapter:
     def bt(self, row: int) -> Tensor:
         """View of the masters of Bᵀ, [r, out]."""
         return self._arena.masters.bt(row, self.slot)
+
+    @property
+    def head_row(self) -> int:
+        """The row of the tables that its heads lie in, one below the other."""
+        return self._arena.rows.row(RowKind.HEAD)
+
+    @property
+    def head(self) -> Tensor:
+        """float32 [k, H], a view of its heads' master weights. Whoever changes them calls `refresh` afterwards."""
+        return self._arena.masters.a(self.head_row, self.slot)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -334,9 +356,9 @@ class TrainedAdapter:
             for target in self._modules()
         }
 
-    def write(self, directory: Path, *, base_model: str) -> None:
-        """Write it as it is now as a PEFT directory; raises as `write_adapter`."""
-        write_files(directory, *self.files(base_model))
+    def write(self, directory: Path, *, base_model: str, heads: HeadTensors | None = None) -> None:
+        """Write it as it is now, with its heads, as a PEFT directory; raises as `write_files`."""
+        write_files(directory, *self.files(base_model), heads=heads)
 
     def prepared(self) -> PreparedAdapter:
         """A copy of the adapter as it is now, on the arena's device and in the base's type, for a slot that serves."""

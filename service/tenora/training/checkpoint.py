@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tenora.adapters.atomic import fsync, replace_file
+from tenora.adapters.head_files import HeadTensors
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
-from tenora.training.events import EvaluationPoint
+from tenora.training.events import EvaluationPoint, HeadOutcome
 from tenora.training.optimizer import AdamW
 from tenora.training.settings import RunSettings
 from tenora.training.spec import TrainSpec, stored_shape
@@ -48,6 +49,7 @@ class Best(msgspec.Struct, frozen=True, kw_only=True):
         rows, probe: see `tenora.training.evaluation.Evaluation`.
         tasks: held-out loss of each task, if there are several.
         general_loss: on the general text, if the run has one.
+        head: what its head says of the held-out rows, if it has one.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Best(msgspec.Struct, frozen=True, kw_only=True):
     probe: list[list[float]]
     tasks: dict[str, float]
     general_loss: float | None = None
+    head: HeadOutcome | None = None
 
 
 class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,12 +275,12 @@ def load_ranks(workdir: Path) -> list[int] | None:
         ) from error
 
 
-def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int) -> Path:
+def write_checkpoint(spec: TrainSpec, adapter: TrainedAdapter, step: int, heads: HeadTensors | None = None) -> Path:
     """Write what is trained as it is after `step`, replacing what an earlier attempt may have left."""
     directory = checkpoint_path(Path(spec.workdir), step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove(directory)
-    adapter.write(directory, base_model=spec.base_model)
+    adapter.write(directory, base_model=spec.base_model, heads=heads)
     return directory
 
 

@@ -164,11 +164,13 @@ class HeadOutcome(msgspec.Struct, frozen=True, kw_only=True):
             labels' units.
         folds: of the cross-validation; 0 if there was nothing to choose, or a gradient chose.
         candidates: for each layer and pooling the best strength, the best of all first.
+        metrics: of embeddings, whose scores are those of the first rows: `recall_at_1`, ….
     """
 
     scores: list[list[float]]
     folds: int = 0
     candidates: list[HeadCandidate] = []
+    metrics: dict[str, float] = {}
 
 
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ are made of learners: one for a plain job, one per trial of a sweep, one per fol
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from tenora.adapters.weights import AdapterWeights
 from tenora.training.arena import TrainedAdapter
 from tenora.training.checkpoint import (
     Best,
@@ -60,6 +62,7 @@ class Learner:
     Attributes:
         progress: how far it is.
         total_steps: of its schedule.
+        parent: the adapter that it began as, if it is another one.
         start: the base on the held-out rows, if somebody has measured it for several learners.
     """
 
@@ -81,13 +84,18 @@ class Learner:
         self.workdir = Path(spec.workdir)
         self.steps_per_epoch = corpus.steps_per_epoch(spec.batch_size)
         self.total_steps = spec.max_steps or spec.n_epochs * self.steps_per_epoch
-        self.adapter = host.arena.add(spec.lora, load_ranks(self.workdir))
+        method = find_method(spec.method)
+        heads = method.head_rows(method.own_settings(spec.method_settings), corpus.train)
+        self.adapter = host.arena.add(spec.lora, load_ranks(self.workdir), heads=heads)
         self._learning: Learning | None = None
         try:
             self.adapter.initialise(spec.seed)
+            self.parent: AdapterWeights | None = None
             if spec.init_path:
-                start_adapter(self.adapter, Path(spec.init_path), host.arena.rows)
-            self._learning = find_method(spec.method).learning(self)
+                self.parent = start_adapter(self.adapter, Path(spec.init_path), host.arena.rows)
+            self._learning = method.learning(self)
+            self.corpus = self._learning.corpus
+            self._learning.begin()
             self.optimizer = AdamW(self.adapter, self.adapter.rates)
             self.belongs_to = fingerprint(spec, corpus.train, corpus.valid)
             restored = load_state(self.workdir, self._state(Progress()))
@@ -99,7 +107,8 @@ class Learner:
         self.dropout = LoraDropout(spec.lora.dropout, host.decoder.device) if spec.lora.dropout else None
         self.capacity = host.part_tokens(spec.tokens_per_microbatch, recompute=spec.recompute_activations)
         self._shared = (0, 0)  # tokens that every row of the training and of the held-out rows begins with
-        if host.shares_prefixes and spec.packing and not spec.lora.dropout:
+        alone = self._learning.reads_whole_rows or not spec.packing or spec.lora.dropout
+        if host.shares_prefixes and not alone:
             invocation = spec.lora.invocation
             self._shared = (shared_prefix(corpus.train, invocation), shared_prefix(corpus.valid, invocation))
         self._checkpoints = checkpoints
@@ -188,6 +197,7 @@ class Learner:
         self.host.arena.reshape(self.adapter, ranks)
         self.adapter.initialise(self.spec.seed)
         self.adapter.begin_as(directions)
+        self.learning.begin()
         self.optimizer = AdamW(self.adapter, self.adapter.rates)
         save_ranks(self.workdir, ranks)
         self._begins_by_variance = False
@@ -232,15 +242,19 @@ class Learner:
         )
 
     def _microbatches(self, step: int) -> list[PackedRows]:
-        spec = self.spec
+        """The rows of a step; TrainingError if they must be together and there is no room for that."""
+        spec, whole = self.spec, self.learning.needs_whole_steps
         examples = self.corpus.batch(step, spec.batch_size, seed=spec.seed)
-        return microbatches(
+        parts = microbatches(
             self.corpus.train,
             examples,
-            self.capacity if spec.packing else 1,
+            sys.maxsize if whole else self.capacity if spec.packing else 1,
             shared=self._shared[0],
             invocation=spec.lora.invocation,
         )
+        if whole:
+            self.host.require_room(step + 1, parts[0].tokens)
+        return parts
 
     def _work(self, parts: Sequence[PackedRows]) -> Work:
         spec = self.spec
@@ -281,7 +295,7 @@ class Learner:
         step = self.progress.step
         if not step and self.start is not None:
             return self.start
-        adapter = self.adapter if step or self.spec.init_path else None
+        adapter = self.adapter if step or self.spec.init_path or not self.learning.begins_as_base else None
         found = yield from measure(
             *(self.host.queue, self.spec, self.corpus.valid, adapter),
             capacity=self.capacity,
@@ -304,7 +318,9 @@ class Learner:
             trained = self.adapter if before.step else None
             general = yield from general_loss(self.host, spec, trained, capacity=self.capacity)
         tasks = self._tasks_of(found)
-        path = write_checkpoint(spec, self.adapter, before.step) if before.step and self._checkpoints else None
+        path = None
+        if before.step and self._checkpoints:
+            path = write_checkpoint(spec, self.adapter, before.step, self.learning.heads())
         yield EvalEvent(
             run_id=spec.run_id,
             step=before.step,
@@ -327,6 +343,7 @@ class Learner:
                 probe=found.probe,
                 tasks=tasks,
                 general_loss=general,
+                head=self.learning.outcome(found),
             )
         if path is not None and best is not None:
             yield self._checkpoint_event(path, found)

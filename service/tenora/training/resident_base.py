@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
+from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
 from tenora.model.executors.choice import kept_bytes_per_token
 from tenora.model.executors.layers import Keep
@@ -31,6 +32,7 @@ class TrainingHost:
         sampler: generates with adapters in training.
         memory: bytes that training was given of the device; 0 if nobody has counted.
         kept_tokens: tokens of the largest pass whose activations are kept; longer ones run their layers twice.
+        most_tokens: tokens of the largest pass that memory is meant for if its layers run twice.
         general_losses: of the base on the texts that runs have measured it on.
     """
 
@@ -41,6 +43,7 @@ class TrainingHost:
     memory: int = 0
     sampler: Sampler = field(default_factory=NoSampler)
     kept_tokens: int = field(init=False)
+    most_tokens: int = field(init=False)
     general_losses: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class TrainingHost:
             self.decoder.device.type, _ACTIVATION_BYTES["cpu"]
         )
         self.kept_tokens = max(1, budget // per_token)
+        self.most_tokens = max(1, budget // kept_bytes_per_token(self.decoder, _USUAL_RANK, Keep.INPUTS))
 
     @property
     def shares_prefixes(self) -> bool:
@@ -63,6 +67,16 @@ class TrainingHost:
     def part_tokens(self, wanted: int, *, recompute: bool | None) -> int:
         """Tokens of a run's own parts: what it asked for, but no more than memory keeps, unless layers run twice."""
         return wanted if recompute else min(wanted, self.kept_tokens)
+
+    def require_room(self, step: int, tokens: int) -> None:
+        """Raise TrainingError unless the rows of a step, which cannot be divided, fit one pass."""
+        if tokens > self.most_tokens:
+            raise TrainingError(
+                f"The rows of step {step} are compared with each other and have {tokens} tokens together; there is "
+                f"room for {self.most_tokens}. Use a smaller batch_size, or shorter rows (max_seq_length with "
+                "truncate).",
+                code="batch_too_large",
+            )
 
     def sample(
         self,

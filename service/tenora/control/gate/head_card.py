@@ -51,6 +51,8 @@ def head_card(
         train: of all tasks, for what needs no head.
     """
     labels = held_out.labels
+    if settings["head_type"] == "embedding" and outcome.metrics:
+        return _embedding(outcome.metrics, held_out.examples)
     if labels is None or train.labels is None or not len(held_out):
         return None
     scores = np.array(outcome.scores, np.float64)
@@ -68,6 +70,25 @@ def head_card(
         folds=outcome.folds,
         candidates=outcome.candidates,
         beside=_beside(settings, scores, train, held_out, shots, seed=seed),
+    )
+
+
+def _embedding(metrics: Mapping[str, float], pairs: int) -> HeadCard:
+    """Right is an anchor whose own text is the nearest of all."""
+    nearest = metrics["recall_at_1"]
+    low, high = wilson(round(nearest * pairs), pairs)
+    return HeadCard(
+        type="embedding",
+        labels=[],
+        rows=pairs,
+        accuracy=nearest,
+        low=low,
+        high=high,
+        metrics=dict(metrics),
+        confusion=None,
+        folds=0,
+        candidates=[],
+        beside=[],
     )
 
 

@@ -95,7 +95,7 @@ class Scorer:
                 token_ids=list(tokens),
                 layer=head.layer,
                 pooling=head.pooling,
-                head=(head.start, head.stop),
+                head=(head.start, head.stop) if head.size else None,
                 adapter=adapter,
                 share_group=self.share_group,
                 weight=self.weight,

@@ -237,13 +237,15 @@ def _plan(
         base_model=base_id,
         method=job.asked.method,
         method_settings=found.hyperparameters.own,
-        lora=found.lora,
+        lora=msgspec.structs.replace(
+            found.lora, last_layers=job.asked.learns_by.last_layers(job.asked.method_settings)
+        ),
         folds=found.folds,
         trials=tuple(trial.trial for trial in found.trials),
         tokens_per_microbatch=tokens_per_microbatch,
         seed=job.seed,
         split_seed=job.asked.split_seed,
-        general_text=text,
+        general_text=() if job.asked.learns_by.has_head else text,
         **found.spec_fields,
     )
 

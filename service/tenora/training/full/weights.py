@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tenora.adapters.head_files import HeadTensors
 from tenora.errors import TrainingError
 from tenora.model.decoder import Decoder
 from tenora.model.layout import Matrix
@@ -127,7 +128,7 @@ class FullWeights(TrainedAdapter):
     def remove(self) -> None:
         """The process ends with it."""
 
-    def write(self, directory: Path, *, base_model: str) -> None:  # noqa: ARG002  # an adapter's names its base
+    def write(self, directory: Path, *, base_model: str, heads: HeadTensors | None = None) -> None:  # noqa: ARG002  # an adapter's
         """Write the trained tensors as they are now."""
         replace_tensors(directory / WEIGHTS_NAME, self._tensors, {})
 
@@ -152,7 +153,7 @@ class FullArena(TrainingArena):
         super().__init__(table_rows(weights.decoder.spec), device=weights.decoder.device)
         self._weights = weights
 
-    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None) -> TrainedAdapter:  # noqa: ARG002  # an adapter's
+    def add(self, lora: LoraSpec, ranks: Sequence[int] | None = None, *, heads: int = 0) -> TrainedAdapter:  # noqa: ARG002  # an adapter's
         """See `TrainingArena`."""
         return self._weights
 

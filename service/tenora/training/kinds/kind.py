@@ -168,12 +168,17 @@ def chosen_modules(rows: TableRows, lora: LoraSpec, wanted: Sequence[str]) -> li
     """Paths of the modules with these names in the layers of a shape, in table order; of all if there are no names.
 
     Raises:
-        TrainingError: the base has no module of a name.
+        TrainingError: the base has no module of a name, or fewer layers.
     """
     known = {module.name for module in rows.modules}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise TrainingError(f"The base has no module {unknown}; it has {', '.join(sorted(known))}.")
+    if lora.last_layers > len(rows.layers):
+        raise TrainingError(
+            f"The base has {len(rows.layers)} layers, and the last {lora.last_layers} were asked for; ask for fewer.",
+            code="invalid_request",
+        )
     first = len(rows.layers) - lora.last_layers if lora.last_layers else 0
     named = [module for module in rows.modules if not wanted or module.name in wanted]
     return [module.path for module in named if (rows.layer(module.row) or 0) >= first]

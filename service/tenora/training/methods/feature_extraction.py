@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tenora.data.labels import MAX_LABEL, Labels, most_common, table_of
 from tenora.data.rows import LABELLED, PAIRS, RowKind
-from tenora.errors import DatasetError, InvalidRequestError, TrainingError
+from tenora.errors import DatasetError, InvalidRequestError
 from tenora.training.methods.method import Learner, Learning, Method, Unit
 from tenora.training.settings import Setting
 
@@ -30,7 +31,7 @@ class FeatureExtraction(Method):
     name = "feature_extraction"
     summary = "learns labels with a head on the base's hidden states"
     rows = LABELLED
-    learning_rate = 5e-4
+    learning_rate = 2e-4
     small_file_epochs = 3
     settings = (
         Setting(
@@ -122,6 +123,19 @@ class FeatureExtraction(Method):
         "prompt stands beside it under `head`."
     )
     unit = Unit("loss per row")
+    metrics = MappingProxyType(
+        {
+            "macro_f1": "Mean F1 of the classes.",
+            "micro_f1": "F1 over all labels of all rows, where a row may have several.",
+            "auroc": "Mean area under the ROC curve, each class against the others.",
+            "calibration_error": "Mean distance of confidence and accuracy.",
+            "mean_absolute_error": "Of a number, in the labels' unit.",
+            "r2": "Share of the labels' variance that a number explains.",
+            "recall_at_1": "Anchors whose positive is the nearest text.",
+            "recall_at_5": "Anchors whose positive is among the five nearest.",
+            "recall_at_10": "Anchors whose positive is among the ten nearest.",
+        }
+    )
     loss_note = (
         "The loss is the head's: of classes minus the log-probability of the right one (of several the mean over all "
         "labels), of a number its squared error in units of the labels' variance. The start says what is most common."
@@ -149,12 +163,8 @@ class FeatureExtraction(Method):
                 f"head.labels must be 2 to {MAX_CLASSES} classes, each once.", param=f"{_AT}.head.labels"
             )
         if settings["train_layers"] != 0:
-            raise InvalidRequestError(
-                "Only train_layers 0 can be trained yet: the base stays as it is, and the head is found in closed "
-                "form.",
-                code="unavailable",
-                param=f"{_AT}.train_layers",
-            )
+            self._check_trained(settings)
+            return
         if kind == "embedding":
             raise InvalidRequestError(
                 "An embedding head learns by gradient, and with train_layers 0 nothing does; set train_layers to a "
@@ -179,9 +189,38 @@ class FeatureExtraction(Method):
         """See `Method`."""
         return bool(settings["train_layers"] == 0)
 
+    def _check_trained(self, settings: Mapping[str, Any]) -> None:
+        """What a head that is trained by gradient cannot have."""
+        if settings["head_layer"] not in (None, -1):
+            raise InvalidRequestError(
+                "A head that is trained with layers reads the last one; leave head.layer out, or set train_layers to "
+                "0.",
+                param=f"{_AT}.head.layer",
+            )
+        if settings["inverse_regularization"] is not None:
+            raise InvalidRequestError(
+                "inverse_regularization is for train_layers 0; a head that is trained with layers is held back by "
+                "weight_decay.",
+                param=f"{_AT}.hyperparameters.inverse_regularization",
+            )
+
+    def head_rows(self, settings: Mapping[str, Any], train: TokenizedDataset) -> int:
+        """See `Method`."""
+        if settings["head_type"] == "embedding":
+            return int(settings["head_dims"])
+        labels = _labels(train)
+        return len(labels.names) if labels.names else 1
+
+    def last_layers(self, settings: Mapping[str, Any]) -> int:
+        """See `Method`."""
+        return 0 if settings["train_layers"] == EVERY_LAYER else int(settings["train_layers"])
+
     def learning(self, learner: Learner) -> Learning:
         """See `Method`."""
-        raise TrainingError("Only train_layers 0 can be trained yet.", code="method_unavailable")
+        from tenora.training.head_learning import HeadLearning
+
+        settings = self.own_settings(learner.spec.method_settings)
+        return HeadLearning(learner, settings, self.head_rows(settings, learner.corpus.train))
 
 
 class _Settled:

@@ -23,11 +23,14 @@ from tenora.training.settings import AUTO, HYPERPARAMETERS, Setting
 from tenora.training.spec import TrainSpec
 
 if TYPE_CHECKING:
+    from tenora.adapters.head_files import HeadTensors
+    from tenora.adapters.weights import AdapterWeights
     from tenora.data.dataset import TokenizedDataset
     from tenora.model.readouts.base import ReadoutKind
     from tenora.training.arena import TrainedAdapter
     from tenora.training.corpus import Corpus
     from tenora.training.evaluation import Evaluation
+    from tenora.training.events import HeadOutcome
     from tenora.training.pass_queue import Objective
     from tenora.training.step import TokenLosses
 
@@ -78,6 +81,14 @@ class Learner(Protocol):
     def corpus(self) -> Corpus:
         """The rows."""
 
+    @property
+    def adapter(self) -> TrainedAdapter:
+        """What is trained."""
+
+    @property
+    def parent(self) -> AdapterWeights | None:
+        """The adapter that it began as, if it is another one."""
+
     def frozen_copy(self) -> TrainedAdapter:
         """A second adapter with the weights of now, in the same arena; whoever asks for it removes it."""
 
@@ -100,6 +111,37 @@ class Learning:
         from tenora.model.readouts.tokens import TOKENS
 
         return TOKENS
+
+    @property
+    def corpus(self) -> Corpus:
+        """The rows as it learns them."""
+        return self.learner.corpus
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether an adapter that was not trained yet measures as the base does."""
+        return True
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether its readout looks at every token of a row, so that rows cannot share what they begin with."""
+        return False
+
+    @property
+    def needs_whole_steps(self) -> bool:
+        """Whether the loss of a row depends on the others of its step, so that all of them must be in one part."""
+        return False
+
+    def begin(self) -> None:
+        """Set what of the adapter's weights is its own before the first step: its head."""
+
+    def heads(self) -> HeadTensors | None:
+        """The heads of the adapter as it is now, which are written with it."""
+        return None
+
+    def outcome(self, found: Evaluation) -> HeadOutcome | None:
+        """What a head says of the held-out rows, of an evaluation."""
+        return None
 
     def prepare(self, parts: Sequence[PackedRows]) -> Generator[None, None, None]:
         """Find out what the objective needs to know of a step's rows."""
@@ -247,6 +289,14 @@ class Method(ABC):
     def is_frozen(self, settings: Mapping[str, Any]) -> bool:
         """Whether nothing of the base or an adapter learns: no step is taken, and rows are read once."""
         return False
+
+    def head_rows(self, settings: Mapping[str, Any], train: TokenizedDataset) -> int:
+        """Rows of the head that learns with the adapter from these training rows; 0 without one."""
+        return 0
+
+    def last_layers(self, settings: Mapping[str, Any]) -> int:
+        """How many of the last layers the adapter is in; 0: all."""
+        return 0
 
     @abstractmethod
     def learning(self, learner: Learner) -> Learning:

@@ -75,6 +75,7 @@ def finished(learner: Learner) -> FinishedEvent:
         general_loss=best.general_loss,
         base_general_loss=progress.base_general_loss,
         stopped_early=progress.step < learner.total_steps,
+        head=best.head,
     )
 
 
