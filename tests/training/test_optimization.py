@@ -167,3 +167,11 @@ def test_values_out_of_bounds_are_refused_by_name(requested: Mapping[str, Any], 
 
 def test_held_out_share() -> None:
     assert [round(rows * held_out_fraction(rows)) for rows in (20, 50, 400, 1_000, 50_000)] == [4, 5, 40, 100, 100]
+
+
+def test_the_norm_of_a_whole_base_s_gradient_is_that_of_float64() -> None:
+    """A float32 sum of so many squares stands still long before its end."""
+    grad = torch.full((2**26,), 1e-3)
+    assert clip_grad_norm(grad, 0.0) == pytest.approx(1e-3 * 2**13, rel=1e-6)
+    assert clip_grad_norm(grad, 1.0) == pytest.approx(1e-3 * 2**13, rel=1e-6)
+    assert float(grad[:: 2**20].double().norm()) * 2**10 == pytest.approx(1.0, rel=1e-5)

@@ -17,6 +17,8 @@ from tenora.training.commands import AdamWSettings
 _SLICE = 2**24
 """Weights that are updated together: what a step makes on its way is as large as they are, 64 MiB here."""
 
+_PIECE = 2**20  # numbers that are float64 at the same time
+
 
 class Parameters(Protocol):
     """What is optimised; the two views may lie elsewhere at every step."""
@@ -95,7 +97,14 @@ def clip_grad_norm(grad: Tensor, max_norm: float) -> float:
 
     A norm that is not finite is returned as it is and the gradient left alone: the caller stops the run.
     """
-    norm = float(torch.linalg.vector_norm(grad))
+    norm = float(torch.linalg.vector_norm(grad)) if len(grad) <= _SLICE else _long_norm(grad)
     if max_norm > 0 and norm > max_norm and norm != float("inf"):
         grad.mul_(max_norm / (norm + 1e-6))
     return norm
+
+
+def _long_norm(grad: Tensor) -> float:
+    """The 2-norm in float64, piece by piece: of 10⁸ numbers torch's float32 sum loses 2% on a CPU."""
+    spans = (slice(start, start + _PIECE) for start in range(0, len(grad), _PIECE))
+    pieces = [torch.linalg.vector_norm(grad[span], dtype=torch.float64) for span in spans]
+    return float(torch.linalg.vector_norm(torch.stack(pieces)))

@@ -13,7 +13,7 @@ from tenora.model.spec import ModelSpec
 BYTES_PER_WEIGHT = 4
 BYTES_PER_TRAINED = 16
 """A float32 weight with its gradient and the two moments of AdamW."""
-TOKENS_PER_PASS = 1024
+TOKENS_PER_PASS = 512
 """Rows are packed to so many tokens; a longer row makes a pass of its own. Longer passes are hardly faster on a CPU."""
 _RUNTIME_BYTES = 512 * 2**20  # the interpreter, torch, and slices that the optimizer works on
 _LOGITS_BYTES = 3 * 16 * 2**20  # of the chunks in which scores are made
