@@ -233,6 +233,7 @@ class Shape:
     dropout: float = 0.1
     target_modules: tuple[str, ...] = ("q_proj", "down_proj")
     use_rslora: bool = False
+    invocation: tuple[int, ...] = ()
 
 
 def random_modules(rank_of: Callable[[str], int], names: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:

@@ -37,7 +37,7 @@ def test_the_unchanged_one_is_accepted(tmp_path: Path) -> None:
 
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "other peft_type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; adapters of the kinds dora, alora, lora"),
+    "other peft_type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; adapters of the kinds head, dora, alora, lora"),
     "no peft_type": ({"peft_type": None}, "peft_type is None"),
     "classifier of tokens": ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'"),
     "classifier without its head": ({"task_type": "SEQ_CLS"}, "score.weight is not in the file; save the adapter with"),

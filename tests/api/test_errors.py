@@ -14,6 +14,7 @@ from tests.api.conftest import Service
 
 STATUS = {
     e.InvalidRequestError: 400,
+    e.CompositionError: 400,
     e.ContextLengthError: 400,
     e.AuthenticationError: 401,
     e.PermissionDeniedError: 403,

@@ -80,7 +80,7 @@ def launched(
     )
     rope = (numbers(ROWS, spec.head_dim, dtype=torch.bfloat16), numbers(ROWS, spec.head_dim, dtype=torch.bfloat16))
     with recording("step", "sm90") as ours, torch.no_grad():
-        lora = GpuLora(tables, max_rows=ROWS, max_rank=16).batch(numbers(ROWS)) if adapted else None
+        lora = GpuLora(tables, max_rows=ROWS, max_rank=16).batch(numbers(ROWS), flags=0) if adapted else None
         attention = paged_attention(cache, numbers(ROWS), None, numbers(ROWS), numbers(ROWS, 64))
         context = ForwardContext(numbers(ROWS, dtype=torch.int64), rope, attention, lora)
         hidden = numbers(ROWS, spec.hidden_size, dtype=torch.bfloat16)

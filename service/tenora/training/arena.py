@@ -175,13 +175,13 @@ class TrainedAdapter:
     ) -> None:
         self.lora = lora
         self.kind = find_kind(lora.type)
-        self.scaling = self.kind.scaling(lora)
         self._arena = arena
         self.slot, self.span = -1, slice(0, 0)
         ranks = self.kind.ranks(arena.rows, lora) if ranks is None else list(ranks)
         if heads:
             ranks[self.head_row] = heads
         self.take_ranks(ranks)
+        self.scaling = self.kind.scaling(lora)
 
     def take_ranks(self, ranks: Sequence[int]) -> None:
         """For the arena alone, which lays it out anew: have these ranks, per row."""

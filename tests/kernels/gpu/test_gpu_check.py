@@ -156,8 +156,8 @@ def test_the_engines_loop_on_a_tiny_base(tiny_loop: tuple[EngineLoop, HostRows])
     graphs, any_rank = loop.graphs(rows, Rerun), loop.graphs(AnyRank(rows), Rerun)
     assert loop.step(graphs, [0, 1, 2]) != loop.step(graphs, [-1, -1, -1])
     assert loop.step(any_rank, [0, 1, 2]) == loop.step(graphs, [0, 1, 2])
-    assert set(graphs._graphs) == {(4, 16), (4, 0)}
-    assert set(any_rank._graphs) == {(4, 256)}
+    assert set(graphs._graphs) == {(4, 16, 0), (4, 0, 0)}
+    assert set(any_rank._graphs) == {(4, 256, 0)}
     figures = compare(loop, graphs, loop.graphs(rows, Rerun), any_rank, [0, 1, 2], rounds=2)
     assert (figures["rows"], figures["adapters"], figures["context"]) == (3, 3, 21)
     names = ("base_ms", "adapters_ms", "launched_ms", "any_rank_ms", "ratio", "tokens_per_s")

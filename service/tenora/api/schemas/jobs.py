@@ -129,7 +129,7 @@ class JobObject(SettingEchoes):
             method=_method(record),
             name=record.name,
             suffix=record.suffix,
-            lora=LoraObject.model_validate({name: record.lora[name] for name in LORA_ASKED if name in record.lora}),
+            lora=LoraObject.model_validate(_lora(record.lora)),
             adapter=AdapterShapeObject.model_validate({"type": USUAL_KIND, **record.lora}),
             **{name: record.settings.get(name) for name in SETTINGS},
             sweep=None if record.sweep is None else SweepObject.model_validate(record.sweep),
@@ -139,6 +139,11 @@ class JobObject(SettingEchoes):
             evaluation=None if record.evaluation is None else EvaluationObject.model_validate(record.evaluation),
             published=None if record.published is None else PublishedObject.model_validate(record.published),
         )
+
+
+def _lora(shape: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the adapter's shape says of LoRA's settings; that of LoRA itself as it is stored."""
+    return shape if "type" not in shape else {name: value for name, value in shape.items() if name in LORA_ASKED}
 
 
 def _method(record: JobRecord) -> MethodObject:
