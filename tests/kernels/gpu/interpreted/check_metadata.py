@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from tenora_kernels.gpu import backend
 from tenora_kernels.gpu.context import GpuLora
 from tenora_kernels.gpu.tables import DeviceTables, StepMetadata
-from tenora_kernels.layout import LoraTables, build_segments
+from tenora_kernels.layout import LoraTables
 from tests.kernels.cases import QKV, make_case, make_tables, worst
 from tests.kernels.gpu.cases import INTERPRETED, MIXED, reference
 from tests.support.full import full_but
@@ -20,16 +20,18 @@ CPU = torch.device("cpu")
 
 
 def check(metadata: StepMetadata, slots: list[int]) -> None:
-    """The device's grouping of `slots` is the host's, and its tiles cut it as they promise."""
-    segments, n = build_segments(slots), sum(slot >= 0 for slot in slots)
+    """The device groups `slots` as the host does rows that lie apart, by slot, and its tiles cut it as they promise."""
+    in_order = sorted((t for t, slot in enumerate(slots) if slot >= 0), key=slots.__getitem__)
+    n, members = len(in_order), [(slot, len(list(own))) for slot, own in groupby(slots[t] for t in in_order)]
+    seg_ptr = [*accumulate((size for _, size in members), initial=0)]
     count = int(metadata.nseg) if slots else 0
     perm = metadata.perm[: len(slots)].tolist()
-    assert perm[:n] == segments.perm.tolist()
+    assert perm[:n] == in_order
     assert perm[n:] == [t for t, slot in enumerate(slots) if slot < 0]
-    assert count == len(segments.seg_slot)
-    assert tuple(metadata.seg_slot[:count].tolist()) == segments.seg_slot
+    assert count == len(members)
+    assert metadata.seg_slot[:count].tolist() == [slot for slot, _ in members]
     assert metadata.seg_ptr[: metadata.segments + 1].tolist() == [
-        *segments.seg_ptr[:-1],
+        *seg_ptr[:-1],
         *[n] * (metadata.segments + 1 - count),
     ]
     ordered = [slots[t] for t in perm]
