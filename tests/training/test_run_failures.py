@@ -110,7 +110,7 @@ def test_a_full_disk_keeps_the_last_good_state(
 ) -> None:
     spec = make_spec()
 
-    def torn(tensors: Any, path: Path, metadata: Any) -> None:
+    def torn(path: Path, tensors: Any, metadata: Any) -> None:
         path.write_bytes(b"torn")
         raise OSError(28, "No space left on device")
 
@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     for item in run:
         events.append(item)
         if isinstance(item, StepEvent) and item.step == 4:
-            monkeypatch.setattr("tenora.training.checkpoint.save_file", torn)
+            monkeypatch.setattr("tenora.training.checkpoint.write_file", torn)
     assert (events[-1].run_id, events[-1].code) == ("run-1", "storage_full")
     assert sorted(path.name for path in Path(spec.workdir).iterdir()) == ["checkpoints", "resume.safetensors"]
     monkeypatch.undo()

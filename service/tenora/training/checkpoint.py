@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tenora.adapters.atomic import fsync, replace_file
 from tenora.adapters.head_files import HeadTensors
+from tenora.adapters.safetensors_file import write_file
 from tenora.data.dataset import TokenizedDataset
 from tenora.errors import TrainingError
 from tenora.training.arena import TrainedAdapter
@@ -195,12 +195,11 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
     os.close(handle)
     temporary = Path(name)
     try:
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        # One tensor after the other: the library's own writer has all of them in memory a second time.
+        write_file(temporary, {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}, metadata)
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)
-    except SafetensorError as error:  # the library's own wrapping of a failed write
-        raise OSError(f"The training state cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tenora.config import Settings
@@ -54,13 +56,27 @@ def spec(real_base: Path, shared_data: Path, tmp_path: Path) -> TrainSpec:
 
 
 async def followed(base: Path, home: Path, spec: TrainSpec) -> tuple[list[TrainEvent], int]:
-    """The events of a run in its own process, and the most memory that the process had, in bytes."""
-    trainer, events, peak = ApartTrainer(Settings(home=home), base), [], 0
-    async for event in trainer.train(spec):
-        events.append(event)
-        status = await asyncio.to_thread(Path(f"/proc/{trainer.pid}/status").read_text)
-        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-        peak = max(peak, int(line.split()[1]) * 1024)
+    """The events of a run in its own process, and the most memory that it had of its own, in bytes.
+
+    Pages of files that are written or read do not count: the kernel takes them back where memory is short.
+    """
+    trainer, peak = ApartTrainer(Settings(home=home), base), 0
+    over = asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal peak
+        while not over.is_set():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = Path(f"/proc/{trainer.pid}/status").read_text()  # noqa: ASYNC240
+                found = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+                peak = max([peak, *(int(line.split()[1]) * 1024 for line in found)])
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.create_task(watch())
+    events = [event async for event in trainer.train(spec)]
+    over.set()
+    await watching
+    print(f"{peak:,} bytes at most")
     return events, peak
 
 
@@ -84,7 +100,12 @@ async def test_a_step_is_transformers_and_takes_the_memory_that_was_promised(
     assert isinstance(finished, FinishedEvent), finished
     assert finished.full is not None
     found = load_file(Path(finished.full.path) / "model.safetensors")
-    assert max(float((found[name] - expected[name]).abs().max()) for name in found) <= 1e-5
+    differences = torch.cat([(found[name] - expected[name]).abs().flatten() for name in found])
+    # Adam's first step is the rate times the gradient's sign, and of a few gradients float32 does not know it.
+    beyond = float((differences > 1e-5).double().mean())
+    print(f"{beyond:.2e} of the weights differ by more than 1e-5, {float(differences.max()):.2e} at most")
+    assert beyond <= 1e-4
+    assert float(differences.max()) <= 2.001 * step.learning_rate
     assert peak <= MOST_BYTES
     model = ModelSpec.from_directory(real_base)
     assert peak <= needed_bytes(model, Selection.of(SETTINGS, model), 2048)

@@ -56,6 +56,7 @@ class FullPlan:
         yield from learner.fit()
         done = finished(learner)
         learner.optimizer.let_go()
+        self._weights.let_go_of_gradients()
         yield None
         self._weights.read(Path(done.path))
         directory = Path(self._spec.workdir, MERGED_NAME)

@@ -92,7 +92,7 @@ class Approximation:
         for part in self._parts:
             self._model_states.append(finished_states(self._decoder, part))
             yield
-        if self._weights.head_grad is not None:
+        if self._weights.trains_head:
             self._model_head = head_of(self._decoder).clone()
         paths = {f"{target.path}.weight": target.path for target in target_modules(self._decoder.spec)}
         changed: dict[str, list[float]] = {}

@@ -35,12 +35,12 @@ class Piece:
     Attributes:
         parts: the tensors of the checkpoint that it is made of, one below the other, each with its rows.
         now: as the decoder has it.
-        put: gives the decoder another one in its place.
+        put: gives the decoder another one in its place; what has its gradient now.
     """
 
     parts: tuple[tuple[str, int], ...]
     now: Tensor
-    put: Callable[[Tensor], None]
+    put: Callable[[Tensor], Tensor]
 
     def parts_of(self, view: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the checkpoint, as views of what stands for the whole piece."""
@@ -59,6 +59,7 @@ class FullWeights(TrainedAdapter):
     Attributes:
         decoder: dense, float32, nobody else's.
         lowest_layer: below it no gradient is wanted; the embeddings lie below layer 0.
+        trains_head: the head is trained, with the embeddings.
         embedding_grad, head_grad: [V, H] views of the gradient; None if they are not trained. One and the same where
             the two are tied.
     """
@@ -77,6 +78,8 @@ class FullWeights(TrainedAdapter):
         self._flat = torch.empty(self.numel, dtype=torch.float32, device=decoder.device)
         self._grad = torch.zeros_like(self._flat)
         self._tensors: dict[str, Tensor] = {}
+        self._leaves: list[Tensor] = []
+        self.trains_head = selection.embeddings
         self.embedding_grad: Tensor | None = None
         self.head_grad: Tensor | None = None
         tied = decoder.lm_head is decoder.embed_tokens
@@ -89,7 +92,7 @@ class FullWeights(TrainedAdapter):
             view.copy_(piece.now)
             leaf = view.detach().requires_grad_()
             leaf.grad = self._grad[span].view(piece.now.shape)
-            piece.put(leaf)
+            self._leaves.append(piece.put(leaf))
             self._tensors.update(piece.parts_of(view))
             if piece.parts[0][0] == f"{decoder.spec.layout.embedding}.weight":
                 self.embedding_grad = leaf.grad
@@ -118,6 +121,13 @@ class FullWeights(TrainedAdapter):
     def tensors(self) -> Mapping[str, Tensor]:
         """The trained tensors by their names in a checkpoint, views of the vector."""
         return self._tensors
+
+    def let_go_of_gradients(self) -> None:
+        """Free them: nothing is learned any more."""
+        self.embedding_grad = self.head_grad = None
+        for leaf in self._leaves:
+            leaf.grad = None
+        self._grad = self._flat.new_empty(0)
 
     def refresh(self) -> None:
         """Nothing is made from the weights."""
@@ -182,7 +192,12 @@ def _of_matrix(matrix: Matrix, weight: object, put: Callable[[Dense], None]) -> 
     if not isinstance(weight, Dense):
         raise TypeError(f"{matrix.parts[0][0]} is no dense matrix.")
     parts = tuple((f"{path}.weight", rows) for path, rows in matrix.parts)
-    return Piece(parts, weight.values, lambda tensor: put(Dense(tensor)))
+
+    def replace(leaf: Tensor) -> Tensor:
+        put(Dense(leaf))
+        return leaf
+
+    return Piece(parts, weight.values, replace)
 
 
 def _of_vectors(decoder: Decoder, selection: Selection) -> Iterator[Piece]:
@@ -203,7 +218,8 @@ def _of_vectors(decoder: Decoder, selection: Selection) -> Iterator[Piece]:
         )
 
 
-def _register(module: nn.Module, name: str, leaf: Tensor) -> None:
+def _register(module: nn.Module, name: str, leaf: Tensor) -> Tensor:
     parameter = nn.Parameter(leaf.detach())
     parameter.grad = leaf.grad
     module.register_parameter(name, parameter)
+    return parameter
