@@ -149,10 +149,7 @@ class LoraTables:
         shape = (len(in_features), slots)
         return cls(
             arena=arena,
-            ranks=torch.zeros(shape, dtype=torch.int32),
-            scaling=torch.zeros(shape, dtype=torch.float32),
-            a_offset=torch.zeros(shape, dtype=torch.int64),
-            b_offset=torch.zeros(shape, dtype=torch.int64),
+            **{name: torch.zeros(shape, dtype=dtype, device="cpu") for name, dtype in _TABLE_DTYPES.items()},
             in_features=tuple(in_features),
             out_features=tuple(out_features),
             grad=grad,
