@@ -96,6 +96,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
 
 
+@pytest.mark.full
 async def test_kinds_share_a_batch_and_each_one_is_what_peft_computes_and_goes_out_as_it_came(
     service: Service, saved: Mapping[str, Path], tiny_base: Path, other_base: Path
 ) -> None:

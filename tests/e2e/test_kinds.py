@@ -14,6 +14,7 @@ import transformers
 
 from tests.e2e.material import write_rows
 from tests.e2e.serving import Server
+from tests.support.full import full_but
 
 PROMPT = list(range(20, 34))
 
@@ -30,7 +31,9 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["dora", "ia3", "bottleneck", "parallel", "prefix", "prompt", "alora"])
+@pytest.mark.parametrize(
+    "kind", full_but(["dora", "prefix"], ["dora", "ia3", "bottleneck", "parallel", "prefix", "prompt", "alora"])
+)
 def test_a_kind_goes_from_rows_to_answers_and_into_peft(
     server: Server, tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -22,6 +22,7 @@ from tenora.model.decoder import Decoder
 from tenora.model.spec import table_rows
 from tenora.training.events import EvalEvent, FinishedEvent, HeadOutcome, StepEvent, StoppedEvent
 from tenora.training.spec import LoraSpec, TaskSpec, TrainSpec
+from tests.support.full import full_but
 
 from .runs import TrainingRun, assert_same_bits, comparable, events_of, failure, weights_of
 
@@ -118,7 +119,7 @@ def heads_of(decoder: Decoder, finished: FinishedEvent) -> tuple[Head, ...]:
     return read_adapter(Path(finished.path), table_rows(decoder.spec), max_rank=64).heads
 
 
-@pytest.mark.parametrize("layers", ["lora", 1])
+@pytest.mark.parametrize("layers", full_but(1, ["lora", 1]))
 def test_a_head_of_classes_learns_with_its_adapter_and_peft_scores_the_held_out_rows_alike(
     decoder: Decoder, tiny_base: Path, tmp_path: Path, layers: str | int
 ) -> None:
@@ -161,7 +162,7 @@ def test_a_head_starts_from_the_most_common_label_and_says_how_good_it_is(decode
     assert last.metrics.keys() == {"macro_f1", "auroc", "calibration_error"}
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", full_but("mean", ["last", "mean"]))
 def test_several_labels_of_a_row_are_learned(decoder: Decoder, tmp_path: Path, pooling: str) -> None:
     settings = {"train_layers": "lora", "head_multi_label": True, "head_pooling": pooling}
     finished, outcome = run(decoder, spec_of(tmp_path, marks, known=True, method_settings=settings, n_epochs=8))
@@ -172,7 +173,7 @@ def test_several_labels_of_a_row_are_learned(decoder: Decoder, tmp_path: Path, p
     assert (head.multi_label, head.pooling, head.labels) == (True, pooling, ("last", "before"))
 
 
-@pytest.mark.parametrize("kind", ["regression", "scalar"])
+@pytest.mark.parametrize("kind", full_but("scalar", ["regression", "scalar"]))
 def test_numbers_are_learned_from_their_mean_in_units_of_their_deviation(
     decoder: Decoder, tmp_path: Path, kind: str
 ) -> None:
@@ -196,7 +197,7 @@ def test_numbers_are_learned_from_their_mean_in_units_of_their_deviation(
         assert parts[RowKind.HEAD_BIAS][0, 0] == pytest.approx(train.values.mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dims", [0, 16])
+@pytest.mark.parametrize("dims", full_but(16, [0, 16]))
 def test_embeddings_bring_what_belongs_together_nearer(decoder: Decoder, tmp_path: Path, dims: int) -> None:
     settings = {"train_layers": "lora", "head_type": "embedding", "head_dims": dims}
     spec = spec_of(tmp_path, pairs, known=True, method_settings=settings, learning_rate=5e-3, n_epochs=6)
@@ -222,7 +223,7 @@ def test_a_step_of_embeddings_that_cannot_be_divided_is_refused_before_its_work(
     assert "smaller batch_size" in failed.message
 
 
-@pytest.mark.parametrize("made", [classes, numbers, pairs], ids=["classes", "numbers", "pairs"])
+@pytest.mark.parametrize("made", full_but(classes, [classes, numbers, pairs]), ids=["classes", "numbers", "pairs"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     decoder: Decoder, tmp_path: Path, made: Callable[..., TokenizedDataset]
 ) -> None:

@@ -29,6 +29,7 @@ from tenora.training.packing import microbatches
 from tenora.training.spec import LoraSpec
 from tenora.training.step import Part, forward_backward, load_pass
 from tests.data.rows import random_rows
+from tests.support.full import full_but
 from tests.training.runs import MakeSpec, TrainingRun, assert_same_bits, weights_of
 
 T = TypeVar("T")
@@ -227,7 +228,7 @@ def test_steps_leave_what_follows_from_the_weights_true(decoder: Decoder) -> Non
         assert not np.array_equal(scale, before[path])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+@pytest.mark.parametrize("kind", full_but(["dora", "prefix"], [kind for kind in KINDS if kind != "lora"]))
 def test_a_run_of_any_kind_learns_and_resumes_to_the_same_bits(
     decoder: Decoder, make_spec: MakeSpec, kind: str
 ) -> None:
