@@ -13,6 +13,8 @@ from tenora.model.spec import ModelSpec
 BYTES_PER_WEIGHT = 4
 BYTES_PER_TRAINED = 16
 """A float32 weight with its gradient and the two moments of AdamW."""
+BYTES_BESIDE = 8
+"""For each trained weight, what loading, writing and approximating the model hold beside: SmolLM2-135M was measured."""
 TOKENS_PER_PASS = 512
 """Rows are packed to so many tokens; a longer row makes a pass of its own. Longer passes are hardly faster on a CPU."""
 _RUNTIME_BYTES = 512 * 2**20  # the interpreter, torch, and slices that the optimizer works on
@@ -92,7 +94,9 @@ def needed_bytes(spec: ModelSpec, selection: Selection, longest_row: int) -> int
     tokens = max(TOKENS_PER_PASS, longest_row)
     inside = 12 * spec.hidden_size + 6 * (spec.q_size + 2 * spec.kv_size) + 7 * spec.intermediate_size
     kept = BYTES_PER_WEIGHT * tokens * (spec.num_layers * spec.hidden_size + inside)
-    return BYTES_PER_TRAINED * trained + BYTES_PER_WEIGHT * frozen + kept + _LOGITS_BYTES + _RUNTIME_BYTES
+    return (
+        (BYTES_PER_TRAINED + BYTES_BESIDE) * trained + BYTES_PER_WEIGHT * frozen + kept + _LOGITS_BYTES + _RUNTIME_BYTES
+    )
 
 
 def parameters(spec: ModelSpec) -> int:
