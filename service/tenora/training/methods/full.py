@@ -15,7 +15,7 @@ class Full(Method):
     """A tenth of an adapter's rate (Thinking Machines 2025, "LoRA Without Regret": an adapter's best is ten times)."""
 
     name = "full"
-    summary = "changes the base's own weights, which takes a process and 16 bytes a weight"
+    summary = "changes the base's own weights, which takes a process and up to 24 bytes a weight"
     learning_rate = 5e-5
     small_file_epochs = 3
     runs_apart = True
