@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from tenora.cli.app import app
-from tenora.training.kinds.table import KINDS
+from tenora.training.kinds.table import OWN
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import JOB, RUN
 from tenora.training.spec import LORA_ASKED
@@ -118,9 +118,8 @@ async def test_train_takes_tasks_sweeps_and_a_start(
 def test_every_setting_that_has_a_flag_is_a_flag_of_train() -> None:
     command = typer.main.get_group(app).commands["train"]
     found = {option: param for param in command.params for option in param.opts}
-    kinds = {one.name: one for kind in KINDS.values() for one in kind.settings}
     methods = {one.name: one for method in METHODS.values() for one in method.settings}
-    declared = {**RUN, **JOB, **LORA_ASKED, **kinds, **methods}
+    declared = {**RUN, **JOB, **LORA_ASKED, **OWN, **methods}
     flags = {setting.flag: setting for setting in declared.values() if setting.flag}
     assert len(flags) == len([one for one in declared.values() if one.flag]) > 12
     for flag, setting in flags.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tenora.training.kinds.table import KINDS
+from tenora.training.kinds.table import KINDS, OWN
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import BY_THEMSELVES, ESTIMATED, HYPERPARAMETERS, ROWS, SETTINGS, Setting
 from tenora.training.spec import LORA_ASKED, SWEPT, TRIAL
@@ -83,10 +83,9 @@ def questions() -> Iterator[str]:
     told_type = {"type": "Required[MethodName]"}
     yield from asked("MethodParams", "How to train: a type, and its options.", told_type | params)
     yield from asked("LoraParams", f"The adapter; {told}.", LORA_ASKED)
-    kinds = {name: setting for kind in KINDS.values() for name, setting in kind.declared.items()}
-    yield from asked("AdapterShape", "The settings of adapters; each type has some of them.", {**LORA_ASKED, **kinds})
-    every = {"type": f"Required[{literal(KINDS)}]"}
-    yield from asked("AdapterParams", "What the adapter is: a type, and its settings.", every, base="AdapterShape")
+    every = {"type": f"Required[{literal(KINDS)}]", **OWN}
+    what = "What the adapter is: a type, and those settings that it has."
+    yield from asked("AdapterParams", what, every, base="LoraParams")
     values = {name: f"Sequence[{setting.kind.__name__}] | RangeParams" for name, setting in SWEPT.items()}
     yield from asked("SweptParams", "Values to try, one by one or as a range.", values)
 
@@ -123,10 +122,8 @@ def answers() -> Iterator[str]:
     yield from part("Method", "How a job trains: the options of its type are there.", options, "    type: str")
     shape = "The adapter; whole once the files have been read, but for what a sweep still chooses."
     yield from part("Lora", shape, LORA_ASKED)
-    kinds = {name: setting for kind in KINDS.values() for name, setting in kind.declared.items()}
-    typed = {**LORA_ASKED, **kinds}
     said = "The adapter, of any type; what its type has is there."
-    yield from part("AdapterSettings", said, typed, '    type: str = "lora"')
+    yield from part("AdapterSettings", said, OWN, '    type: str = "lora"', base="Lora")
     yield from part("SweptValues", "The values to try.", dict.fromkeys(SWEPT, "Sequence[float] | Range"))
     yield from part("TrialSettings", "Of a trial of a sweep.", TRIAL)
     yield from part("JobSettings", "A job's settings as they are used.", SETTINGS, base="ApiObject")

@@ -13,19 +13,18 @@ from tenora.cli.connection import connect
 from tenora.cli.output import AsJson, show_object, show_table
 from tenora.cli.setting_flags import given, with_flags
 from tenora.errors import ConfigurationError
-from tenora.training.kinds.table import KINDS
+from tenora.training.kinds.table import KINDS, OWN
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import JOB, RUN
-from tenora.training.spec import LORA, LORA_ASKED, SWEPT, USUAL_KIND
+from tenora.training.spec import LORA_ASKED, SWEPT, USUAL_KIND
 from tenora_client import Client, Evaluation, Job, NotFoundError
 
 _VERDICTS = {"start": "against start", "base": "against base", "few_shot_base": "against shots"}
 _TABLE = ("trial", *SWEPT, "status", "step", "valid_loss", "winner")
 OF_METHODS = {setting.name: (name, setting) for name, method in METHODS.items() for setting in method.settings}
 """The settings that one method has alone, with its name."""
-OF_KINDS = {name: setting for kind in KINDS.values() for name, setting in kind.declared.items() if name not in LORA}
-OF_ADAPTER = {*LORA_ASKED, *OF_KINDS}
-_ALL = {**RUN, **JOB, **LORA_ASKED, **OF_KINDS, **{name: one for name, (_, one) in OF_METHODS.items()}}
+OF_ADAPTER = {*LORA_ASKED, *OWN}
+_ALL = {**RUN, **JOB, **LORA_ASKED, **OWN, **{name: one for name, (_, one) in OF_METHODS.items()}}
 FLAGS = {name: setting for name, setting in _ALL.items() if setting.flag}
 KINDS_HELP = "; ".join(f"{name} {kind.summary}" for name, kind in KINDS.items())
 METHODS_HELP = "; ".join(f"{name} {method.summary}" for name, method in METHODS.items())
@@ -89,7 +88,7 @@ def train(
 
 def _adapter(kind: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The field of a job that says what the adapter is."""
-    if kind is None and not OF_KINDS.keys() & settings.keys():
+    if kind is None and not OWN.keys() & settings.keys():
         return {"lora": dict(settings)} if settings else {}
     return {"adapter": {"type": kind or USUAL_KIND, **settings}}
 

@@ -175,28 +175,10 @@ class LoraParams(TypedDict, total=False):
     """An adapter of yours to start from; the name of an adapter."""
 
 
-class AdapterShape(TypedDict, total=False):
-    """The settings of adapters; each type has some of them."""
+class AdapterParams(LoraParams, total=False):
+    """What the adapter is: a type, and those settings that it has."""
 
-    rank: int
-    """Rank of the adapter; a whole number from 1 to 256."""
-    alpha: float
-    """Scales the adapter by alpha / rank; twice the rank; a number, above 0 and at most 4096."""
-    dropout: float
-    """Of the adapter's inputs; a number, at least 0 and at most 0.9."""
-    target_modules: Sequence[str] | Literal["all-linear"]
-    """Last parts of the paths of what it adapts; "all-linear" or a list of module names."""
-    use_rslora: bool
-    """Scale by alpha / root of rank; true or false."""
-    lora_plus_ratio: float
-    """B learns at so many times the rate of A (LoRA+); 1 is usual, 16 LoRA+'s; a number, at least 1 and at most 64."""
-    init: Literal["kaiming", "eva"]
-    """How A begins: kaiming, at random; eva, as the directions in which the inputs of each module differ most over
-    the first rows, with ranks moved to where they explain more (EVA); one of kaiming, eva."""
-    eva_rho: float
-    """With eva: a module's rank is at most so many times the rank; 1 moves none; a number, at least 1 and at most 8."""
-    init_from: str
-    """An adapter of yours to start from; the name of an adapter."""
+    type: Required[Literal["lora", "alora", "dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"]]
     invocation: str
     """The string from which on the adapter acts, where it occurs last; empty: what the chat template puts before an
     answer; a text of up to 600 characters."""
@@ -211,12 +193,6 @@ class AdapterShape(TypedDict, total=False):
     """What a bottleneck's output is multiplied with; a number, above 0 and at most 1000."""
     num_virtual_tokens: int
     """How many virtual tokens come before every text; they take room of the context; a whole number from 1 to 1024."""
-
-
-class AdapterParams(AdapterShape, total=False):
-    """What the adapter is: a type, and its settings."""
-
-    type: Required[Literal["lora", "alora", "dora", "ia3", "bottleneck", "parallel", "prefix", "prompt"]]
 
 
 class SweptParams(TypedDict, total=False):
@@ -286,19 +262,10 @@ class Lora(Part):
     init_from: str | None = None
 
 
-class AdapterSettings(Part):
+class AdapterSettings(Lora):
     """The adapter, of any type; what its type has is there."""
 
     type: str = "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    target_modules: Sequence[str] | str | None = None
-    use_rslora: bool | None = None
-    lora_plus_ratio: float | None = None
-    init: str | None = None
-    eva_rho: float | None = None
-    init_from: str | None = None
     invocation: str | None = None
     reduction_factor: float | None = None
     non_linearity: str | None = None

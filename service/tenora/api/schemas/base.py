@@ -8,6 +8,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -33,6 +34,19 @@ class RequestModel(BaseModel):
         if not isinstance(given, dict) or None not in given.values():
             return given
         return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+class NamedModel(RequestModel):
+    """A request that names what answers it."""
+
+    model: str | None = Field(
+        default=None,
+        max_length=256,
+        description="The base, or an adapter by any of its names; needed unless there is an adapter_id.",
+    )
+    adapter_id: str | None = Field(
+        default=None, max_length=256, description="An adapter, when `model` is the base or absent."
+    )
 
 
 class ResponseModel(BaseModel):

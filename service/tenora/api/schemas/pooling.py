@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, PlainValidator, Tag, model_validator
 
-from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.api.schemas.base import NamedModel, RequestModel, ResponseModel
 from tenora.api.schemas.chat import MAX_MESSAGES, Message, TextPart
 from tenora.api.schemas.completions import Prompt, as_prompts
 from tenora.api.schemas.fixed import Label
@@ -26,17 +26,9 @@ Inputs = Annotated[
 ]
 
 
-class PoolingBody(RequestModel):
+class PoolingBody(NamedModel):
     """What the four calls have in common."""
 
-    model: str | None = Field(
-        default=None,
-        max_length=256,
-        description="The base, or an adapter by any of its names; needed unless there is an adapter_id.",
-    )
-    adapter_id: str | None = Field(
-        default=None, max_length=256, description="An adapter, when `model` is the base or absent."
-    )
     head: str | None = Field(
         default=None, max_length=256, description="Which of the adapter's heads, if several will do."
     )

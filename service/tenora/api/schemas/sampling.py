@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tenora.api.schemas.base import RequestModel, ResponseModel
+from tenora.api.schemas.base import NamedModel, RequestModel, ResponseModel
 from tenora.api.schemas.composition import CompositionBody
 from tenora.api.schemas.fixed import Label, Metadata, ServiceTier, Store, Unsupported
 from tenora.engine.messages import SamplingParams
@@ -36,17 +36,9 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(CompositionBody):
+class GenerationBody(NamedModel, CompositionBody):
     """What chat and text completions have in common. An explicit null means the default."""
 
-    model: str | None = Field(
-        default=None,
-        max_length=256,
-        description="The base, or an adapter by any of its names; needed unless there is an adapter_id.",
-    )
-    adapter_id: str | None = Field(
-        default=None, max_length=256, description="An adapter, when `model` is the base or absent."
-    )
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: StopStrings | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, StrictBool, create_model
 
 from tenora.api.schemas.base import Number, RequestModel, ResponseModel, StoredModel, auto_or_number, invalid, no_flag
-from tenora.training.kinds.table import KINDS
+from tenora.training.kinds.table import KINDS, OWN
 from tenora.training.methods.table import METHODS
 from tenora.training.settings import Setting
 from tenora.training.spec import LORA_ASKED, USUAL_KIND
@@ -61,22 +61,14 @@ def stored_method(name: str, *, doc: str) -> type[StoredModel]:
 
 def adapter_model(name: str, *, doc: str) -> type[RequestModel]:
     """`{"type": <kind>, …}` with the settings of all kinds of adapters; which of them a kind has is checked with it."""
-    settings: dict[str, Setting] = {**LORA_ASKED}
-    for kind in KINDS.values():
-        settings |= {setting.name: setting for setting in kind.settings}
-    fields: dict[str, Any] = {"type": (Literal[tuple(KINDS)], ...)}
-    fields |= {one: (_type(setting), _field(setting)) for one, setting in settings.items()}
-    return create_model(name, __base__=RequestModel, __doc__=doc, **fields)
+    kind: dict[str, Any] = {"type": (Literal[tuple(KINDS)], ...)}
+    return create_model(name, __base__=model_of(f"{name}Settings", {**LORA_ASKED, **OWN}), __doc__=doc, **kind)
 
 
 def stored_adapter(name: str, *, doc: str) -> type[StoredModel]:
     """The same in an answer."""
-    settings: dict[str, Setting] = {**LORA_ASKED}
-    for kind in KINDS.values():
-        settings |= {setting.name: setting for setting in kind.settings}
-    stored = stored_model(f"{name}Settings", settings)
-    type_: dict[str, Any] = {"type": (Literal[tuple(KINDS)], USUAL_KIND)}
-    return create_model(name, __base__=stored, __doc__=doc, **type_)
+    kind: dict[str, Any] = {"type": (Literal[tuple(KINDS)], USUAL_KIND)}
+    return create_model(name, __base__=stored_model(f"{name}Settings", {**LORA_ASKED, **OWN}), __doc__=doc, **kind)
 
 
 def _methods(base: type[BaseModel], part: Callable[..., type[BaseModel]], ending: str) -> dict[str, Any]:

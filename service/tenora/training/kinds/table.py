@@ -8,12 +8,15 @@ from types import MappingProxyType
 from tenora.errors import TrainingError
 from tenora.training.kinds import alora, bottleneck, dora, ia3, lora, parallel, prefix, prompt
 from tenora.training.kinds.kind import AdapterKind
+from tenora.training.settings import Setting
 
 _TABLE = (
     *(lora.KIND, alora.KIND, dora.KIND, ia3.KIND),
     *(bottleneck.KIND, parallel.KIND, prefix.KIND, prompt.KIND),
 )
 KINDS: Mapping[str, AdapterKind] = MappingProxyType({kind.name: kind for kind in _TABLE})
+OWN: Mapping[str, Setting] = MappingProxyType({one.name: one for kind in _TABLE for one in kind.settings})
+"""The settings that a kind has alone, of all kinds."""
 LORA_KIND = lora.KIND
 """Of a job that names none."""
 
