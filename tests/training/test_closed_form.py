@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TypeVar
-
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from tenora.training.closed_form import Basis, Link, logistic, losses_of, ridge
-
-T = TypeVar("T")
-
-
-def finish(work: Generator[None, None, T]) -> T:
-    """The result of a generator that only waits."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+from tenora.training.closed_form import Basis, Link, at_once, logistic, losses_of, ridge
 
 
 def features(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -52,7 +37,7 @@ def test_a_logistic_head_is_scikit_learns(rows: int, columns: int, count: int, s
     link: Link = "sigmoid" if count == 2 else "softmax"
     targets = label[:, None].astype(float) if count == 2 else np.eye(count)[label]
     basis = Basis.of(x)
-    head = basis.unfold(*finish(logistic(basis.rows, targets, strength, link, tolerance=1e-9)))
+    head = basis.unfold(*at_once(logistic(basis.rows, targets, strength, link, tolerance=1e-9)))
     scores = head(x)
     likely = 1 / (1 + np.exp(-scores)) if count == 2 else np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     expected = theirs.predict_proba(scaler.transform(x.astype(np.float64)))
@@ -65,7 +50,7 @@ def test_labels_that_do_not_exclude_each_other_are_learned_one_by_one() -> None:
     targets[:, 3] = 1.0  # every row has it, so no bias is large enough
     scaled = StandardScaler().fit_transform(x.astype(np.float64))
     basis = Basis.of(x)
-    head = basis.unfold(*finish(logistic(basis.rows, targets, 0.1, "sigmoid", tolerance=1e-9)))
+    head = basis.unfold(*at_once(logistic(basis.rows, targets, 0.1, "sigmoid", tolerance=1e-9)))
     for label in range(3):
         theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=20_000).fit(scaled, targets[:, label])
         np.testing.assert_allclose(head(x)[:, label], theirs.decision_function(scaled), atol=1e-4)
@@ -86,8 +71,10 @@ def test_a_ridge_head_is_scikit_learns(rows: int, columns: int) -> None:
 def test_a_start_at_another_strength_changes_nothing_but_the_way() -> None:
     x = features(60, 90)
     basis, targets = Basis.of(x), np.eye(3)[classes(x, 3)]
-    start = finish(logistic(basis.rows, targets, 0.01, "softmax"))
-    cold, warm = (finish(logistic(basis.rows, targets, 1.0, "softmax", start=s, tolerance=1e-9)) for s in (None, start))
+    start = at_once(logistic(basis.rows, targets, 0.01, "softmax"))
+    cold, warm = (
+        at_once(logistic(basis.rows, targets, 1.0, "softmax", start=s, tolerance=1e-9)) for s in (None, start)
+    )
     np.testing.assert_allclose(cold[0], warm[0], atol=1e-6)
 
 

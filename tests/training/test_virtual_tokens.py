@@ -63,9 +63,7 @@ def virtual_adapter(decoder: Decoder, kind: RowKind, arena: TrainingArena | None
     """Random virtual tokens in an arena."""
     rows = table_rows(decoder.spec)
     arena = arena or TrainingArena(rows, device=decoder.device)
-    adapter = TrainedAdapter(arena, LoraSpec())
-    adapter.ranks = [COUNT if row in rows.of(kind) else 0 for row in range(len(rows))]
-    adapter.numel = rows.numel(adapter.ranks)
+    adapter = TrainedAdapter(arena, LoraSpec(), [COUNT if row in rows.of(kind) else 0 for row in range(len(rows))])
     arena._rebuild([*arena._adapters, adapter])
     adapter.weights.copy_(torch.randn(adapter.numel, generator=torch.Generator().manual_seed(1)) * 0.7)
     return adapter

@@ -7,15 +7,15 @@ bits, in the type that they were stored in, and the scaling says the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tenora.adapters.composition import require_composable
-from tenora.adapters.ref import AdapterRef, Combination, Composition
+from tenora.adapters.composition import ELECTING, PRUNING, require_composable
+from tenora.adapters.ref import AdapterRef, Composition
 from tenora.adapters.safetensors_file import as_float32
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterWeights, LoraModule
@@ -94,7 +94,7 @@ def _combined(composition: Composition, seed: int, rank: int) -> Callable[[Seque
         return _cat
     if composition.combination == "svd":
         return lambda pieces: _svd(pieces, rank)
-    merge = _MERGES[composition.combination](composition, torch.Generator().manual_seed(seed))
+    merge = _merge_of(composition, torch.Generator().manual_seed(seed))
     return lambda pieces: _merged(pieces, merge)
 
 
@@ -197,27 +197,19 @@ def _drawn(array: Float32Array, density: float, generator: torch.Generator) -> F
     return kept
 
 
-def _ties(composition: Composition, _: torch.Generator) -> Merge:
-    by_count = composition.majority_sign_method == "frequency"
-    return lambda arrays, weights: _disjoint(
-        [_largest(array, composition.density) for array in arrays], weights, by_count=by_count
-    )
+def _merge_of(composition: Composition, generator: torch.Generator) -> Merge:
+    """What a combination makes of arrays of one shape: some of each one's entries, and then one of all."""
+    density = composition.density
 
+    def kept(array: Float32Array) -> Float32Array:
+        if composition.combination == "ties":
+            return _largest(array, density)
+        return _drawn(array, density, generator) if composition.combination in PRUNING else array
 
-def _dare_linear(composition: Composition, generator: torch.Generator) -> Merge:
-    return lambda arrays, weights: _sum([_drawn(array, composition.density, generator) for array in arrays], weights)
+    def merge(arrays: list[Float32Array], weights: list[float]) -> Float32Array:
+        left = [kept(array) for array in arrays]
+        if composition.combination in ELECTING:
+            return _disjoint(left, weights, by_count=composition.majority_sign_method == "frequency")
+        return _sum(left, weights)
 
-
-def _dare_ties(composition: Composition, generator: torch.Generator) -> Merge:
-    by_count = composition.majority_sign_method == "frequency"
-    return lambda arrays, weights: _disjoint(
-        [_drawn(array, composition.density, generator) for array in arrays], weights, by_count=by_count
-    )
-
-
-_MERGES: Mapping[Combination, Callable[[Composition, torch.Generator], Merge]] = {
-    "linear": lambda _composition, _generator: _sum,
-    "ties": _ties,
-    "dare_linear": _dare_linear,
-    "dare_ties": _dare_ties,
-}
+    return merge

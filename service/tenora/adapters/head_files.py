@@ -9,15 +9,15 @@ metadata of the safetensors file (`tenora.adapters.heads`). Free of torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tenora.adapters.foreign_names import PREFIX
 from tenora.adapters.heads import METADATA_KEY, Head, decode_heads, encode_heads
-from tenora.adapters.safetensors_file import Array, TensorEntry, as_float32
+from tenora.adapters.kinds.tensors import alike
+from tenora.adapters.safetensors_file import Array, TensorEntry
 from tenora.adapters.table_rows import RowKind
-from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterPart, AdapterSummary, AdapterWeights
 from tenora.errors import AdapterFormatError
 
@@ -32,7 +32,6 @@ TENSORS = (SCORE, WEIGHT, BIAS)
 MAX_ROWS = 4096
 """Of all heads of an adapter."""
 _CLASSIFIERS = frozenset({"score", "classifier"})  # PEFT writes both, whichever the model has
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class PlanWithHeads:
     def weights(self, arrays: Mapping[str, Array]) -> AdapterWeights:
         """See `Plan`."""
         rest, whole = self.rest.weights(arrays), self.summary
-        parts = tuple(_part(kind, entry, arrays[entry.name]) for kind, entry in self._rows())
+        parts = tuple(_part(kind, entry, arrays) for kind, entry in self._rows())
         return replace(rest, parts=(*rest.parts, *parts), heads=whole.heads, nbytes=whole.nbytes, config=whole.config)
 
     def _rows(self) -> list[tuple[RowKind, TensorEntry]]:
@@ -122,7 +121,7 @@ def plan_heads(
     raw: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
     metadata: Mapping[str, str],
-    targets: Sequence[TargetModule],
+    hidden: int,
 ) -> tuple[HeadPlan, dict[str, TensorEntry]]:
     """The heads of a file, and its other tensors.
 
@@ -130,7 +129,7 @@ def plan_heads(
         raw: the whole adapter_config.json.
         entries: every tensor of the file by name.
         metadata: of the safetensors file.
-        targets: the modules of the base; the first one of a layer reads the residual stream.
+        hidden: H of the base.
 
     Raises:
         AdapterFormatError: a tensor of them is missing or has another shape than the base needs, or the metadata does
@@ -147,9 +146,7 @@ def plan_heads(
         )
     if raw.get("task_type") != "SEQ_CLS" and SCORE in entries:
         raise AdapterFormatError(f"The file has {SCORE}, but task_type is {raw.get('task_type')!r}, not SEQ_CLS.")
-    hidden, rows = targets[0].in_features, 0
-    if weight is not None:
-        rows = _rows(weight, hidden)
+    rows = 0 if weight is None else _rows(weight, hidden)
     if bias is not None and bias.shape != (rows, 1):
         raise AdapterFormatError(f"{BIAS} has shape {list(bias.shape)}; the heads need {[rows, 1]}.")
     described = metadata.get(METADATA_KEY)
@@ -209,11 +206,9 @@ def _rows(entry: TensorEntry, hidden: int) -> int:
     return entry.shape[0]
 
 
-def _part(kind: RowKind, entry: TensorEntry, array: Array) -> AdapterPart:
-    dtype = entry.dtype
-    if dtype == "F64":
-        array, dtype = as_float32(array), "F32"
-    return AdapterPart(kind, "", array, array[:, :0], dtype=_DTYPES[dtype])
+def _part(kind: RowKind, entry: TensorEntry, arrays: Mapping[str, Array]) -> AdapterPart:
+    dtype, (array,) = alike(arrays, [entry])
+    return AdapterPart.columns(kind, "", array, dtype=dtype)
 
 
 def _is_name(value: Any) -> bool:

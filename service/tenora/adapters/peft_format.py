@@ -201,7 +201,7 @@ def _layout(config: bytes, header: bytes, file_size: int, rows: TableRows, max_r
     parsed = parse_config(config)
     # Two or three tensors a module; with room for those of other formats, so that a name among them can tell which.
     entries = parse_header(header, file_size, max_tensors=4 * len(rows.modules))
-    heads, others = plan_heads(read_fields(config), entries, read_metadata(header), rows.modules)
+    heads, others = plan_heads(read_fields(config), entries, read_metadata(header), rows.hidden)
     return _Layout(tuple(entries.values()), heads.beside(parsed.plan(others, rows, max_rank=max_rank)))
 
 

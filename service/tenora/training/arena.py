@@ -30,6 +30,7 @@ from tenora.model.magnitudes import RowNorms
 from tenora.training.kinds.kind import Files
 from tenora.training.kinds.table import find_kind
 from tenora.training.spec import LoraSpec
+from tenora_kernels.flags import EPILOGUE
 from tenora_kernels.layout import LoraTables
 
 Float32Array = npt.NDArray[np.float32]
@@ -162,6 +163,7 @@ class TrainedAdapter:
         ranks: per row of the base; 0 for those it does not fill.
         scaling: of its low-rank terms.
         flags: of its slot, see `LoraTables`.
+        prefix, prompt: virtual tokens whose keys and values, or embeddings, it learns.
         numel: number of its weights.
         first_layer: the first layer that it changes; their number if it changes none.
         slot: its column in the arena's tables, until the next `add` or `remove`.
@@ -169,6 +171,7 @@ class TrainedAdapter:
     """
 
     kept_checkpoints = 3
+    flags = prefix = prompt = 0
 
     def __init__(
         self, arena: TrainingArena, lora: LoraSpec, ranks: Sequence[int] | None = None, heads: int = 0
@@ -189,6 +192,9 @@ class TrainedAdapter:
         self.ranks = list(ranks)
         self.flags = self.kind.flags(self.lora) | rows.flags(self.ranks)
         self.numel = rows.numel(self.ranks)
+        self.prefix, self.prompt = (
+            max((self.ranks[row] for row in rows.of(kind)), default=0) for kind in (RowKind.PREFIX, RowKind.PROMPT)
+        )
         layers = (rows.layer(row) for row, rank in enumerate(self.ranks) if rank)
         self.first_layer = min((layer for layer in layers if layer is not None), default=len(rows.layers))
 
@@ -203,20 +209,9 @@ class TrainedAdapter:
         return self._arena.rows
 
     @property
-    def prefix(self) -> int:
-        """Virtual tokens whose keys and values it learns."""
-        return max((self.ranks[row] for row in self.rows.of(RowKind.PREFIX)), default=0)
-
-    @property
     def has_epilogue(self) -> bool:
         """Whether it has scales or bottlenecks."""
-        kinds = (RowKind.SCALE, RowKind.MAGNITUDE, RowKind.BOTTLENECK)
-        return any(self.ranks[row] for kind in kinds for row in self.rows.of(kind))
-
-    @property
-    def prompt(self) -> int:
-        """Virtual tokens whose embeddings it learns."""
-        return max((self.ranks[row] for row in self.rows.of(RowKind.PROMPT)), default=0)
+        return bool(self.flags & EPILOGUE)
 
     @property
     def weights(self) -> Tensor:

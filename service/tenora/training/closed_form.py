@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T")
 Float64Array = npt.NDArray[np.float64]
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -245,3 +246,13 @@ def _log_sum(scores: Float64Array) -> Float64Array:
     top = scores.max(axis=1, keepdims=True)
     found: Float64Array = top + np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
     return found
+
+
+def at_once(work: Generator[None, None, T]) -> T:
+    """The result of work that is left now and then, without leaving it."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenora.adapters.head_files import HeadTensors
 from tenora.adapters.heads import Head
+from tenora.adapters.safetensors_file import as_float32
 from tenora.adapters.table_rows import RowKind
 from tenora.adapters.weights import AdapterWeights
 from tenora.data.dataset import TokenizedDataset
@@ -25,7 +26,6 @@ from tenora.training.corpus import Corpus
 from tenora.training.evaluation import Evaluation
 from tenora.training.events import PROBE_ROWS, HeadOutcome
 from tenora.training.head_metrics import class_metrics, labels_metrics, number_metrics, recalls
-from tenora.training.init_from import wide
 from tenora.training.methods.answers import MeanLoss
 from tenora.training.methods.method import Figures, Learner, Learning
 from tenora.training.packing import PackedRows, row_labels
@@ -199,7 +199,7 @@ class HeadLearning(Learning):
                 )
             part = next(part for part in parent.parts if part.kind == RowKind.HEAD)
             unit = self._std if own.kind == "scalar" else own.std / first.std
-            weight.copy_(torch.from_numpy(wide(part, part.a) / unit))
+            weight.copy_(torch.from_numpy(as_float32(part.a) / unit))
         elif self._is_embedding:
             if len(weight) > weight.shape[1]:
                 raise TrainingError(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from tenora.adapters.peft_format import read_adapter
+from tenora.adapters.safetensors_file import as_float32
 from tenora.adapters.table_rows import TableRows
-from tenora.adapters.weights import AdapterPart, AdapterWeights, LoraModule
+from tenora.adapters.weights import AdapterWeights
 from tenora.errors import AdapterFormatError, TrainingError
 from tenora.training.arena import TrainedAdapter
 
@@ -29,16 +27,6 @@ def start_adapter(adapter: TrainedAdapter, directory: Path, rows: TableRows) -> 
     except (AdapterFormatError, OSError) as error:
         raise TrainingError(f"The starting adapter cannot be read: {error}", code="init_from_unreadable") from error
     adapter.start_from(
-        {
-            path: (wide(module, module.a), wide(module, module.b), module.scaling)
-            for path, module in found.modules.items()
-        }
+        {path: (as_float32(module.a), as_float32(module.b), module.scaling) for path, module in found.modules.items()}
     )
     return found
-
-
-def wide(module: LoraModule | AdapterPart, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    """A matrix of a module or part as float32; bfloat16 comes as its bits."""
-    if module.dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(array, dtype=np.float32)

@@ -12,15 +12,15 @@ from tenora.adapters.kinds import fields
 from tenora.adapters.kinds.coverage import FIELDS as COVERAGE_FIELDS
 from tenora.adapters.kinds.coverage import Coverage
 from tenora.adapters.kinds.kind import Kind
+from tenora.adapters.kinds.tensors import alike
 from tenora.adapters.matching import Expressions, KeyTable, layer_number
-from tenora.adapters.safetensors_file import Array, TensorEntry, as_float32
+from tenora.adapters.safetensors_file import Array, TensorEntry
 from tenora.adapters.table_rows import TableRows
 from tenora.adapters.targets import TargetModule
 from tenora.adapters.weights import AdapterSummary, AdapterWeights, LoraModule
 from tenora.errors import AdapterFormatError
 
 _PEFT_DEFAULT = 8  # of r and of lora_alpha, where a configuration leaves them out
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Every field that changes what the adapter computes in a way that the low-rank op does not, with what to do about it.
 _UNSUPPORTED = {
@@ -235,10 +235,8 @@ def _tensor(entries: Mapping[str, TensorEntry], target: TargetModule, part: str,
 
 
 def _module(planned: _Planned, arrays: Mapping[str, Array]) -> LoraModule:
-    a, b, dtype = arrays[planned.a.name], arrays[planned.b.name], planned.a.dtype
-    if dtype != planned.b.dtype or dtype == "F64":
-        a, b, dtype = as_float32(a), as_float32(b), "F32"
-    return LoraModule(planned.target.path, planned.rank, planned.scaling, a, b, _DTYPES[dtype])
+    dtype, (a, b) = alike(arrays, [planned.a, planned.b])
+    return LoraModule(planned.target.path, planned.rank, planned.scaling, a, b, dtype)
 
 
 def lora_tensors(modules: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,13 +14,11 @@ from tenora.control.gate.card import HeadBeside, HeadCard, Measure, Other, verdi
 from tenora.control.gate.tfidf import MAX_ROWS, tfidf
 from tenora.data.dataset import TokenizedDataset
 from tenora.data.labels import Labels
-from tenora.training.closed_form import Float64Array
+from tenora.training.closed_form import Float64Array, at_once
 from tenora.training.events import HeadOutcome
 from tenora.training.head_fit import HeadFit
 from tenora.training.head_metrics import class_metrics, labels_metrics, number_metrics
 from tenora.training.intervals import bootstrap
-
-T = TypeVar("T")
 
 MAX_CONFUSION = 32
 """Classes beyond which the table of confusions is left out."""
@@ -145,7 +143,7 @@ def _beside(
     learned, measured = tfidf(train, held_out)
     found = [_compared("most common", scores, usual, labels, seed=seed)]
     if learned.shape[1]:
-        linear = _finish(fit.choose({(0, "tf-idf"): learned})).linear
+        linear = at_once(fit.choose({(0, "tf-idf"): learned})).linear
         found.append(_compared("tf-idf", scores, linear(measured) * fit.std + fit.mean, labels, seed=seed))
     if shots is not None and shots.rows and labels.kind == "class":
         rows = np.array(shots.rows, np.int64)
@@ -178,13 +176,3 @@ def _values(scores: Float64Array, labels: Labels) -> Float64Array:
     """Of each row whether it is right, or its squared error."""
     right = _right(scores, labels)
     return (scores[:, 0] - labels.values) ** 2 if right is None else right.astype(np.float64)
-
-
-def _finish(work: Generator[None, None, T]) -> T:
-    """The result of work that is left now and then, without leaving it."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result

@@ -65,8 +65,6 @@ class FullWeights(TrainedAdapter):
     """
 
     kept_checkpoints = 1
-    prefix = 0
-    has_epilogue = False
 
     def __init__(self, decoder: Decoder, selection: Selection) -> None:
         """Move the decoder's chosen weights into one vector; no other copy of them stays."""

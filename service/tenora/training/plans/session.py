@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from tenora.adapters.peft_format import write_files
 from tenora.errors import TrainingError
 from tenora.model.device import survive
 from tenora.training.checkpoint import read_tensors, replace_tensors
@@ -126,7 +125,7 @@ class SessionPlan:
             case SaveAdapter(command_id=command_id, name=name):
                 path = self._workdir / "adapters" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_files(path, *self._adapter.files(self._spec.base_model))
+                self._adapter.write(path, base_model=self._spec.base_model)
                 return Saved(run_id=self._spec.run_id, command_id=command_id, path=str(path))
             case Sample():
                 adapter = None if command.base else self._adapter
